@@ -1,0 +1,1 @@
+"""The exporter: published checkpoints to sdonnx packages, without torch."""

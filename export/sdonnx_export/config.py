@@ -1,0 +1,274 @@
+"""What the graphs take from a checkpoint's config files; a value they can't honour is an error."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdonnx_runtime.errors import ExportError
+
+_REQUIRED: Any = object()
+
+
+class ConfigReader:
+    """Takes a config file's values one by one, and at the end objects to those nobody took."""
+
+    def __init__(self, component: str, config: Mapping[str, Any]) -> None:
+        self._component = component
+        self._config = config
+        self._unread = {key for key in config if not key.startswith("_")}
+
+    def value(self, key: str, default: Any = _REQUIRED) -> Any:
+        """The value under ``key``, or ``default`` where it is absent or null."""
+        self._unread.discard(key)
+        found = self._config.get(key)
+        if found is not None:
+            return found
+        if default is _REQUIRED:
+            raise ExportError(f"{self._component}: the config has no '{key}'; it is needed to build the graph")
+        return default
+
+    def integer(self, key: str, default: Any = _REQUIRED, *, low: int = 1) -> int:
+        """A whole number of at least ``low``."""
+        found = self.value(key, default)
+        if not isinstance(found, int) or isinstance(found, bool) or found < low:
+            raise self._refusal(key, found, f"a whole number of at least {low}")
+        return found
+
+    def number(self, key: str, default: Any = _REQUIRED) -> float:
+        """A finite number."""
+        found = self.value(key, default)
+        if not isinstance(found, (int, float)) or isinstance(found, bool) or not abs(found) < float("inf"):
+            raise self._refusal(key, found, "a number")
+        return float(found)
+
+    def boolean(self, key: str, default: Any = _REQUIRED) -> bool:
+        """True or false."""
+        return bool(self.one_of(key, (True, False), default))
+
+    def one_of(self, key: str, works: Sequence[Any], default: Any = _REQUIRED) -> Any:
+        """One of ``works``."""
+        found = self.value(key, default)
+        if not any(found is option or (found == option and type(found) is type(option)) for option in works):
+            raise self._refusal(key, found, " or ".join(repr(option) for option in works))
+        return found
+
+    def integers(self, key: str, count: int | None = None, default: Any = _REQUIRED) -> tuple[int, ...]:
+        """A list of whole numbers of at least 1, ``count`` of them; a single number stands for all."""
+        found = self.value(key, default)
+        if count is not None and isinstance(found, int) and not isinstance(found, bool):
+            found = [found] * count
+        whole = isinstance(found, (list, tuple)) and all(type(item) is int and item > 0 for item in found)
+        if not whole or not found or (count is not None and len(found) != count):
+            expected = "a list of whole numbers" if count is None else f"a whole number, or a list of {count}"
+            raise self._refusal(key, found, expected)
+        return tuple(found)
+
+    def names(self, key: str, works: Sequence[str], count: int) -> tuple[str, ...]:
+        """A list of ``count`` names, each one of ``works``."""
+        found = self.value(key)
+        if not isinstance(found, (list, tuple)) or len(found) != count:
+            raise self._refusal(key, found, f"a list of {count} (one for each of block_out_channels)")
+        for name in found:
+            if name not in works:
+                raise self._refusal(key, name, " or ".join(works))
+        return tuple(found)
+
+    def fixed(self, key: str, only: Any) -> None:
+        """Only ``only`` works (or the key's absence, or null)."""
+        found = self.value(key, only)
+        if found != only:
+            raise self._refusal(key, found, repr(only))
+
+    def ignore(self, *keys: str) -> None:
+        """These don't change what the graph computes."""
+        self._unread.difference_update(keys)
+
+    def finish(self) -> None:
+        """Objects to a key that nobody took, unless its value is one that switches something off."""
+        unknown = {key: self._config[key] for key in sorted(self._unread)}
+        for key, found in unknown.items():
+            if found is not None and found is not False:
+                raise self._refusal(key, found, "no such key (or null, or false)")
+
+    def _refusal(self, key: str, found: Any, expected: str) -> ExportError:
+        return ExportError(f"{self._component}: '{key}' is {found!r}; what works here is {expected}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTextConfig:
+    """A CLIP text encoder."""
+
+    vocab_size: int
+    positions: int
+    """Tokens in a prompt, 77 in every published model."""
+    width: int
+    inner_width: int
+    layers: int
+    heads: int
+    activation: str
+    """quick_gelu or gelu."""
+    eps: float
+    eos_token_id: int
+    """2 stands for "the largest id", as in configs written before transformers 4.30."""
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "ClipTextConfig":
+        """Parse a transformers config.json; raises ExportError."""
+        read = ConfigReader("text_encoder", config)
+        read.fixed("model_type", "clip_text_model")
+        # No finish(): transformers writes its general settings here too, and none of them is the encoder's.
+        parsed = cls(
+            vocab_size=read.integer("vocab_size", 49408),
+            positions=read.integer("max_position_embeddings", 77),
+            width=read.integer("hidden_size", 512),
+            inner_width=read.integer("intermediate_size", 2048),
+            layers=read.integer("num_hidden_layers", 12),
+            heads=read.integer("num_attention_heads", 8),
+            activation=read.one_of("hidden_act", ("quick_gelu", "gelu"), "quick_gelu"),
+            eps=read.number("layer_norm_eps", 1e-5),
+            eos_token_id=read.integer("eos_token_id", 49407, low=0),
+        )
+        if parsed.width % parsed.heads != 0:
+            raise read._refusal("num_attention_heads", parsed.heads, f"a divisor of hidden_size {parsed.width}")
+        return parsed
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """A conditional U-Net; one entry of each tuple for a resolution, the highest first."""
+
+    in_channels: int
+    out_channels: int
+    channels: tuple[int, ...]
+    down_attention: tuple[bool, ...]
+    up_attention: tuple[bool, ...]
+    """In the order of the up path: the lowest resolution first."""
+    mid_block: str | None
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    transformer_layers: tuple[int, ...]
+    context_width: int
+    groups: int
+    eps: float
+    linear_projection: bool
+    downsample_padding: int
+    cosine_first: bool
+    """Time embedding order: cosines before sines."""
+    frequency_shift: float
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "UNetConfig":
+        """Parse a diffusers UNet2DConditionModel config.json; raises ExportError."""
+        read = ConfigReader("unet", config)
+        read.fixed("_class_name", "UNet2DConditionModel")
+        channels = read.integers("block_out_channels", default=(320, 640, 1280, 1280))
+        levels = len(channels)
+        _refuse_other_unets(read)
+        down = read.names("down_block_types", ("CrossAttnDownBlock2D", "DownBlock2D"), levels)
+        up = read.names("up_block_types", ("CrossAttnUpBlock2D", "UpBlock2D"), levels)
+        parsed = cls(
+            in_channels=read.integer("in_channels", 4),
+            out_channels=read.integer("out_channels", 4),
+            channels=channels,
+            down_attention=tuple(name.startswith("CrossAttn") for name in down),
+            up_attention=tuple(name.startswith("CrossAttn") for name in up),
+            mid_block=_mid_block(read, config),
+            layers=read.integers("layers_per_block", levels, 2),
+            heads=read.integers("attention_head_dim", levels, 8),  # head counts, whatever the name says
+            transformer_layers=read.integers("transformer_layers_per_block", levels, 1),
+            context_width=read.integer("cross_attention_dim", 1280),
+            groups=read.integer("norm_num_groups", 32),
+            eps=read.number("norm_eps", 1e-5),
+            linear_projection=read.boolean("use_linear_projection", False),
+            downsample_padding=read.one_of("downsample_padding", (0, 1), 1),
+            cosine_first=read.boolean("flip_sin_to_cos", True),
+            frequency_shift=read.number("freq_shift", 0),
+        )
+        for level, (width, heads) in enumerate(zip(channels, parsed.heads, strict=True)):
+            if width % parsed.groups != 0:
+                raise read._refusal("norm_num_groups", parsed.groups, f"a divisor of {width} channels")
+            if parsed.down_attention[level] and width % heads != 0:
+                raise read._refusal("attention_head_dim", heads, f"a divisor of {width} channels")
+        read.finish()
+        return parsed
+
+
+def _mid_block(read: ConfigReader, config: Mapping[str, Any]) -> str | None:
+    """Null is a value here: distilled models leave the middle out."""
+    if "mid_block_type" in config and config["mid_block_type"] is None:
+        return read.value("mid_block_type", None)
+    return read.one_of("mid_block_type", ("UNetMidBlock2DCrossAttn",), "UNetMidBlock2DCrossAttn")
+
+
+def _refuse_other_unets(read: ConfigReader) -> None:
+    """Keys of UNet2DConditionModel that change the graph and whose other values have no written graph."""
+    for key, only in {
+        "act_fn": "silu",
+        "attention_type": "default",
+        "center_input_sample": False,
+        "class_embeddings_concat": False,
+        "conv_in_kernel": 3,
+        "conv_out_kernel": 3,
+        "dual_cross_attention": False,
+        "mid_block_scale_factor": 1,
+        "only_cross_attention": False,
+        "resnet_out_scale_factor": 1.0,
+        "resnet_skip_time_act": False,
+        "resnet_time_scale_shift": "default",
+        "time_embedding_type": "positional",
+    }.items():
+        read.fixed(key, only)
+    # The arithmetic is float32 throughout, which is what upcast_attention asks for.
+    read.ignore("addition_embed_type_num_heads", "dropout", "sample_size", "upcast_attention")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeConfig:
+    """A KL autoencoder; one entry of ``channels`` for a resolution, the highest first."""
+
+    in_channels: int
+    out_channels: int
+    latent_channels: int
+    channels: tuple[int, ...]
+    layers: int
+    groups: int
+    mid_attention: bool
+    quant_conv: bool
+    post_quant_conv: bool
+    scaling_factor: float
+    """Latents the U-Net sees are the encoder's, less the shift, times this."""
+    shift_factor: float
+
+    @property
+    def downscale(self) -> int:
+        """Pixels for each latent cell, per axis."""
+        return 2 ** (len(self.channels) - 1)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "VaeConfig":
+        """Parse a diffusers AutoencoderKL config.json; raises ExportError."""
+        read = ConfigReader("vae", config)
+        read.fixed("_class_name", "AutoencoderKL")
+        channels = read.integers("block_out_channels", default=(64,))
+        read.names("down_block_types", ("DownEncoderBlock2D",), len(channels))
+        read.names("up_block_types", ("UpDecoderBlock2D",), len(channels))
+        read.fixed("act_fn", "silu")
+        read.ignore("sample_size", "force_upcast")  # float32 throughout
+        parsed = cls(
+            in_channels=read.integer("in_channels", 3),
+            out_channels=read.integer("out_channels", 3),
+            latent_channels=read.integer("latent_channels", 4),
+            channels=channels,
+            layers=read.integer("layers_per_block", 1),
+            groups=read.integer("norm_num_groups", 32),
+            mid_attention=read.boolean("mid_block_add_attention", True),
+            quant_conv=read.boolean("use_quant_conv", True),
+            post_quant_conv=read.boolean("use_post_quant_conv", True),
+            scaling_factor=read.number("scaling_factor", 0.18215),
+            shift_factor=read.number("shift_factor", 0.0),
+        )
+        for width in channels:
+            if width % parsed.groups != 0:
+                raise read._refusal("norm_num_groups", parsed.groups, f"a divisor of {width} channels")
+        read.finish()
+        return parsed

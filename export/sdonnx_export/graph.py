@@ -1,0 +1,151 @@
+"""Builds a component's graph from its config and binds the checkpoint's weights to it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from sdonnx_export.checkpoint import Part, Weight
+from sdonnx_export.clip import ClipTextEncoder
+from sdonnx_export.config import ClipTextConfig, UNetConfig, VaeConfig
+from sdonnx_export.layers import Matrix
+from sdonnx_export.operators import CONTRIB, IR_VERSION, OPSET, Operators, Precision
+from sdonnx_export.stages import name_edges
+from sdonnx_export.unet import UNet
+from sdonnx_export.vae import VaeDecoder, VaeEncoder
+from sdonnx_runtime.arrays import AnyArray
+from sdonnx_runtime.errors import ExportError
+
+_FLOAT, _HALF, _INT64 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Port:
+    """An input of a graph."""
+
+    name: str
+    dtype: ir.DataType
+    shape: tuple[int | str, ...]
+    """A name where a size is free."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """How one component's graph is made."""
+
+    part: str
+    """The part of a checkpoint that holds its config and weights."""
+    prefixes: tuple[str, ...]
+    """What the names of its weights in that part begin with; empty: all of them are its."""
+    module: Callable[[Mapping[str, Any]], tuple[Any, tuple[Port, ...]]]
+    outputs: tuple[str, ...]
+
+
+def _text_encoder(config: Mapping[str, Any]) -> tuple[ClipTextEncoder, tuple[Port, ...]]:
+    parsed = ClipTextConfig.from_dict(config)
+    return ClipTextEncoder(parsed), (
+        Port(name="input_ids", dtype=_INT64, shape=("batch", parsed.positions)),
+    )
+
+
+def _unet(config: Mapping[str, Any]) -> tuple[UNet, tuple[Port, ...]]:
+    parsed = UNetConfig.from_dict(config)
+    return UNet(parsed), (
+        Port(name="sample", dtype=_FLOAT, shape=("batch", parsed.in_channels, "height", "width")),
+        Port(name="timestep", dtype=_FLOAT, shape=()),
+        Port(name="encoder_hidden_states", dtype=_FLOAT, shape=("batch", "tokens", parsed.context_width)),
+    )
+
+
+def _vae_decoder(config: Mapping[str, Any]) -> tuple[VaeDecoder, tuple[Port, ...]]:
+    parsed = VaeConfig.from_dict(config)
+    shape = ("batch", parsed.latent_channels, "height", "width")
+    return VaeDecoder(parsed), (Port(name="latent_sample", dtype=_FLOAT, shape=shape),)
+
+
+def _vae_encoder(config: Mapping[str, Any]) -> tuple[VaeEncoder, tuple[Port, ...]]:
+    parsed = VaeConfig.from_dict(config)
+    shape = ("batch", parsed.in_channels, "height", "width")
+    return VaeEncoder(parsed), (Port(name="sample", dtype=_FLOAT, shape=shape),)
+
+
+COMPONENTS = {
+    "text_encoder": Component(
+        part="text_encoder", prefixes=(), module=_text_encoder, outputs=("last_hidden_state", "pooler_output")
+    ),
+    "unet": Component(part="unet", prefixes=(), module=_unet, outputs=("out_sample",)),
+    "vae_decoder": Component(
+        part="vae", prefixes=("decoder.", "post_quant_conv."), module=_vae_decoder, outputs=("sample",)
+    ),
+    "vae_encoder": Component(
+        part="vae", prefixes=("encoder.", "quant_conv."), module=_vae_encoder, outputs=("latent_parameters",)
+    ),
+}
+"""Input and output names are those of optimum's exports, so that a package opens there."""
+
+
+def build(name: str, part: Part, precision: Precision) -> ir.Model:
+    """The model of component ``name`` (a key of COMPONENTS); its weights are read when it is saved.
+
+    Raises:
+        ExportError: the config has a value without a written graph; a weight is missing, is left over, or has
+            another shape than the config says.
+    """
+    component = COMPONENTS[name]
+    module, ports = component.module(part.config)
+    graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": OPSET, CONTRIB: 1})
+    op = Operators(graph, precision)
+    inputs = [op.builder.input(port.name, port.dtype, port.shape) for port in ports]
+    results = module(op, *inputs)
+    for value, output in zip(results if isinstance(results, tuple) else (results,), component.outputs, strict=True):
+        op.builder.add_output(value, output)
+    name_edges(graph)
+    mine = {
+        key: weight
+        for key, weight in part.weights.items()
+        if not component.prefixes or key.startswith(component.prefixes)
+    }
+    _bind(graph, name, mine)
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="sdonnx")
+
+
+def _bind(graph: ir.Graph, component: str, weights: Mapping[str, Weight]) -> None:
+    unused = set(weights)
+    for name, value in graph.initializers.items():
+        if value.const_value is not None:
+            continue
+        weight = weights.get(name)
+        if weight is None:
+            raise ExportError(f"{component}: the weight '{name}' is missing; the checkpoint and its config disagree")
+        unused.discard(name)
+        value.const_value = _lazy(name, value, weight, component)
+    if unused:
+        listed = ", ".join(sorted(unused)[:3])
+        raise ExportError(
+            f"{component}: {len(unused)} weights have no place in the graph that the config describes ({listed}); "
+            "try --via optimum"
+        )
+
+
+def _lazy(name: str, value: ir.Value, weight: Weight, component: str) -> ir.LazyTensor:
+    shape = tuple(value.shape.numpy()) if value.shape is not None else ()
+    expected = shape[::-1] if isinstance(value, Matrix) else shape
+    if weight.shape != expected:
+        raise ExportError(f"{component}: '{name}' has shape {weight.shape}; the config asks for {expected}")
+    dtype = np.dtype(np.float16 if value.dtype == _HALF else np.float32)
+
+    def read() -> ir.Tensor:
+        return ir.Tensor(_convert(name, weight.read(), dtype, transpose=isinstance(value, Matrix)), name=name)
+
+    return ir.LazyTensor(read, dtype=ir.DataType.from_numpy(dtype), shape=ir.Shape(shape), name=name)
+
+
+def _convert(name: str, data: AnyArray, dtype: np.dtype[Any], *, transpose: bool) -> AnyArray:
+    with np.errstate(over="ignore"):
+        converted = np.ascontiguousarray((data.T if transpose else data).astype(dtype, copy=False))
+    if not np.isfinite(converted).all():
+        cause = "fp16 can't hold them; use --precision fp32" if np.isfinite(data).all() else "the file is damaged"
+        raise ExportError(f"'{name}' has values that are not finite: {cause}")
+    return converted

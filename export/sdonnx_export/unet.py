@@ -1,0 +1,261 @@
+"""The conditional U-Net of latent diffusion (arXiv:2112.10752), as diffusers names its weights.
+
+The forward pass is a chain of stages, one for each residual block with its attention: `Operators.begin_stage`
+marks where one ends and the next begins, and what crosses a border is a named edge.
+"""
+
+import numpy as np
+import onnx_ir as ir
+from onnxscript.nn import Module, ModuleList
+
+from sdonnx_export.config import UNetConfig
+from sdonnx_export.layers import Attention, Conv2d, GroupNorm, LayerNorm, Linear, ResnetBlock
+from sdonnx_export.operators import Operators
+
+
+class UNet(Module):
+    """Latents (N, 4, h, w), timestep () and text (N, S, C) to the model's prediction (N, 4, h, w)."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__("")
+        channels, top = config.channels, len(config.channels) - 1
+        temb = 4 * channels[0]
+        self.conv_in = Conv2d(config.in_channels, channels[0])
+        self.time_embedding = TimeEmbedding(channels[0], temb)
+        self.down_blocks = ModuleList([DownBlock(config, level) for level in range(top + 1)])
+        self.mid_block = MidBlock(config) if config.mid_block is not None else None
+        self.up_blocks = ModuleList([UpBlock(config, level) for level in range(top, -1, -1)])
+        self.conv_norm_out = GroupNorm(config.groups, channels[0], config.eps)
+        self.conv_out = Conv2d(channels[0], config.out_channels)
+        self._config = config
+
+    def forward(self, op: Operators, sample: ir.Value, timestep: ir.Value, context: ir.Value) -> ir.Value:
+        op.begin_stage("conv_in")
+        temb = op.silu(self.time_embedding(op, sinusoids(op, timestep, self._config)))  # (1, T)
+        x = self.conv_in(op, sample)
+        skips = [x]
+        for block in self.down_blocks:
+            for layer in block.layers():
+                x = block(op, layer, x, temb, context)
+                skips.append(x)
+        if self.mid_block is not None:
+            op.begin_stage("mid_block")
+            x = self.mid_block(op, x, temb, context)
+        for block in self.up_blocks:
+            for layer in block.layers():
+                skip = skips.pop() if layer != "upsamplers" else skips[-1]
+                x = block(op, layer, x, skip, temb, context)
+        op.begin_stage("conv_out")
+        return self.conv_out(op, op.silu(self.conv_norm_out(op, x)))
+
+
+def sinusoids(op: Operators, timestep: ir.Value, config: UNetConfig) -> ir.Value:
+    """The timestep's sinusoidal embedding (1, C), arXiv:2006.11239 section B after arXiv:1706.03762."""
+    half = config.channels[0] // 2
+    exponents = -np.log(10000.0) * np.arange(half, dtype=np.float32) / (half - config.frequency_shift)
+    angles = op.Mul(timestep, op.constant("frequencies", np.exp(exponents)[None].astype(np.float32)))
+    waves = [op.Sin(angles), op.Cos(angles)]
+    return op.Concat(*(waves[::-1] if config.cosine_first else waves), axis=-1)
+
+
+class TimeEmbedding(Module):
+    """Two linear layers with SiLU between them."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.linear_1 = Linear(channels, width)
+        self.linear_2 = Linear(width, width)
+
+    def forward(self, op: Operators, x: ir.Value) -> ir.Value:
+        return self.linear_2(op, op.silu(self.linear_1(op, x)))
+
+
+class _Level(Module):
+    """A resolution's residual blocks, attentions and the sampler after them, each of which is a stage."""
+
+    def __init__(self, resnets: list[Module], attentions: list[Module]) -> None:
+        super().__init__()
+        self.resnets = ModuleList(resnets)
+        if attentions:
+            self.attentions = ModuleList(attentions)
+        self._count, self._attends = len(resnets), bool(attentions)
+
+    def _block(self, op: Operators, index: int, x: ir.Value, temb: ir.Value, context: ir.Value) -> ir.Value:
+        x = self.resnets[index](op, x, temb)
+        return self.attentions[index](op, x, context) if self._attends else x
+
+
+class DownBlock(_Level):
+    """One resolution of the down path; its last stage halves the size, but for the lowest."""
+
+    def __init__(self, config: UNetConfig, level: int) -> None:
+        width = config.channels[level]
+        inputs = [config.channels[max(level - 1, 0)], *[width] * (config.layers[level] - 1)]
+        attends = config.down_attention[level]
+        super().__init__(
+            [_resnet(config, channels, width) for channels in inputs],
+            [Transformer(config, level) for _ in inputs] if attends else [],
+        )
+        self._downsamples = level < len(config.channels) - 1
+        if self._downsamples:
+            self.downsamplers = ModuleList([Downsample(width, config.downsample_padding)])
+
+    def layers(self) -> list[int | str]:
+        """The stages, by index or name."""
+        return [*range(self._count), *(["downsamplers"] if self._downsamples else [])]
+
+    def forward(
+        self, op: Operators, layer: int | str, x: ir.Value, temb: ir.Value, context: ir.Value
+    ) -> ir.Value:
+        op.begin_stage(f"{self.name}.{layer}")
+        if layer == "downsamplers":
+            return self.downsamplers[0](op, x)
+        return self._block(op, int(layer), x, temb, context)
+
+
+class UpBlock(_Level):
+    """One resolution of the up path; its last stage doubles the size, but for the highest."""
+
+    def __init__(self, config: UNetConfig, level: int) -> None:
+        width, lowest = config.channels[level], len(config.channels) - 1
+        count = config.layers[level] + 1
+        above = config.channels[max(level - 1, 0)]
+        skips = [width] * (count - 1) + [above]
+        inputs = [config.channels[min(level + 1, lowest)], *[width] * (count - 1)]
+        attends = config.up_attention[lowest - level]
+        super().__init__(
+            [_resnet(config, a + b, width) for a, b in zip(inputs, skips, strict=True)],
+            [Transformer(config, level) for _ in inputs] if attends else [],
+        )
+        self._upsamples = level > 0
+        if self._upsamples:
+            self.upsamplers = ModuleList([Upsample(width)])
+
+    def layers(self) -> list[int | str]:
+        """The stages, by index or name."""
+        return [*range(self._count), *(["upsamplers"] if self._upsamples else [])]
+
+    def forward(
+        self, op: Operators, layer: int | str, x: ir.Value, skip: ir.Value, temb: ir.Value, context: ir.Value
+    ) -> ir.Value:
+        op.begin_stage(f"{self.name}.{layer}")
+        if layer == "upsamplers":
+            return self.upsamplers[0](op, x, skip)
+        return self._block(op, int(layer), op.Concat(x, skip, axis=1), temb, context)
+
+
+class MidBlock(_Level):
+    """Residual block, attention, residual block at the lowest resolution: one stage."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        width = config.channels[-1]
+        level = len(config.channels) - 1
+        super().__init__([_resnet(config, width, width) for _ in range(2)], [Transformer(config, level)])
+
+    def forward(self, op: Operators, x: ir.Value, temb: ir.Value, context: ir.Value) -> ir.Value:
+        x = self._block(op, 0, x, temb, context)
+        return self.resnets[1](op, x, temb)
+
+
+def _resnet(config: UNetConfig, in_channels: int, out_channels: int) -> ResnetBlock:
+    temb = 4 * config.channels[0]
+    return ResnetBlock(in_channels, out_channels, groups=config.groups, eps=config.eps, temb=temb)
+
+
+class Downsample(Module):
+    """A convolution of stride 2; without padding, a row and a column of zeros go below and to the right."""
+
+    def __init__(self, channels: int, padding: int) -> None:
+        super().__init__()
+        pads = [padding] * 4 if padding > 0 else [0, 0, 1, 1]
+        self.conv = Conv2d(channels, channels, stride=2, pads=pads)
+
+    def forward(self, op: Operators, x: ir.Value) -> ir.Value:
+        return self.conv(op, x)
+
+
+class Upsample(Module):
+    """Nearest-neighbour upsampling, by 2 or to the size of the next skip connection, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = Conv2d(channels, channels)
+
+    def forward(self, op: Operators, x: ir.Value, like: ir.Value | None = None) -> ir.Value:
+        return self.conv(op, op.upsample(x, like))
+
+
+class Transformer(Module):
+    """Transformer blocks over a picture's positions, with a residual connection around all."""
+
+    def __init__(self, config: UNetConfig, level: int) -> None:
+        super().__init__()
+        width = config.channels[level]
+        self.norm = GroupNorm(config.groups, width, 1e-6)
+        project = Linear if config.linear_projection else _pointwise
+        self.proj_in = project(width, width)
+        blocks = [
+            TransformerBlock(width, config.heads[level], config.context_width)
+            for _ in range(config.transformer_layers[level])
+        ]
+        self.transformer_blocks = ModuleList(blocks)
+        self.proj_out = project(width, width)
+        self._width, self._linear = width, config.linear_projection
+
+    def forward(self, op: Operators, x: ir.Value, context: ir.Value) -> ir.Value:
+        h = self.norm(op, x)
+        if self._linear:
+            h = self.proj_in(op, op.to_sequence(h, self._width))
+        else:
+            h = op.to_sequence(self.proj_in(op, h), self._width)
+        for block in self.transformer_blocks:
+            h = block(op, h, context)
+        if self._linear:
+            h = op.to_picture(self.proj_out(op, h), x)
+        else:
+            h = self.proj_out(op, op.to_picture(h, x))
+        return op.Add(h, x)
+
+
+def _pointwise(in_channels: int, out_channels: int) -> Conv2d:
+    return Conv2d(in_channels, out_channels, 1)
+
+
+class TransformerBlock(Module):
+    """Self-attention, cross-attention to the text, feed-forward; each after a norm and added to its input."""
+
+    def __init__(self, width: int, heads: int, context: int) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(width)
+        self.attn1 = Attention(width, heads)
+        self.norm2 = LayerNorm(width)
+        self.attn2 = Attention(width, heads, context=context)
+        self.norm3 = LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, op: Operators, x: ir.Value, context: ir.Value) -> ir.Value:
+        x = op.Add(self.attn1(op, self.norm1(op, x)), x)
+        x = op.Add(self.attn2(op, self.norm2(op, x), context), x)
+        return op.Add(self.ff(op, self.norm3(op, x)), x)
+
+
+class FeedForward(Module):
+    """A gated linear unit of four times the width; the checkpoint's list has a dropout between its layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = ModuleList([GatedLinear(width, 4 * width), Module(), Linear(4 * width, width)])
+
+    def forward(self, op: Operators, x: ir.Value) -> ir.Value:
+        return self.net[2](op, self.net[0](op, x))
+
+
+class GatedLinear(Module):
+    """GEGLU (arXiv:2002.05202)."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.proj = Linear(width, 2 * inner)
+
+    def forward(self, op: Operators, x: ir.Value) -> ir.Value:
+        return op.geglu(self.proj(op, x))

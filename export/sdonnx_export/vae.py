@@ -1,0 +1,149 @@
+"""The KL autoencoder's two halves (arXiv:2112.10752), as diffusers' AutoencoderKL names their weights."""
+
+import onnx_ir as ir
+from onnxscript.nn import Module, ModuleList
+
+from sdonnx_export.config import VaeConfig
+from sdonnx_export.layers import Attention, Conv2d, GroupNorm, ResnetBlock
+from sdonnx_export.operators import Operators
+from sdonnx_export.unet import Downsample, Upsample
+
+_EPS = 1e-6
+
+
+class VaeDecoder(Module):
+    """Latents (N, 4, h, w), unscaled, to pictures (N, 3, 8 h, 8 w) in about -1..1."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__("")
+        latent = config.latent_channels
+        self.post_quant_conv = Conv2d(latent, latent, 1) if config.post_quant_conv else None
+        self.decoder = _Decoder(config)
+
+    def forward(self, op: Operators, latents: ir.Value) -> ir.Value:
+        x = latents if self.post_quant_conv is None else self.post_quant_conv(op, latents)
+        return self.decoder(op, x)
+
+
+class VaeEncoder(Module):
+    """Pictures (N, 3, H, W) in -1..1 to the posterior's means and log variances (N, 8, H / 8, W / 8)."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__("")
+        moments = 2 * config.latent_channels
+        self.encoder = _Encoder(config)
+        self.quant_conv = Conv2d(moments, moments, 1) if config.quant_conv else None
+
+    def forward(self, op: Operators, picture: ir.Value) -> ir.Value:
+        x = self.encoder(op, picture)
+        return x if self.quant_conv is None else self.quant_conv(op, x)
+
+
+class _Decoder(Module):
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        widths = config.channels[::-1]
+        self.conv_in = Conv2d(config.latent_channels, widths[0])
+        self.mid_block = VaeMidBlock(config)
+        blocks = [
+            VaeLevel(config, widths[max(i - 1, 0)], width, config.layers + 1, up=i < len(widths) - 1)
+            for i, width in enumerate(widths)
+        ]
+        self.up_blocks = ModuleList(blocks)
+        self.conv_norm_out = GroupNorm(config.groups, widths[-1], _EPS)
+        self.conv_out = Conv2d(widths[-1], config.out_channels)
+
+    def forward(self, op: Operators, x: ir.Value) -> ir.Value:
+        x = self.mid_block(op, self.conv_in(op, x))
+        for block in self.up_blocks:
+            x = block(op, x)
+        return self.conv_out(op, op.silu(self.conv_norm_out(op, x)))
+
+
+class _Encoder(Module):
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        widths = config.channels
+        self.conv_in = Conv2d(config.in_channels, widths[0])
+        blocks = [
+            VaeLevel(config, widths[max(i - 1, 0)], width, config.layers, down=i < len(widths) - 1)
+            for i, width in enumerate(widths)
+        ]
+        self.down_blocks = ModuleList(blocks)
+        self.mid_block = VaeMidBlock(config)
+        self.conv_norm_out = GroupNorm(config.groups, widths[-1], _EPS)
+        self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels)
+
+    def forward(self, op: Operators, x: ir.Value) -> ir.Value:
+        x = self.conv_in(op, x)
+        for block in self.down_blocks:
+            x = block(op, x)
+        x = self.mid_block(op, x)
+        return self.conv_out(op, op.silu(self.conv_norm_out(op, x)))
+
+
+class VaeLevel(Module):
+    """One resolution: residual blocks, then a change of size where ``up`` or ``down`` says so."""
+
+    def __init__(
+        self,
+        config: VaeConfig,
+        in_channels: int,
+        out_channels: int,
+        layers: int,
+        *,
+        up: bool = False,
+        down: bool = False,
+    ) -> None:
+        super().__init__()
+        inputs = [in_channels, *[out_channels] * (layers - 1)]
+        self.resnets = ModuleList([_resnet(config, channels, out_channels) for channels in inputs])
+        if up:
+            self.upsamplers = ModuleList([Upsample(out_channels)])
+        if down:
+            self.downsamplers = ModuleList([Downsample(out_channels, padding=0)])
+        self._up, self._down = up, down
+
+    def forward(self, op: Operators, x: ir.Value) -> ir.Value:
+        for resnet in self.resnets:
+            x = resnet(op, x)
+        if self._up:
+            x = self.upsamplers[0](op, x)
+        if self._down:
+            x = self.downsamplers[0](op, x)
+        return x
+
+
+class VaeMidBlock(Module):
+    """Residual block, attention of one head where the config has it, residual block."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        width = config.channels[-1]
+        self.resnets = ModuleList([_resnet(config, width, width) for _ in range(2)])
+        if config.mid_attention:
+            self.attentions = ModuleList([VaeAttention(config, width)])
+        self._attends = config.mid_attention
+
+    def forward(self, op: Operators, x: ir.Value) -> ir.Value:
+        x = self.resnets[0](op, x)
+        if self._attends:
+            x = self.attentions[0](op, x)
+        return self.resnets[1](op, x)
+
+
+class VaeAttention(Attention):
+    """Self-attention of one head over a picture's positions, with a residual connection."""
+
+    def __init__(self, config: VaeConfig, width: int) -> None:
+        super().__init__(width, heads=1, bias=True)
+        self.group_norm = GroupNorm(config.groups, width, _EPS)
+        self._width = width
+
+    def forward(self, op: Operators, x: ir.Value) -> ir.Value:
+        h = op.to_sequence(self.group_norm(op, x), self._width)
+        return op.Add(op.to_picture(super().forward(op, h), x), x)
+
+
+def _resnet(config: VaeConfig, in_channels: int, out_channels: int) -> ResnetBlock:
+    return ResnetBlock(in_channels, out_channels, groups=config.groups, eps=_EPS)

@@ -1,0 +1,69 @@
+"""The last step of an export: every component is loaded and run once, on a small picture."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from sdonnx_export.stages import cut
+from sdonnx_runtime.arrays import AnyArray
+from sdonnx_runtime.errors import ExportError
+from sdonnx_runtime.manifest import Manifest
+from sdonnx_runtime.session import Port, Session
+
+_CELLS = 8
+"""Latent cells per side: enough for a U-Net of four resolutions to halve thrice."""
+
+
+def verify(directory: Path, manifest: Manifest, report: Callable[[str, float], None]) -> None:
+    """Runs each component of a package just written, on the CPU, each on what the one before gave.
+
+    A graph of several stages runs a stage at a time, so that no more than one stage's weights are in memory.
+
+    Raises:
+        ExportError: an output has another shape than its neighbours need.
+        SdonnxError: a component can't be loaded, or gives values that are not finite.
+    """
+    channels, pixels = manifest.latents.channels, _CELLS * manifest.latents.downscale
+    picture: AnyArray = np.zeros((1, 3, pixels, pixels), np.float32)
+    latents: AnyArray = np.ones((1, channels, _CELLS, _CELLS), np.float32)
+    feeds: dict[str, AnyArray] = {"timestep": np.array(500, np.float32), "latent_sample": latents}
+
+    def run(component: str) -> AnyArray:
+        report(f"checking {component}", 0.0)
+        return next(iter(_run(directory / manifest.components[component].graphs["plain"], feeds).values()))
+
+    for encoder in manifest.text_encoders:
+        feeds["encoder_hidden_states"] = run(encoder.component)
+    feeds["sample"] = latents
+    _expect("unet", run("unet"), latents.shape)
+    _expect("vae_decoder", run("vae_decoder"), picture.shape)
+    feeds["sample"] = picture
+    if "vae_encoder" in manifest.components:
+        _expect("vae_encoder", run("vae_encoder"), (1, 2 * channels, _CELLS, _CELLS))
+
+
+def _expect(component: str, found: AnyArray, expected: tuple[int, ...]) -> None:
+    if found.shape != expected:
+        raise ExportError(f"{component} gives {found.shape} instead of {expected}; its config contradicts the others")
+
+
+def _run(path: Path, feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+    """The outputs of a graph that is run stage by stage; inputs that ``feeds`` lacks are zeros."""
+    values = dict(feeds)
+    outputs: dict[str, AnyArray] = {}
+    stage = path.with_name("stage.onnx")  # beside the weights that it points into
+    try:
+        for piece in cut(ir.load(path)):
+            ir.save(piece, stage)
+            session = Session(stage, device="cpu")
+            outputs = session.run({port.name: _zeros(port) for port in session.inputs} | values)
+            values.update(outputs)
+    finally:
+        stage.unlink(missing_ok=True)
+    return outputs
+
+
+def _zeros(port: Port) -> AnyArray:
+    return np.zeros([size if isinstance(size, int) else 1 for size in port.shape], port.dtype)

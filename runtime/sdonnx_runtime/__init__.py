@@ -1,0 +1,1 @@
+"""The torch-free runtime of sdonnx; `import sdonnx` is its public face."""

@@ -1,0 +1,102 @@
+"""A package's components as sessions: opened when first needed, released when done, stoppable from any thread."""
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from sdonnx_runtime.arrays import AnyArray
+from sdonnx_runtime.errors import RequestError
+from sdonnx_runtime.package import Package
+from sdonnx_runtime.request import Timings
+from sdonnx_runtime.session import Cancelled, Session
+
+
+class Components:
+    """The sessions of one pipeline.
+
+    Args:
+        package: where the graphs are.
+        open_session: opens a graph file.
+        keep_loaded: makes `release` do nothing.
+    """
+
+    def __init__(self, package: Package, open_session: Callable[[Path], Session], *, keep_loaded: bool) -> None:
+        self._busy = threading.Lock()
+        self._package, self._open_session, self._keep_loaded = package, open_session, keep_loaded
+        self._sessions: dict[str, Session] = {}
+
+    def session(self, name: str) -> Session:
+        """A component's session, opened if it is not."""
+        if name not in self._sessions:
+            self._sessions[name] = self._open_session(self._package.graph(name))
+        return self._sessions[name]
+
+    def release(self, name: str) -> None:
+        """Unloads a component, unless components are kept."""
+        if not self._keep_loaded:
+            self._sessions.pop(name, None)
+
+    @contextmanager
+    def reserved(self) -> Iterator[None]:
+        """For one generation at a time; at its end components are unloaded, unless they are kept.
+
+        Raises:
+            RequestError: another generation is under way.
+        """
+        if not self._busy.acquire(blocking=False):
+            raise RequestError("this pipeline is making another picture; finish or close that stream first")
+        try:
+            yield
+        finally:
+            for name in list(self._sessions):
+                self.release(name)
+            self._busy.release()
+
+    def close(self) -> None:
+        """Unloads every component."""
+        self._sessions.clear()
+
+
+class Runner:
+    """Runs components for one generation: takes the time of each, and can be cancelled."""
+
+    def __init__(self, components: Components) -> None:
+        self.components = components
+        self._active: Session | None = None
+        self._cancelled = False
+        self._load: dict[str, float] = defaultdict(float)
+        self._run: dict[str, float] = defaultdict(float)
+
+    def __call__(self, name: str, feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+        """Outputs of a component by name.
+
+        Raises:
+            Cancelled: `cancel` was called.
+            PackageError, DeviceError: as `Session` and `Session.run` do.
+        """
+        start = time.perf_counter()
+        session = self.components.session(name)
+        loaded = time.perf_counter()
+        self._load[name] += loaded - start
+        self._active = session
+        try:
+            if self._cancelled:
+                raise Cancelled("the generation was cancelled")
+            return session.run(feeds)
+        finally:
+            self._active = None
+            self._run[name] += time.perf_counter() - loaded
+
+    def cancel(self) -> None:
+        """Stops what runs now and whatever would run next; from any thread."""
+        self._cancelled = True
+        session = self._active
+        if session is not None:
+            session.cancel()
+
+    def timings(self, steps: list[float]) -> Timings:
+        """The times so far, with those of the denoising ``steps``, in seconds."""
+        return Timings(load=dict(self._load), run=dict(self._run), steps=tuple(steps))

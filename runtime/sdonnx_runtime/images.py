@@ -1,0 +1,106 @@
+"""Pictures: from the decoder's values to PIL, and to a file that carries its recipe."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from sdonnx_runtime.arrays import Array
+from sdonnx_runtime.errors import SdonnxError
+from sdonnx_runtime.request import Request, Result
+
+A1111_NAMES = {
+    "ddim": "DDIM",
+    "dpmpp_2m": "DPM++ 2M",
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "lms": "LMS",
+    "pndm": "PLMS",
+}
+"""What AUTOMATIC1111's web UI, and so everything that reads its recipes, calls our samplers."""
+
+
+def to_images(pictures: Array) -> tuple[Image.Image, ...]:
+    """(N, 3, H, W) in -1..1 to RGB pictures; what lies outside is clipped."""
+    scaled = np.clip(pictures / 2 + 0.5, 0.0, 1.0).transpose(0, 2, 3, 1)  # (N, H, W, 3)
+    return tuple(Image.fromarray(picture) for picture in (scaled * 255).round().astype(np.uint8))
+
+
+def parameters_text(request: Request, seed: int, model: str) -> str:
+    """The recipe in AUTOMATIC1111's ``parameters`` format."""
+    sampler = request.sampler or ""
+    settings = {
+        "Steps": request.num_inference_steps,
+        "Sampler": A1111_NAMES.get(sampler, sampler),
+        "CFG scale": f"{request.guidance_scale:g}",
+        "Seed": seed,
+        "Size": f"{request.width}x{request.height}",
+        "Model": json.dumps(model, ensure_ascii=False) if set(model) & set(',:"\n') else model,
+        "Version": "sdonnx",
+    }
+    lines = [request.prompt]
+    if request.negative_prompt:
+        lines.append(f"Negative prompt: {request.negative_prompt}")
+    lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
+    return "\n".join(lines)
+
+
+def save_png(result: Result, index: int, path: Path) -> None:
+    """Writes image ``index`` of a result, with its recipe as ``parameters`` (A1111) and ``sdonnx`` (JSON) chunks.
+
+    The file appears whole or not at all.
+
+    Raises:
+        SdonnxError: the place can't be written to.
+    """
+    seed = result.seeds[index]
+    info = PngInfo()
+    info.add_text("parameters", parameters_text(result.request, seed, result.model))
+    recipe = {**asdict(result.request), "seed": seed, "num_images": 1, "model": result.model}
+    info.add_text("sdonnx", json.dumps(recipe, ensure_ascii=False))
+    with _replacing(path) as stream:
+        result.images[index].save(stream, format="PNG", pnginfo=info)
+
+
+def check_writable(path: Path) -> None:
+    """Finds out before the work whether a picture can be written to ``path``.
+
+    Raises:
+        SdonnxError: its directory is missing or read-only, or ``path`` is a directory.
+    """
+    if path.is_dir():
+        raise SdonnxError(f"{path} is a directory; give the name of a file such as {path / 'picture.png'}")
+    with _written_beside(path):
+        pass
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    with _written_beside(path) as (stream, temporary):
+        yield stream
+        stream.flush()
+        stream.close()
+        temporary.replace(path)
+
+
+@contextmanager
+def _written_beside(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
+    """A temporary file in the directory of ``path``, gone at the end unless it was renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            with temporary.open("wb") as stream:
+                yield stream, temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise SdonnxError(
+            f"{path} can't be written: {error.strerror or error}; choose another place with -o"
+        ) from None

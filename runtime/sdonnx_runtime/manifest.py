@@ -1,0 +1,131 @@
+"""The manifest, ``sdonnx.json``: what a package holds and how it is run, as frozen dataclasses."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sdonnx_runtime.errors import PackageError
+from sdonnx_runtime.parsing import parse
+
+MANIFEST = "sdonnx.json"
+FORMAT = 1
+FAMILIES = ("sd1",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """One file of a package."""
+
+    size: int
+    """Bytes; checked whenever a package is opened."""
+    sha256: str
+    """Hexadecimal, for whoever copies packages about."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One component: a weights file and the graphs that point into it."""
+
+    graphs: Mapping[str, str]
+    """Path of each variant; every component has ``plain``."""
+    files: Mapping[str, File]
+    """Every file of the component by its path: graphs and weights."""
+    precision: str
+    """How the weights are stored: fp32 or fp16; ``unknown`` for what others exported."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latents:
+    """What the U-Net works on, and how it relates to pictures."""
+
+    channels: int
+    downscale: int
+    """Pixels for each latent cell, per axis."""
+    scaling_factor: float
+    """Latents are the VAE's values less ``shift_factor``, times this."""
+    shift_factor: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoder:
+    """A text encoder and what the U-Net reads of it."""
+
+    component: str
+    tokenizer: str
+    """Directory of its tokenizer files."""
+    length: int
+    """Tokens of a prompt, start and end included: S."""
+    output: str
+    """Name of the output with the hidden states, (N, S, C)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a package came from."""
+
+    name: str
+    """Hub id, or the name of a file or directory."""
+    revision: str | None = None
+    exporter: str
+    """Program and version that wrote it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """All that ``sdonnx.json`` says."""
+
+    format: int = FORMAT
+    family: str
+    target: str
+    """What the graphs were written for: any device of DEVICES (``generic``)."""
+    default_size: int
+    """Width and height in pixels where a request names none."""
+    scheduler: Mapping[str, Any]
+    """diffusers' scheduler_config.json as published: prediction type, betas, spacing, the default sampler."""
+    latents: Latents
+    text_encoders: tuple[TextEncoder, ...]
+    components: Mapping[str, Component]
+    source: Source
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Writes ``sdonnx.json`` into ``root``."""
+    (root / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        PackageError: the file is missing, unreadable or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PackageError(f"{path} can't be read ({error.strerror}); run 'sdonnx export' again") from None
+    except ValueError:
+        raise PackageError(f"{path} is not valid JSON; run 'sdonnx export' again") from None
+    if not isinstance(found, dict):
+        raise PackageError(f"{path} holds no JSON object; run 'sdonnx export' again")
+    return found  # pyright: ignore[reportUnknownVariableType]
+
+
+def read_manifest(root: Path) -> Manifest:
+    """The manifest in ``root``.
+
+    Raises:
+        PackageError: it is damaged, incomplete, or of a format or family that this version can't run.
+    """
+    path = root / MANIFEST
+    data = read_json(path)
+    if data.get("format") != FORMAT:
+        raise PackageError(
+            f"{path} has format {data.get('format')!r}, this version reads {FORMAT}; "
+            "update sdonnx, or export the checkpoint again"
+        )
+    manifest = parse(Manifest, data, str(path))
+    if manifest.family not in FAMILIES:
+        raise PackageError(f"{path}: family '{manifest.family}' is unknown; this version runs {', '.join(FAMILIES)}")
+    return manifest

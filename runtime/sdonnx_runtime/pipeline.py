@@ -1,0 +1,148 @@
+"""The pipeline: what `sdonnx.load` gives."""
+
+import secrets
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import Any
+
+from sdonnx_runtime.components import Components, Runner
+from sdonnx_runtime.errors import RequestError
+from sdonnx_runtime.generation import Generation, Progress
+from sdonnx_runtime.package import Package
+from sdonnx_runtime.request import Request, Result, check_request
+from sdonnx_runtime.samplers import resolve_sampler
+from sdonnx_runtime.schedule import SchedulerConfig, default_sampler, make_schedule
+from sdonnx_runtime.session import Cancelled, Session
+
+
+class Pipeline:
+    """Makes pictures with a package.
+
+    Args:
+        package: an opened package.
+        device: auto, cuda, directml or cpu.
+        threads: CPU threads; None is one for each physical core.
+        keep_loaded: keeps every component in memory between and during generations, which saves loading time
+            and costs memory; without it the text encoder is gone before the U-Net runs, and the U-Net before
+            the VAE decodes.
+        memory_limit: bytes the device may use (CUDA).
+
+    Raises:
+        RequestError: ``threads`` is less than 1.
+        PackageError: the package's scheduler is one that this version can't honour.
+    """
+
+    def __init__(
+        self,
+        package: Package,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        keep_loaded: bool = False,
+        memory_limit: int | None = None,
+    ) -> None:
+        if threads is not None and threads < 1:
+            raise RequestError(f"threads is {threads}; give a whole number of at least 1")
+        self.package = package
+        self._scheduler = SchedulerConfig.from_dict(package.manifest.scheduler)
+        self._components = Components(
+            package,
+            lambda path: Session(path, device=device, threads=threads, memory_limit=memory_limit),
+            keep_loaded=keep_loaded,
+        )
+
+    def generate(self, request: Request | str, **changes: Any) -> Result:
+        """Makes pictures: ``generate("a cat", seed=1)``, or with a `Request`.
+
+        Args:
+            request: the prompt, or a whole request.
+            **changes: fields of `Request`, over those of ``request``.
+
+        Raises:
+            RequestError: the request can't be served.
+            PackageError: the package is damaged.
+            DeviceError: the device is absent or failed.
+        """
+        stream = self.stream(request, **changes)
+        for _ in stream:
+            pass
+        return stream.result
+
+    def stream(self, request: Request | str, **changes: Any) -> "Stream":
+        """Like `generate`, step by step: iterate for progress, stop iterating to cancel, then take ``result``."""
+        checked = self.check(request, **changes)
+        run = Runner(self._components)
+        return Stream(Generation(self.package, run, self._scheduler, checked), run)
+
+    def check(self, request: Request | str, **changes: Any) -> Request:
+        """The request with every choice made, or a RequestError; runs nothing."""
+        known = [item.name for item in fields(Request)]
+        unknown = [name for name in changes if name not in known]
+        if unknown:
+            raise RequestError(f"a request has no '{unknown[0]}'; its fields are {', '.join(known)}")
+        manifest = self.package.manifest
+        asked = request if isinstance(request, Request) else Request(prompt=request)
+        checked = check_request(
+            replace(asked, **changes),
+            multiple=manifest.latents.downscale,
+            default_size=manifest.default_size,
+            random_seed=secrets.randbits(32),
+        )
+        sampler = default_sampler(self._scheduler) if checked.sampler is None else resolve_sampler(checked.sampler)
+        make_schedule(self._scheduler, sampler, checked.num_inference_steps)
+        return replace(checked, sampler=sampler)
+
+    def close(self) -> None:
+        """Unloads every component."""
+        self._components.close()
+
+    def __enter__(self) -> "Pipeline":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Stream(Iterator[Progress]):
+    """A generation under way; made by `Pipeline.stream`.
+
+    Dropping it, `close` or an exception in the loop around it cancels; from another thread `close` stops inside
+    the current step, and the loop ends.
+    """
+
+    def __init__(self, generation: Generation, run: Runner) -> None:
+        self._generation, self._run = generation, run
+        self._steps = generation.steps()
+
+    @property
+    def request(self) -> Request:
+        """The request with every choice made."""
+        return self._generation.request
+
+    @property
+    def result(self) -> Result:
+        """The pictures, once the iteration has ended by itself.
+
+        Raises:
+            RequestError: it has not.
+        """
+        if self._generation.result is None:
+            raise RequestError("the generation has no result: it was cancelled, or not all its steps were taken")
+        return self._generation.result
+
+    def close(self) -> None:
+        """Cancels, from any thread."""
+        self._run.cancel()
+        try:
+            self._steps.close()
+        except ValueError:  # another thread is inside the step, which ends now
+            return
+
+    def __next__(self) -> Progress:
+        try:
+            return next(self._steps)
+        except Cancelled:
+            raise StopIteration from None
+
+    def __del__(self) -> None:
+        self.close()

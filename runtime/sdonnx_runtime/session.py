@@ -1,0 +1,266 @@
+"""ONNX Runtime behind one small class: devices and their options, running, cancelling, errors in our words."""
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from sdonnx_runtime.arrays import AnyArray
+from sdonnx_runtime.errors import DeviceError, PackageError, RequestError, SdonnxError
+
+logger = logging.getLogger(__name__)
+
+
+class Cancelled(SdonnxError):  # noqa: N818
+    """A run was stopped from another thread."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """How one kind of device is driven."""
+
+    provider: str
+    """ONNX Runtime's name for it."""
+    extra: str
+    """What to install for it: ``pip install "sdonnx[extra]"``."""
+    options: Mapping[str, str] = field(default_factory=lambda: dict[str, str]())
+    """Provider options."""
+    memory_limit_option: str | None = None
+    """The provider option that caps its memory, in bytes."""
+    memory_pattern: bool = True
+    """Whether buffers may be planned from the first run; DirectML can't."""
+
+
+DEVICES: dict[str, Device] = {
+    "cuda": Device(
+        provider="CUDAExecutionProvider",
+        extra="cuda",
+        # Growing by powers of two would take twice what a small GPU has to give.
+        options={"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_use_max_workspace": "0"},
+        memory_limit_option="gpu_mem_limit",
+    ),
+    "directml": Device(provider="DmlExecutionProvider", extra="directml", memory_pattern=False),
+    "cpu": Device(provider="CPUExecutionProvider", extra="cpu"),
+}
+"""Best first: the order in which ``auto`` tries them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Port:
+    """An input or output of a graph, as its session describes it."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str | None, ...]
+
+
+def provider_options(name: str, memory_limit: int | None = None) -> dict[str, str]:
+    """The options that device ``name`` is opened with.
+
+    Args:
+        name: a key of DEVICES.
+        memory_limit: bytes that the device may use; None is no limit.
+
+    Raises:
+        RequestError: the device has no such limit.
+    """
+    device = DEVICES[name]
+    if memory_limit is None:
+        return dict(device.options)
+    if device.memory_limit_option is None:
+        limited = ", ".join(key for key, other in DEVICES.items() if other.memory_limit_option is not None)
+        raise RequestError(f"a memory limit can't be set on '{name}'; it works on {limited}")
+    return {**device.options, device.memory_limit_option: str(memory_limit)}
+
+
+def runtime_version() -> str:
+    """ONNX Runtime's version."""
+    return str(_runtime().__version__)
+
+
+def candidates(device: str) -> list[str]:
+    """The devices to try for ``device``: itself, or for ``auto`` all that this ONNX Runtime was built for.
+
+    Raises:
+        RequestError: there is no device of that name.
+        DeviceError: this ONNX Runtime was built without it.
+    """
+    built = set(_runtime().get_available_providers())
+    if device == "auto":
+        return [name for name, known in DEVICES.items() if known.provider in built]
+    if device not in DEVICES:
+        raise RequestError(f"there is no device '{device}'; choose auto, {', '.join(DEVICES)}")
+    if DEVICES[device].provider not in built:
+        raise DeviceError(
+            f"device '{device}' is not available: the installed ONNX Runtime {runtime_version()} has no "
+            f"{DEVICES[device].provider}; {_install_hint(device)}"
+        )
+    return [device]
+
+
+class Session:
+    """A loaded graph on a device.
+
+    Args:
+        path: the ``.onnx`` file; weights beside it are memory-mapped.
+        device: auto, or a key of DEVICES.
+        threads: CPU threads; None is one for each physical core.
+        memory_limit: bytes the device may use, where it knows such a limit.
+
+    Raises:
+        DeviceError: the device is absent or fails to initialise.
+        PackageError: the graph can't be loaded.
+    """
+
+    def __init__(
+        self, path: Path, *, device: str = "auto", threads: int | None = None, memory_limit: int | None = None
+    ) -> None:
+        self.path = path
+        self.device, self._session = _open(path, device, threads, memory_limit)
+        self.inputs = _ports(self._session.get_inputs())
+        self.outputs = _ports(self._session.get_outputs())
+        self._options: Any = None
+
+    def run(self, feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+        """All outputs by name; inputs are cast to the element types and ranks that the graph wants.
+
+        Ctrl-C stops it inside, between two operators.
+
+        Raises:
+            PackageError: the graph wants an input that is not in ``feeds``, or gives values that are not finite.
+            DeviceError: the device failed, for example for lack of memory.
+            Cancelled: `cancel` was called.
+        """
+        options = _runtime().RunOptions()
+        prepared = {port.name: self._fit(port, feeds) for port in self.inputs}
+        outcome: list[Any] = []
+
+        def work() -> None:
+            try:
+                outcome.append(self._session.run(None, prepared, options))
+            except Exception as error:  # noqa: BLE001 — whatever ONNX Runtime raises is sorted out below
+                outcome.append(error)
+
+        self._options = options
+        worker = threading.Thread(target=work, name=f"sdonnx {self.path.parent.name}", daemon=True)
+        worker.start()
+        try:
+            while worker.is_alive():
+                worker.join(timeout=0.2)  # a wait without limit would keep Ctrl-C out on Windows
+        except BaseException:
+            options.terminate = True
+            worker.join()
+            raise
+        finally:
+            self._options = None
+        return self._sorted_out(outcome[0], terminated=bool(options.terminate))
+
+    def cancel(self) -> None:
+        """Stops the run that another thread is in; without one, nothing."""
+        options = self._options
+        if options is not None:
+            options.terminate = True
+
+    def _fit(self, port: Port, feeds: Mapping[str, AnyArray]) -> AnyArray:
+        if port.name not in feeds:
+            raise PackageError(
+                f"{self.path} wants an input '{port.name}' that this version can't give; "
+                f"it gives {', '.join(feeds)}"
+            )
+        given = feeds[port.name].astype(port.dtype, copy=False)
+        return given.reshape((1,) * (len(port.shape) - given.ndim) + given.shape)
+
+    def _sorted_out(self, outcome: Any, *, terminated: bool) -> dict[str, AnyArray]:
+        if isinstance(outcome, Exception):
+            if terminated:
+                raise Cancelled("the run was cancelled") from None
+            reason = _first_line(outcome)
+            remedy = "choose a smaller size or another device" if "alloc" in reason.lower() else "try another device"
+            raise DeviceError(f"{self.path} failed on device '{self.device}': {reason}; {remedy}") from None
+        results = dict(zip((port.name for port in self.outputs), outcome, strict=True))
+        for name, value in results.items():
+            if value.dtype.kind == "f" and not np.isfinite(value).all():
+                raise PackageError(
+                    f"{self.path} gave values in '{name}' that are not finite; "
+                    "the checkpoint is damaged or overflows: export it again, with --precision fp32"
+                )
+        return results
+
+
+def _open(path: Path, device: str, threads: int | None, memory_limit: int | None) -> tuple[str, Any]:
+    if not path.is_file():
+        raise PackageError(f"{path} is missing; run 'sdonnx export' again")
+    names = candidates(device)
+    for index, name in enumerate(names):
+        try:
+            return name, _open_on(path, name, threads, memory_limit)
+        except DeviceError as error:
+            if index == len(names) - 1:
+                raise
+            logger.warning("%s; trying %s", error, names[index + 1])
+    raise DeviceError(f"this ONNX Runtime offers none of {', '.join(DEVICES)}; {_install_hint('cpu')}")
+
+
+def _open_on(path: Path, name: str, threads: int | None, memory_limit: int | None) -> Any:
+    runtime, device = _runtime(), DEVICES[name]
+    settings = runtime.SessionOptions()
+    settings.log_severity_level = 4  # what goes wrong comes back as an exception
+    settings.intra_op_num_threads = threads if threads is not None else 0
+    settings.enable_mem_pattern = device.memory_pattern
+    settings.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
+    providers = [(device.provider, provider_options(name, memory_limit if name != "cpu" else None))]
+    if name != "cpu":
+        providers.append((DEVICES["cpu"].provider, {}))  # for the few operators that a device leaves out
+    try:
+        session = runtime.InferenceSession(str(path), settings, providers=providers, enable_fallback=0)
+    except Exception as error:  # noqa: BLE001 — ONNX Runtime's exceptions have no common base of their own
+        if name == "cpu":
+            raise PackageError(f"{path} can't be loaded: {_first_line(error)}; run 'sdonnx export' again") from None
+        raise DeviceError(
+            f"device '{name}' failed to initialise: {_first_line(error)}; check its driver, or use --device cpu"
+        ) from None
+    if device.provider not in session.get_providers():
+        raise DeviceError(
+            f"device '{name}' failed to initialise: ONNX Runtime could not start {device.provider}; "
+            "check its driver, or use --device cpu"
+        )
+    return session
+
+
+def _runtime() -> ModuleType:
+    try:
+        import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
+    except ImportError:
+        raise DeviceError(f"ONNX Runtime is not installed; {_install_hint('cpu')} (or cuda, or directml)") from None
+    return onnxruntime
+
+
+def _install_hint(device: str) -> str:
+    return f"""install it with pip install "sdonnx[{DEVICES[device].extra}]\""""
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")[:300]
+
+
+def _ports(described: Sequence[Any]) -> tuple[Port, ...]:
+    return tuple(
+        Port(name=item.name, dtype=_DTYPES.get(item.type, np.dtype(np.float32)), shape=tuple(item.shape))
+        for item in described
+    )
+
+
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(double)": np.dtype(np.float64),
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(int32)": np.dtype(np.int32),
+    "tensor(bool)": np.dtype(np.bool_),
+}

@@ -1,0 +1,5 @@
+"""``python -m sdonnx`` is the command line."""
+
+from sdonnx.cli import main
+
+main()

@@ -1,0 +1,290 @@
+"""The command line: ``sdonnx export``, ``sdonnx run``, ``sdonnx info``."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import Enum
+from itertools import count as count_from
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+import sdonnx
+from sdonnx.models import find_model
+from sdonnx_runtime.images import check_writable
+from sdonnx_runtime.samplers import SAMPLERS
+from sdonnx_runtime.schedule import SchedulerConfig, default_sampler
+from sdonnx_runtime.session import DEVICES
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Stable Diffusion on ONNX Runtime, without PyTorch: export a checkpoint once, then run it anywhere.",
+)
+out = Console()
+err = Console(stderr=True)
+
+
+class Precision(str, Enum):
+    """How weights are stored."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+
+
+class Via(str, Enum):
+    """Where graphs come from."""
+
+    native = "native"
+    optimum = "optimum"
+
+
+Device = Enum("Device", {name: name for name in ["auto", *DEVICES]}, type=str)
+
+
+@app.command()
+def export(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SRC", help="A diffusers directory, a Hub id, or a .safetensors or .ckpt file."),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="The package. [default: SRC's name + -onnx]")
+    ] = None,
+    precision: Annotated[
+        Precision, typer.Option(help="How weights are stored; fp16 takes half the disk.")
+    ] = Precision.fp32,
+    vae: Annotated[
+        str | None, typer.Option(metavar="SRC", help="Take the VAE from here instead: as SRC, or a VAE alone.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="R", help="Branch, tag or commit of a Hub id. [default: main]")
+    ] = None,
+    via: Annotated[
+        Via, typer.Option(help="native writes its own graphs; optimum traces the model (needs torch).")
+    ] = Via.native,
+    force: Annotated[bool, typer.Option("--force", help="Replace the package if it exists.")] = False,
+) -> None:
+    """Turn a checkpoint into a package that [b]sdonnx run[/b] can use.
+
+    [dim]sdonnx export runwayml/stable-diffusion-v1-5 -o sd15 --precision fp16[/dim]
+    """
+    try:
+        from sdonnx_export.export import export as export_package
+    except ModuleNotFoundError as error:
+        raise sdonnx.ExportError(
+            f"""exporting needs {error.name}, which is not installed; pip install "sdonnx[export]\""""
+        ) from None
+    with _bar("{task.description}") as bar:
+        task = bar.add_task("starting", total=1.0)
+        directory = export_package(
+            source,
+            output,
+            precision=precision.value,
+            vae=vae,
+            revision=revision,
+            via=via.value,
+            force=force,
+            report=lambda what, done: bar.update(task, description=what, completed=done),
+        )
+    err.print(f"""{directory} is ready: sdonnx run "a photograph of a cat" -m {directory}""", highlight=False)
+
+
+@app.command()
+def run(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="PACKAGE", help="A package's directory, or a Hub id of one."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="OUT.png", help="Where to; several get their seed's number added. [default: sdonnx-SEED.png]"),
+    ] = None,
+    negative: Annotated[str, typer.Option(metavar="TEXT", help="What to keep away from.")] = "",
+    steps: Annotated[int, typer.Option(metavar="N", help="Denoising steps: more is slower and finer.")] = 20,
+    guidance: Annotated[
+        float, typer.Option(metavar="G", help="How closely to follow the prompt; 1 is not at all, and twice as fast.")
+    ] = 7.5,
+    seed: Annotated[
+        int | None, typer.Option(metavar="S", help="The same seed is the same picture. [default: random]")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="Pixels, multiples of 8. [default: the model's own]")
+    ] = None,
+    count: Annotated[int, typer.Option(metavar="N", help="Pictures to make, with seeds S, S+1, …")] = 1,
+    sampler: Annotated[
+        str | None, typer.Option(metavar="NAME", help=f"{', '.join(SAMPLERS)}. [default: the model's own]")
+    ] = None,
+    device: Annotated[Device, typer.Option(help="Where to run; auto takes the best there is.")] = Device.auto,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", help="CPU threads. [default: one for each physical core]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
+) -> None:
+    """Make a picture with a package.
+
+    [dim]sdonnx run "a red apple on a blue background" -m sd15 -o apple.png --seed 7[/dim]
+    """
+    width, height = _parse_size(size)
+    package = find_model(_required(model))
+    with sdonnx.load(package, device=device.value, threads=threads) as pipe:
+        request = pipe.check(
+            prompt,
+            negative_prompt=negative,
+            width=width,
+            height=height,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            seed=seed,
+            num_images=count,
+            sampler=sampler,
+        )
+        paths = _output_paths(output, request)
+        for path in paths:
+            check_writable(path)
+        result = _generate(pipe, request)
+    for index, path in enumerate(paths):
+        sdonnx.save_png(result, index, path)
+    if as_json:
+        _print_json(_described(result, paths))
+        return
+    for path, made in zip(paths, result.seeds, strict=True):
+        err.print(f"{path}  seed {made}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def info(
+    package: Annotated[str, typer.Argument(metavar="PACKAGE", help="A package's directory, or a Hub id of one.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything the manifest says as JSON.")] = False,
+) -> None:
+    """Show what a package is: where it came from, what it holds, what it takes on disk."""
+    opened = sdonnx.Package.open(find_model(package))
+    manifest = opened.manifest
+    if as_json:
+        _print_json({"path": str(opened.root), "inferred": opened.foreign, **asdict(manifest)})
+        return
+    facts = Table.grid(padding=(0, 2))
+    source = manifest.source
+    facts.add_row("package", str(opened.root))
+    facts.add_row("family", manifest.family)
+    facts.add_row("source", source.name if source.revision is None else f"{source.name} at {source.revision}")
+    facts.add_row("exporter", source.exporter)
+    facts.add_row("size", f"{manifest.default_size} x {manifest.default_size} pixels unless asked otherwise")
+    scheduler = SchedulerConfig.from_dict(manifest.scheduler)
+    facts.add_row("sampler", f"{default_sampler(scheduler)} unless asked otherwise")
+    facts.add_row("predicts", scheduler.prediction_type)
+    for name, component in manifest.components.items():
+        megabytes = sum(file.size for file in component.files.values()) / 1e6
+        facts.add_row(name, f"{component.precision}, {megabytes:,.1f} MB")
+    out.print(facts, highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """The entry point: errors become one line on stderr and an exit code, 2 for usage and 1 for the rest."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_log_handler()])
+    try:
+        app(standalone_mode=True)
+    except sdonnx.RequestError as error:
+        _fail(error, 2)
+    except sdonnx.SdonnxError as error:
+        _fail(error, 1)
+    except KeyboardInterrupt:
+        err.print("stopped")
+        sys.exit(130)
+
+
+def _fail(error: Exception, code: int) -> None:
+    err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _log_handler() -> logging.Handler:
+    return RichHandler(console=err, show_time=False, show_path=False, markup=False)
+
+
+def _required(model: str | None) -> str:
+    if model is None:
+        raise sdonnx.RequestError("no model was named; give one with -m, or make one with 'sdonnx export'")
+    return model
+
+
+def _parse_size(size: str | None) -> tuple[int | None, int | None]:
+    if size is None:
+        return None, None
+    parts = size.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise sdonnx.RequestError(f"size is '{size}'; give width and height in pixels, such as 512x512")
+    return int(parts[0]), int(parts[1])
+
+
+def _output_paths(output: Path | None, request: sdonnx.Request) -> list[Path]:
+    """A path for each picture; without ``-o`` none that exists already."""
+    seeds = [(request.seed or 0) + index for index in range(request.num_images)]
+    if output is None:
+        return [_unused(Path(f"sdonnx-{seed}.png")) for seed in seeds]
+    if output.suffix.lower() != ".png":
+        raise sdonnx.RequestError(f"the picture is named {output.name}; give a name that ends in .png")
+    if request.num_images == 1:
+        return [output]
+    return [output.with_name(f"{output.stem}-{seed}{output.suffix}") for seed in seeds]
+
+
+def _unused(path: Path) -> Path:
+    candidates = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count_from(2))
+    return path if not path.exists() else next(other for other in candidates if not other.exists())
+
+
+def _generate(pipe: sdonnx.Pipeline, request: sdonnx.Request) -> sdonnx.Result:
+    stream = pipe.stream(request)
+    with _bar("{task.description}", MofNCompleteColumn(), TextColumn("{task.fields[pace]}")) as bar:
+        task = bar.add_task("encoding the prompt", total=None, pace="")
+        for step in stream:
+            total = step.num_steps * step.num_images
+            done = step.image * step.num_steps + step.step + 1
+            what = "decoding" if done == total else "denoising"
+            pace = f"{step.seconds:.2f} s/step"
+            bar.update(task, description=what, total=total, completed=done, pace=pace)
+    return stream.result
+
+
+@contextmanager
+def _bar(text: str, *columns: ProgressColumn) -> Iterator[Progress]:
+    """A progress bar on stderr that is gone when the work is done."""
+    with Progress(
+        TextColumn(text), BarColumn(), *columns, TimeRemainingColumn(), console=err, transient=True
+    ) as bar:
+        yield bar
+
+
+def _described(result: sdonnx.Result, paths: list[Path]) -> dict[str, Any]:
+    return {
+        "images": [
+            {"path": str(path), "seed": seed} for path, seed in zip(paths, result.seeds, strict=True)
+        ],
+        "request": asdict(result.request),
+        "model": result.model,
+        "timings": asdict(result.timings),
+    }
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")

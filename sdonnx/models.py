@@ -1,0 +1,75 @@
+"""Finding a model by what a person calls it: a directory, a bundled model's name, or a Hub id."""
+
+import re
+from pathlib import Path
+
+from sdonnx_models import bundled
+from sdonnx_runtime.errors import PackageError
+from sdonnx_runtime.package import Package
+from sdonnx_runtime.pipeline import Pipeline
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ("*.json", "*.txt", "*.onnx", "*.onnx_data", "*.onnx.data")
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    keep_loaded: bool = False,
+    memory_limit: int | None = None,
+) -> Pipeline:
+    """Opens a package; its components are loaded when they are first needed.
+
+    Args:
+        model: a package's or an optimum export's directory, the name of a bundled model, or a Hub id of one.
+        device: auto (the best there is), cuda, directml or cpu.
+        threads: CPU threads; None is one for each physical core.
+        keep_loaded: keeps components in memory, for many pictures in a row.
+        memory_limit: bytes the device may use (CUDA).
+
+    Raises:
+        PackageError: there is no such package, or it is damaged.
+        RequestError: ``threads`` is out of its range.
+    """
+    return Pipeline(
+        Package.open(find_model(model)),
+        device=device,
+        threads=threads,
+        keep_loaded=keep_loaded,
+        memory_limit=memory_limit,
+    )
+
+
+def find_model(model: str | Path) -> Path:
+    """The directory of a package; one on the Hub is downloaded, or taken from the Hub's cache.
+
+    Raises:
+        PackageError: there is none of that name.
+    """
+    path = Path(model)
+    if path.exists():
+        return path
+    name = str(model)
+    known = bundled()
+    if name in known:
+        return known[name]
+    if isinstance(model, str) and _HUB_ID.fullmatch(name):
+        return _from_hub(name)
+    raise PackageError(f"there is no model '{name}': no such directory, bundled model or Hub id; check its spelling")
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        raise PackageError(
+            f"'{name}' is no directory here; to look on the Hub, pip install huggingface-hub"
+        ) from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise PackageError(f"'{name}' is no directory here, and the Hub did not give it: {reason}") from None

@@ -1,0 +1,172 @@
+"""The command line as a person or a program types it, in processes of its own."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+FAST = ["--size", "64x64", "--steps", "2", "--seed", "1"]
+
+
+def sdonnx(*arguments, cwd, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "sdonnx", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100", "NO_COLOR": "1"},
+        **options,
+    )
+
+
+def test_a_checkpoint_to_a_picture(checkpoint, tmp_path):
+    exported = sdonnx("export", checkpoint, cwd=tmp_path)
+    assert exported.returncode == 0, exported.stderr
+    assert "sdonnx run" in exported.stderr
+    assert exported.stdout == ""
+    ran = sdonnx("run", "a red apple", "-m", "tiny-onnx", *FAST, "-o", "apple.png", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert Image.open(tmp_path / "apple.png").size == (64, 64)
+    described = sdonnx("info", "tiny-onnx", cwd=tmp_path)
+    assert "sd1" in described.stdout
+    assert "fp32" in described.stdout
+
+
+def test_json_is_all_that_stdout_gets(package, tmp_path):
+    ran = sdonnx("run", "a cat", "-m", package, *FAST, "--count", 2, "-o", "c.png", "--json", cwd=tmp_path)
+    report = json.loads(ran.stdout)
+    assert [image["seed"] for image in report["images"]] == [1, 2]
+    assert [image["path"] for image in report["images"]] == ["c-1.png", "c-2.png"]
+    assert report["request"]["sampler"] == "pndm"
+    assert all((tmp_path / image["path"]).is_file() for image in report["images"])
+    assert len(report["timings"]["steps"]) >= 4
+    manifest = json.loads(sdonnx("info", package, "--json", cwd=tmp_path).stdout)
+    assert manifest["components"]["unet"]["precision"] == "fp32"
+
+
+def test_without_a_name_pictures_do_not_overwrite_one_another(package, tmp_path):
+    for _ in range(2):
+        assert sdonnx("run", "a cat", "-m", package, *FAST, cwd=tmp_path).returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sdonnx-1-2.png", "sdonnx-1.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["run"], 2, "PROMPT"),
+        (["run", "a cat"], 2, "no model was named"),
+        (["run", "a cat", "--stepz", "3"], 2, "--steps"),
+        (["run", "a cat", "-m", "nowhere"], 1, "no model 'nowhere'"),
+        (["run", "a cat", "-m", "PACKAGE", "--size", "500x512"], 2, "nearest are 496 and 504"),
+        (["run", "a cat", "-m", "PACKAGE", "--size", "big"], 2, "such as 512x512"),
+        (["run", "a cat", "-m", "PACKAGE", "--steps", "0"], 2, "num_inference_steps is 0"),
+        (["run", "a cat", "-m", "PACKAGE", "--guidance", "nan"], 2, "guidance_scale is nan"),
+        (["run", "a cat", "-m", "PACKAGE", "--sampler", "euler_a"], 2, "euler_ancestral"),
+        (["run", "a cat", "-m", "PACKAGE", "--device", "cuda"], 1, "sdonnx[cuda]"),
+        (["run", "a cat", "-m", "PACKAGE", "--device", "npu"], 2, "directml"),
+        (["run", "a cat", "-m", "PACKAGE", "-o", "no/such/place.png"], 1, "can't be written"),
+        (["run", "a cat", "-m", "PACKAGE", "-o", "picture.bmp"], 2, "ends in .png"),
+        (["export", "nowhere"], 1, "nowhere"),
+        (["export", "CHECKPOINT", "-o", "PACKAGE"], 1, "--force"),
+        (["export", "CHECKPOINT", "--precision", "int3"], 2, "fp16"),
+        (["info", "nowhere"], 1, "nowhere"),
+    ],
+)
+def test_mistakes_get_one_clear_line(arguments, code, message, package, checkpoint, tmp_path):
+    names = {"PACKAGE": package, "CHECKPOINT": checkpoint}
+    ran = sdonnx(*[names.get(argument, argument) for argument in arguments], cwd=tmp_path)
+    assert ran.returncode == code, ran.stderr
+    assert message in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert ran.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends Ctrl-C to the whole console")
+def test_ctrl_c_stops_inside_the_step_and_leaves_nothing(package, tmp_path):
+    command = ["run", "a cat", "-m", package, "--size", "1024x1024", "--steps", "500", "-o", "cat.png"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sdonnx", *map(str, command)], cwd=tmp_path, stderr=subprocess.PIPE
+    )
+    time.sleep(4)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert b"Traceback" not in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def limit_file_size(size):
+    """Makes writes past ``size`` bytes fail in the child, as a full disk does."""
+    resource = pytest.importorskip("resource")
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return limit
+
+
+def test_a_full_disk_leaves_nothing(checkpoint, package, tmp_path):
+    exported = sdonnx("export", checkpoint, "-o", "out", cwd=tmp_path, preexec_fn=limit_file_size(100_000))
+    assert exported.returncode == 1
+    assert "can't be written" in exported.stderr
+    ran = sdonnx("run", "a cat", "-m", package, *FAST, "-o", "c.png", cwd=tmp_path, preexec_fn=limit_file_size(99))
+    assert ran.returncode == 1
+    assert "can't be written" in ran.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions are another matter there")
+def test_a_read_only_place(checkpoint, package, tmp_path):
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    place = tmp_path if os.geteuid() != 0 else Path("/sys/kernel")  # where not even root may write
+    exported = sdonnx("export", checkpoint, "-o", place / "out", cwd=tmp_path)
+    ran = sdonnx("run", "a cat", "-m", package, *FAST, "-o", place / "c.png", cwd=tmp_path)
+    tmp_path.chmod(stat.S_IRWXU)
+    assert (exported.returncode, ran.returncode) == (1, 1)
+    assert "can't be written" in exported.stderr
+    assert "can't be written" in ran.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_force_replaces_a_package_and_nothing_else(checkpoint, tmp_path):
+    assert sdonnx("export", checkpoint, "-o", "out", cwd=tmp_path).returncode == 0
+    (tmp_path / "out" / "old").write_text("")
+    assert sdonnx("export", checkpoint, "-o", "out", "--force", cwd=tmp_path).returncode == 0
+    assert not (tmp_path / "out" / "old").exists()
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents" / "thesis.txt").write_text("years of work")
+    refused = sdonnx("export", checkpoint, "-o", "documents", "--force", cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "not a package" in refused.stderr
+    assert (tmp_path / "documents" / "thesis.txt").read_text() == "years of work"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["documents", "out"]
+
+
+def test_a_run_imports_none_of_what_it_promises_to_do_without(package, tmp_path):
+    script = """
+import sys
+from sdonnx.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+heavy = {"torch", "transformers", "diffusers", "onnx", "onnxscript", "onnx_ir", "optimum", "safetensors"}
+print(sorted(heavy & set(sys.modules)))
+"""
+    command = [sys.executable, "-c", script, "run", "a cat", "-m", str(package), *FAST, "-o", "c.png"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == "[]"
+    assert np.asarray(Image.open(tmp_path / "c.png")).shape == (64, 64, 3)

@@ -1,0 +1,97 @@
+"""Packages from strangers: every damage or malice is one clear error, and nothing is read outside of them."""
+
+import json
+import shutil
+
+import pytest
+
+from sdonnx_runtime.errors import PackageError
+from sdonnx_runtime.manifest import MANIFEST
+from sdonnx_runtime.package import Package
+
+
+@pytest.fixture
+def copy(package, tmp_path):
+    return shutil.copytree(package, tmp_path / "copy")
+
+
+def change(copy, path, value):
+    """Sets (or, for ``...``, deletes) what lies under a path of keys in the manifest."""
+    manifest = json.loads((copy / MANIFEST).read_text())
+    place = manifest
+    for key in path[:-1]:
+        place = place[key]
+    if value is ...:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_what_export_wrote_opens(package):
+    opened = Package.open(package)
+    assert opened.manifest.family == "sd1"
+    assert opened.manifest.latents.scaling_factor == 0.18215
+    assert opened.manifest.latents.downscale == 8
+    assert opened.manifest.default_size == 128
+    assert opened.graph("unet") == package / "unet" / "model.onnx"
+    assert not opened.foreign
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["format"], 99, "has format 99, this version reads 1"),
+        (["format"], ..., "has format None"),
+        (["family"], "sd9", "family 'sd9' is unknown"),
+        (["latents"], ..., "has no 'latents'"),
+        (["latents", "channels"], ..., "'latents' has no 'channels'"),
+        (["latents", "channels"], "four", "'channels' is str instead of int"),
+        (["latents", "scaling_factor"], None, "'scaling_factor' is NoneType instead of float"),
+        (["components", "unet", "graphs"], {}, "has no unet"),
+        (["components", "vae_decoder"], ..., "has no vae_decoder"),
+        (["components", "unet", "graphs", "plain"], "../../etc/passwd", "lists no file"),
+        (["components", "unet", "files", "../secret"], {"size": 1, "sha256": ""}, "leaves the package"),
+        (["components", "unet", "files", "/etc/passwd"], {"size": 1, "sha256": ""}, "leaves the package"),
+        (["components", "unet", "files", "C:\\secret"], {"size": 1, "sha256": ""}, "leaves the package"),
+        (["text_encoders"], {}, "is dict instead of list"),
+        (["text_encoders", 0, "tokenizer"], "../tokenizer", "leaves the package"),
+        (["exec"], "rm -rf /", "unknown key 'exec'"),
+    ],
+)
+def test_a_manifest_that_is_wrong(copy, path, value, message):
+    change(copy, path, value)
+    with pytest.raises(PackageError) as error:
+        Package.open(copy)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '"x"', "\x00"])
+def test_a_manifest_that_is_no_json_object(copy, text):
+    (copy / MANIFEST).write_text(text)
+    with pytest.raises(PackageError, match="JSON"):
+        Package.open(copy)
+
+
+def test_weights_cut_after_export(copy):
+    weights = copy / "unet" / "model.onnx_data"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    with pytest.raises(PackageError, match=f"has {len(whole) - 1} bytes instead of {len(whole)}"):
+        Package.open(copy)
+    weights.unlink()
+    with pytest.raises(PackageError, match="model.onnx_data is missing"):
+        Package.open(copy)
+
+
+def test_what_is_no_package(tmp_path, checkpoint):
+    with pytest.raises(PackageError, match="is not a directory"):
+        Package.open(tmp_path / "nowhere")
+    with pytest.raises(PackageError, match=r"neither sdonnx.json nor model_index.json"):
+        Package.open(tmp_path)
+    with pytest.raises(PackageError, match="it is a checkpoint; run 'sdonnx export' on it first"):
+        Package.open(checkpoint)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(PackageError, match="holds a FluxPipeline"):
+        Package.open(tmp_path)

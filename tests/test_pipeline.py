@@ -1,0 +1,202 @@
+"""The loop as a program sees it: seeds, counts, guidance, streaming, cancelling, what stays loaded."""
+
+import gc
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sdonnx
+from sdonnx_runtime import components
+
+SMALL = {"width": 64, "height": 64, "num_inference_steps": 3, "sampler": "euler_ancestral"}
+
+
+@pytest.fixture(scope="module")
+def pipe(package):
+    with sdonnx.load(package) as pipeline:
+        yield pipeline
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Names of the components in the order in which sessions are opened, and how many are alive at once."""
+    log, alive, most = [], set(), [0]
+    real = components.Session
+
+    class Watched(real):
+        def __init__(self, path: Path, **options):
+            super().__init__(path, **options)
+            log.append(path.parent.name)
+            alive.add(id(self))
+            most[0] = max(most[0], len(alive))
+
+        def __del__(self):
+            alive.discard(id(self))
+
+    monkeypatch.setattr("sdonnx_runtime.pipeline.Session", Watched)
+    return log, alive, most
+
+
+@pytest.mark.core
+def test_images_of_a_batch_equal_those_made_alone(pipe):
+    batch = pipe.generate("a cat", seed=7, num_images=3, **SMALL)
+    assert batch.seeds == (7, 8, 9)
+    for index, seed in enumerate(batch.seeds):
+        alone = pipe.generate("a cat", seed=seed, **SMALL)
+        np.testing.assert_array_equal(alone.images[0], batch.images[index])
+        np.testing.assert_array_equal(alone.latents[0], batch.latents[index])
+    assert not np.array_equal(batch.latents[0], batch.latents[1])
+
+
+def test_zero_is_a_seed_and_a_guidance_scale(pipe):
+    zero = pipe.generate("a cat", seed=0, guidance_scale=0, **SMALL)
+    assert zero.seeds == (0,)
+    assert zero.request.guidance_scale == 0
+    again = pipe.generate("another prompt altogether", seed=0, guidance_scale=0, **SMALL)
+    np.testing.assert_allclose(zero.latents, again.latents, atol=1e-5)  # without guidance the prompt is nothing
+    other = pipe.generate("a cat", seed=0, guidance_scale=7.5, **SMALL)
+    assert np.abs(zero.latents - other.latents).max() > 1e-2
+
+
+def test_a_random_seed_is_reported_and_repeats(pipe):
+    first = pipe.generate("a cat", **SMALL)
+    again = pipe.generate("a cat", seed=first.seeds[0], **SMALL)
+    np.testing.assert_array_equal(first.latents, again.latents)
+
+
+@pytest.mark.parametrize(("guidance", "rows"), [(1, 1), (1.0, 1), (7.5, 2), (0, 2)])
+def test_guidance_1_runs_the_unet_on_one_row(package, monkeypatch, guidance, rows):
+    seen = []
+    real = components.Session.run
+
+    def run(self, feeds):
+        if "timestep" in feeds:
+            seen.append(len(feeds["sample"]))
+        return real(self, feeds)
+
+    monkeypatch.setattr(components.Session, "run", run)
+    sdonnx.load(package).generate("a cat", seed=1, guidance_scale=guidance, **SMALL)
+    assert seen == [rows] * SMALL["num_inference_steps"]
+
+
+@pytest.mark.core
+def test_one_component_is_in_memory_at_a_time(package, opened):
+    log, alive, most = opened
+    sdonnx.load(package).generate("a cat", seed=1, num_images=2, **SMALL)
+    assert log == ["text_encoder", "unet", "vae_decoder"]
+    assert most == [1]
+    assert not alive
+
+
+def test_keep_loaded_opens_each_component_once(package, opened):
+    log, alive, _ = opened
+    with sdonnx.load(package, keep_loaded=True) as pipeline:
+        pipeline.generate("a cat", seed=1, **SMALL)
+        pipeline.generate("a dog", seed=1, **SMALL)
+        assert log == ["text_encoder", "unet", "vae_decoder"]
+        assert len(alive) == 3
+    assert not alive
+
+
+def test_stream_tells_of_each_step(pipe):
+    stream = pipe.stream("a cat", seed=3, num_images=2, **SMALL)
+    with pytest.raises(sdonnx.RequestError, match="no result"):
+        _ = stream.result
+    steps = list(stream)
+    assert [(step.image, step.step) for step in steps] == [(i, s) for i in range(2) for s in range(3)]
+    assert {(step.num_images, step.num_steps) for step in steps} == {(2, 3)}
+    assert all(step.latents.shape == step.denoised.shape == (1, 4, 8, 8) for step in steps)
+    result = stream.result
+    np.testing.assert_array_equal(result.latents[1], steps[-1].latents[0])
+    assert result.timings.steps == tuple(step.seconds for step in steps)
+    assert set(result.timings.load) == set(result.timings.run) == {"text_encoder", "unet", "vae_decoder"}
+
+
+def test_leaving_the_loop_cancels_and_frees_the_pipeline(package, opened):
+    _, alive, _ = opened
+    pipeline = sdonnx.load(package)
+    for _step in pipeline.stream("a cat", seed=3, **SMALL):
+        break
+    gc.collect()
+    assert not alive
+    assert len(pipeline.generate("a cat", seed=3, **SMALL).images) == 1
+
+
+def test_a_second_generation_meanwhile_is_refused(package):
+    pipeline = sdonnx.load(package)
+    first = pipeline.stream("a cat", seed=3, **SMALL)
+    next(first)
+    with pytest.raises(sdonnx.RequestError, match="making another picture"):
+        pipeline.generate("a dog", **SMALL)
+    first.close()
+    with pytest.raises(sdonnx.RequestError, match="no result"):
+        _ = first.result
+    pipeline.generate("a dog", **SMALL)
+
+
+@pytest.mark.core
+def test_close_from_another_thread_stops_inside_the_step(package):
+    pipeline = sdonnx.load(package, threads=1)
+    size = {"width": 768, "height": 768, "num_inference_steps": 50, "sampler": "euler"}
+    stream = pipeline.stream("a cat", seed=1, **size)
+    next(stream)
+    timer = threading.Timer(0.2, stream.close)
+    timer.start()
+    steps = list(stream)
+    timer.join()
+    assert len(steps) < 49
+    with pytest.raises(sdonnx.RequestError, match="cancelled"):
+        _ = stream.result
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 500}, "width 500 is not a multiple of 8; the nearest are 496 and 504"),
+        ({"height": 0}, "height is 0"),
+        ({"width": 64.0}, "width is 64.0"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0; give a whole number from 1 to 1000"),
+        ({"num_inference_steps": 1001}, "from 1 to 1000"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
+        ({"guidance_scale": "high"}, "guidance_scale is 'high'"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**63}, "seed is"),
+        ({"num_images": 0}, "num_images is 0"),
+        ({"sampler": "eulr"}, "euler"),
+        ({"prompt": None}, "prompt is None"),
+        ({"steps": 3}, "a request has no 'steps'; its fields are prompt"),
+    ],
+)
+def test_a_request_that_can_not_be_served(pipe, change, message):
+    with pytest.raises(sdonnx.RequestError) as error:
+        pipe.generate(sdonnx.Request(prompt="a cat"), **change)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_long_prompt_is_cut_with_a_warning(pipe, caplog):
+    pipe.generate("a very tall tower " * 30, seed=1, guidance_scale=1, **SMALL)
+    assert "longer than 77 tokens; cut: " in caplog.text
+
+
+def test_threads_must_be_positive(package):
+    with pytest.raises(sdonnx.RequestError, match="threads is 0"):
+        sdonnx.load(package, threads=0)
+
+
+def test_what_is_public_is_what_is_named():
+    assert all(hasattr(sdonnx, name) for name in sdonnx.__all__)
+    errors = {sdonnx.RequestError, sdonnx.PackageError, sdonnx.DeviceError, sdonnx.ExportError}
+    assert all(issubclass(error, sdonnx.SdonnxError) for error in errors)
+    assert issubclass(sdonnx.RequestError, ValueError)
+
+
+def test_models_that_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(sdonnx.PackageError, match="no such directory, bundled model or Hub id"):
+        sdonnx.load("nothing")
+    with pytest.raises(sdonnx.PackageError, match="the Hub did not give it"):
+        sdonnx.load("nobody/nothing")

@@ -1,0 +1,25 @@
+"""Noise equals torch.randn on the CPU."""
+
+import numpy as np
+import pytest
+import torch
+
+from sdonnx_runtime.noise import Noise
+
+SHAPES = [(1, 4, 64, 64), (2, 4, 8, 8), (1, 4, 9, 11), (17,), (31,), (16,), (15,), (3,), (1,), (2,), (1, 4, 13, 7)]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 42, 2**32 - 1, 2**32 + 5, 2**40 + 7, 2**63 - 1, 2**64 - 1])
+def test_noise_equals_torch_draw_after_draw(seed):
+    generator, noise = torch.Generator("cpu").manual_seed(seed), Noise(seed)
+    for shape in SHAPES:
+        expected = torch.randn(shape, generator=generator).numpy()
+        found = noise(shape)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
+
+
+def test_noise_is_standard_normal():
+    values = Noise(3)((1_000_000,))
+    assert abs(values.mean()) < 5e-3
+    assert abs(values.std() - 1) < 5e-3

@@ -1,0 +1,156 @@
+"""Samplers and schedules equal diffusers' scheduler classes, step by step."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from sdonnx_runtime.denoise import predict
+from sdonnx_runtime.errors import PackageError, RequestError
+from sdonnx_runtime.noise import Noise
+from sdonnx_runtime.samplers import SAMPLERS, resolve_sampler
+from sdonnx_runtime.schedule import SchedulerConfig, default_sampler, make_schedule
+
+CLASSES = {
+    "ddim": "DDIMScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+}
+SD15 = {
+    "_class_name": "PNDMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+}
+SHAPE, SEED = (2, 4, 6, 5), 21
+
+
+def model(x, t):
+    """A bounded stand-in for a U-Net: smooth in x, different at every timestep and place."""
+    place = np.arange(x.size, dtype=np.float32).reshape(x.shape)
+    return (np.tanh(1.3 * x + np.sin(place)) * np.cos(t / 400) + 0.3 * np.sin(x * t / 500)).astype(np.float32)
+
+
+def ours(sampler, config, steps):
+    parsed = SchedulerConfig.from_dict(config)
+    schedule = make_schedule(parsed, sampler, steps)
+
+    def run(inputs):
+        return model(inputs["sample"], float(inputs["timestep"]))
+
+    text = np.zeros((1, 77, 8), np.float32)
+    denoise = predict(run, parsed.prediction_type, {"encoder_hidden_states": text})
+    noise = Noise(SEED)
+    x = noise(SHAPE) * np.float32(schedule.init_scale)
+    last = list(SAMPLERS[sampler](denoise, x, schedule, noise))[-1]
+    assert last.x.dtype == np.float32
+    return last.x * np.float32(schedule.final_scale)
+
+
+def theirs(sampler, config, steps):
+    scheduler = getattr(diffusers, CLASSES[sampler]).from_config(config)
+    scheduler.set_timesteps(steps)
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    x = torch.randn(SHAPE, generator=generator) * scheduler.init_noise_sigma
+    options = {"generator": generator} if sampler in ("euler_ancestral", "ddim") else {}
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, t)
+        output = torch.from_numpy(model(scaled.numpy(), float(t)))
+        x = scheduler.step(output, t, x, **options).prev_sample
+    return x.numpy()
+
+
+def distance(found, wanted):
+    return np.abs(found - wanted).max() / np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing", None])
+@pytest.mark.parametrize("steps", [5, 20, 50])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_sampler_equals_diffusers(sampler, steps, spacing, prediction_type):
+    config = {**SD15, "prediction_type": prediction_type}
+    if spacing is not None:  # None: each class has its own default
+        config["timestep_spacing"] = spacing
+    assert distance(ours(sampler, config, steps), theirs(sampler, config, steps)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("sampler", "changes", "steps"),
+    [
+        *[(sampler, {"steps_offset": 0}, 7) for sampler in CLASSES],
+        *[(sampler, {"set_alpha_to_one": True}, 7) for sampler in CLASSES],
+        *[(sampler, {"beta_schedule": "linear", "beta_end": 0.02, "beta_start": 0.0001}, 10) for sampler in CLASSES],
+        *[(sampler, {"beta_schedule": "squaredcos_cap_v2"}, 10) for sampler in ("ddim", "pndm")],
+        *[(sampler, {"final_sigmas_type": "sigma_min"}, n) for sampler in ("euler", "dpmpp_2m") for n in (6, 20)],
+        *[(sampler, {}, steps) for sampler in CLASSES for steps in (1, 2, 3, 14, 15, 33)],
+    ],
+)
+def test_other_settings_equal_diffusers(sampler, changes, steps):
+    config = {**SD15, **changes}
+    assert distance(ours(sampler, config, steps), theirs(sampler, config, steps)) < 1e-4
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_comparison_has_teeth(sampler):
+    """What differs in one setting differs by far more than the tolerance."""
+    base = theirs(sampler, SD15, 20)
+    for change in ({"timestep_spacing": "trailing"}, {"prediction_type": "v_prediction"}, {"beta_schedule": "linear"}):
+        assert distance(ours(sampler, {**SD15, **change}, 20), base) > 1e-3
+
+
+def test_a_config_that_leaves_a_choice_gets_each_class_own_default():
+    parsed = SchedulerConfig.from_dict(SD15)
+    assert make_schedule(parsed, "euler", 20).timesteps[0] == 999
+    assert make_schedule(parsed, "pndm", 20).timesteps[0] == 951
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_published_class_is_the_default(sampler):
+    assert default_sampler(SchedulerConfig.from_dict({**SD15, "_class_name": CLASSES[sampler]})) == sampler
+
+
+@pytest.mark.parametrize(
+    ("change", "works"),
+    [
+        ({"beta_schedule": "sigmoid"}, "scaled_linear"),
+        ({"prediction_type": "flow_prediction"}, "epsilon"),
+        ({"timestep_spacing": "karras"}, "leading"),
+        ({"rescale_betas_zero_snr": True}, "False"),
+        ({"use_karras_sigmas": True}, "False"),
+        ({"thresholding": True}, "False"),
+        ({"clip_sample": True}, "False"),
+        ({"skip_prk_steps": False}, "True"),
+        ({"algorithm_type": "sde-dpmsolver++"}, "dpmsolver++"),
+        ({"solver_order": 3}, "2"),
+        ({"trained_betas": [0.1, 0.2]}, "None"),
+        ({"beta_end": "much"}, "a number"),
+        ({"num_train_timesteps": 10.5}, "a number"),
+    ],
+)
+def test_a_setting_that_would_change_the_picture_is_refused(change, works):
+    with pytest.raises(PackageError, match=f"{next(iter(change))}.*{works.replace('+', '[+]')}"):
+        SchedulerConfig.from_dict({**SD15, **change})
+
+
+def test_an_unknown_class_or_name_says_what_there_is():
+    with pytest.raises(PackageError, match=r"HeunDiscreteScheduler.*EulerDiscreteScheduler"):
+        default_sampler(SchedulerConfig.from_dict({**SD15, "_class_name": "HeunDiscreteScheduler"}))
+    with pytest.raises(RequestError, match="did you mean euler_ancestral"):
+        resolve_sampler("euler_ancestrall")
+    with pytest.raises(RequestError, match="there is no sampler 'x'; choose from ddim"):
+        resolve_sampler("x")
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_steps_beyond_the_model(steps):
+    with pytest.raises(RequestError, match="from 1 to 1000"):
+        make_schedule(SchedulerConfig.from_dict(SD15), "euler", steps)

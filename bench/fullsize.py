@@ -164,8 +164,7 @@ def steps(work: Path, repeats: int, count: int) -> dict[str, dict[str, float]]:
             found.append({**json.loads(result["stdout"]), "peak_rss_mb": result["peak_rss_mb"]})
             print(f"{name}: {found[-1]['step_s']:.2f} s/step", flush=True)
     return {
-        name: {key: statistics.median(run[key] for run in found) for key in found[0]}
-        for name, found in runs.items()
+        name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()
     }
 
 

@@ -1,7 +1,7 @@
 """Makes Stable Diffusion 1.x checkpoints with random weights, without torch: what benches and first steps run on.
 
-    python bench/random_checkpoint.py tiny-sd            # a few MB, pictures of noise in a second
-    python bench/random_checkpoint.py sd15 --size sd15   # 860 M + 123 M + 84 M parameters, 4.3 GB
+python bench/random_checkpoint.py tiny-sd            # a few MB, pictures of noise in a second
+python bench/random_checkpoint.py sd15 --size sd15   # 860 M + 123 M + 84 M parameters, 4.3 GB
 """
 
 import argparse
@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
-
 from sdonnx_export.clip_vocabulary import write_clip_tokenizer
 from sdonnx_export.graph import COMPONENTS
 from sdonnx_export.layers import Matrix

@@ -1,19 +1,20 @@
 """Stable Diffusion on ONNX Runtime, without PyTorch.
 
-    import sdonnx
+import sdonnx
 
-    pipe = sdonnx.load("my-package")
-    result = pipe.generate("a photograph of an astronaut riding a horse", seed=32)
-    result.images[0].save("horse.png")
+pipe = sdonnx.load("my-package")
+result = pipe.generate("a photograph of an astronaut riding a horse", seed=32)
+result.images[0].save("horse.png")
 """
 
-from sdonnx.models import load
 from sdonnx_runtime.errors import DeviceError, ExportError, PackageError, RequestError, SdonnxError
 from sdonnx_runtime.generation import Progress
 from sdonnx_runtime.images import save_png
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.pipeline import Pipeline, Stream
 from sdonnx_runtime.request import Request, Result, Timings
+
+from sdonnx.models import load
 
 __all__ = [
     "DeviceError",

@@ -3,13 +3,12 @@
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict
-from enum import Enum
 from itertools import count as count_from
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeAlias
 
 import typer
 from rich.console import Console
@@ -24,13 +23,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-
-import sdonnx
-from sdonnx.models import find_model
 from sdonnx_runtime.images import check_writable
 from sdonnx_runtime.samplers import SAMPLERS
 from sdonnx_runtime.schedule import SchedulerConfig, default_sampler
-from sdonnx_runtime.session import DEVICES
+
+import sdonnx
+from sdonnx.models import find_model
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,21 +41,9 @@ out = Console()
 err = Console(stderr=True)
 
 
-class Precision(str, Enum):
-    """How weights are stored."""
-
-    fp32 = "fp32"
-    fp16 = "fp16"
-
-
-class Via(str, Enum):
-    """Where graphs come from."""
-
-    native = "native"
-    optimum = "optimum"
-
-
-Device = Enum("Device", {name: name for name in ["auto", *DEVICES]}, type=str)
+Precision: TypeAlias = Literal["fp32", "fp16"]
+Via: TypeAlias = Literal["native", "optimum"]
+Device: TypeAlias = Literal["auto", "cpu", "cuda", "directml"]
 
 
 @app.command()
@@ -67,20 +53,20 @@ def export(
         typer.Argument(metavar="SRC", help="A diffusers directory, a Hub id, or a .safetensors or .ckpt file."),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="The package. [default: SRC's name + -onnx]")
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="The package. [default: SRC's name + -onnx]"),
     ] = None,
-    precision: Annotated[
-        Precision, typer.Option(help="How weights are stored; fp16 takes half the disk.")
-    ] = Precision.fp32,
+    precision: Annotated[Precision, typer.Option(help="How weights are stored; fp16 takes half the disk.")] = "fp32",
     vae: Annotated[
-        str | None, typer.Option(metavar="SRC", help="Take the VAE from here instead: as SRC, or a VAE alone.")
+        str | None,
+        typer.Option(metavar="SRC", help="Take the VAE from here instead: as SRC, or a VAE alone."),
     ] = None,
     revision: Annotated[
         str | None, typer.Option(metavar="R", help="Branch, tag or commit of a Hub id. [default: main]")
     ] = None,
     via: Annotated[
         Via, typer.Option(help="native writes its own graphs; optimum traces the model (needs torch).")
-    ] = Via.native,
+    ] = "native",
     force: Annotated[bool, typer.Option("--force", help="Replace the package if it exists.")] = False,
 ) -> None:
     """Turn a checkpoint into a package that [b]sdonnx run[/b] can use.
@@ -98,10 +84,10 @@ def export(
         directory = export_package(
             source,
             output,
-            precision=precision.value,
+            precision=precision,
             vae=vae,
             revision=revision,
-            via=via.value,
+            via=via,
             force=force,
             report=lambda what, done: bar.update(task, description=what, completed=done),
         )
@@ -117,12 +103,18 @@ def run(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="OUT.png", help="Where to; several get their seed's number added. [default: sdonnx-SEED.png]"),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT.png",
+            help="Where to; several get their seed's number added. [default: sdonnx-SEED.png]",
+        ),
     ] = None,
     negative: Annotated[str, typer.Option(metavar="TEXT", help="What to keep away from.")] = "",
     steps: Annotated[int, typer.Option(metavar="N", help="Denoising steps: more is slower and finer.")] = 20,
     guidance: Annotated[
-        float, typer.Option(metavar="G", help="How closely to follow the prompt; 1 is not at all, and twice as fast.")
+        float,
+        typer.Option(metavar="G", help="How closely to follow the prompt; 1 is not at all, and twice as fast."),
     ] = 7.5,
     seed: Annotated[
         int | None, typer.Option(metavar="S", help="The same seed is the same picture. [default: random]")
@@ -134,7 +126,7 @@ def run(
     sampler: Annotated[
         str | None, typer.Option(metavar="NAME", help=f"{', '.join(SAMPLERS)}. [default: the model's own]")
     ] = None,
-    device: Annotated[Device, typer.Option(help="Where to run; auto takes the best there is.")] = Device.auto,
+    device: Annotated[Device, typer.Option(help="Where to run; auto takes the best there is.")] = "auto",
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="CPU threads. [default: one for each physical core]")
     ] = None,
@@ -146,7 +138,7 @@ def run(
     """
     width, height = _parse_size(size)
     package = find_model(_required(model))
-    with sdonnx.load(package, device=device.value, threads=threads) as pipe:
+    with sdonnx.load(package, device=device, threads=threads) as pipe:
         request = pipe.check(
             prompt,
             negative_prompt=negative,
@@ -267,19 +259,15 @@ def _generate(pipe: sdonnx.Pipeline, request: sdonnx.Request) -> sdonnx.Result:
 
 
 @contextmanager
-def _bar(text: str, *columns: ProgressColumn) -> Iterator[Progress]:
+def _bar(text: str, *columns: ProgressColumn) -> Generator[Progress, None, None]:
     """A progress bar on stderr that is gone when the work is done."""
-    with Progress(
-        TextColumn(text), BarColumn(), *columns, TimeRemainingColumn(), console=err, transient=True
-    ) as bar:
+    with Progress(TextColumn(text), BarColumn(), *columns, TimeRemainingColumn(), console=err, transient=True) as bar:
         yield bar
 
 
 def _described(result: sdonnx.Result, paths: list[Path]) -> dict[str, Any]:
     return {
-        "images": [
-            {"path": str(path), "seed": seed} for path, seed in zip(paths, result.seeds, strict=True)
-        ],
+        "images": [{"path": str(path), "seed": seed} for path, seed in zip(paths, result.seeds, strict=True)],
         "request": asdict(result.request),
         "model": result.model,
         "timings": asdict(result.timings),

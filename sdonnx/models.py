@@ -62,12 +62,10 @@ def find_model(model: str | Path) -> Path:
 
 def _from_hub(name: str) -> Path:
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError:
-        raise PackageError(
-            f"'{name}' is no directory here; to look on the Hub, pip install huggingface-hub"
-        ) from None
+        raise PackageError(f"'{name}' is no directory here; to look on the Hub, pip install huggingface-hub") from None
     try:
         return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import random_checkpoint
-
 from sdonnx_export.export import export
 
 

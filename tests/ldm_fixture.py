@@ -7,9 +7,8 @@ import torch
 import yaml
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
 from sdonnx_export.clip_vocabulary import write_clip_tokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 VARIATIONS = {
     "plain": {},

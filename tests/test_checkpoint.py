@@ -9,7 +9,6 @@ import torch
 from diffusers import StableDiffusionPipeline
 from ldm_fixture import VARIATIONS, save_ldm, tiny_pipeline
 from safetensors.torch import load_file, save_file
-
 from sdonnx_export.checkpoint import open_checkpoint, open_vae
 from sdonnx_export.config import ClipTextConfig, UNetConfig, VaeConfig
 from sdonnx_export.torch_bridge import load_pickled
@@ -77,7 +76,14 @@ def test_both_layouts_give_the_same_parts(published, layout):
         saved = json.loads((directory / "diffusers" / part / "config.json").read_text())
         assert parse.from_dict(checkpoint.parts[part].config) == parse.from_dict(saved)
     wanted = pipe.scheduler.config
-    for key in ("prediction_type", "beta_start", "beta_end", "beta_schedule", "steps_offset", "skip_prk_steps"):
+    for key in (
+        "prediction_type",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "steps_offset",
+        "skip_prk_steps",
+    ):
         assert checkpoint.scheduler.get(key, wanted[key]) == wanted[key]
 
 
@@ -147,7 +153,9 @@ def test_a_hostile_pickle_executes_nothing(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("source", ["diffusers", "diffusers/vae", "single.safetensors", "vae.safetensors", "ldm.safetensors"])
+@pytest.mark.parametrize(
+    "source", ["diffusers", "diffusers/vae", "single.safetensors", "vae.safetensors", "ldm.safetensors"]
+)
 def test_a_vae_is_found_wherever_it_is(plain, tmp_path, source):
     pipe, directory = plain
     copied = shutil.copytree(directory, tmp_path / "copy")
@@ -196,7 +204,10 @@ def test_single_files_that_are_not_whole(copy):
 
 
 def test_another_vocabulary_needs_its_tokenizer(copy):
-    edit(copy, {"cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": torch.zeros(99, 64)})
+    edit(
+        copy,
+        {"cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": torch.zeros(99, 64)},
+    )
     with pytest.raises(ExportError, match="vocabulary of 99 tokens.*vocab.json"):
         open_checkpoint(str(copy / "single.safetensors"))
     (copy / "vocab.json").write_text("{}")
@@ -234,10 +245,14 @@ def break_it(directory, how):
         "no JSON": lambda: (unet / "config.json").write_text("{"),
         "no tokenizer": lambda: shutil.rmtree(directory / "tokenizer"),
         "no scheduler": lambda: shutil.rmtree(directory / "scheduler"),
-        "shard gone": lambda: weights.rename(weights.with_suffix(".off"))
-        and weights.with_name(f"{weights.name}.index.json").write_text(json.dumps(index)),
-        "shard outside": lambda: weights.rename(weights.with_suffix(".off"))
-        and weights.with_name(f"{weights.name}.index.json").write_text(json.dumps(index)),
+        "shard gone": lambda: (
+            weights.rename(weights.with_suffix(".off"))
+            and weights.with_name(f"{weights.name}.index.json").write_text(json.dumps(index))
+        ),
+        "shard outside": lambda: (
+            weights.rename(weights.with_suffix(".off"))
+            and weights.with_name(f"{weights.name}.index.json").write_text(json.dumps(index))
+        ),
     }[how]()
 
 

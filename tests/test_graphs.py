@@ -8,13 +8,12 @@ import onnx_ir as ir
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
-
 from sdonnx_export.checkpoint import Part, Weight
 from sdonnx_export.graph import build
 from sdonnx_export.stages import cut
 from sdonnx_runtime.errors import ExportError
 from sdonnx_runtime.session import Session
+from transformers import CLIPTextConfig, CLIPTextModel
 
 RNG = np.random.default_rng(0)
 
@@ -150,9 +149,7 @@ def test_fp16_stores_half_the_bytes_and_computes_in_float32(tmp_path):
         sizes[precision] = (directory / "model.onnx_data").stat().st_size
     assert sizes["fp16"] < 0.55 * sizes["fp32"]
     rounded = UNet2DConditionModel(**UNET)
-    state = {
-        name: value.half().float() if value.ndim > 1 else value for name, value in unet.state_dict().items()
-    }
+    state = {name: value.half().float() if value.ndim > 1 else value for name, value in unet.state_dict().items()}
     rounded.load_state_dict(state)
     np.testing.assert_allclose(results["fp16"], unet_reference(rounded.eval(), feeds), atol=2e-5)
     assert np.abs(results["fp16"] - results["fp32"]).max() > 1e-4
@@ -257,9 +254,7 @@ def test_a_config_value_without_a_graph_is_named(part, key, value, works):
         "unet": lambda: UNet2DConditionModel(**UNET),
         "vae": lambda: AutoencoderKL(**VAE),
         "text_encoder": lambda: CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=99, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, bos_token_id=0
-            )
+            CLIPTextConfig(vocab_size=99, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, bos_token_id=0)
         ),
     }[part]()
     whole = part_of(module)

@@ -8,10 +8,10 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from sd_parsers import ParserManager
-
-import sdonnx
 from sdonnx_runtime.images import A1111_NAMES, to_images
 from sdonnx_runtime.samplers import SAMPLERS
+
+import sdonnx
 
 
 def test_values_become_pixels_as_in_diffusers():

@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-
 from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.manifest import MANIFEST
 from sdonnx_runtime.package import Package

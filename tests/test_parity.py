@@ -8,10 +8,10 @@ import pytest
 import torch
 from ldm_fixture import VARIATIONS, save_ldm, tiny_pipeline
 from optimum.onnxruntime import ORTStableDiffusionPipeline
-
-import sdonnx
 from sdonnx_export.export import export
 from sdonnx_runtime.manifest import MANIFEST
+
+import sdonnx
 
 PROMPT, NEGATIVE = "a photograph of an astronaut riding a horse", "blurry, low quality"
 SETTINGS = [
@@ -120,7 +120,7 @@ def test_a_vae_from_elsewhere_replaces_the_checkpoints_own(tiny):
 
 
 def test_fp16_package_is_half_as_large_and_nearly_the_same_picture(tiny):
-    directory, pipe = tiny
+    directory, _ = tiny
     whole = export(str(directory / "diffusers"), directory / "fp32")
     half = export(str(directory / "diffusers"), directory / "fp16", precision="fp16")
     size = {path: sum(f.stat().st_size for f in path.rglob("*.onnx_data")) for path in (whole, half)}

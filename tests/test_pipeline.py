@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sdonnx_runtime import components
 
 import sdonnx
-from sdonnx_runtime import components
 
 SMALL = {"width": 64, "height": 64, "num_inference_steps": 3, "sampler": "euler_ancestral"}
 

@@ -4,7 +4,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-
 from sdonnx_runtime.denoise import predict
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.noise import Noise
@@ -104,7 +103,11 @@ def test_the_comparison_has_teeth(sampler):
     """What differs in one setting differs by far more than the tolerance."""
     base = theirs(sampler, SD15, 20)
     other = "linspace" if sampler in ("ddim", "pndm") else "leading"  # than the class has by itself
-    for change in ({"timestep_spacing": other}, {"prediction_type": "v_prediction"}, {"beta_schedule": "linear"}):
+    for change in (
+        {"timestep_spacing": other},
+        {"prediction_type": "v_prediction"},
+        {"beta_schedule": "linear"},
+    ):
         assert distance(ours(sampler, {**SD15, **change}, 20), base) > 1e-3
 
 

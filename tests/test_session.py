@@ -8,7 +8,6 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-
 from sdonnx_runtime.errors import DeviceError, PackageError, RequestError
 from sdonnx_runtime.session import DEVICES, Cancelled, Session, candidates, provider_options
 

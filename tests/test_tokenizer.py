@@ -158,9 +158,7 @@ def test_every_character_of_the_basic_plane_has_cliptokenizers_ids(sd1):
     tokenizer, slow = Tokenizer.open(sd1), CLIPTokenizer.from_pretrained(sd1)
     blocks = (range(0x3400), range(0xA000, 0xAC10), range(0xD7A0, 0xD800), range(0xF900, 0x10000))
     texts = [f"A{chr(code)}s '{chr(code)}1" for block in blocks for code in block]
-    assert [
-        text for text in texts if tokenizer.ids(text) != slow.convert_tokens_to_ids(slow.tokenize(text))
-    ] == []
+    assert [text for text in texts if tokenizer.ids(text) != slow.convert_tokens_to_ids(slow.tokenize(text))] == []
 
 
 def test_tokenizer_json_equals_cliptokenizerfast(sd1_json):
@@ -198,9 +196,7 @@ def test_small_tokenizer_json(small, tmp_path):
 def test_pad_token_of_stable_diffusion_2(sd1, tmp_path):
     write_clip_tokenizer(tmp_path)
     special = json.loads((tmp_path / "special_tokens_map.json").read_text(encoding="utf-8"))
-    (tmp_path / "special_tokens_map.json").write_text(
-        json.dumps(special | {"pad_token": "!"}), encoding="utf-8"
-    )
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(special | {"pad_token": "!"}), encoding="utf-8")
     tokenizer = Tokenizer.open(tmp_path)
     assert tokenizer.pad == 0
     assert differing(tokenizer, CLIPTokenizer.from_pretrained(tmp_path)) == []
@@ -330,9 +326,7 @@ def test_damaged_files(small, name, content, fact):
 def test_vocabulary_without_special_token(small, missing):
     vocabulary = json.loads((small / "vocab.json").read_text(encoding="utf-8"))
     del vocabulary[missing]
-    assert f"vocab.json lacks the special token '{missing}'" in broken(
-        small, "vocab.json", json.dumps(vocabulary)
-    )
+    assert f"vocab.json lacks the special token '{missing}'" in broken(small, "vocab.json", json.dumps(vocabulary))
 
 
 def test_no_length_at_all(small):

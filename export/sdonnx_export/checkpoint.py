@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import ExportError
 
@@ -50,14 +49,23 @@ class Checkpoint:
     """Directory with the tokenizer's files; None stands for CLIP's own."""
 
 
-PARTS = {"text_encoder": ("model", "pytorch_model"), "unet": ("diffusion_pytorch_model",) * 2, "vae": ("diffusion_pytorch_model",) * 2}
+PARTS = {
+    "text_encoder": ("model", "pytorch_model"),
+    "unet": ("diffusion_pytorch_model",) * 2,
+    "vae": ("diffusion_pytorch_model",) * 2,
+}
 """Each part's directory, and how its safetensors and its pickled files are called."""
 
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_SMALL = ("model_index.json", "config.json", "*/config.json", "scheduler/*.json", "tokenizer/*")
 _HUB_WEIGHTS = (
-    ("*/model.safetensors", "*/diffusion_pytorch_model.safetensors", "*.safetensors.index.json", "*-of-*.safetensors"),
+    (
+        "*/model.safetensors",
+        "*/diffusion_pytorch_model.safetensors",
+        "*.safetensors.index.json",
+        "*-of-*.safetensors",
+    ),
     ("*/*.fp16.safetensors", "*.safetensors.index.fp16.json"),
     ("*/*.safetensors",),
     ("*/pytorch_model.bin", "*/diffusion_pytorch_model.bin"),
@@ -78,7 +86,7 @@ def open_checkpoint(source: str, *, revision: str | None = None) -> Checkpoint:
         return split_checkpoint(path, open_file(path))
     if path.is_dir():
         return _from_directory(path, path.resolve().name, None)
-    return _from_directory(_from_hub(source, revision, PARTS), source, revision)
+    return _from_directory(_from_hub(source, revision, tuple(PARTS)), source, revision)
 
 
 def open_vae(source: str) -> Part:
@@ -134,7 +142,7 @@ def _open_pickled(path: Path) -> dict[str, Weight]:
 
 
 def _plain(data: AnyArray) -> AnyArray:
-    """numpy knows no bfloat16 of its own; float32 holds all its values."""
+    """Numpy knows no bfloat16 of its own; float32 holds all its values."""
     return data if data.dtype.kind in "iub" or data.dtype in (np.float16, np.float32) else data.astype(np.float32)
 
 
@@ -194,7 +202,11 @@ def weight_files(directory: Path, part: str) -> list[Path]:
     whole = [directory / f"{safe}.safetensors", directory / f"{safe}.safetensors.index.json"]
     variants = [
         path
-        for pattern in (f"{safe}.fp16.safetensors", f"{safe}.safetensors.index.*.json", f"{safe}.*.safetensors")
+        for pattern in (
+            f"{safe}.fp16.safetensors",
+            f"{safe}.safetensors.index.*.json",
+            f"{safe}.*.safetensors",
+        )
         for path in sorted(directory.glob(pattern))
         if "-of-" not in path.name
     ]
@@ -211,7 +223,9 @@ def _shards(index: Path) -> list[Path]:
     paths = []
     for name in sorted({str(value) for value in mapping.values()}):
         if Path(name).name != name or "\\" in name:
-            raise ExportError(f"{index} names '{name}', which lies outside of its directory; don't trust this checkpoint")
+            raise ExportError(
+                f"{index} names '{name}', which lies outside of its directory; don't trust this checkpoint"
+            )
         if not (index.parent / name).is_file():
             raise ExportError(f"{index.parent / name} is missing, though {index.name} names it; download it again")
         paths.append(index.parent / name)

@@ -55,10 +55,10 @@ class ConfigReader:
     def integers(self, key: str, count: int | None = None, default: Any = _REQUIRED) -> tuple[int, ...]:
         """A list of whole numbers of at least 1, ``count`` of them; a single number stands for all."""
         found = self.value(key, default)
-        if count is not None and isinstance(found, int) and not isinstance(found, bool):
+        if count is not None and type(found) is int:
             found = [found] * count
         whole = isinstance(found, (list, tuple)) and all(type(item) is int and item > 0 for item in found)
-        if not whole or not found or (count is not None and len(found) != count):
+        if not whole or len(found) != (count if count is not None else max(len(found), 1)):
             expected = "a list of whole numbers" if count is None else f"a whole number, or a list of {count}"
             raise self._refusal(key, found, expected)
         return tuple(found)

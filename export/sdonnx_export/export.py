@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from sdonnx_runtime.errors import ExportError, SdonnxError
+from sdonnx_runtime.manifest import Component, File, Manifest, Source, write_manifest
+from sdonnx_runtime.optimum_layout import manifest_of_layout
 
 from sdonnx_export.checkpoint import Checkpoint, open_checkpoint, open_vae
 from sdonnx_export.clip_vocabulary import write_clip_tokenizer
 from sdonnx_export.graph import COMPONENTS, build
 from sdonnx_export.operators import PRECISIONS, Precision
 from sdonnx_export.verify import verify
-from sdonnx_runtime.errors import ExportError, SdonnxError
-from sdonnx_runtime.manifest import Component, File, Manifest, Source, write_manifest
-from sdonnx_runtime.optimum_layout import manifest_of_layout
 
 Report = Callable[[str, float], None]
 """Told what is being done and how much of it is, 0 to 1."""
@@ -80,9 +80,7 @@ def _export_native(
     checkpoint = open_checkpoint(source, revision=revision)
     if vae is not None:
         checkpoint = replace(checkpoint, parts={**checkpoint.parts, "vae": open_vae(vae)})
-    models = {
-        name: build(name, checkpoint.parts[component.part], precision) for name, component in COMPONENTS.items()
-    }
+    models = {name: build(name, checkpoint.parts[component.part], precision) for name, component in COMPONENTS.items()}
     _write_configs(directory, checkpoint)
     with ThreadPoolExecutor(max_workers=1) as pool:
         digests: dict[str, Future[dict[str, File]]] = {}
@@ -114,9 +112,7 @@ def _source(checkpoint: Checkpoint) -> Source:
     return Source(name=checkpoint.source, revision=checkpoint.revision, exporter=exporter)
 
 
-def _manifest(
-    directory: Path, files: Mapping[str, dict[str, File]], precision: Precision, source: Source
-) -> Manifest:
+def _manifest(directory: Path, files: Mapping[str, dict[str, File]], precision: Precision, source: Source) -> Manifest:
     components = {
         name: Component(graphs={"plain": f"{name}/{GRAPH}"}, files=listed, precision=precision)
         for name, listed in files.items()
@@ -192,7 +188,7 @@ def _files(directory: Path, component: str) -> dict[str, File]:
 
 
 @contextmanager
-def _finished_at(output: Path, *, replacing: bool) -> Iterator[Path]:
+def _finished_at(output: Path, *, replacing: bool) -> Generator[Path, None, None]:
     """A temporary sibling of ``output`` that takes its place at the end, or is gone after a failure."""
     if output.exists() and not replacing:
         raise ExportError(f"{output} exists; choose another directory with -o, or replace it with --force")

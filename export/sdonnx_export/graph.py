@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from sdonnx_runtime.arrays import AnyArray
+from sdonnx_runtime.errors import ExportError
 
 from sdonnx_export.checkpoint import Part, Weight
 from sdonnx_export.clip import ClipTextEncoder
@@ -15,8 +17,6 @@ from sdonnx_export.operators import CONTRIB, IR_VERSION, OPSET, Operators, Preci
 from sdonnx_export.stages import name_edges
 from sdonnx_export.unet import UNet
 from sdonnx_export.vae import VaeDecoder, VaeEncoder
-from sdonnx_runtime.arrays import AnyArray
-from sdonnx_runtime.errors import ExportError
 
 _FLOAT, _HALF, _INT64 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT64
 
@@ -45,9 +45,7 @@ class Component:
 
 def _text_encoder(config: Mapping[str, Any]) -> tuple[ClipTextEncoder, tuple[Port, ...]]:
     parsed = ClipTextConfig.from_dict(config)
-    return ClipTextEncoder(parsed), (
-        Port(name="input_ids", dtype=_INT64, shape=("batch", parsed.positions)),
-    )
+    return ClipTextEncoder(parsed), (Port(name="input_ids", dtype=_INT64, shape=("batch", parsed.positions)),)
 
 
 def _unet(config: Mapping[str, Any]) -> tuple[UNet, tuple[Port, ...]]:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from sdonnx_runtime.errors import ExportError
 
 from sdonnx_export.checkpoint import Checkpoint, Part, Weight, current_name
-from sdonnx_runtime.errors import ExportError
 
 Weights = Mapping[str, Weight]
 
@@ -103,7 +103,11 @@ def _original_config(path: Path) -> Mapping[str, Any]:
     try:
         model = yaml.safe_load(beside.read_text(encoding="utf-8"))["model"]["params"]
         unet, vae = (model[key]["params"] for key in ("unet_config", "first_stage_config"))
-        return {**vae.get("ddconfig", {}), **unet, **{k: v for k, v in model.items() if not isinstance(v, dict)}}
+        return {
+            **vae.get("ddconfig", {}),
+            **unet,
+            **{k: v for k, v in model.items() if not isinstance(v, dict)},
+        }
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         raise ExportError(f"{beside} is no original Stable Diffusion config; mend it or move it away") from None
 
@@ -186,7 +190,9 @@ def _unet_config(shapes: Mapping[str, tuple[int, ...]], original: Mapping[str, A
     contexts = {shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")}
     projections = {len(shape) for name, shape in shapes.items() if name.endswith("proj_in.weight")}
     if len(contexts) != 1 or len(projections) != 1:
-        raise ExportError("the U-Net has no cross-attention to text, or several kinds of it; it is none of Stable Diffusion 1")
+        raise ExportError(
+            "the U-Net has no cross-attention to text, or several kinds of it; it is none of Stable Diffusion 1"
+        )
     heads: Any = original.get("num_heads", 8)
     if original.get("num_head_channels", -1) > 0:
         heads = [width // original["num_head_channels"] for width in channels]

@@ -7,7 +7,6 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import GraphBuilder, OpBuilder
 from onnxscript.nn import Parameter
-
 from sdonnx_runtime.arrays import AnyArray
 
 Precision: TypeAlias = Literal["fp32", "fp16"]
@@ -79,9 +78,7 @@ class Operators(OpBuilder):
         mask = [None, None, bias] if bias is not None else []
         return self._contrib("MultiHeadAttention", q, k, v, *mask, num_heads=heads)
 
-    def group_norm(
-        self, x: ir.Value, weight: Parameter, bias: Parameter, *, groups: int, eps: float
-    ) -> ir.Value:
+    def group_norm(self, x: ir.Value, weight: Parameter, bias: Parameter, *, groups: int, eps: float) -> ir.Value:
         """Group normalization (arXiv:1803.08494): weight and bias (C,).
 
         Instance normalization over (N, groups, C / groups * H * W), then the affine map per channel.

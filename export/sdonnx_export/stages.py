@@ -29,7 +29,7 @@ def cut(model: ir.Model) -> list[ir.Model]:
     of the whole) that others read, by the names they have in the whole.
     """
     graph = model.graph
-    given = {value for value in graph.inputs} | set(graph.initializers.values())
+    given = set(graph.inputs) | set(graph.initializers.values())
     pieces = []
     for stage, nodes in [(stage, list(nodes)) for stage, nodes in groupby(graph, key=stage_of)]:
         made = {value for node in nodes for value in node.outputs}

@@ -24,7 +24,7 @@ def load_pickled(path: Path) -> dict[str, tuple[tuple[int, ...], str, Callable[[
         ) from None
     try:
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # noqa: BLE001 — torch, zipfile and pickle each have their own
+    except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportError(f"{path} is damaged or holds more than weights ({reason}); use .safetensors") from None
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
@@ -33,7 +33,11 @@ def load_pickled(path: Path) -> dict[str, tuple[tuple[int, ...], str, Callable[[
         return lambda: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
     return {
-        str(name): (tuple(tensor.shape), _DTYPES.get(str(tensor.dtype).removeprefix("torch."), "?"), reader(tensor))
+        str(name): (
+            tuple(tensor.shape),
+            _DTYPES.get(str(tensor.dtype).removeprefix("torch."), "?"),
+            reader(tensor),
+        )
         for name, tensor in state.items()
         if isinstance(tensor, torch.Tensor)
     }
@@ -51,6 +55,6 @@ def export_with_optimum(source: str, directory: Path, revision: str | None) -> N
         raise ExportError("""--via optimum needs optimum-onnx and torch; pip install "sdonnx[torch]\"""") from None
     try:
         main_export(source, directory, task="text-to-image", revision=revision or "main", do_validation=False)
-    except Exception as error:  # noqa: BLE001 — whatever transformers, diffusers and torch raise
+    except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportError(f"optimum can't export {source}: {reason}") from None

@@ -4,6 +4,9 @@ The forward pass is a chain of stages, one for each residual block with its atte
 marks where one ends and the next begins, and what crosses a border is a named edge.
 """
 
+from collections.abc import Iterable
+from typing import cast
+
 import numpy as np
 import onnx_ir as ir
 from onnxscript.nn import Module, ModuleList
@@ -34,14 +37,14 @@ class UNet(Module):
         temb = op.silu(self.time_embedding(op, sinusoids(op, timestep, self._config)))  # (1, T)
         x = self.conv_in(op, sample)
         skips = [x]
-        for block in self.down_blocks:
+        for block in cast("Iterable[DownBlock]", self.down_blocks):
             for layer in block.layers():
                 x = block(op, layer, x, temb, context)
                 skips.append(x)
         if self.mid_block is not None:
             op.begin_stage("mid_block")
             x = self.mid_block(op, x, temb, context)
-        for block in self.up_blocks:
+        for block in cast("Iterable[UpBlock]", self.up_blocks):
             for layer in block.layers():
                 skip = skips.pop() if layer != "upsamplers" else skips[-1]
                 x = block(op, layer, x, skip, temb, context)
@@ -104,9 +107,7 @@ class DownBlock(_Level):
         """The stages, by index or name."""
         return [*range(self._count), *(["downsamplers"] if self._downsamples else [])]
 
-    def forward(
-        self, op: Operators, layer: int | str, x: ir.Value, temb: ir.Value, context: ir.Value
-    ) -> ir.Value:
+    def forward(self, op: Operators, layer: int | str, x: ir.Value, temb: ir.Value, context: ir.Value) -> ir.Value:
         op.begin_stage(f"{self.name}.{layer}")
         if layer == "downsamplers":
             return self.downsamplers[0](op, x)
@@ -194,7 +195,7 @@ class Transformer(Module):
         self.norm = GroupNorm(config.groups, width, 1e-6)
         project = Linear if config.linear_projection else _pointwise
         self.proj_in = project(width, width)
-        blocks = [
+        blocks: list[Module] = [
             TransformerBlock(width, config.heads[level], config.context_width)
             for _ in range(config.transformer_layers[level])
         ]

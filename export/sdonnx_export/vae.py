@@ -45,7 +45,7 @@ class _Decoder(Module):
         widths = config.channels[::-1]
         self.conv_in = Conv2d(config.latent_channels, widths[0])
         self.mid_block = VaeMidBlock(config)
-        blocks = [
+        blocks: list[Module] = [
             VaeLevel(config, widths[max(i - 1, 0)], width, config.layers + 1, up=i < len(widths) - 1)
             for i, width in enumerate(widths)
         ]
@@ -65,7 +65,7 @@ class _Encoder(Module):
         super().__init__()
         widths = config.channels
         self.conv_in = Conv2d(config.in_channels, widths[0])
-        blocks = [
+        blocks: list[Module] = [
             VaeLevel(config, widths[max(i - 1, 0)], width, config.layers, down=i < len(widths) - 1)
             for i, width in enumerate(widths)
         ]

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-
-from sdonnx_export.stages import cut
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import ExportError
 from sdonnx_runtime.manifest import Manifest
 from sdonnx_runtime.session import Port, Session
+
+from sdonnx_export.stages import cut
 
 _CELLS = 8
 """Latent cells per side: enough for a U-Net of four resolutions to halve thrice."""

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class Components:
             self._sessions.pop(name, None)
 
     @contextmanager
-    def reserved(self) -> Iterator[None]:
+    def reserved(self) -> Generator[None, None, None]:
         """For one generation at a time; at its end components are unloaded, unless they are kept.
 
         Raises:

@@ -58,19 +58,19 @@ class Generation:
         with self._run.components.reserved():
             conditioning = self._condition()
             seeds = tuple(range(_given(self.request.seed), _given(self.request.seed) + self.request.num_images))
-            latents: list[Array] = []
+            latents: dict[int, Array] = {}
             seconds: list[float] = []
             for image, seed in enumerate(seeds):
                 for progress in self._sample(image, seed, conditioning):
                     seconds.append(progress.seconds)
+                    latents[image] = progress.latents
                     yield progress
-                latents.append(progress.latents)
             self._run.components.release("unet")
-            images = tuple(image for state in latents for image in to_images(self._decode(state)))
+            images = tuple(image for state in latents.values() for image in to_images(self._decode(state)))
             self.result = Result(
                 images=images,
                 seeds=seeds,
-                latents=np.concatenate(latents),
+                latents=np.concatenate(list(latents.values())),
                 request=self.request,
                 model=self._package.name,
                 timings=self._run.timings(seconds),

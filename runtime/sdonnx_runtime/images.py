@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -82,7 +82,7 @@ def check_writable(path: Path) -> None:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
+def _replacing(path: Path) -> Generator[IO[bytes], None, None]:
     with _written_beside(path) as (stream, temporary):
         yield stream
         stream.flush()
@@ -91,7 +91,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def _written_beside(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
+def _written_beside(path: Path) -> Generator[tuple[IO[bytes], Path], None, None]:
     """A temporary file in the directory of ``path``, gone at the end unless it was renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -101,6 +101,4 @@ def _written_beside(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise SdonnxError(
-            f"{path} can't be written: {error.strerror or error}; choose another place with -o"
-        ) from None
+        raise SdonnxError(f"{path} can't be written: {error.strerror or error}; choose another place with -o") from None

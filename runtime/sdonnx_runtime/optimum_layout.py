@@ -8,6 +8,9 @@ from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.manifest import Component, File, Latents, Manifest, Source, TextEncoder, read_json
 
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+_AS_PIPELINES_READ_IT = {"clip_sample": False, "steps_offset": 1}
+"""What diffusers' Stable Diffusion pipelines set in any scheduler config, for old ones said otherwise."""
+
 _COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 
 
@@ -36,7 +39,7 @@ def manifest_of_layout(root: Path, *, source: Source) -> Manifest:
         family="sd1",
         target="generic",
         default_size=int(unet.get("sample_size") or 64) * downscale,
-        scheduler=read_json(root / "scheduler" / "scheduler_config.json"),
+        scheduler={**read_json(root / "scheduler" / "scheduler_config.json"), **_AS_PIPELINES_READ_IT},
         latents=Latents(
             channels=int(vae.get("latent_channels", 4)),
             downscale=downscale,

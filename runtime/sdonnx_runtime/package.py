@@ -52,7 +52,9 @@ class Package:
         elif (root / "model_index.json").is_file():
             package = cls(root=root, manifest=infer_manifest(root), foreign=True)
         else:
-            raise PackageError(f"{root} has neither {MANIFEST} nor model_index.json; give a directory that 'sdonnx export' wrote")
+            raise PackageError(
+                f"{root} has neither {MANIFEST} nor model_index.json; give a directory that 'sdonnx export' wrote"
+            )
         _check_files(package)
         return package
 

@@ -55,7 +55,5 @@ def _dataclass(kind: type[Any], data: Any, place: str) -> Any:
 
 def _typed(kind: type[Any], data: Any, place: str) -> Any:
     if type(data) is not kind:
-        raise PackageError(
-            f"{place} is {type(data).__name__} instead of {kind.__name__}; export the checkpoint again"
-        )
+        raise PackageError(f"{place} is {type(data).__name__} instead of {kind.__name__}; export the checkpoint again")
     return data

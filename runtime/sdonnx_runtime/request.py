@@ -89,15 +89,18 @@ def check_request(request: Request, *, multiple: int, default_size: int, random_
     _whole("num_images", request.num_images, 1, 10_000)
     seed = random_seed if request.seed is None else request.seed
     _whole("seed", seed, 0, MAX_SEED - request.num_images + 1)
-    guidance = request.guidance_scale
-    if isinstance(guidance, bool) or not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
-        raise RequestError(f"guidance_scale is {guidance!r}; give a finite number such as 7.5")
+    _finite("guidance_scale", request.guidance_scale)
     return replace(request, width=width, height=height, seed=seed)
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise RequestError(f"{name} is {value!r}; give a whole number from {low} to {high}")
+
+
+def _finite(name: str, value: object) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise RequestError(f"{name} is {value!r}; give a finite number such as 7.5")
 
 
 def _size(name: str, value: object, multiple: int) -> int:

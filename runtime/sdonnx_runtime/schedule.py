@@ -163,7 +163,11 @@ def _sigma_space(config: SchedulerConfig, steps: int) -> Schedule:
     sigmas = _single(np.append(np.interp(timesteps, np.arange(train), trained), last))
     highest = float(sigmas.max())
     return _plain(
-        config, timesteps, sigmas, math.hypot(highest, 1.0) if spacing == "leading" else highest, final_scale=1.0
+        config,
+        timesteps,
+        sigmas,
+        math.hypot(highest, 1.0) if spacing == "leading" else highest,
+        final_scale=1.0,
     )
 
 
@@ -172,7 +176,7 @@ def _dpm_solver(config: SchedulerConfig, steps: int) -> Schedule:
     spacing = config.timestep_spacing or "linspace"
     train = config.num_train_timesteps
     if spacing == "linspace":
-        timesteps = np.linspace(0, train - 1, steps + 1).round()[::-1][:-1]
+        timesteps = np.round(np.linspace(0, train - 1, steps + 1))[::-1][:-1]
     elif spacing == "leading":
         timesteps = (np.arange(steps + 1) * (train // (steps + 1)))[::-1][:-1].astype(float) + config.steps_offset
     else:
@@ -206,7 +210,7 @@ def _plms(config: SchedulerConfig, steps: int) -> Schedule:
     timesteps = np.insert(once, 1, once[1:2]) if steps > 1 else once  # t0, t1, t1, t2, …
     targets = _lower(config, timesteps, steps, ends_clean=bool(config.set_alpha_to_one))
     sigmas = np.append(_at(config, timesteps), targets[-1])
-    sources = sigmas[:-1].copy()
+    sources = np.array(sigmas[:-1])
     if steps > 1:
         sources[1] = _at(config, timesteps[1:2] + config.num_train_timesteps // steps)[0]
         targets[1] = sigmas[1]
@@ -250,10 +254,10 @@ def _whole(config: SchedulerConfig, spacing: str, steps: int) -> Levels:
     """Whole timesteps, highest first: table 2 of arXiv:2305.08891."""
     train = config.num_train_timesteps
     if spacing == "linspace":
-        return np.linspace(0, train - 1, steps).round()[::-1]
+        return np.round(np.linspace(0, train - 1, steps))[::-1]
     if spacing == "leading":
         return (np.arange(steps) * (train // steps))[::-1].astype(float) + config.steps_offset
-    return np.arange(train, 0, -train / steps).round() - 1
+    return np.round(np.arange(train, 0, -train / steps)) - 1
 
 
 def _lower(config: SchedulerConfig, timesteps: Levels, steps: int, *, ends_clean: bool) -> Levels:
@@ -273,16 +277,16 @@ def _trained_sigmas(config: SchedulerConfig) -> Levels:
     if config.beta_schedule == "linear":
         betas = np.linspace(start, end, count)
     elif config.beta_schedule == "scaled_linear":
-        betas = _single(np.linspace(start**0.5, end**0.5, count)) ** 2
+        betas = _single(np.linspace(math.sqrt(start), math.sqrt(end), count)) ** 2
     else:  # arXiv:2102.09672, equation 17
         bars = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
         betas = np.minimum(1 - bars[1:] / bars[:-1], 0.999)
     alphas = _single(1 - _single(betas))
-    products = _single(np.cumprod(alphas))
+    products = _single(np.cumprod(alphas, dtype=np.float64))
     return _single(np.sqrt(_single(_single(1 - products) / products)))
 
 
-def _single(values: Levels) -> Levels:
+def _single(values: NDArray[Any]) -> Levels:
     """Rounded to float32, kept as float64."""
     return values.astype(np.float32).astype(np.float64)
 

@@ -143,7 +143,7 @@ class Session:
         def work() -> None:
             try:
                 outcome.append(self._session.run(None, prepared, options))
-            except Exception as error:  # noqa: BLE001 — whatever ONNX Runtime raises is sorted out below
+            except Exception as error:
                 outcome.append(error)
 
         self._options = options
@@ -169,8 +169,7 @@ class Session:
     def _fit(self, port: Port, feeds: Mapping[str, AnyArray]) -> AnyArray:
         if port.name not in feeds:
             raise PackageError(
-                f"{self.path} wants an input '{port.name}' that this version can't give; "
-                f"it gives {', '.join(feeds)}"
+                f"{self.path} wants an input '{port.name}' that this version can't give; it gives {', '.join(feeds)}"
             )
         given = feeds[port.name].astype(port.dtype, copy=False)
         return given.reshape((1,) * (len(port.shape) - given.ndim) + given.shape)
@@ -218,7 +217,7 @@ def _open_on(path: Path, name: str, threads: int | None, memory_limit: int | Non
         providers.append((DEVICES["cpu"].provider, {}))  # for the few operators that a device leaves out
     try:
         session = runtime.InferenceSession(str(path), settings, providers=providers, enable_fallback=0)
-    except Exception as error:  # noqa: BLE001 — ONNX Runtime's exceptions have no common base of their own
+    except Exception as error:
         if name == "cpu":
             raise PackageError(f"{path} can't be loaded: {_first_line(error)}; run 'sdonnx export' again") from None
         raise DeviceError(

@@ -187,7 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where checkpoint and exports are made and kept")
     parser.add_argument("--repeats", type=int, default=3, help="processes for each runtime")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps in each process, after one that is not")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps in each process, after one that is not")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--worker", choices=list(RUNTIMES), help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -54,7 +54,7 @@ def export(
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="The package. [default: SRC's name + -onnx]"),
+        typer.Option("--output", "-o", metavar="DIR", help="The package. Default: SRC's name + -onnx."),
     ] = None,
     precision: Annotated[Precision, typer.Option(help="How weights are stored; fp16 takes half the disk.")] = "fp32",
     vae: Annotated[
@@ -62,7 +62,7 @@ def export(
         typer.Option(metavar="SRC", help="Take the VAE from here instead: as SRC, or a VAE alone."),
     ] = None,
     revision: Annotated[
-        str | None, typer.Option(metavar="R", help="Branch, tag or commit of a Hub id. [default: main]")
+        str | None, typer.Option(metavar="R", help="Branch, tag or commit of a Hub id. Default: main.")
     ] = None,
     via: Annotated[
         Via, typer.Option(help="native writes its own graphs; optimum traces the model (needs torch).")
@@ -107,28 +107,28 @@ def run(
             "--output",
             "-o",
             metavar="OUT.png",
-            help="Where to; several get their seed's number added. [default: sdonnx-SEED.png]",
+            help="Where to; several get their seed's number added. Default: sdonnx-SEED.png.",
         ),
     ] = None,
     negative: Annotated[str, typer.Option(metavar="TEXT", help="What to keep away from.")] = "",
     steps: Annotated[int, typer.Option(metavar="N", help="Denoising steps: more is slower and finer.")] = 20,
     guidance: Annotated[
         float,
-        typer.Option(metavar="G", help="How closely to follow the prompt; 1 is not at all, and twice as fast."),
+        typer.Option(metavar="G", help="How closely to follow the prompt; 1 is without guidance, and twice as fast."),
     ] = 7.5,
     seed: Annotated[
-        int | None, typer.Option(metavar="S", help="The same seed is the same picture. [default: random]")
+        int | None, typer.Option(metavar="S", help="The same seed is the same picture. Default: random.")
     ] = None,
     size: Annotated[
-        str | None, typer.Option(metavar="WxH", help="Pixels, multiples of 8. [default: the model's own]")
+        str | None, typer.Option(metavar="WxH", help="Pixels, multiples of 8. Default: the model's own.")
     ] = None,
     count: Annotated[int, typer.Option(metavar="N", help="Pictures to make, with seeds S, S+1, …")] = 1,
     sampler: Annotated[
-        str | None, typer.Option(metavar="NAME", help=f"{', '.join(SAMPLERS)}. [default: the model's own]")
+        str | None, typer.Option(metavar="NAME", help=f"{', '.join(SAMPLERS)}. Default: the model's own.")
     ] = None,
     device: Annotated[Device, typer.Option(help="Where to run; auto takes the best there is.")] = "auto",
     threads: Annotated[
-        int | None, typer.Option(metavar="N", help="CPU threads. [default: one for each physical core]")
+        int | None, typer.Option(metavar="N", help="CPU threads. Default: one for each physical core.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
 ) -> None:

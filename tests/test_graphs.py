@@ -40,6 +40,9 @@ UNET_VARIATIONS = {
         "flip_sin_to_cos": False,
         "downsample_padding": 0,
     },
+    "attention in the mid block and on the way up alone": {
+        "down_block_types": ("DownBlock2D", "DownBlock2D"),
+    },
     "three levels, attention at the lowest, deeper transformers": {
         "block_out_channels": (32, 32, 64),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -124,6 +127,20 @@ def test_unet_equals_diffusers(variation, tmp_path):
     feeds = unet_feeds(unet.config)
     found = run(build("unet", part, "fp32"), tmp_path, **feeds)["out_sample"]
     np.testing.assert_allclose(found, unet_reference(unet, feeds), atol=2e-5)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("variation", UNET_VARIATIONS)
+def test_rows_that_differ_in_their_text_alone_share_what_comes_before_it(variation, tmp_path):
+    """Two states with three texts each, as guidance with several prompts has them, equal six states."""
+    unet = UNet2DConditionModel(**{**UNET, **UNET_VARIATIONS[variation]})
+    model = build("unet", part_of(unet), "fp32")
+    feeds = unet_feeds(unet.config, height=10)
+    text = RNG.standard_normal((6, 77, 48), np.float32)
+    found = run(model, tmp_path, **{**feeds, "encoder_hidden_states": text})["out_sample"]
+    states = np.concatenate([feeds["sample"]] * 3)
+    expected = unet_reference(unet, {**feeds, "sample": states, "encoder_hidden_states": text})
+    np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 @pytest.mark.core

@@ -156,6 +156,17 @@ class UNetConfig:
     """Time embedding order: cosines before sines."""
     frequency_shift: float
 
+    @property
+    def first_attention(self) -> int | None:
+        """The first level of the down path that attends to the text; None leaves it to the mid block."""
+        return self.down_attention.index(True) if True in self.down_attention else None
+
+    def skips_before_text(self, count: int) -> int:
+        """How many of ``count`` skip connections come before the first cross-attention."""
+        if self.first_attention is None:
+            return count
+        return 1 + sum(layers + 1 for layers in self.layers[: self.first_attention])
+
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "UNetConfig":
         """Parse a diffusers UNet2DConditionModel config.json; raises ExportError."""
@@ -184,6 +195,8 @@ class UNetConfig:
             cosine_first=read.boolean("flip_sin_to_cos", True),
             frequency_shift=read.number("freq_shift", 0),
         )
+        if parsed.first_attention is None and parsed.mid_block is None:
+            raise read._refusal("down_block_types", down, "one with a CrossAttnDownBlock2D, or a mid block")
         for level, (width, heads) in enumerate(zip(channels, parsed.heads, strict=True)):
             if width % parsed.groups != 0:
                 raise read._refusal("norm_num_groups", parsed.groups, f"a divisor of {width} channels")

@@ -51,7 +51,7 @@ def _text_encoder(config: Mapping[str, Any]) -> tuple[ClipTextEncoder, tuple[Por
 def _unet(config: Mapping[str, Any]) -> tuple[UNet, tuple[Port, ...]]:
     parsed = UNetConfig.from_dict(config)
     return UNet(parsed), (
-        Port(name="sample", dtype=_FLOAT, shape=("batch", parsed.in_channels, "height", "width")),
+        Port(name="sample", dtype=_FLOAT, shape=("states", parsed.in_channels, "height", "width")),
         Port(name="timestep", dtype=_FLOAT, shape=()),
         Port(name="encoder_hidden_states", dtype=_FLOAT, shape=("batch", "tokens", parsed.context_width)),
     )

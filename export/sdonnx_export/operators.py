@@ -119,6 +119,11 @@ class Operators(OpBuilder):
         """(N, H * W, C) to (N, C, H, W), with the shape of ``like``."""
         return self.Reshape(self.Transpose(x, perm=[0, 2, 1]), self.Shape(like))
 
+    def match_rows(self, x: ir.Value, like: ir.Value, *, rank: int) -> ir.Value:
+        """(n, …) repeated as a whole to the N rows of ``like``; N is a multiple of n."""
+        times = self.Div(self.Shape(like, end=1), self.Shape(x, end=1))
+        return self.Tile(x, self.Concat(times, [1] * (rank - 1), axis=0))
+
     def upsample(self, x: ir.Value, like: ir.Value | None = None) -> ir.Value:
         """Nearest-neighbour upsampling, by 2 or to the height and width of ``like``."""
         options = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}

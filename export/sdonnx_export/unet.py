@@ -17,7 +17,11 @@ from sdonnx_export.operators import Operators
 
 
 class UNet(Module):
-    """Latents (N, 4, h, w), timestep () and text (N, S, C) to the model's prediction (N, 4, h, w)."""
+    """Latents (n, 4, h, w), timestep () and text (N, S, C) to the model's prediction (N, 4, h, w).
+
+    N is a multiple of n: where rows differ in their text alone, as in classifier-free guidance, all that comes before
+    the first cross-attention is computed for one of them.
+    """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__("")
@@ -39,14 +43,20 @@ class UNet(Module):
         skips = [x]
         for block in cast("Iterable[DownBlock]", self.down_blocks):
             for layer in block.layers():
+                op.begin_stage(f"{block.name}.{layer}")
                 x = block(op, layer, x, temb, context)
                 skips.append(x)
+        shared = self._config.skips_before_text(len(skips))
         if self.mid_block is not None:
             op.begin_stage("mid_block")
             x = self.mid_block(op, x, temb, context)
         for block in cast("Iterable[UpBlock]", self.up_blocks):
             for layer in block.layers():
-                skip = skips.pop() if layer != "upsamplers" else skips[-1]
+                op.begin_stage(f"{block.name}.{layer}")
+                skip = skips[-1]
+                if layer != "upsamplers":
+                    skips.pop()
+                    skip = skip if len(skips) >= shared else op.match_rows(skip, context, rank=4)
                 x = block(op, layer, x, skip, temb, context)
         op.begin_stage("conv_out")
         return self.conv_out(op, op.silu(self.conv_norm_out(op, x)))
@@ -94,10 +104,13 @@ class DownBlock(_Level):
     def __init__(self, config: UNetConfig, level: int) -> None:
         width = config.channels[level]
         inputs = [config.channels[max(level - 1, 0)], *[width] * (config.layers[level] - 1)]
-        attends = config.down_attention[level]
+        first = level == config.first_attention
+        attentions: list[Module] = [
+            Transformer(config, level, first=first and index == 0) for index, _ in enumerate(inputs)
+        ]
         super().__init__(
             [_resnet(config, channels, width) for channels in inputs],
-            [Transformer(config, level) for _ in inputs] if attends else [],
+            attentions if config.down_attention[level] else [],
         )
         self._downsamples = level < len(config.channels) - 1
         if self._downsamples:
@@ -108,7 +121,6 @@ class DownBlock(_Level):
         return [*range(self._count), *(["downsamplers"] if self._downsamples else [])]
 
     def forward(self, op: Operators, layer: int | str, x: ir.Value, temb: ir.Value, context: ir.Value) -> ir.Value:
-        op.begin_stage(f"{self.name}.{layer}")
         if layer == "downsamplers":
             return self.downsamplers[0](op, x)
         return self._block(op, int(layer), x, temb, context)
@@ -139,7 +151,6 @@ class UpBlock(_Level):
     def forward(
         self, op: Operators, layer: int | str, x: ir.Value, skip: ir.Value, temb: ir.Value, context: ir.Value
     ) -> ir.Value:
-        op.begin_stage(f"{self.name}.{layer}")
         if layer == "upsamplers":
             return self.upsamplers[0](op, x, skip)
         return self._block(op, int(layer), op.Concat(x, skip, axis=1), temb, context)
@@ -151,7 +162,8 @@ class MidBlock(_Level):
     def __init__(self, config: UNetConfig) -> None:
         width = config.channels[-1]
         level = len(config.channels) - 1
-        super().__init__([_resnet(config, width, width) for _ in range(2)], [Transformer(config, level)])
+        attention = Transformer(config, level, first=config.first_attention is None)
+        super().__init__([_resnet(config, width, width) for _ in range(2)], [attention])
 
     def forward(self, op: Operators, x: ir.Value, temb: ir.Value, context: ir.Value) -> ir.Value:
         x = self._block(op, 0, x, temb, context)
@@ -187,21 +199,24 @@ class Upsample(Module):
 
 
 class Transformer(Module):
-    """Transformer blocks over a picture's positions, with a residual connection around all."""
+    """Transformer blocks over a picture's positions, with a residual connection around all.
 
-    def __init__(self, config: UNetConfig, level: int) -> None:
+    The ``first`` in a U-Net gives as many rows as the text has.
+    """
+
+    def __init__(self, config: UNetConfig, level: int, *, first: bool = False) -> None:
         super().__init__()
         width = config.channels[level]
         self.norm = GroupNorm(config.groups, width, 1e-6)
         project = Linear if config.linear_projection else _pointwise
         self.proj_in = project(width, width)
         blocks: list[Module] = [
-            TransformerBlock(width, config.heads[level], config.context_width)
-            for _ in range(config.transformer_layers[level])
+            TransformerBlock(width, config.heads[level], config.context_width, first=first and index == 0)
+            for index in range(config.transformer_layers[level])
         ]
         self.transformer_blocks = ModuleList(blocks)
         self.proj_out = project(width, width)
-        self._width, self._linear = width, config.linear_projection
+        self._width, self._linear, self._first = width, config.linear_projection, first
 
     def forward(self, op: Operators, x: ir.Value, context: ir.Value) -> ir.Value:
         h = self.norm(op, x)
@@ -211,6 +226,7 @@ class Transformer(Module):
             h = op.to_sequence(self.proj_in(op, h), self._width)
         for block in self.transformer_blocks:
             h = block(op, h, context)
+        x = op.match_rows(x, context, rank=4) if self._first else x
         if self._linear:
             h = op.to_picture(self.proj_out(op, h), x)
         else:
@@ -225,8 +241,9 @@ def _pointwise(in_channels: int, out_channels: int) -> Conv2d:
 class TransformerBlock(Module):
     """Self-attention, cross-attention to the text, feed-forward; each after a norm and added to its input."""
 
-    def __init__(self, width: int, heads: int, context: int) -> None:
+    def __init__(self, width: int, heads: int, context: int, *, first: bool) -> None:
         super().__init__()
+        self._first = first
         self.norm1 = LayerNorm(width)
         self.attn1 = Attention(width, heads)
         self.norm2 = LayerNorm(width)
@@ -236,6 +253,7 @@ class TransformerBlock(Module):
 
     def forward(self, op: Operators, x: ir.Value, context: ir.Value) -> ir.Value:
         x = op.Add(self.attn1(op, self.norm1(op, x)), x)
+        x = op.match_rows(x, context, rank=3) if self._first else x
         x = op.Add(self.attn2(op, self.norm2(op, x), context), x)
         return op.Add(self.ff(op, self.norm3(op, x)), x)
 

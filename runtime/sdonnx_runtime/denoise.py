@@ -17,12 +17,11 @@ def predict(run: Run, prediction_type: str, inputs: Mapping[str, AnyArray]) -> D
     ``inputs`` is what the U-Net is given besides the latents and the timestep. States are in the
     variance-exploding parametrisation x = x0 + sigma * noise; the model works on x / sqrt(sigma^2 + 1).
     """
-    rows = len(inputs["encoder_hidden_states"])
     to_x0 = _PREDICTIONS[prediction_type]
 
     def denoise(x: Array, sigma: float, t: float) -> Array:
         scaled = x / np.float32(np.sqrt(sigma**2 + 1.0))
-        output = run({"sample": np.repeat(scaled, rows, axis=0), "timestep": np.array(t, np.float32), **inputs})
+        output = run({"sample": scaled, "timestep": np.array(t, np.float32), **inputs})
         return to_x0(output, x, sigma)
 
     return denoise

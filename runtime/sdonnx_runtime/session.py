@@ -129,6 +129,8 @@ class Session:
     def run(self, feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
         """All outputs by name; inputs are cast to the element types and ranks that the graph wants.
 
+        Of inputs whose leading sizes the graph calls by one name, those of one row are repeated.
+
         Ctrl-C stops it inside, between two operators.
 
         Raises:
@@ -137,7 +139,7 @@ class Session:
             Cancelled: `cancel` was called.
         """
         options = _runtime().RunOptions()
-        prepared = {port.name: self._fit(port, feeds) for port in self.inputs}
+        prepared = self._matched({port.name: self._fit(port, feeds) for port in self.inputs})
         outcome: list[Any] = []
 
         def work() -> None:
@@ -173,6 +175,16 @@ class Session:
             )
         given = feeds[port.name].astype(port.dtype, copy=False)
         return given.reshape((1,) * (len(port.shape) - given.ndim) + given.shape)
+
+    def _matched(self, feeds: dict[str, AnyArray]) -> dict[str, AnyArray]:
+        rows: dict[str, int] = {}
+        leading = {port.name: port.shape[0] for port in self.inputs if port.shape and isinstance(port.shape[0], str)}
+        for name, size in leading.items():
+            rows[str(size)] = max(rows.get(str(size), 1), len(feeds[name]))
+        for name, size in leading.items():
+            if len(feeds[name]) == 1 < rows[str(size)]:
+                feeds[name] = np.repeat(feeds[name], rows[str(size)], axis=0)
+        return feeds
 
     def _sorted_out(self, outcome: Any, *, terminated: bool) -> dict[str, AnyArray]:
         if isinstance(outcome, Exception):

@@ -92,7 +92,8 @@ def test_mistakes_get_one_clear_line(arguments, code, message, package, checkpoi
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends Ctrl-C to the whole console")
-def test_ctrl_c_stops_inside_the_step_and_leaves_nothing(package, tmp_path):
+@pytest.mark.parametrize("impatience", [0, 0.01, 0.1])
+def test_ctrl_c_stops_inside_the_step_and_leaves_nothing(impatience, package, tmp_path):
     command = ["run", "a cat", "-m", package, "--size", "1024x1024", "--steps", "500", "-o", "cat.png"]
     process = subprocess.Popen(
         [sys.executable, "-m", "sdonnx", *map(str, command)], cwd=tmp_path, stderr=subprocess.PIPE
@@ -100,6 +101,9 @@ def test_ctrl_c_stops_inside_the_step_and_leaves_nothing(package, tmp_path):
     time.sleep(4)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
+    if impatience:
+        time.sleep(impatience)
+        process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == 130
     assert b"Traceback" not in stderr

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -141,22 +142,27 @@ class Session:
         options = _runtime().RunOptions()
         prepared = self._matched({port.name: self._fit(port, feeds) for port in self.inputs})
         outcome: list[Any] = []
+        done = threading.Event()  # not Thread.join: interrupted once, it takes the thread for ended ever after
 
         def work() -> None:
             try:
                 outcome.append(self._session.run(None, prepared, options))
             except Exception as error:
                 outcome.append(error)
+            finally:
+                done.set()
 
         self._options = options
         worker = threading.Thread(target=work, name=f"sdonnx {self.path.parent.name}", daemon=True)
         worker.start()
         try:
-            while worker.is_alive():
-                worker.join(timeout=0.2)  # a wait without limit would keep Ctrl-C out on Windows
+            while not done.wait(timeout=0.2):  # a wait without limit would keep Ctrl-C out on Windows
+                pass
         except BaseException:
             options.terminate = True
-            worker.join()
+            while not done.is_set():
+                with suppress(KeyboardInterrupt):  # an impatient second one must not leave the thread behind
+                    done.wait(timeout=0.2)
             raise
         finally:
             self._options = None

@@ -13,14 +13,13 @@ import os
 import statistics
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 PIXELS, ROWS = 512, 2  # classifier-free guidance: the same latents with two texts
 STATE = np.random.default_rng(0).standard_normal((1, 4, PIXELS // 8, PIXELS // 8), np.float32)
@@ -106,29 +105,19 @@ def worker(name: str, work: Path, steps: int) -> None:
 
 
 def measured(command: list[str]) -> dict[str, Any]:
-    """Runs a command: seconds, peak RSS of it and its children in MB, and what it printed."""
+    """Runs a command: seconds, its peak RSS in MB as the system accounts for it, and what it printed."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    peak = 0
-
-    def watch() -> None:
-        nonlocal peak
-        while process.poll() is None:
-            try:
-                root = psutil.Process(process.pid)
-                total = sum(each.memory_info().rss for each in [root, *root.children(recursive=True)])
-            except psutil.Error:
-                continue
-            peak = max(peak, total)
-            time.sleep(0.05)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    stdout, stderr = process.communicate()
-    watcher.join()
-    if process.returncode != 0:
-        raise SystemExit(f"{' '.join(command)} failed:\n{stderr[-2000:]}")
-    return {"seconds": time.perf_counter() - start, "peak_rss_mb": peak / 1e6, "stdout": stdout}
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        process = subprocess.Popen(command, stdout=stdout, stderr=stderr)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - start
+        for stream in (stdout, stderr):
+            stream.seek(0)
+        if process.returncode != 0:
+            raise SystemExit(f"{' '.join(command)} failed:\n{stderr.read()[-2000:]}")
+        peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return {"seconds": seconds, "peak_rss_mb": peak / 1e6, "stdout": stdout.read()}
 
 
 def exports(work: Path, checkpoint: Path) -> dict[str, dict[str, Any]]:

@@ -25,7 +25,6 @@ from rich.progress import (
 from rich.table import Table
 from sdonnx_runtime.images import check_writable
 from sdonnx_runtime.samplers import SAMPLERS
-from sdonnx_runtime.schedule import SchedulerConfig, default_sampler
 
 import sdonnx
 from sdonnx.models import find_model
@@ -181,9 +180,8 @@ def info(
     facts.add_row("source", source.name if source.revision is None else f"{source.name} at {source.revision}")
     facts.add_row("exporter", source.exporter)
     facts.add_row("size", f"{manifest.default_size} x {manifest.default_size} pixels unless asked otherwise")
-    scheduler = SchedulerConfig.from_dict(manifest.scheduler)
-    facts.add_row("sampler", f"{default_sampler(scheduler)} unless asked otherwise")
-    facts.add_row("predicts", scheduler.prediction_type)
+    predicts = manifest.scheduler.get("prediction_type", "epsilon")
+    facts.add_row("scheduler", f"{manifest.scheduler.get('_class_name')}, predicts {predicts}")
     for name, component in manifest.components.items():
         megabytes = sum(file.size for file in component.files.values()) / 1e6
         facts.add_row(name, f"{component.precision}, {megabytes:,.1f} MB")

@@ -1,6 +1,8 @@
 """The loop as a program sees it: seeds, counts, guidance, streaming, cancelling, what stays loaded."""
 
 import gc
+import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -192,6 +194,27 @@ def test_what_is_public_is_what_is_named():
     errors = {sdonnx.RequestError, sdonnx.PackageError, sdonnx.DeviceError, sdonnx.ExportError}
     assert all(issubclass(error, sdonnx.SdonnxError) for error in errors)
     assert issubclass(sdonnx.RequestError, ValueError)
+
+
+@pytest.mark.core
+@pytest.mark.skipif(sys.platform == "win32", reason="the Hub's cache has no links there")
+def test_a_package_is_taken_from_the_hubs_cache(package, tmp_path, monkeypatch):
+    """huggingface-hub keeps files as blobs, and a snapshot as links to them."""
+    cache = tmp_path / "hub" / "models--org--name"
+    snapshot = cache / "snapshots" / "abc123"
+    (cache / "blobs").mkdir(parents=True)
+    for number, path in enumerate(path for path in package.rglob("*") if path.is_file()):
+        shutil.copy(path, cache / "blobs" / f"blob{number}")
+        link = snapshot / path.relative_to(package)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(cache / "blobs" / f"blob{number}")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    found = sdonnx.load("org/name").generate("a cat", seed=1, **SMALL)
+    here = sdonnx.load(package).generate("a cat", seed=1, **SMALL)
+    np.testing.assert_array_equal(found.latents, here.latents)
 
 
 def test_models_that_are_not_there(tmp_path, monkeypatch):

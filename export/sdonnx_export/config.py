@@ -31,14 +31,14 @@ class ConfigReader:
         """A whole number of at least ``low``."""
         found = self.value(key, default)
         if not isinstance(found, int) or isinstance(found, bool) or found < low:
-            raise self._refusal(key, found, f"a whole number of at least {low}")
+            raise self.refusal(key, found, f"a whole number of at least {low}")
         return found
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
         """A finite number."""
         found = self.value(key, default)
         if not isinstance(found, (int, float)) or isinstance(found, bool) or not abs(found) < float("inf"):
-            raise self._refusal(key, found, "a number")
+            raise self.refusal(key, found, "a number")
         return float(found)
 
     def boolean(self, key: str, default: Any = _REQUIRED) -> bool:
@@ -49,7 +49,7 @@ class ConfigReader:
         """One of ``works``."""
         found = self.value(key, default)
         if not any(found is option or (found == option and type(found) is type(option)) for option in works):
-            raise self._refusal(key, found, " or ".join(repr(option) for option in works))
+            raise self.refusal(key, found, " or ".join(repr(option) for option in works))
         return found
 
     def integers(self, key: str, count: int | None = None, default: Any = _REQUIRED) -> tuple[int, ...]:
@@ -60,24 +60,24 @@ class ConfigReader:
         whole = isinstance(found, (list, tuple)) and all(type(item) is int and item > 0 for item in found)
         if not whole or len(found) != (count if count is not None else max(len(found), 1)):
             expected = "a list of whole numbers" if count is None else f"a whole number, or a list of {count}"
-            raise self._refusal(key, found, expected)
+            raise self.refusal(key, found, expected)
         return tuple(found)
 
     def names(self, key: str, works: Sequence[str], count: int) -> tuple[str, ...]:
         """A list of ``count`` names, each one of ``works``."""
         found = self.value(key)
         if not isinstance(found, (list, tuple)) or len(found) != count:
-            raise self._refusal(key, found, f"a list of {count} (one for each of block_out_channels)")
+            raise self.refusal(key, found, f"a list of {count} (one for each of block_out_channels)")
         for name in found:
             if name not in works:
-                raise self._refusal(key, name, " or ".join(works))
+                raise self.refusal(key, name, " or ".join(works))
         return tuple(found)
 
     def fixed(self, key: str, only: Any) -> None:
         """Only ``only`` works (or the key's absence, or null)."""
         found = self.value(key, only)
         if found != only:
-            raise self._refusal(key, found, repr(only))
+            raise self.refusal(key, found, repr(only))
 
     def ignore(self, *keys: str) -> None:
         """These don't change what the graph computes."""
@@ -88,9 +88,10 @@ class ConfigReader:
         unknown = {key: self._config[key] for key in sorted(self._unread)}
         for key, found in unknown.items():
             if found is not None and found is not False:
-                raise self._refusal(key, found, "no such key (or null, or false)")
+                raise self.refusal(key, found, "no such key (or null, or false)")
 
-    def _refusal(self, key: str, found: Any, expected: str) -> ExportError:
+    def refusal(self, key: str, found: Any, expected: str) -> ExportError:
+        """The error that says what was found under a key and what works."""
         return ExportError(f"{self._component}: '{key}' is {found!r}; what works here is {expected}")
 
 
@@ -129,7 +130,7 @@ class ClipTextConfig:
             eos_token_id=read.integer("eos_token_id", 49407, low=0),
         )
         if parsed.width % parsed.heads != 0:
-            raise read._refusal("num_attention_heads", parsed.heads, f"a divisor of hidden_size {parsed.width}")
+            raise read.refusal("num_attention_heads", parsed.heads, f"a divisor of hidden_size {parsed.width}")
         return parsed
 
 
@@ -196,12 +197,12 @@ class UNetConfig:
             frequency_shift=read.number("freq_shift", 0),
         )
         if parsed.first_attention is None and parsed.mid_block is None:
-            raise read._refusal("down_block_types", down, "one with a CrossAttnDownBlock2D, or a mid block")
+            raise read.refusal("down_block_types", down, "one with a CrossAttnDownBlock2D, or a mid block")
         for level, (width, heads) in enumerate(zip(channels, parsed.heads, strict=True)):
             if width % parsed.groups != 0:
-                raise read._refusal("norm_num_groups", parsed.groups, f"a divisor of {width} channels")
+                raise read.refusal("norm_num_groups", parsed.groups, f"a divisor of {width} channels")
             if parsed.down_attention[level] and width % heads != 0:
-                raise read._refusal("attention_head_dim", heads, f"a divisor of {width} channels")
+                raise read.refusal("attention_head_dim", heads, f"a divisor of {width} channels")
         read.finish()
         return parsed
 
@@ -282,6 +283,6 @@ class VaeConfig:
         )
         for width in channels:
             if width % parsed.groups != 0:
-                raise read._refusal("norm_num_groups", parsed.groups, f"a divisor of {width} channels")
+                raise read.refusal("norm_num_groups", parsed.groups, f"a divisor of {width} channels")
         read.finish()
         return parsed

@@ -1,14 +1,11 @@
 """What the U-Net is told besides latents and time: the one table that knows families."""
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from sdonnx_runtime.arrays import AnyArray, Array
 from sdonnx_runtime.manifest import TextEncoder
-
-logger = logging.getLogger(__name__)
 
 Encode = Callable[[TextEncoder, str], Array]
 """Runs a text encoder on one prompt: hidden states (1, S, C)."""

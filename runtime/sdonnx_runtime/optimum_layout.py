@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.manifest import Component, File, Latents, Manifest, Source, TextEncoder, read_json
+
+T = TypeVar("T")
 
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 _AS_PIPELINES_READ_IT = {"clip_sample": False, "steps_offset": 1}
@@ -34,23 +36,24 @@ def manifest_of_layout(root: Path, *, source: Source) -> Manifest:
     unet = read_json(root / "unet" / "config.json")
     vae = read_json(root / "vae_decoder" / "config.json")
     text = read_json(root / "text_encoder" / "config.json")
-    downscale = 2 ** (len(_number_list(vae, "block_out_channels", root)) - 1)
+    channels: list[Any] = _value(vae, "block_out_channels", None, list)
+    downscale = 2 ** (len(channels) - 1)
     return Manifest(
         family="sd1",
         target="generic",
-        default_size=int(unet.get("sample_size") or 64) * downscale,
+        default_size=_value(unet, "sample_size", 64, int) * downscale,
         scheduler={**read_json(root / "scheduler" / "scheduler_config.json"), **_AS_PIPELINES_READ_IT},
         latents=Latents(
-            channels=int(vae.get("latent_channels", 4)),
+            channels=_value(vae, "latent_channels", 4, int),
             downscale=downscale,
-            scaling_factor=float(vae.get("scaling_factor") or 0.18215),
-            shift_factor=float(vae.get("shift_factor") or 0.0),
+            scaling_factor=_value(vae, "scaling_factor", 0.18215, float),
+            shift_factor=_value(vae, "shift_factor", 0.0, float),
         ),
         text_encoders=(
             TextEncoder(
                 component="text_encoder",
                 tokenizer="tokenizer",
-                length=int(text.get("max_position_embeddings", 77)),
+                length=_value(text, "max_position_embeddings", 77, int),
                 output="last_hidden_state",
             ),
         ),
@@ -59,11 +62,15 @@ def manifest_of_layout(root: Path, *, source: Source) -> Manifest:
     )
 
 
-def _number_list(config: Mapping[str, Any], key: str, root: Path) -> list[Any]:
+def _value(config: Mapping[str, Any], key: str, default: T | None, kind: type[T]) -> T:
+    """The value under ``key``, or the default where it is absent or null."""
     found = config.get(key)
-    if not isinstance(found, list) or not found:
-        raise PackageError(f"{root / 'vae_decoder' / 'config.json'} has no list '{key}'; export the checkpoint again")
-    return found  # pyright: ignore[reportUnknownVariableType]
+    found = default if found is None else found
+    if kind is float and type(found) is int:
+        return kind(found)
+    if not isinstance(found, kind) or isinstance(found, bool):
+        raise PackageError(f"the package's configs have {found!r} for '{key}'; expected {kind.__name__}; export again")
+    return found
 
 
 def _component(root: Path, name: str) -> Component:

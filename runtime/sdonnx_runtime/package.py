@@ -19,8 +19,8 @@ class Package:
 
     @property
     def name(self) -> str:
-        """The directory's name."""
-        return self.root.resolve().name
+        """What the checkpoint was called that it was made of."""
+        return self.manifest.source.name
 
     @property
     def precision(self) -> str:

@@ -52,25 +52,22 @@ class SchedulerConfig:
     steps_offset: int
     set_alpha_to_one: bool | None
     final_sigmas_type: str
+    settings: Mapping[str, Any]
+    """The whole JSON, for what concerns one class alone."""
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "SchedulerConfig":
         """Parse the JSON as published.
 
         A key that is absent gets the default of the class that is asked for later, as diffusers' ``from_config``
-        does it. Keys of other schedulers must have the value that leaves our result alone.
+        does it.
 
         Raises:
-            PackageError: a value changes the result in a way that this version can't follow.
+            PackageError: a value is of a kind that no sampler here can follow.
         """
-        for key, works in _ONLY.items():
-            if config.get(key, works[0]) not in works:
-                raise _refusal(key, config[key], works)
         for key, works in _CHOICES.items():
             if key in config and config[key] not in works:
                 raise _refusal(key, config[key], works)
-        if config.get("final_sigmas_type") == "sigma_min" and config.get("euler_at_final"):
-            raise _refusal("euler_at_final", True, (False,))
         return cls(
             class_name=str(config.get("_class_name", "PNDMScheduler")),
             num_train_timesteps=_number(config, "num_train_timesteps", 1000, int),
@@ -82,6 +79,7 @@ class SchedulerConfig:
             steps_offset=_number(config, "steps_offset", 0, int),
             set_alpha_to_one=config.get("set_alpha_to_one"),
             final_sigmas_type=str(config.get("final_sigmas_type", "zero")),
+            settings=config,
         )
 
 
@@ -91,30 +89,42 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "prediction_type": ("epsilon", "v_prediction", "sample"),
     "set_alpha_to_one": (False, True),
     "timestep_spacing": ("leading", "linspace", "trailing"),
+    "trained_betas": (None,),
 }
 
-_ONLY: Mapping[str, tuple[Any, ...]] = {
-    "algorithm_type": ("dpmsolver++",),
-    "clip_sample": (False,),
-    "interpolation_type": ("linear",),
-    "lambda_min_clipped": (-math.inf, "-inf", "-Infinity"),
-    "lower_order_final": (True,),
-    "rescale_betas_zero_snr": (False,),
-    "sigma_max": (None,),
-    "sigma_min": (None,),
-    "skip_prk_steps": (True,),
-    "solver_order": (2,),
-    "solver_type": ("midpoint",),
-    "thresholding": (False,),
-    "timestep_type": ("discrete",),
-    "trained_betas": (None,),
-    "use_beta_sigmas": (False, None),
-    "use_exponential_sigmas": (False, None),
-    "use_flow_sigmas": (False, None),
-    "use_karras_sigmas": (False, None),
-    "use_lu_lambdas": (False, None),
+_OFF = (False, None)
+_RESPACED: Mapping[str, tuple[Any, ...]] = {
+    "use_beta_sigmas": _OFF,
+    "use_exponential_sigmas": _OFF,
+    "use_karras_sigmas": _OFF,
 }
-"""Keys of which other values would give another picture."""
+_ONLY: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "ddim": {"clip_sample": _OFF, "rescale_betas_zero_snr": _OFF, "thresholding": _OFF},
+    "dpmpp_2m": {
+        **_RESPACED,
+        "algorithm_type": ("dpmsolver++", "deis"),  # the latter belongs to another class, as do three solver types
+        "lambda_min_clipped": (-math.inf, "-inf", "-Infinity"),
+        "lower_order_final": (True,),
+        "rescale_betas_zero_snr": _OFF,
+        "solver_order": (2,),
+        "solver_type": ("midpoint", "logrho", "bh1", "bh2"),
+        "thresholding": _OFF,
+        "use_flow_sigmas": _OFF,
+        "use_lu_lambdas": _OFF,
+    },
+    "euler": {
+        **_RESPACED,
+        "interpolation_type": ("linear",),
+        "rescale_betas_zero_snr": _OFF,
+        "sigma_max": (None,),
+        "sigma_min": (None,),
+        "timestep_type": ("discrete",),
+    },
+    "euler_ancestral": {"rescale_betas_zero_snr": _OFF},
+    "lms": _RESPACED,
+    "pndm": {"skip_prk_steps": (True,)},
+}
+"""Keys of the classes behind the samplers, of which other values would give another picture."""
 
 
 def default_sampler(config: SchedulerConfig) -> str:
@@ -146,7 +156,11 @@ def make_schedule(config: SchedulerConfig, sampler: str, num_inference_steps: in
 
     Raises:
         RequestError: more steps than the model was trained with, or fewer than 1.
+        PackageError: the config has a setting that changes the result in a way this sampler can't follow.
     """
+    for key, works in _ONLY[sampler].items():
+        if config.settings.get(key, works[0]) not in works:
+            raise _refusal(key, config.settings[key], works)
     train = config.num_train_timesteps
     if not 1 <= num_inference_steps <= train:
         raise RequestError(f"num_inference_steps is {num_inference_steps}; give a whole number from 1 to {train}")
@@ -173,6 +187,8 @@ def _sigma_space(config: SchedulerConfig, steps: int) -> Schedule:
 
 def _dpm_solver(config: SchedulerConfig, steps: int) -> Schedule:
     """DPM-Solver++: like the others in whole timesteps, but spaced as if there were one step more."""
+    if config.final_sigmas_type == "sigma_min" and config.settings.get("euler_at_final"):
+        raise _refusal("euler_at_final", True, _OFF)
     spacing = config.timestep_spacing or "linspace"
     train = config.num_train_timesteps
     if spacing == "linspace":
@@ -300,4 +316,6 @@ def _number(config: Mapping[str, Any], key: str, default: float, kind: type[Any]
 
 def _refusal(key: str, found: Any, works: tuple[Any, ...]) -> PackageError:
     listed = " or ".join(repr(value) for value in works)
-    return PackageError(f"the scheduler config's '{key}' is {found!r}; what works here is {listed}")
+    return PackageError(
+        f"the scheduler config's '{key}' is {found!r}; what works here is {listed}; choose another sampler"
+    )

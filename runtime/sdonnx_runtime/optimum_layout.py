@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.manifest import Component, File, Latents, Manifest, Source, TextEncoder, read_json
@@ -36,7 +36,7 @@ def manifest_of_layout(root: Path, *, source: Source) -> Manifest:
     unet = read_json(root / "unet" / "config.json")
     vae = read_json(root / "vae_decoder" / "config.json")
     text = read_json(root / "text_encoder" / "config.json")
-    channels: list[Any] = _value(vae, "block_out_channels", None, list)
+    channels = cast("list[Any]", _value(vae, "block_out_channels", None, list))
     downscale = 2 ** (len(channels) - 1)
     return Manifest(
         family="sd1",

@@ -258,8 +258,16 @@ def _generate(pipe: sdonnx.Pipeline, request: sdonnx.Request) -> sdonnx.Result:
 
 @contextmanager
 def _bar(text: str, *columns: ProgressColumn) -> Generator[Progress, None, None]:
-    """A progress bar on stderr that is gone when the work is done."""
-    with Progress(TextColumn(text), BarColumn(), *columns, TimeRemainingColumn(), console=err, transient=True) as bar:
+    """A progress bar on stderr that is gone when the work is done; none where no person is looking."""
+    with Progress(
+        TextColumn(text),
+        BarColumn(),
+        *columns,
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    ) as bar:
         yield bar
 
 

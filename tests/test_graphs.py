@@ -8,8 +8,8 @@ import onnx_ir as ir
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from sdonnx_export.checkpoint import Part, Weight
 from sdonnx_export.graph import build
+from sdonnx_export.parts import Part, Weight
 from sdonnx_export.stages import cut
 from sdonnx_runtime.errors import ExportError
 from sdonnx_runtime.session import Session

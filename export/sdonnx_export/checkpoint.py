@@ -1,53 +1,15 @@
-"""Checkpoints in every layout they are published in, read into one form: parts with configs and lazy weights."""
+"""Opening a checkpoint in any layout that it is published in: a diffusers directory, a Hub id, a single file."""
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError, safe_open
-from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import ExportError
 
-
-@dataclass(frozen=True, kw_only=True)
-class Weight:
-    """One tensor of a checkpoint, read when it is asked for."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    """F32, F16, BF16, …: how the file stores it."""
-    read: Callable[[], AnyArray]
-    """Gives it as float32 or float16 (bfloat16 is widened), or whole numbers as stored."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """One component of a checkpoint."""
-
-    config: Mapping[str, Any]
-    """diffusers' or transformers' config.json."""
-    weights: Mapping[str, Weight]
-    """By diffusers' (transformers') state-dict keys."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """An opened checkpoint."""
-
-    source: str
-    """Hub id, or the name (without the path) of a file or directory."""
-    revision: str | None
-    parts: Mapping[str, Part]
-    """``text_encoder``, ``unet`` and ``vae``."""
-    scheduler: Mapping[str, Any]
-    """scheduler_config.json as published."""
-    tokenizer: Path | None
-    """Directory with the tokenizer's files; None stands for CLIP's own."""
-
+from sdonnx_export.ldm import split_checkpoint, split_vae
+from sdonnx_export.parts import Checkpoint, Part, Weight, current_name, open_file
 
 PARTS = {
     "text_encoder": ("model", "pytorch_model"),
@@ -79,8 +41,6 @@ def open_checkpoint(source: str, *, revision: str | None = None) -> Checkpoint:
     Raises:
         ExportError: there is none, it is damaged, or it is not of a family that can be exported.
     """
-    from sdonnx_export.ldm import split_checkpoint
-
     path = Path(source)
     if path.is_file():
         return split_checkpoint(path, open_file(path))
@@ -95,55 +55,11 @@ def open_vae(source: str) -> Part:
     Raises:
         ExportError: as `open_checkpoint`.
     """
-    from sdonnx_export.ldm import split_vae
-
     path = Path(source)
     if path.is_file():
         return split_vae(path, open_file(path))
     root = path if path.is_dir() else _from_hub(source, None, ("vae", "."))
     return _part(root / "vae" if (root / "vae").is_dir() else root, "vae")
-
-
-def open_file(path: Path) -> dict[str, Weight]:
-    """All tensors of a ``.safetensors`` or, through torch, a pickled file.
-
-    The file is opened anew for each tensor: a map kept open would keep gigabytes of it resident.
-
-    Raises:
-        ExportError: it is damaged or of another kind.
-    """
-    if path.suffix != ".safetensors":
-        return _open_pickled(path)
-    try:
-        with safe_open(path, "np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 — it is no dict
-            found = {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise ExportError(f"{path} is damaged or no safetensors file ({error}); download it again") from None
-
-    def reader(name: str) -> Callable[[], AnyArray]:
-        def read() -> AnyArray:
-            with safe_open(path, "np") as file:
-                return _plain(file.get_tensor(name))
-
-        return read
-
-    return {name: Weight(shape=shape, dtype=dtype, read=reader(name)) for name, (shape, dtype) in found.items()}
-
-
-def _open_pickled(path: Path) -> dict[str, Weight]:
-    from sdonnx_export.torch_bridge import load_pickled
-
-    if path.suffix not in (".ckpt", ".bin", ".pt", ".pth"):
-        raise ExportError(f"{path} is no checkpoint: expected a directory, a .safetensors or a .ckpt file")
-    return {
-        name: Weight(shape=shape, dtype=dtype, read=read) for name, (shape, dtype, read) in load_pickled(path).items()
-    }
-
-
-def _plain(data: AnyArray) -> AnyArray:
-    """Numpy knows no bfloat16 of its own; float32 holds all its values."""
-    return data if data.dtype.kind in "iub" or data.dtype in (np.float16, np.float32) else data.astype(np.float32)
 
 
 def _from_directory(root: Path, name: str, revision: str | None) -> Checkpoint:
@@ -174,22 +90,6 @@ def _part(directory: Path, part: str) -> Part:
 def _wanted(weights: Mapping[str, Weight]) -> Iterable[tuple[str, Weight]]:
     """Without the positions that old versions of transformers wrote among the weights."""
     return ((name, weight) for name, weight in weights.items() if not name.endswith("position_ids"))
-
-
-def current_name(name: str) -> str:
-    """A weight's name in today's diffusers and transformers."""
-    for old, new in _RENAMED.items():
-        name = re.sub(old, new, name)
-    return name
-
-
-_RENAMED = {
-    r"(mid_block\.attentions\.\d+)\.query\.": r"\1.to_q.",
-    r"(mid_block\.attentions\.\d+)\.key\.": r"\1.to_k.",
-    r"(mid_block\.attentions\.\d+)\.value\.": r"\1.to_v.",
-    r"(mid_block\.attentions\.\d+)\.proj_attn\.": r"\1.to_out.0.",
-    r"^(embeddings|encoder\.layers|final_layer_norm)\.": r"text_model.\1.",
-}
 
 
 def weight_files(directory: Path, part: str) -> list[Path]:

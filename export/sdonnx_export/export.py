@@ -16,10 +16,11 @@ from sdonnx_runtime.errors import ExportError, SdonnxError
 from sdonnx_runtime.manifest import Component, File, Manifest, Source, write_manifest
 from sdonnx_runtime.optimum_layout import manifest_of_layout
 
-from sdonnx_export.checkpoint import Checkpoint, open_checkpoint, open_vae
+from sdonnx_export.checkpoint import open_checkpoint, open_vae
 from sdonnx_export.clip_vocabulary import write_clip_tokenizer
 from sdonnx_export.graph import COMPONENTS, build
 from sdonnx_export.operators import PRECISIONS, Precision
+from sdonnx_export.parts import Checkpoint
 from sdonnx_export.verify import verify
 
 Report = Callable[[str, float], None]

@@ -9,11 +9,11 @@ import onnx_ir as ir
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import ExportError
 
-from sdonnx_export.checkpoint import Part, Weight
 from sdonnx_export.clip import ClipTextEncoder
 from sdonnx_export.config import ClipTextConfig, UNetConfig, VaeConfig
 from sdonnx_export.layers import Matrix
 from sdonnx_export.operators import CONTRIB, IR_VERSION, OPSET, Operators, Precision
+from sdonnx_export.parts import Part, Weight
 from sdonnx_export.stages import name_edges
 from sdonnx_export.unet import UNet
 from sdonnx_export.vae import VaeDecoder, VaeEncoder

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from sdonnx_runtime.errors import ExportError
 
-from sdonnx_export.checkpoint import Checkpoint, Part, Weight, current_name
+from sdonnx_export.parts import Checkpoint, Part, Weight, current_name
 
 Weights = Mapping[str, Weight]
 

@@ -124,7 +124,8 @@ def test_old_names_are_understood(plain, copy):
     save_file({rename(name): tensor for name, tensor in load_file(path).items()}, path)
     path = text / "model.safetensors"
     weights = {name.removeprefix("text_model."): tensor for name, tensor in load_file(path).items()}
-    save_file({**weights, "embeddings.position_ids": torch.arange(77)[None]}, path)
+    rest = {"embeddings.position_ids": torch.arange(77)[None], "text_projection.weight": torch.zeros(2, 2)}
+    save_file({**weights, **rest}, path)
     checkpoint = open_checkpoint(str(copy / "diffusers"))
     assert_equal(checkpoint.parts["vae"], state(pipe, "vae"))
     assert_equal(checkpoint.parts["text_encoder"], state(pipe, "text_encoder"))

@@ -2,14 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sdonnx_runtime.errors import ExportError
 
 from sdonnx_export.ldm import split_checkpoint, split_vae
-from sdonnx_export.parts import Checkpoint, Part, Weight, current_name, open_file
+from sdonnx_export.parts import Checkpoint, Part, Weight, current_name, is_needed, open_file
 
 PARTS = {
     "text_encoder": ("model", "pytorch_model"),
@@ -84,12 +84,9 @@ def _part(directory: Path, part: str) -> Part:
     weights: dict[str, Weight] = {}
     for path in weight_files(directory, part):
         weights.update(open_file(path))
-    return Part(config=config, weights={current_name(name): weight for name, weight in _wanted(weights)})
-
-
-def _wanted(weights: Mapping[str, Weight]) -> Iterable[tuple[str, Weight]]:
-    """Without the positions that old versions of transformers wrote among the weights."""
-    return ((name, weight) for name, weight in weights.items() if not name.endswith("position_ids"))
+    return Part(
+        config=config, weights={current_name(name): weight for name, weight in weights.items() if is_needed(name)}
+    )
 
 
 def weight_files(directory: Path, part: str) -> list[Path]:

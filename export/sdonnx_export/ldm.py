@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from sdonnx_runtime.errors import ExportError
 
-from sdonnx_export.parts import Checkpoint, Part, Weight, current_name
+from sdonnx_export.parts import Checkpoint, Part, Weight, current_name, is_needed
 
 Weights = Mapping[str, Weight]
 
@@ -69,7 +69,9 @@ def split_vae(path: Path, weights: Weights) -> Part:
     Raises:
         ExportError: there is none in it.
     """
-    found = _below(weights, _VAE) or {name: w for name, w in weights.items() if not name.startswith("loss.")}
+    found = _below(weights, _VAE) or {
+        name: w for name, w in weights.items() if not name.startswith(("loss.", "model_ema."))
+    }
     if "decoder.conv_in.weight" not in found:
         raise ExportError(f"{path} holds no VAE; expected a file with 'decoder.conv_in.weight'")
     return _vae(found, _original_config(path))
@@ -269,7 +271,7 @@ def _flat(weight: Weight) -> Weight:
 
 
 def _text_encoder(weights: Weights) -> Part:
-    renamed = {current_name(name): w for name, w in weights.items() if not name.endswith("position_ids")}
+    renamed = {current_name(name): w for name, w in weights.items() if is_needed(name)}
     shapes = {name: weight.shape for name, weight in renamed.items()}
     vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
     config = {

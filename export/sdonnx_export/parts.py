@@ -90,6 +90,14 @@ def _plain(data: AnyArray) -> AnyArray:
     return data if data.dtype.kind in "iub" or data.dtype in (np.float16, np.float32) else data.astype(np.float32)
 
 
+def is_needed(name: str) -> bool:
+    """Whether a weight is one; old transformers wrote positions among them, and whole CLIP models have more parts."""
+    return not name.endswith("position_ids") and not name.startswith(_CLIP_REST)
+
+
+_CLIP_REST = ("logit_scale", "text_projection.", "vision_model.", "visual_projection.")
+
+
 def current_name(name: str) -> str:
     """A weight's name in today's diffusers and transformers."""
     for old, new in _RENAMED.items():

@@ -89,7 +89,7 @@ def test_sampler_equals_diffusers(sampler, steps, spacing, prediction_type):
         *[(sampler, {"set_alpha_to_one": True}, 7) for sampler in CLASSES],
         *[(sampler, {"beta_schedule": "linear", "beta_end": 0.02, "beta_start": 0.0001}, 10) for sampler in CLASSES],
         *[(sampler, {"beta_schedule": "squaredcos_cap_v2"}, 10) for sampler in ("ddim", "pndm")],
-        *[(sampler, {"final_sigmas_type": "sigma_min"}, n) for sampler in ("euler", "dpmpp_2m") for n in (6, 20)],
+        *[(sampler, {"final_sigmas_type": "sigma_min"}, n) for sampler in CLASSES for n in (6, 20)],
         *[(sampler, {}, steps) for sampler in CLASSES for steps in (1, 2, 3, 14, 15, 33)],
     ],
 )
@@ -150,6 +150,13 @@ def test_a_setting_that_would_change_the_picture_is_refused(sampler, change, wor
     assert works in str(error.value)
 
 
+@pytest.mark.parametrize(("sampler", "key"), [("ddim", "clip_sample"), ("pndm", "skip_prk_steps")])
+def test_an_absent_key_is_refused_where_the_class_own_default_would_be(sampler, key):
+    config = {name: value for name, value in SD15.items() if name != key}
+    with pytest.raises(PackageError, match=key):
+        make_schedule(SchedulerConfig.from_dict(config), sampler, 20)
+
+
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "ddim"])
 def test_settings_of_another_class_are_left_alone_as_in_diffusers(sampler):
     """A checkpoint published with DEIS, as many are, made with another sampler."""
@@ -172,3 +179,17 @@ def test_an_unknown_class_or_name_says_what_there_is():
 def test_steps_beyond_the_model(steps):
     with pytest.raises(RequestError, match="from 1 to 1000"):
         make_schedule(SchedulerConfig.from_dict(SD15), "euler", steps)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "changes", "steps", "said"),
+    [
+        ("ddim", {"num_train_timesteps": 10, "timestep_spacing": "leading"}, 10, r"timestep 10, above .*\(9\)"),
+        ("pndm", {"num_train_timesteps": 50, "steps_offset": 5}, 25, "above"),
+        ("dpmpp_2m", {"num_train_timesteps": 7}, 7, "twice"),
+        ("lms", {"num_train_timesteps": 50, "timestep_spacing": "leading", "steps_offset": 5}, 50, "twice"),
+    ],
+)
+def test_steps_that_a_short_schedule_has_no_room_for(sampler, changes, steps, said):
+    with pytest.raises(RequestError, match=said):
+        make_schedule(SchedulerConfig.from_dict({**SD15, **changes}), sampler, steps)

@@ -126,6 +126,9 @@ _ONLY: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 }
 """Keys of the classes behind the samplers, of which other values would give another picture."""
 
+_ABSENT = {"clip_sample": True, "skip_prk_steps": False}
+"""What diffusers takes where one of these keys is absent; for the others it is the first value above."""
+
 
 def default_sampler(config: SchedulerConfig) -> str:
     """The sampler that a package was published with.
@@ -155,26 +158,37 @@ def make_schedule(config: SchedulerConfig, sampler: str, num_inference_steps: in
     """The schedule that diffusers' class for ``sampler`` (a key of SAMPLERS) makes of a config.
 
     Raises:
-        RequestError: more steps than the model was trained with, or fewer than 1.
+        RequestError: more steps than the model was trained with or the sampler can tell apart, or fewer than 1.
         PackageError: the config has a setting that changes the result in a way this sampler can't follow.
     """
     for key, works in _ONLY[sampler].items():
-        if config.settings.get(key, works[0]) not in works:
-            raise _refusal(key, config.settings[key], works)
+        found = config.settings.get(key, _ABSENT.get(key, works[0]))
+        if found not in works:
+            raise _refusal(key, found, works)
     train = config.num_train_timesteps
     if not 1 <= num_inference_steps <= train:
         raise RequestError(f"num_inference_steps is {num_inference_steps}; give a whole number from 1 to {train}")
-    return _KINDS[sampler](config, num_inference_steps)
+    schedule = _KINDS[sampler](config, num_inference_steps)
+    if sampler in _DIVIDE_BY_STEPS and (np.diff(schedule.sigmas) >= 0).any():
+        raise RequestError(f"{num_inference_steps} steps come to one noise level twice; take fewer or another sampler")
+    return schedule
 
 
-def _sigma_space(config: SchedulerConfig, steps: int) -> Schedule:
-    """Euler and LMS (k-diffusion): sigmas between those trained with are interpolated; the last is zero."""
+def _euler(config: SchedulerConfig, steps: int) -> Schedule:
+    """Euler: as the others in sigmas, but it may stop at the lowest level trained with."""
+    return _sigma_space(config, steps, _last_sigma(config))
+
+
+def _last_sigma(config: SchedulerConfig) -> float:
+    return float(_trained_sigmas(config)[0]) if config.final_sigmas_type == "sigma_min" else 0.0
+
+
+def _sigma_space(config: SchedulerConfig, steps: int, last: float = 0.0) -> Schedule:
+    """Euler and LMS (k-diffusion): sigmas between those trained with are interpolated."""
     spacing = config.timestep_spacing or "linspace"
     train = config.num_train_timesteps
     timesteps = np.linspace(0, train - 1, steps)[::-1] if spacing == "linspace" else _whole(config, spacing, steps)
-    trained = _trained_sigmas(config)
-    last = trained[0] if config.final_sigmas_type == "sigma_min" else 0.0
-    sigmas = _single(np.append(np.interp(timesteps, np.arange(train), trained), last))
+    sigmas = _single(np.append(np.interp(timesteps, np.arange(train), _trained_sigmas(config)), last))
     highest = float(sigmas.max())
     return _plain(
         config,
@@ -197,9 +211,8 @@ def _dpm_solver(config: SchedulerConfig, steps: int) -> Schedule:
         timesteps = (np.arange(steps + 1) * (train // (steps + 1)))[::-1][:-1].astype(float) + config.steps_offset
     else:
         timesteps = _whole(config, spacing, steps)
-    trained = _trained_sigmas(config)
-    last = trained[0] if config.final_sigmas_type == "sigma_min" else 0.0
-    sigmas = _single(np.append(np.interp(timesteps, np.arange(train), trained), last))
+    interpolated = np.interp(timesteps, np.arange(train), _trained_sigmas(config))
+    sigmas = _single(np.append(interpolated, _last_sigma(config)))
     return _plain(config, timesteps, sigmas, math.hypot(sigmas[0], 1.0), 1.0 / math.hypot(sigmas[-1], 1.0))
 
 
@@ -241,10 +254,12 @@ def _plms(config: SchedulerConfig, steps: int) -> Schedule:
     )
 
 
+_DIVIDE_BY_STEPS = ("dpmpp_2m", "lms")
+
 _KINDS: Mapping[str, Callable[[SchedulerConfig, int], Schedule]] = {
     "ddim": _ddim,
     "dpmpp_2m": _dpm_solver,
-    "euler": _sigma_space,
+    "euler": _euler,
     "euler_ancestral": _sigma_space,
     "lms": _sigma_space,
     "pndm": _plms,
@@ -284,6 +299,12 @@ def _lower(config: SchedulerConfig, timesteps: Levels, steps: int, *, ends_clean
 
 
 def _at(config: SchedulerConfig, timesteps: Levels) -> Levels:
+    highest = config.num_train_timesteps - 1
+    if timesteps.max() > highest:
+        raise RequestError(
+            f"these steps begin at timestep {timesteps.max():.0f}, above the last one trained with ({highest}); "
+            "take fewer steps or another sampler"
+        )
     return _trained_sigmas(config)[timesteps.astype(int)]
 
 

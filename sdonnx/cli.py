@@ -1,4 +1,4 @@
-"""The command line: ``sdonnx export``, ``sdonnx run``, ``sdonnx info``."""
+"""The command line: ``sdonnx export``, ``sdonnx run``, ``sdonnx info``, ``sdonnx models``."""
 
 import json
 import logging
@@ -23,8 +23,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from sdonnx_models import DEFAULT, Recipe, bundled, recipes
 from sdonnx_runtime.images import check_writable
+from sdonnx_runtime.manifest import Defaults
 from sdonnx_runtime.samplers import SAMPLERS
+from sdonnx_runtime.sigmas import RESPACED
 
 import sdonnx
 from sdonnx.models import find_model
@@ -49,7 +52,10 @@ Device: TypeAlias = Literal["auto", "cpu", "cuda", "directml"]
 def export(
     source: Annotated[
         str,
-        typer.Argument(metavar="SRC", help="A diffusers directory, a Hub id, or a .safetensors or .ckpt file."),
+        typer.Argument(
+            metavar="SRC",
+            help="A diffusers directory, a .safetensors or .ckpt file, a Hub id, or a name from [b]sdonnx models[/b].",
+        ),
     ],
     output: Annotated[
         Path | None,
@@ -70,7 +76,7 @@ def export(
 ) -> None:
     """Turn a checkpoint into a package that [b]sdonnx run[/b] can use.
 
-    [dim]sdonnx export runwayml/stable-diffusion-v1-5 -o sd15 --precision fp16[/dim]
+    [dim]sdonnx export sd15[/dim] or [dim]sdonnx export my-checkpoint.safetensors -o my-package --precision fp16[/dim]
     """
     try:
         from sdonnx_export.export import export as export_package
@@ -78,15 +84,17 @@ def export(
         raise sdonnx.ExportError(
             f"""exporting needs {error.name}, which is not installed; pip install "sdonnx[export]\""""
         ) from None
+    recipe = None if Path(source).exists() else recipes().get(source)
     with _bar("{task.description}") as bar:
         task = bar.add_task("starting", total=1.0)
         directory = export_package(
-            source,
-            output,
+            source if recipe is None else recipe.source,
+            Path(f"{recipe.name}-onnx") if output is None and recipe is not None else output,
             precision=precision,
-            vae=vae,
+            vae=recipe.vae if vae is None and recipe is not None else vae,
             revision=revision,
             via=via,
+            defaults={} if recipe is None else recipe.defaults,
             force=force,
             report=lambda what, done: bar.update(task, description=what, completed=done),
         )
@@ -98,7 +106,12 @@ def run(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")],
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", metavar="PACKAGE", help="A package's directory, or a Hub id of one."),
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="PACKAGE",
+            help="A package's directory, or a Hub id of one. Default: pictogram, which comes with sdonnx.",
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -110,20 +123,35 @@ def run(
         ),
     ] = None,
     negative: Annotated[str, typer.Option(metavar="TEXT", help="What to keep away from.")] = "",
-    steps: Annotated[int, typer.Option(metavar="N", help="Denoising steps: more is slower and finer.")] = 20,
+    steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Denoising steps: more is slower and finer. Default: the model's own."),
+    ] = None,
     guidance: Annotated[
-        float,
-        typer.Option(metavar="G", help="How closely to follow the prompt; 1 is without guidance, and twice as fast."),
-    ] = 7.5,
+        float | None,
+        typer.Option(
+            metavar="G",
+            help="How closely to follow the prompt; 1 is without, and twice as fast. Default: the model's own.",
+        ),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(metavar="S", help="The same seed is the same picture. Default: random.")
     ] = None,
     size: Annotated[
         str | None, typer.Option(metavar="WxH", help="Pixels, multiples of 8. Default: the model's own.")
     ] = None,
+    enlarge: Annotated[
+        bool, typer.Option("--enlarge/--no-enlarge", help="Enlarge pictures of a model that makes very small ones.")
+    ] = True,
     count: Annotated[int, typer.Option(metavar="N", help="Pictures to make, with seeds S, S+1, …")] = 1,
     sampler: Annotated[
         str | None, typer.Option(metavar="NAME", help=f"{', '.join(SAMPLERS)}. Default: the model's own.")
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help=f"How noise levels are laid: {', '.join(RESPACED)}. Default: the model's own."
+        ),
     ] = None,
     device: Annotated[Device, typer.Option(help="Where to run; auto takes the best there is.")] = "auto",
     threads: Annotated[
@@ -133,10 +161,11 @@ def run(
 ) -> None:
     """Make a picture with a package.
 
-    [dim]sdonnx run "a red apple on a blue background" -m sd15 -o apple.png --seed 7[/dim]
+    [dim]sdonnx run "a red apple on a blue background" -o apple.png[/dim]
+    [dim]sdonnx run "a photograph of a cat" -m sd15-onnx --seed 7[/dim]
     """
     width, height = _parse_size(size)
-    package = find_model(_required(model))
+    package = find_model(_bundled() if model is None else model)
     with sdonnx.load(package, device=device, threads=threads) as pipe:
         request = pipe.check(
             prompt,
@@ -148,13 +177,15 @@ def run(
             seed=seed,
             num_images=count,
             sampler=sampler,
+            schedule=schedule,
         )
         paths = _output_paths(output, request)
         for path in paths:
             check_writable(path)
         result = _generate(pipe, request)
+        factor = pipe.package.manifest.defaults.enlarge if enlarge else 1
     for index, path in enumerate(paths):
-        sdonnx.save_png(result, index, path)
+        sdonnx.save_png(result, index, path, enlarge=factor)
     if as_json:
         _print_json(_described(result, paths))
         return
@@ -179,13 +210,32 @@ def info(
     facts.add_row("family", manifest.family)
     facts.add_row("source", source.name if source.revision is None else f"{source.name} at {source.revision}")
     facts.add_row("exporter", source.exporter)
-    facts.add_row("size", f"{manifest.default_size} x {manifest.default_size} pixels unless asked otherwise")
+    facts.add_row("suggests", _suggested(manifest.defaults))
     predicts = manifest.scheduler.get("prediction_type", "epsilon")
     facts.add_row("scheduler", f"{manifest.scheduler.get('_class_name')}, predicts {predicts}")
     for name, component in manifest.components.items():
         megabytes = sum(file.size for file in component.files.values()) / 1e6
         facts.add_row(name, f"{component.precision}, {megabytes:,.1f} MB")
     out.print(facts, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """List the model that comes with sdonnx, and published ones that [b]sdonnx export[/b] knows by name."""
+    known = recipes()
+    if as_json:
+        here = {name: str(path) for name, path in bundled().items()}
+        _print_json({"bundled": here, "recipes": {name: asdict(recipe) for name, recipe in known.items()}})
+        return
+    listing = Table.grid(padding=(0, 2))
+    for name, path in bundled().items():
+        manifest = sdonnx.Package.open(path).manifest
+        listing.add_row(f"[b]{name}[/]", f"comes with sdonnx\n{_suggested(manifest.defaults)}\n")
+    for name, recipe in known.items():
+        listing.add_row(f"[b]{name}[/]", escape("\n".join(_described_recipe(recipe))) + "\n")
+    out.print(listing, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -211,10 +261,35 @@ def _log_handler() -> logging.Handler:
     return RichHandler(console=err, show_time=False, show_path=False, markup=False)
 
 
-def _required(model: str | None) -> str:
-    if model is None:
-        raise sdonnx.RequestError("no model was named; give one with -m, or make one with 'sdonnx export'")
-    return model
+def _bundled() -> str:
+    err.print(
+        f"using {DEFAULT}, the small model that comes with sdonnx; for a published one: "
+        "sdonnx export sd15, then -m sd15-onnx",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return DEFAULT
+
+
+def _described_recipe(recipe: Recipe) -> list[str]:
+    disk = ", ".join(f"{size:g} GB ({precision})" for precision, size in recipe.package_gb.items())
+    memory = ", ".join(f"{size:g} GB ({precision})" for precision, size in recipe.memory_gb.items())
+    return [
+        recipe.title,
+        recipe.source,
+        recipe.licence,
+        _suggested(Defaults(**recipe.defaults)),
+        f"disk {disk}; memory {memory}",
+    ]
+
+
+def _suggested(defaults: Defaults) -> str:
+    sampler = "" if defaults.sampler is None else f", {defaults.sampler}"
+    shown = "" if defaults.enlarge == 1 else f", saved {defaults.enlarge} times larger"
+    return (
+        f"{defaults.size}x{defaults.size} pixels{shown}, {defaults.num_inference_steps} steps, "
+        f"guidance {defaults.guidance_scale:g}{sampler}"
+    )
 
 
 def _parse_size(size: str | None) -> tuple[int | None, int | None]:

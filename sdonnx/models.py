@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from sdonnx_models import bundled
+from sdonnx_models import bundled, recipes
 from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.pipeline import Pipeline
@@ -57,6 +57,8 @@ def find_model(model: str | Path) -> Path:
         return known[name]
     if isinstance(model, str) and _HUB_ID.fullmatch(name):
         return _from_hub(name)
+    if name in recipes():
+        raise PackageError(f"there is no package '{name}' here yet; make it: sdonnx export {name}, then -m {name}-onnx")
     raise PackageError(f"there is no model '{name}': no such directory, bundled model or Hub id; check its spelling")
 
 

@@ -63,9 +63,9 @@ def test_without_a_name_pictures_do_not_overwrite_one_another(package, tmp_path)
     ("arguments", "code", "message"),
     [
         (["run"], 2, "PROMPT"),
-        (["run", "a cat"], 2, "no model was named"),
         (["run", "a cat", "--stepz", "3"], 2, "--steps"),
         (["run", "a cat", "-m", "nowhere"], 1, "no model 'nowhere'"),
+        (["run", "a cat", "-m", "sd15"], 1, "sdonnx export sd15, then -m sd15-onnx"),
         (["run", "a cat", "-m", "PACKAGE", "--size", "500x512"], 2, "nearest are 496 and 504"),
         (["run", "a cat", "-m", "PACKAGE", "--size", "big"], 2, "such as 512x512"),
         (["run", "a cat", "-m", "PACKAGE", "--steps", "0"], 2, "num_inference_steps is 0"),

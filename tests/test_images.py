@@ -8,8 +8,8 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from sd_parsers import ParserManager
-from sdonnx_runtime.images import A1111_NAMES, to_images
-from sdonnx_runtime.samplers import SAMPLERS
+from sdonnx_runtime.images import to_images
+from sdonnx_runtime.samplers import A1111_NAMES, SAMPLERS
 
 import sdonnx
 

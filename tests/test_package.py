@@ -32,7 +32,7 @@ def test_what_export_wrote_opens(package):
     assert opened.manifest.family == "sd1"
     assert opened.manifest.latents.scaling_factor == 0.18215
     assert opened.manifest.latents.downscale == 8
-    assert opened.manifest.default_size == 128
+    assert opened.manifest.defaults.size == 128
     assert opened.graph("unet") == package / "unet" / "model.onnx"
     assert not opened.foreign
 
@@ -56,6 +56,7 @@ def test_what_export_wrote_opens(package):
         (["text_encoders"], {}, "is dict instead of list"),
         (["text_encoders", 0, "tokenizer"], "../tokenizer", "leaves the package"),
         (["exec"], "rm -rf /", "unknown key 'exec'"),
+        (["defaults", "enlarge"], 10**9, "'enlarge' is 1000000000, expected 1 to 16"),
     ],
 )
 def test_a_manifest_that_is_wrong(copy, path, value, message):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
@@ -29,6 +30,8 @@ Report = Callable[[str, float], None]
 GRAPH, WEIGHTS = "model.onnx", "model.onnx_data"
 """What optimum calls them."""
 
+_NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
+
 _ALIGNMENT = 65536
 """Windows maps files at multiples of this."""
 
@@ -41,6 +44,7 @@ def export(
     vae: str | None = None,
     revision: str | None = None,
     via: str = "native",
+    defaults: Mapping[str, Any] = _NO_DEFAULTS,
     force: bool = False,
     report: Report = lambda _what, _done: None,
 ) -> Path:
@@ -53,6 +57,7 @@ def export(
         vae: where to take the VAE from instead of ``source``.
         revision: branch, tag or commit of a Hub id.
         via: ``native`` (written graphs, no torch) or ``optimum`` (traced by optimum-onnx).
+        defaults: fields of `Defaults` that suit the model and that its configs don't say.
         force: replaces ``output`` if it exists.
         report: told of the progress.
 
@@ -69,6 +74,7 @@ def export(
             manifest = _export_optimum(source, directory, precision, vae, revision, report)
         else:
             raise ExportError(f"via '{via}' is unknown; choose native or optimum")
+        manifest = replace(manifest, defaults=replace(manifest.defaults, **defaults))
         write_manifest(directory, manifest)
         verify(directory, manifest, report)
     return output

@@ -1,8 +1,62 @@
-"""The models that come with sdonnx: one directory each, beside this file."""
+"""The models that come with sdonnx, and recipes for well-known ones that are published elsewhere."""
 
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DEFAULT = "pictogram"
+"""The bundled model that is used where none is named."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to export and use a published checkpoint: ``recipes/NAME.toml``."""
+
+    name: str
+    title: str
+    source: str
+    """Hub id."""
+    vae: str | None = None
+    """Hub id of a VAE to take instead of the checkpoint's own."""
+    family: str
+    licence: str
+    size: int
+    """Width and height, pixels."""
+    num_inference_steps: int
+    guidance_scale: float
+    sampler: str
+    package_gb: Mapping[str, float]
+    """Size of the package for each precision, 10**9 bytes."""
+    memory_gb: Mapping[str, float]
+    """Peak memory of making a picture on a CPU for each precision, 2**30 bytes."""
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What a package of it suggests, by fields of the manifest's ``defaults``."""
+        names = ("size", "num_inference_steps", "guidance_scale", "sampler")
+        return {name: getattr(self, name) for name in names}
 
 
 def bundled() -> dict[str, Path]:
     """The packages in this distribution by name."""
-    return {path.parent.name: path.parent for path in sorted(Path(__file__).parent.glob("*/sdonnx.json"))}
+    return {path.parent.name: path.parent for path in sorted(_root().glob("*/sdonnx.json"))}
+
+
+def recipes() -> dict[str, Recipe]:
+    """The recipes by name."""
+    return {
+        path.stem: Recipe(name=path.stem, **tomllib.loads(path.read_text(encoding="utf-8")))
+        for path in sorted(_root().glob("recipes/*.toml"))
+    }
+
+
+def _root() -> Path:
+    return Path(str(files(__name__)))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from sdonnx_runtime.arrays import AnyArray, Array
-from sdonnx_runtime.samplers import Denoise
+from sdonnx_runtime.sampling import Denoise
 
 Run = Callable[[Mapping[str, AnyArray]], Array]
 """Runs the U-Net on its inputs by name and gives its prediction, of the shape of ``sample``."""

@@ -11,14 +11,14 @@ from sdonnx_runtime.arrays import AnyArray, Array
 from sdonnx_runtime.components import Runner
 from sdonnx_runtime.conditioning import CONDITIONING
 from sdonnx_runtime.denoise import guide, predict
-from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.images import to_images
 from sdonnx_runtime.manifest import TextEncoder
 from sdonnx_runtime.noise import Noise
 from sdonnx_runtime.package import Package
-from sdonnx_runtime.request import Request, Result
+from sdonnx_runtime.request import Request, Result, given
 from sdonnx_runtime.samplers import SAMPLERS
-from sdonnx_runtime.schedule import SchedulerConfig, make_schedule
+from sdonnx_runtime.schedule import make_schedule
+from sdonnx_runtime.scheduler_config import SchedulerConfig
 from sdonnx_runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Generation:
         """Runs everything, handing over each denoising step."""
         with self._run.components.reserved():
             conditioning = self._condition()
-            seeds = tuple(range(_given(self.request.seed), _given(self.request.seed) + self.request.num_images))
+            seeds = tuple(range(given(self.request.seed), given(self.request.seed) + self.request.num_images))
             latents: dict[int, Array] = {}
             seconds: list[float] = []
             for image, seed in enumerate(seeds):
@@ -97,12 +97,13 @@ class Generation:
         request = self.request
         denoise = predict(self._predict, self._scheduler.prediction_type, conditioning)
         if request.guidance_scale != 1:
-            denoise = guide(denoise, request.guidance_scale)
-        schedule = make_schedule(self._scheduler, str(request.sampler), request.num_inference_steps)
+            denoise = guide(denoise, given(request.guidance_scale))
+        sampler, steps = str(request.sampler), given(request.num_inference_steps)
+        schedule = make_schedule(self._scheduler, sampler, steps, request.schedule)
         noise = Noise(seed)
         x = noise(self._latent_shape()) * np.float32(schedule.init_scale)
         before = time.perf_counter()
-        for step in SAMPLERS[str(request.sampler)](denoise, x, schedule, noise):
+        for step in SAMPLERS[sampler](denoise, x, schedule, noise):
             now = time.perf_counter()
             last = step.index == step.total - 1
             yield Progress(
@@ -118,7 +119,7 @@ class Generation:
 
     def _latent_shape(self) -> tuple[int, int, int, int]:
         latents, request = self._manifest.latents, self.request
-        height, width = _given(request.height), _given(request.width)
+        height, width = given(request.height), given(request.width)
         return (1, latents.channels, height // latents.downscale, width // latents.downscale)
 
     def _predict(self, inputs: Mapping[str, AnyArray]) -> Array:
@@ -130,10 +131,3 @@ class Generation:
         unscaled = latents / np.float32(space.scaling_factor) + np.float32(space.shift_factor)
         (pictures,) = self._run("vae_decoder", {"latent_sample": unscaled}).values()
         return pictures  # (1, 3, H, W)
-
-
-def _given(value: int | None) -> int:
-    """A number that `check_request` has filled in."""
-    if value is None:
-        raise RequestError("the request was not checked; make it with Pipeline.stream or Pipeline.generate")
-    return value

@@ -15,16 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import SdonnxError
 from sdonnx_runtime.request import Request, Result
-
-A1111_NAMES = {
-    "ddim": "DDIM",
-    "dpmpp_2m": "DPM++ 2M",
-    "euler": "Euler",
-    "euler_ancestral": "Euler a",
-    "lms": "LMS",
-    "pndm": "PLMS",
-}
-"""What AUTOMATIC1111's web UI, and so everything that reads its recipes, calls our samplers."""
+from sdonnx_runtime.samplers import A1111_NAMES
 
 
 def to_images(pictures: Array) -> tuple[Image.Image, ...]:
@@ -39,6 +30,7 @@ def parameters_text(request: Request, seed: int, model: str) -> str:
     settings = {
         "Steps": request.num_inference_steps,
         "Sampler": A1111_NAMES.get(sampler, sampler),
+        **({} if request.schedule is None else {"Schedule type": request.schedule.title()}),
         "CFG scale": f"{request.guidance_scale:g}",
         "Seed": seed,
         "Size": f"{request.width}x{request.height}",
@@ -52,10 +44,16 @@ def parameters_text(request: Request, seed: int, model: str) -> str:
     return "\n".join(lines)
 
 
-def save_png(result: Result, index: int, path: Path) -> None:
+def save_png(result: Result, index: int, path: Path, *, enlarge: int = 1) -> None:
     """Writes image ``index`` of a result, with its recipe as ``parameters`` (A1111) and ``sdonnx`` (JSON) chunks.
 
     The file appears whole or not at all.
+
+    Args:
+        result: what a generation gave.
+        index: which of its images.
+        path: the file, a .png.
+        enlarge: how many times wider and higher to save it (Lanczos); the recipe keeps the size it was made in.
 
     Raises:
         SdonnxError: the place can't be written to.
@@ -66,7 +64,10 @@ def save_png(result: Result, index: int, path: Path) -> None:
     recipe = {**asdict(result.request), "seed": seed, "num_images": 1, "model": result.model}
     info.add_text("sdonnx", json.dumps(recipe, ensure_ascii=False))
     with _replacing(path) as stream:
-        result.images[index].save(stream, format="PNG", pnginfo=info)
+        image = result.images[index]
+        if enlarge > 1:
+            image = image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.LANCZOS)
+        image.save(stream, format="PNG", pnginfo=info)
 
 
 def check_writable(path: Path) -> None:

@@ -12,6 +12,7 @@ from sdonnx_runtime.parsing import parse
 MANIFEST = "sdonnx.json"
 FORMAT = 1
 FAMILIES = ("sd1",)
+MAX_ENLARGE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,20 @@ class TextEncoder:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What suits the model where a request leaves a choice open."""
+
+    size: int
+    """Width and height, pixels."""
+    num_inference_steps: int = 20
+    guidance_scale: float = 7.5
+    sampler: str | None = None
+    """A name of SAMPLERS; None is what the scheduler config names."""
+    enlarge: int = 1
+    """How many times wider and higher the command line saves a picture; for models of few pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """Where a package came from."""
 
@@ -80,8 +95,7 @@ class Manifest:
     family: str
     target: str
     """What the graphs were written for: any device of DEVICES (``generic``)."""
-    default_size: int
-    """Width and height in pixels where a request names none."""
+    defaults: Defaults
     scheduler: Mapping[str, Any]
     """diffusers' scheduler_config.json as published: prediction type, betas, spacing, the default sampler."""
     latents: Latents
@@ -128,4 +142,8 @@ def read_manifest(root: Path) -> Manifest:
     manifest = parse(Manifest, data, str(path))
     if manifest.family not in FAMILIES:
         raise PackageError(f"{path}: family '{manifest.family}' is unknown; this version runs {', '.join(FAMILIES)}")
+    if not 1 <= manifest.defaults.enlarge <= MAX_ENLARGE:
+        raise PackageError(
+            f"{path}: 'enlarge' is {manifest.defaults.enlarge}, expected 1 to {MAX_ENLARGE}; export again"
+        )
     return manifest

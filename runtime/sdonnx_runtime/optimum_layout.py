@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from sdonnx_runtime.errors import PackageError
-from sdonnx_runtime.manifest import Component, File, Latents, Manifest, Source, TextEncoder, read_json
+from sdonnx_runtime.manifest import Component, Defaults, File, Latents, Manifest, Source, TextEncoder, read_json
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ def manifest_of_layout(root: Path, *, source: Source) -> Manifest:
     return Manifest(
         family="sd1",
         target="generic",
-        default_size=_value(unet, "sample_size", 64, int) * downscale,
+        defaults=Defaults(size=_value(unet, "sample_size", 64, int) * downscale),
         scheduler={**read_json(root / "scheduler" / "scheduler_config.json"), **_AS_PIPELINES_READ_IT},
         latents=Latents(
             channels=_value(vae, "latent_channels", 4, int),

@@ -9,9 +9,10 @@ from sdonnx_runtime.components import Components, Runner
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.generation import Generation, Progress
 from sdonnx_runtime.package import Package
-from sdonnx_runtime.request import Request, Result, check_request
+from sdonnx_runtime.request import Request, Result, check_request, given
 from sdonnx_runtime.samplers import resolve_sampler
-from sdonnx_runtime.schedule import SchedulerConfig, default_sampler, make_schedule
+from sdonnx_runtime.schedule import make_schedule
+from sdonnx_runtime.scheduler_config import SchedulerConfig, default_sampler
 from sdonnx_runtime.session import Cancelled, Session
 
 
@@ -85,12 +86,15 @@ class Pipeline:
         checked = check_request(
             replace(asked, **changes),
             multiple=manifest.latents.downscale,
-            default_size=manifest.default_size,
+            defaults=manifest.defaults,
             random_seed=secrets.randbits(32),
         )
-        sampler = default_sampler(self._scheduler) if checked.sampler is None else resolve_sampler(checked.sampler)
-        make_schedule(self._scheduler, sampler, checked.num_inference_steps)
-        return replace(checked, sampler=sampler)
+        sampler, schedule = default_sampler(self._scheduler), None
+        if checked.sampler is not None:
+            sampler, schedule = resolve_sampler(checked.sampler)
+        checked = replace(checked, sampler=sampler, schedule=schedule if checked.schedule is None else checked.schedule)
+        make_schedule(self._scheduler, sampler, given(checked.num_inference_steps), checked.schedule)
+        return checked
 
     def close(self) -> None:
         """Unloads every component."""

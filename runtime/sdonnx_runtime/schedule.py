@@ -6,16 +6,13 @@ sqrt(alpha) x0 + sqrt(1 - alpha) noise is at sigma = sqrt((1 - alpha) / alpha).
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sdonnx_runtime.errors import PackageError, RequestError
-
-Levels = NDArray[np.float64]
-"""Sigmas or timesteps, (n,)."""
+from sdonnx_runtime.errors import RequestError
+from sdonnx_runtime.scheduler_config import SchedulerConfig, check_settings, refusal, respacing
+from sdonnx_runtime.sigmas import RESPACED, Levels, single, timesteps_of, trained_sigmas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +20,7 @@ class Schedule:
     """What a sampler walks along."""
 
     timesteps: Levels
-    """(n,): what the model is told at each evaluation."""
+    """(n,): what the model is told at each step's first evaluation."""
     sigmas: Levels
     """(n + 1,): the noise level of each evaluation, and the last one that is reached."""
     sources: Levels
@@ -36,159 +33,65 @@ class Schedule:
     """What unit noise is multiplied by to make the first state."""
     final_scale: float
     """What the last state is multiplied by to make the latents."""
+    trained: Levels
+    """(num_train_timesteps,): the noise levels of training, lowest first."""
+
+    def timestep(self, sigma: float) -> float:
+        """What the model is told at a noise level between those of the steps."""
+        return float(timesteps_of(np.array(sigma), self.trained))
 
 
-@dataclass(frozen=True, kw_only=True)
-class SchedulerConfig:
-    """A diffusers scheduler_config.json; None where it leaves a choice to the scheduler class."""
-
-    class_name: str
-    num_train_timesteps: int
-    beta_start: float
-    beta_end: float
-    beta_schedule: str
-    prediction_type: str
-    timestep_spacing: str | None
-    steps_offset: int
-    set_alpha_to_one: bool | None
-    final_sigmas_type: str
-    settings: Mapping[str, Any]
-    """The whole JSON, for what concerns one class alone."""
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "SchedulerConfig":
-        """Parse the JSON as published.
-
-        A key that is absent gets the default of the class that is asked for later, as diffusers' ``from_config``
-        does it.
-
-        Raises:
-            PackageError: a value is of a kind that no sampler here can follow.
-        """
-        for key, works in _CHOICES.items():
-            if key in config and config[key] not in works:
-                raise _refusal(key, config[key], works)
-        return cls(
-            class_name=str(config.get("_class_name", "PNDMScheduler")),
-            num_train_timesteps=_number(config, "num_train_timesteps", 1000, int),
-            beta_start=_number(config, "beta_start", 0.0001, float),
-            beta_end=_number(config, "beta_end", 0.02, float),
-            beta_schedule=str(config.get("beta_schedule", "linear")),
-            prediction_type=str(config.get("prediction_type", "epsilon")),
-            timestep_spacing=config.get("timestep_spacing"),
-            steps_offset=_number(config, "steps_offset", 0, int),
-            set_alpha_to_one=config.get("set_alpha_to_one"),
-            final_sigmas_type=str(config.get("final_sigmas_type", "zero")),
-            settings=config,
-        )
-
-
-_CHOICES: Mapping[str, tuple[Any, ...]] = {
-    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
-    "final_sigmas_type": ("zero", "sigma_min"),
-    "prediction_type": ("epsilon", "v_prediction", "sample"),
-    "set_alpha_to_one": (False, True),
-    "timestep_spacing": ("leading", "linspace", "trailing"),
-    "trained_betas": (None,),
-}
-
-_OFF = (False, None)
-_RESPACED: Mapping[str, tuple[Any, ...]] = {
-    "use_beta_sigmas": _OFF,
-    "use_exponential_sigmas": _OFF,
-    "use_karras_sigmas": _OFF,
-}
-_ONLY: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
-    "ddim": {"clip_sample": _OFF, "rescale_betas_zero_snr": _OFF, "thresholding": _OFF},
-    "dpmpp_2m": {
-        **_RESPACED,
-        "algorithm_type": ("dpmsolver++", "deis"),  # the latter belongs to another class, as do three solver types
-        "lambda_min_clipped": (-math.inf, "-inf", "-Infinity"),
-        "lower_order_final": (True,),
-        "rescale_betas_zero_snr": _OFF,
-        "solver_order": (2,),
-        "solver_type": ("midpoint", "logrho", "bh1", "bh2"),
-        "thresholding": _OFF,
-        "use_flow_sigmas": _OFF,
-        "use_lu_lambdas": _OFF,
-    },
-    "euler": {
-        **_RESPACED,
-        "interpolation_type": ("linear",),
-        "rescale_betas_zero_snr": _OFF,
-        "sigma_max": (None,),
-        "sigma_min": (None,),
-        "timestep_type": ("discrete",),
-    },
-    "euler_ancestral": {"rescale_betas_zero_snr": _OFF},
-    "lms": _RESPACED,
-    "pndm": {"skip_prk_steps": (True,)},
-}
-"""Keys of the classes behind the samplers, of which other values would give another picture."""
-
-_ABSENT = {"clip_sample": True, "skip_prk_steps": False}
-"""What diffusers takes where one of these keys is absent; for the others it is the first value above."""
-
-
-def default_sampler(config: SchedulerConfig) -> str:
-    """The sampler that a package was published with.
-
-    Raises:
-        PackageError: it is one that this version doesn't have.
-    """
-    if config.class_name not in _CLASSES:
-        raise PackageError(
-            f"the package's scheduler is {config.class_name}; this version has {', '.join(_CLASSES)}: "
-            "name a sampler, or export with another scheduler_config.json"
-        )
-    return _CLASSES[config.class_name]
-
-
-_CLASSES = {
-    "DDIMScheduler": "ddim",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
-    "EulerAncestralDiscreteScheduler": "euler_ancestral",
-    "EulerDiscreteScheduler": "euler",
-    "LMSDiscreteScheduler": "lms",
-    "PNDMScheduler": "pndm",
-}
-
-
-def make_schedule(config: SchedulerConfig, sampler: str, num_inference_steps: int) -> Schedule:
+def make_schedule(
+    config: SchedulerConfig, sampler: str, num_inference_steps: int, schedule: str | None = None
+) -> Schedule:
     """The schedule that diffusers' class for ``sampler`` (a key of SAMPLERS) makes of a config.
+
+    Args:
+        config: the package's.
+        sampler: a key of SAMPLERS.
+        num_inference_steps: 1 to the number of timesteps trained with.
+        schedule: a key of RESPACED, to lay the noise levels so; None is as the config says.
 
     Raises:
         RequestError: more steps than the model was trained with or the sampler can tell apart, or fewer than 1.
         PackageError: the config has a setting that changes the result in a way this sampler can't follow.
     """
-    for key, works in _ONLY[sampler].items():
-        found = config.settings.get(key, _ABSENT.get(key, works[0]))
-        if found not in works:
-            raise _refusal(key, found, works)
+    check_settings(config, sampler)
+    config = config.for_sampler(sampler)
+    if schedule is not None and schedule not in RESPACED:
+        raise RequestError(f"there is no schedule '{schedule}'; choose from {', '.join(RESPACED)}")
+    if schedule is not None and sampler in _KEEP_TO_TIMESTEPS:
+        raise RequestError(
+            f"{sampler} keeps to the model's own timesteps; for schedule {schedule} take another sampler"
+        )
     train = config.num_train_timesteps
     if not 1 <= num_inference_steps <= train:
         raise RequestError(f"num_inference_steps is {num_inference_steps}; give a whole number from 1 to {train}")
-    schedule = _KINDS[sampler](config, num_inference_steps)
-    if sampler in _DIVIDE_BY_STEPS and (np.diff(schedule.sigmas) >= 0).any():
+    made = _KINDS[sampler](config, num_inference_steps, respacing(config, sampler) if schedule is None else schedule)
+    if sampler in _DIVIDE_BY_STEPS and (np.diff(made.sigmas[:-1]) >= 0).any():
         raise RequestError(f"{num_inference_steps} steps come to one noise level twice; take fewer or another sampler")
-    return schedule
+    return made
 
 
-def _euler(config: SchedulerConfig, steps: int) -> Schedule:
+def _euler(config: SchedulerConfig, steps: int, respaced: str | None) -> Schedule:
     """Euler: as the others in sigmas, but it may stop at the lowest level trained with."""
-    return _sigma_space(config, steps, _last_sigma(config))
+    return _sigma_space(config, steps, respaced, _last_sigma(config))
 
 
 def _last_sigma(config: SchedulerConfig) -> float:
-    return float(_trained_sigmas(config)[0]) if config.final_sigmas_type == "sigma_min" else 0.0
+    return float(trained_sigmas(config)[0]) if config.final_sigmas_type == "sigma_min" else 0.0
 
 
-def _sigma_space(config: SchedulerConfig, steps: int, last: float = 0.0) -> Schedule:
-    """Euler and LMS (k-diffusion): sigmas between those trained with are interpolated."""
+def _sigma_space(config: SchedulerConfig, steps: int, respaced: str | None, last: float = 0.0) -> Schedule:
+    """k-diffusion's samplers: sigmas between those trained with are interpolated."""
     spacing = config.timestep_spacing or "linspace"
-    train = config.num_train_timesteps
+    train, trained = config.num_train_timesteps, trained_sigmas(config)
     timesteps = np.linspace(0, train - 1, steps)[::-1] if spacing == "linspace" else _whole(config, spacing, steps)
-    sigmas = _single(np.append(np.interp(timesteps, np.arange(train), _trained_sigmas(config)), last))
+    sigmas = np.interp(timesteps, np.arange(train), trained)
+    if respaced is not None:
+        sigmas = RESPACED[respaced](sigmas[-1], sigmas[0], steps)
+        timesteps = timesteps_of(sigmas, trained)
+    sigmas = single(np.append(sigmas, last))
     highest = float(sigmas.max())
     return _plain(
         config,
@@ -199,24 +102,40 @@ def _sigma_space(config: SchedulerConfig, steps: int, last: float = 0.0) -> Sche
     )
 
 
-def _dpm_solver(config: SchedulerConfig, steps: int) -> Schedule:
+def _dpm2(config: SchedulerConfig, steps: int, respaced: str | None) -> Schedule:
+    """DPM2: as the others in sigmas, but Karras levels are told to the model as whole timesteps."""
+    made = _sigma_space(config, steps, respaced)
+    return replace(made, timesteps=np.round(made.timesteps)) if respaced == "karras" else made
+
+
+def _dpm_solver(config: SchedulerConfig, steps: int, respaced: str | None) -> Schedule:
     """DPM-Solver++: like the others in whole timesteps, but spaced as if there were one step more."""
     if config.final_sigmas_type == "sigma_min" and config.settings.get("euler_at_final"):
-        raise _refusal("euler_at_final", True, _OFF)
+        raise refusal("euler_at_final", True, (False, None))
     spacing = config.timestep_spacing or "linspace"
-    train = config.num_train_timesteps
-    if spacing == "linspace":
-        timesteps = np.round(np.linspace(0, train - 1, steps + 1))[::-1][:-1]
-    elif spacing == "leading":
-        timesteps = (np.arange(steps + 1) * (train // (steps + 1)))[::-1][:-1].astype(float) + config.steps_offset
+    train, trained = config.num_train_timesteps, trained_sigmas(config)
+    if respaced is not None:
+        sigmas = RESPACED[respaced](trained[0], trained[-1], steps)
+        timesteps = timesteps_of(sigmas, trained)
+        timesteps = np.round(timesteps) if respaced in ("karras", "lu") else np.trunc(timesteps)
     else:
-        timesteps = _whole(config, spacing, steps)
-    interpolated = np.interp(timesteps, np.arange(train), _trained_sigmas(config))
-    sigmas = _single(np.append(interpolated, _last_sigma(config)))
+        if spacing == "linspace":
+            timesteps = np.round(np.linspace(0, train - 1, steps + 1))[::-1][:-1]
+        elif spacing == "leading":
+            timesteps = (np.arange(steps + 1) * (train // (steps + 1)))[::-1][:-1].astype(float) + config.steps_offset
+        else:
+            timesteps = _whole(config, spacing, steps)
+        sigmas = np.interp(timesteps, np.arange(train), trained)
+    sigmas = single(np.append(sigmas, _last_sigma(config)))
     return _plain(config, timesteps, sigmas, math.hypot(sigmas[0], 1.0), 1.0 / math.hypot(sigmas[-1], 1.0))
 
 
-def _ddim(config: SchedulerConfig, steps: int) -> Schedule:
+def _deis(config: SchedulerConfig, steps: int, respaced: str | None) -> Schedule:
+    """DEIS: it always stops at the lowest level trained with."""
+    return _dpm_solver(replace(config, final_sigmas_type="sigma_min"), steps, respaced)
+
+
+def _ddim(config: SchedulerConfig, steps: int, _respaced: str | None) -> Schedule:
     """DDIM: each step goes down by the same number of timesteps, whatever comes next."""
     timesteps = _whole(config, config.timestep_spacing or "leading", steps)
     ends_clean = config.set_alpha_to_one is None or config.set_alpha_to_one
@@ -230,10 +149,11 @@ def _ddim(config: SchedulerConfig, steps: int) -> Schedule:
         prediction_type=config.prediction_type,
         init_scale=math.hypot(sigmas[0], 1.0),
         final_scale=1.0 / math.hypot(sigmas[-1], 1.0),
+        trained=trained_sigmas(config),
     )
 
 
-def _plms(config: SchedulerConfig, steps: int) -> Schedule:
+def _plms(config: SchedulerConfig, steps: int, _respaced: str | None) -> Schedule:
     """PNDM without Runge-Kutta steps: the first step is taken twice, the second time with what it led to."""
     once = _whole(config, config.timestep_spacing or "leading", steps)
     timesteps = np.insert(once, 1, once[1:2]) if steps > 1 else once  # t0, t1, t1, t2, …
@@ -251,18 +171,29 @@ def _plms(config: SchedulerConfig, steps: int) -> Schedule:
         prediction_type=config.prediction_type,
         init_scale=math.hypot(sigmas[0], 1.0),
         final_scale=1.0 / math.hypot(sigmas[-1], 1.0),
+        trained=trained_sigmas(config),
     )
 
 
-_DIVIDE_BY_STEPS = ("dpmpp_2m", "lms")
+_DIVIDE_BY_STEPS = ("deis", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "lms", "unipc")
+_KEEP_TO_TIMESTEPS = ("ddim", "pndm")
 
-_KINDS: Mapping[str, Callable[[SchedulerConfig, int], Schedule]] = {
+_KINDS: Mapping[str, Callable[[SchedulerConfig, int, str | None], Schedule]] = {
     "ddim": _ddim,
+    "deis": _deis,
+    "dpm2": _dpm2,
+    "dpm2_ancestral": _dpm2,
     "dpmpp_2m": _dpm_solver,
+    "dpmpp_2m_sde": _dpm_solver,
+    "dpmpp_2s_ancestral": _sigma_space,
+    "dpmpp_3m_sde": _sigma_space,
+    "dpmpp_sde": _sigma_space,
     "euler": _euler,
     "euler_ancestral": _sigma_space,
+    "heun": _sigma_space,
     "lms": _sigma_space,
     "pndm": _plms,
+    "unipc": _dpm_solver,
 }
 
 
@@ -278,6 +209,7 @@ def _plain(
         prediction_type=config.prediction_type,
         init_scale=init_scale,
         final_scale=final_scale,
+        trained=trained_sigmas(config),
     )
 
 
@@ -294,7 +226,7 @@ def _whole(config: SchedulerConfig, spacing: str, steps: int) -> Levels:
 def _lower(config: SchedulerConfig, timesteps: Levels, steps: int, *, ends_clean: bool) -> Levels:
     """Sigmas a step's length below timesteps; below the lowest it is zero, or the lowest one trained with."""
     lower = timesteps - config.num_train_timesteps // steps
-    end = 0.0 if ends_clean else _trained_sigmas(config)[0]
+    end = 0.0 if ends_clean else trained_sigmas(config)[0]
     return np.where(lower >= 0, _at(config, np.maximum(lower, 0)), end)
 
 
@@ -305,38 +237,4 @@ def _at(config: SchedulerConfig, timesteps: Levels) -> Levels:
             f"these steps begin at timestep {timesteps.max():.0f}, above the last one trained with ({highest}); "
             "take fewer steps or another sampler"
         )
-    return _trained_sigmas(config)[timesteps.astype(int)]
-
-
-def _trained_sigmas(config: SchedulerConfig) -> Levels:
-    """The noise levels of training, (num_train_timesteps,), lowest first; in single precision, as published."""
-    count, start, end = config.num_train_timesteps, config.beta_start, config.beta_end
-    if config.beta_schedule == "linear":
-        betas = np.linspace(start, end, count)
-    elif config.beta_schedule == "scaled_linear":
-        betas = _single(np.linspace(math.sqrt(start), math.sqrt(end), count)) ** 2
-    else:  # arXiv:2102.09672, equation 17
-        bars = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
-        betas = np.minimum(1 - bars[1:] / bars[:-1], 0.999)
-    alphas = _single(1 - _single(betas))
-    products = _single(np.cumprod(alphas, dtype=np.float64))
-    return _single(np.sqrt(_single(_single(1 - products) / products)))
-
-
-def _single(values: NDArray[Any]) -> Levels:
-    """Rounded to float32, kept as float64."""
-    return values.astype(np.float32).astype(np.float64)
-
-
-def _number(config: Mapping[str, Any], key: str, default: float, kind: type[Any]) -> Any:
-    found = config.get(key, default)
-    if isinstance(found, bool) or not isinstance(found, (int, float)) or kind(found) != found:
-        raise PackageError(f"the scheduler config's '{key}' is {found!r}; expected a number; export again")
-    return kind(found)
-
-
-def _refusal(key: str, found: Any, works: tuple[Any, ...]) -> PackageError:
-    listed = " or ".join(repr(value) for value in works)
-    return PackageError(
-        f"the scheduler config's '{key}' is {found!r}; what works here is {listed}; choose another sampler"
-    )
+    return trained_sigmas(config)[timesteps.astype(int)]

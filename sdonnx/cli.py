@@ -1,36 +1,35 @@
-"""The command line: ``sdonnx export``, ``sdonnx run``, ``sdonnx info``, ``sdonnx models``."""
+"""The command line: ``sdonnx export``, ``run``, ``info``, ``models`` and ``samplers``."""
 
-import json
 import logging
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import count as count_from
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import MofNCompleteColumn, TextColumn
 from rich.table import Table
-from sdonnx_models import DEFAULT, Recipe, bundled, recipes
+from sdonnx_models import DEFAULT, bundled, recipes
 from sdonnx_runtime.images import check_writable
-from sdonnx_runtime.manifest import Defaults
-from sdonnx_runtime.samplers import SAMPLERS
-from sdonnx_runtime.sigmas import RESPACED
+from sdonnx_runtime.pictures import FITS, open_picture
+from sdonnx_runtime.schedule import SPACINGS
+from sdonnx_runtime.sigmas import SCHEDULES
 
 import sdonnx
+from sdonnx.arguments import output_paths, parse_numbers, parse_size
 from sdonnx.models import find_model
+from sdonnx.show import (
+    described,
+    described_recipe,
+    err,
+    log_handler,
+    out,
+    print_json,
+    progress,
+    samplers_table,
+    suggested,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,13 +38,12 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Stable Diffusion on ONNX Runtime, without PyTorch: export a checkpoint once, then run it anywhere.",
 )
-out = Console()
-err = Console(stderr=True)
-
 
 Precision: TypeAlias = Literal["fp32", "fp16"]
 Via: TypeAlias = Literal["native", "optimum"]
 Device: TypeAlias = Literal["auto", "cpu", "cuda", "directml"]
+
+_FROM_A_PICTURE, _SAMPLING = "From a picture", "Sampling"
 
 
 @app.command()
@@ -85,7 +83,7 @@ def export(
             f"""exporting needs {error.name}, which is not installed; pip install "sdonnx[export]\""""
         ) from None
     recipe = None if Path(source).exists() else recipes().get(source)
-    with _bar("{task.description}") as bar:
+    with progress("{task.description}") as bar:
         task = bar.add_task("starting", total=1.0)
         directory = export_package(
             source if recipe is None else recipe.source,
@@ -145,14 +143,100 @@ def run(
     ] = True,
     count: Annotated[int, typer.Option(metavar="N", help="Pictures to make, with seeds S, S+1, …")] = 1,
     sampler: Annotated[
-        str | None, typer.Option(metavar="NAME", help=f"{', '.join(SAMPLERS)}. Default: the model's own.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help='From [b]sdonnx samplers[/b], or as elsewhere: "DPM++ 2M Karras". Default: the model\'s own.',
+        ),
     ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Start from this picture.", rich_help_panel=_FROM_A_PICTURE),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S",
+            help="How much of the picture is made anew, 0 to 1. Default: 0.75, or 1 with a mask.",
+            rich_help_panel=_FROM_A_PICTURE,
+        ),
+    ] = None,
+    fit: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(FITS),
+            help="How a picture of other proportions gets the size.",
+            rich_help_panel=_FROM_A_PICTURE,
+        ),
+    ] = "crop",
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Repaint only where this picture, of the same size, is white.",
+            rich_help_panel=_FROM_A_PICTURE,
+        ),
+    ] = None,
+    mask_blur: Annotated[
+        int,
+        typer.Option(
+            metavar="PX", help="Pixels over which what is new fades out at the edge.", rich_help_panel=_FROM_A_PICTURE
+        ),
+    ] = 4,
+    paste: Annotated[
+        bool,
+        typer.Option(
+            "--paste/--no-paste",
+            help="Keep the pixels outside the mask bit by bit.",
+            rich_help_panel=_FROM_A_PICTURE,
+        ),
+    ] = True,
     schedule: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help=f"How noise levels are laid: {', '.join(RESPACED)}. Default: the model's own."
+            metavar="NAME",
+            help=f"How noise levels are laid: {', '.join(SCHEDULES)}. Default: the model's own.",
+            rich_help_panel=_SAMPLING,
         ),
     ] = None,
+    spacing: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(SPACINGS),
+            help="How timesteps are spaced. Default: the model's own.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None,
+    eta: Annotated[
+        float | None,
+        typer.Option(
+            metavar="E",
+            help="How much noise comes in with each step, 0 to 1. Default: the sampler's own.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None,
+    sigmas: Annotated[
+        str | None,
+        typer.Option(
+            metavar="S,S,…",
+            help="The noise level of each step, falling; instead of --steps.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None,
+    timesteps: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T,T,…", help="The timestep of each step, falling; instead of --steps.", rich_help_panel=_SAMPLING
+        ),
+    ] = None,
+    guidance_rescale: Annotated[
+        float,
+        typer.Option(
+            metavar="R",
+            help="How much of guidance's contrast is taken back, 0 to 1; 0.7 suits zero-SNR models.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = 0.0,
     device: Annotated[Device, typer.Option(help="Where to run; auto takes the best there is.")] = "auto",
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="CPU threads. Default: one for each physical core.")
@@ -163,8 +247,9 @@ def run(
 
     [dim]sdonnx run "a red apple on a blue background" -o apple.png[/dim]
     [dim]sdonnx run "a photograph of a cat" -m sd15-onnx --seed 7[/dim]
+    [dim]sdonnx run "a tiger on a white background" --image cat.png --strength 0.6[/dim]
     """
-    width, height = _parse_size(size)
+    width, height = parse_size(size)
     package = find_model(_bundled() if model is None else model)
     with sdonnx.load(package, device=device, threads=threads) as pipe:
         request = pipe.check(
@@ -178,8 +263,19 @@ def run(
             num_images=count,
             sampler=sampler,
             schedule=schedule,
+            spacing=spacing,
+            eta=eta,
+            sigmas=parse_numbers("sigmas", sigmas),
+            timesteps=parse_numbers("timesteps", timesteps),
+            guidance_rescale=guidance_rescale,
+            image=None if image is None else open_picture(image),
+            strength=strength,
+            fit=fit,
+            mask_image=None if mask is None else open_picture(mask),
+            mask_blur=mask_blur,
+            paste=paste,
         )
-        paths = _output_paths(output, request)
+        paths = output_paths(output, request)
         for path in paths:
             check_writable(path)
         result = _generate(pipe, request)
@@ -187,7 +283,7 @@ def run(
     for index, path in enumerate(paths):
         sdonnx.save_png(result, index, path, enlarge=factor)
     if as_json:
-        _print_json(_described(result, paths))
+        print_json(described(result, paths))
         return
     for path, made in zip(paths, result.seeds, strict=True):
         err.print(f"{path}  seed {made}", highlight=False, soft_wrap=True)
@@ -202,7 +298,7 @@ def info(
     opened = sdonnx.Package.open(find_model(package))
     manifest = opened.manifest
     if as_json:
-        _print_json({"path": str(opened.root), "inferred": opened.foreign, **asdict(manifest)})
+        print_json({"path": str(opened.root), "inferred": opened.foreign, **asdict(manifest)})
         return
     facts = Table.grid(padding=(0, 2))
     source = manifest.source
@@ -210,7 +306,7 @@ def info(
     facts.add_row("family", manifest.family)
     facts.add_row("source", source.name if source.revision is None else f"{source.name} at {source.revision}")
     facts.add_row("exporter", source.exporter)
-    facts.add_row("suggests", _suggested(manifest.defaults))
+    facts.add_row("suggests", suggested(manifest.defaults))
     predicts = manifest.scheduler.get("prediction_type", "epsilon")
     facts.add_row("scheduler", f"{manifest.scheduler.get('_class_name')}, predicts {predicts}")
     for name, component in manifest.components.items():
@@ -227,20 +323,26 @@ def models(
     known = recipes()
     if as_json:
         here = {name: str(path) for name, path in bundled().items()}
-        _print_json({"bundled": here, "recipes": {name: asdict(recipe) for name, recipe in known.items()}})
+        print_json({"bundled": here, "recipes": {name: asdict(recipe) for name, recipe in known.items()}})
         return
     listing = Table.grid(padding=(0, 2))
     for name, path in bundled().items():
         manifest = sdonnx.Package.open(path).manifest
-        listing.add_row(f"[b]{name}[/]", f"comes with sdonnx\n{_suggested(manifest.defaults)}\n")
+        listing.add_row(f"[b]{name}[/]", f"comes with sdonnx\n{suggested(manifest.defaults)}\n")
     for name, recipe in known.items():
-        listing.add_row(f"[b]{name}[/]", escape("\n".join(_described_recipe(recipe))) + "\n")
+        listing.add_row(f"[b]{name}[/]", escape("\n".join(described_recipe(recipe))) + "\n")
     out.print(listing, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def samplers() -> None:
+    """List the samplers, with their names elsewhere."""
+    out.print(samplers_table(), highlight=False)
 
 
 def main() -> None:
     """The entry point: errors become one line on stderr and an exit code, 2 for usage and 1 for the rest."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_log_handler()])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[log_handler()])
     try:
         app(standalone_mode=True)
     except sdonnx.RequestError as error:
@@ -257,10 +359,6 @@ def _fail(error: Exception, code: int) -> None:
     sys.exit(code)
 
 
-def _log_handler() -> logging.Handler:
-    return RichHandler(console=err, show_time=False, show_path=False, markup=False)
-
-
 def _bundled() -> str:
     err.print(
         f"using {DEFAULT}, the small model that comes with sdonnx; for a published one: "
@@ -271,56 +369,9 @@ def _bundled() -> str:
     return DEFAULT
 
 
-def _described_recipe(recipe: Recipe) -> list[str]:
-    disk = ", ".join(f"{size:g} GB ({precision})" for precision, size in recipe.package_gb.items())
-    memory = ", ".join(f"{size:g} GB ({precision})" for precision, size in recipe.memory_gb.items())
-    return [
-        recipe.title,
-        recipe.source,
-        recipe.licence,
-        _suggested(Defaults(**recipe.defaults)),
-        f"disk {disk}; memory {memory}",
-    ]
-
-
-def _suggested(defaults: Defaults) -> str:
-    sampler = "" if defaults.sampler is None else f", {defaults.sampler}"
-    shown = "" if defaults.enlarge == 1 else f", saved {defaults.enlarge} times larger"
-    return (
-        f"{defaults.size}x{defaults.size} pixels{shown}, {defaults.num_inference_steps} steps, "
-        f"guidance {defaults.guidance_scale:g}{sampler}"
-    )
-
-
-def _parse_size(size: str | None) -> tuple[int | None, int | None]:
-    if size is None:
-        return None, None
-    parts = size.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        raise sdonnx.RequestError(f"size is '{size}'; give width and height in pixels, such as 512x512")
-    return int(parts[0]), int(parts[1])
-
-
-def _output_paths(output: Path | None, request: sdonnx.Request) -> list[Path]:
-    """A path for each picture; without ``-o`` none that exists already."""
-    seeds = [(request.seed or 0) + index for index in range(request.num_images)]
-    if output is None:
-        return [_unused(Path(f"sdonnx-{seed}.png")) for seed in seeds]
-    if output.suffix.lower() != ".png":
-        raise sdonnx.RequestError(f"the picture is named {output.name}; give a name that ends in .png")
-    if request.num_images == 1:
-        return [output]
-    return [output.with_name(f"{output.stem}-{seed}{output.suffix}") for seed in seeds]
-
-
-def _unused(path: Path) -> Path:
-    candidates = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count_from(2))
-    return path if not path.exists() else next(other for other in candidates if not other.exists())
-
-
 def _generate(pipe: sdonnx.Pipeline, request: sdonnx.Request) -> sdonnx.Result:
     stream = pipe.stream(request)
-    with _bar("{task.description}", MofNCompleteColumn(), TextColumn("{task.fields[pace]}")) as bar:
+    with progress("{task.description}", MofNCompleteColumn(), TextColumn("{task.fields[pace]}")) as bar:
         task = bar.add_task("encoding the prompt", total=None, pace="")
         for step in stream:
             total = step.num_steps * step.num_images
@@ -329,31 +380,3 @@ def _generate(pipe: sdonnx.Pipeline, request: sdonnx.Request) -> sdonnx.Result:
             pace = f"{step.seconds:.2f} s/step"
             bar.update(task, description=what, total=total, completed=done, pace=pace)
     return stream.result
-
-
-@contextmanager
-def _bar(text: str, *columns: ProgressColumn) -> Generator[Progress, None, None]:
-    """A progress bar on stderr that is gone when the work is done; none where no person is looking."""
-    with Progress(
-        TextColumn(text),
-        BarColumn(),
-        *columns,
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    ) as bar:
-        yield bar
-
-
-def _described(result: sdonnx.Result, paths: list[Path]) -> dict[str, Any]:
-    return {
-        "images": [{"path": str(path), "seed": seed} for path, seed in zip(paths, result.seeds, strict=True)],
-        "request": asdict(result.request),
-        "model": result.model,
-        "timings": asdict(result.timings),
-    }
-
-
-def _print_json(data: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(data, indent=2) + "\n")

@@ -1,40 +1,82 @@
 """The denoiser that samplers call, composed of small functions: what it predicts with, and what guides it."""
 
 from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import numpy as np
 
 from sdonnx_runtime.arrays import AnyArray, Array
 from sdonnx_runtime.sampling import Denoise
 
-Run = Callable[[Mapping[str, AnyArray]], Array]
+Run: TypeAlias = Callable[[Mapping[str, AnyArray]], Array]
 """Runs the U-Net on its inputs by name and gives its prediction, of the shape of ``sample``."""
 
+Model: TypeAlias = Callable[[Array, float, float], Array]
+"""``model(x, sigma, t)``: what the U-Net gives for a state x (1, C, h, w), a row for each row of the text."""
 
-def predict(run: Run, prediction_type: str, inputs: Mapping[str, AnyArray]) -> Denoise:
-    """A denoiser over one state: x (1, C, h, w) to x0 (R, C, h, w), a row for each row of the text.
 
-    ``inputs`` is what the U-Net is given besides the latents and the timestep. States are in the
-    variance-exploding parametrisation x = x0 + sigma * noise; the model works on x / sqrt(sigma^2 + 1).
+def predict(run: Run, inputs: Mapping[str, AnyArray]) -> Model:
+    """The U-Net over states.
+
+    ``inputs`` is what it is given besides the latents and the timestep. States are in the variance-exploding
+    parametrisation x = x0 + sigma * noise; the model works on x / sqrt(sigma^2 + 1).
     """
+
+    def model(x: Array, sigma: float, t: float) -> Array:
+        scaled = x / np.float32(np.sqrt(sigma**2 + 1.0))
+        return run({"sample": scaled, "timestep": np.array(t, np.float32), **inputs})
+
+    return model
+
+
+def guide(model: Model, scale: float, rescale: float = 0.0) -> Model:
+    """Classifier-free guidance, arXiv:2207.12598: rows (unconditional, conditional) to one.
+
+    Args:
+        model: gives the two rows.
+        scale: how far to go beyond the conditional row; 1 is to it.
+        rescale: 0 to 1, how much of the spread that guidance adds is taken back, arXiv:2305.08891, section 3.4.
+    """
+
+    def guided(x: Array, sigma: float, t: float) -> Array:
+        unconditional, conditional = np.split(model(x, sigma, t), 2)
+        output = unconditional + np.float32(scale) * (conditional - unconditional)
+        if rescale == 0:
+            return output
+        ratio = conditional.std(ddof=1) / output.std(ddof=1)
+        return output * np.float32(rescale * ratio + 1 - rescale)
+
+    return guided
+
+
+def clean(model: Model, prediction_type: str, limit: Callable[[Array], Array] | None = None) -> Denoise:
+    """What a model's output says of x0; ``limit`` is applied to it."""
     to_x0 = _PREDICTIONS[prediction_type]
 
     def denoise(x: Array, sigma: float, t: float) -> Array:
-        scaled = x / np.float32(np.sqrt(sigma**2 + 1.0))
-        output = run({"sample": scaled, "timestep": np.array(t, np.float32), **inputs})
-        return to_x0(output, x, sigma)
+        x0 = to_x0(model(x, sigma, t), x, sigma)
+        return x0 if limit is None else limit(x0)
 
     return denoise
 
 
-def guide(denoise: Denoise, scale: float) -> Denoise:
-    """Classifier-free guidance, arXiv:2207.12598: rows (unconditional, conditional) to one."""
+def masked(denoise: Denoise, mask: Array, original: Array, noise: Array, highest: float) -> Denoise:
+    """Inpainting with any U-Net: where the mask is 0 the model sees the noised original, and x0 is the original.
 
-    def guided(x: Array, sigma: float, t: float) -> Array:
-        unconditional, conditional = np.split(denoise(x, sigma, t), 2)
-        return unconditional + np.float32(scale) * (conditional - unconditional)
+    Args:
+        denoise: over whole states.
+        mask: (1, 1, h, w), 1 where x0 is the model's.
+        original: (1, C, h, w), the latents that are kept.
+        noise: (1, C, h, w), what they are noised with.
+        highest: from this noise level on the state is left as it is, for one that began as noise alone.
+    """
+    new = mask > 0
 
-    return guided
+    def kept(x: Array, sigma: float, t: float) -> Array:
+        seen = x if sigma >= highest else np.where(new, x, original + np.float32(sigma) * noise)
+        return np.where(new, denoise(seen, sigma, t), original)
+
+    return kept
 
 
 def _from_epsilon(output: Array, x: Array, sigma: float) -> Array:

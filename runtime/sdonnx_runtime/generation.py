@@ -1,24 +1,30 @@
-"""One generation: text to conditioning, noise to latents, latents to pictures, one component in memory at a time."""
+"""One generation: text and picture in, noise to latents, latents to pictures, one component in memory at a time."""
 
 import logging
+import math
 import time
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from sdonnx_runtime.arrays import AnyArray, Array
 from sdonnx_runtime.components import Runner
 from sdonnx_runtime.conditioning import CONDITIONING
-from sdonnx_runtime.denoise import guide, predict
+from sdonnx_runtime.denoise import clean, guide, masked, predict
+from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.images import to_images
 from sdonnx_runtime.manifest import TextEncoder
 from sdonnx_runtime.noise import Noise
 from sdonnx_runtime.package import Package
+from sdonnx_runtime.pictures import feathered, fitted, latent_mask, mask_of, opaque, to_values
 from sdonnx_runtime.request import Request, Result, given
-from sdonnx_runtime.samplers import SAMPLERS
+from sdonnx_runtime.samplers import SAMPLERS, sampler_options
+from sdonnx_runtime.sampling import Denoise, Schedule
 from sdonnx_runtime.schedule import make_schedule
-from sdonnx_runtime.scheduler_config import SchedulerConfig
+from sdonnx_runtime.scheduler_config import SchedulerConfig, limit_x0
 from sdonnx_runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -44,6 +50,59 @@ class Progress:
     """(1, C, h, w): what the model takes the clean latents to be."""
 
 
+def plan(scheduler: SchedulerConfig, request: Request) -> tuple[Schedule, dict[str, Any]]:
+    """The schedule of a checked request and its sampler's options; img2img leaves out the first steps.
+
+    Raises:
+        RequestError, PackageError: as `make_schedule` and `sampler_options` do; or too little strength for a step.
+    """
+    sampler, steps = str(request.sampler), given(request.num_inference_steps)
+    schedule = make_schedule(
+        scheduler,
+        sampler,
+        steps,
+        schedule=request.schedule,
+        spacing=request.spacing,
+        sigmas=request.sigmas,
+        timesteps=request.timesteps,
+    )
+    options = sampler_options(scheduler, sampler, eta=request.eta, s_churn=request.s_churn, s_noise=request.s_noise)
+    if request.strength is not None:
+        taken = min(int(steps * request.strength), steps)  # as diffusers' img2img counts them
+        if taken == 0 and request.strength > 0:
+            raise RequestError(
+                f"strength {request.strength:g} of {steps} steps is less than one; give {1 / steps:.2g} or more, or 0"
+            )
+        schedule = schedule.starting_at(schedule.steps - min(taken, schedule.steps))
+    return schedule, options
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """The picture that a generation starts from."""
+
+    picture: Image.Image
+    """RGB, of the size that is worked in."""
+    mask: Image.Image | None
+    """L, of the same size: 255 where it is painted anew."""
+    moments: Array
+    """(1, 2 C, h, w), or (1, C, h, w) of optimum's older exports: what the VAE's encoder gave."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Original:
+    """That picture as one image's latents."""
+
+    latents: Array
+    """(1, C, h, w)."""
+    mask: Array | None
+    """(1, 1, h, w), 1 where they are made anew."""
+
+    def kept(self, latents: Array) -> Array:
+        """The latents with the original where the mask keeps it."""
+        return latents if self.mask is None else np.where(self.mask > 0, latents, self.latents)
+
+
 class Generation:
     """What `Pipeline.stream` sets going; ``result`` is there once ``steps`` has run to its end."""
 
@@ -57,16 +116,22 @@ class Generation:
         """Runs everything, handing over each denoising step."""
         with self._run.components.reserved():
             conditioning = self._condition()
+            start = self._start()
             seeds = tuple(range(given(self.request.seed), given(self.request.seed) + self.request.num_images))
             latents: dict[int, Array] = {}
             seconds: list[float] = []
             for image, seed in enumerate(seeds):
-                for progress in self._sample(image, seed, conditioning):
+                noise = Noise(seed)
+                original = None if start is None else self._original(start, noise)
+                if original is not None:
+                    latents[image] = original.latents  # what remains where strength 0 leaves no step
+                for progress in self._sample(image, noise, conditioning, original):
                     seconds.append(progress.seconds)
                     latents[image] = progress.latents
                     yield progress
             self._run.components.release("unet")
-            images = tuple(image for state in latents.values() for image in to_images(self._decode(state)))
+            decoded = [to_images(self._decode(state))[0] for state in latents.values()]
+            images = tuple(decoded if start is None else [self._pasted(made, start) for made in decoded])
             self.result = Result(
                 images=images,
                 seeds=seeds,
@@ -92,30 +157,78 @@ class Generation:
             logger.warning("the prompt is longer than %d tokens; cut: %s", tokenizer.length, tokens.truncated)
         return self._run(encoder.component, {"input_ids": tokens.ids})[encoder.output]  # (1, S, C)
 
-    def _sample(self, image: int, seed: int, conditioning: Mapping[str, AnyArray]) -> Iterator[Progress]:
-        """Denoises one image: x (1, C, h, w) from noise to the latents in the last progress."""
+    def _start(self) -> _Start | None:
+        """The request's picture, fitted and encoded."""
         request = self.request
-        denoise = predict(self._predict, self._scheduler.prediction_type, conditioning)
-        if request.guidance_scale != 1:
-            denoise = guide(denoise, given(request.guidance_scale))
-        sampler, steps = str(request.sampler), given(request.num_inference_steps)
-        schedule = make_schedule(self._scheduler, sampler, steps, request.schedule)
-        noise = Noise(seed)
-        x = noise(self._latent_shape()) * np.float32(schedule.init_scale)
+        if request.image is None:
+            return None
+        size = given(request.width), given(request.height)
+        picture = fitted(opaque(request.image), size, request.fit)
+        mask = None if request.mask_image is None else fitted(mask_of(request.mask_image), size, request.fit)
+        (moments,) = self._run("vae_encoder", {"sample": to_values(picture)}).values()
+        self._run.components.release("vae_encoder")
+        return _Start(picture=picture, mask=None if mask is None else mask_of(mask), moments=moments)
+
+    def _original(self, start: _Start, noise: Noise) -> _Original:
+        """A sample of the VAE's posterior, as diffusers draws it."""
+        space = self._manifest.latents
+        values = start.moments
+        if values.shape[1] == 2 * space.channels:
+            mean, log_variance = np.split(values, 2, axis=1)
+            values = mean + np.exp(np.clip(log_variance, -30, 20) / 2) * noise(mean.shape)
+        return _Original(
+            latents=(values - np.float32(space.shift_factor)) * np.float32(space.scaling_factor),
+            mask=None if start.mask is None else latent_mask(start.mask, space.downscale),
+        )
+
+    def _sample(
+        self, image: int, noise: Noise, conditioning: Mapping[str, AnyArray], original: _Original | None
+    ) -> Iterator[Progress]:
+        """Denoises one image: x (1, C, h, w) from its first state to the latents in the last progress."""
+        request = self.request
+        schedule, options = plan(self._scheduler, request)
+        x, denoise = self._begin(schedule, noise, self._denoiser(conditioning), original)
         before = time.perf_counter()
-        for step in SAMPLERS[sampler](denoise, x, schedule, noise):
+        for step in SAMPLERS[str(request.sampler)](denoise, x, schedule, noise, **options):
             now = time.perf_counter()
-            last = step.index == step.total - 1
+            latents = step.x
+            if step.index == step.total - 1:
+                latents = latents * np.float32(schedule.final_scale)
+                latents = latents if original is None else original.kept(latents)
             yield Progress(
                 image=image,
                 num_images=request.num_images,
                 step=step.index,
                 num_steps=step.total,
                 seconds=now - before,
-                latents=step.x * np.float32(schedule.final_scale) if last else step.x,
+                latents=latents,
                 denoised=step.x0,
             )
             before = time.perf_counter()
+
+    def _begin(
+        self, schedule: Schedule, noise: Noise, denoise: Denoise, original: _Original | None
+    ) -> tuple[Array, Denoise]:
+        """The first state, (1, C, h, w), and the denoiser that goes with it."""
+        unit = noise(self._latent_shape())
+        alone = unit * np.float32(schedule.init_scale)
+        if original is None:
+            return alone, denoise
+        noised = original.latents + unit * np.float32(schedule.sigmas[0])
+        if original.mask is None:
+            return noised, denoise
+        noise(unit.shape)  # diffusers draws from the masked picture's posterior here
+        anew = self.request.strength == 1  # the original is then not in the first state, as in diffusers
+        highest = float(schedule.sigmas[0]) if anew else math.inf
+        return (alone if anew else noised), masked(denoise, original.mask, original.latents, unit, highest)
+
+    def _denoiser(self, conditioning: Mapping[str, AnyArray]) -> Denoise:
+        request, sampler = self.request, str(self.request.sampler)
+        model = predict(self._predict, conditioning)
+        if request.guidance_scale != 1:
+            model = guide(model, given(request.guidance_scale), request.guidance_rescale)
+        limit = None if sampler == "ddim" else limit_x0(self._scheduler, sampler)
+        return clean(model, self._scheduler.prediction_type, limit)
 
     def _latent_shape(self) -> tuple[int, int, int, int]:
         latents, request = self._manifest.latents, self.request
@@ -125,6 +238,12 @@ class Generation:
     def _predict(self, inputs: Mapping[str, AnyArray]) -> Array:
         (output,) = self._run("unet", inputs).values()
         return output
+
+    def _pasted(self, made: Image.Image, start: _Start) -> Image.Image:
+        """The picture with the kept part of the one that it started from."""
+        if start.mask is None or not self.request.paste:
+            return made
+        return Image.composite(made, start.picture, feathered(start.mask, self.request.mask_blur))
 
     def _decode(self, latents: Array) -> Array:
         space = self._manifest.latents

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
@@ -14,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import SdonnxError
-from sdonnx_runtime.request import Request, Result
+from sdonnx_runtime.request import Request, Result, recipe
 from sdonnx_runtime.samplers import A1111_NAMES
 
 
@@ -30,10 +29,12 @@ def parameters_text(request: Request, seed: int, model: str) -> str:
     settings = {
         "Steps": request.num_inference_steps,
         "Sampler": A1111_NAMES.get(sampler, sampler),
-        **({} if request.schedule is None else {"Schedule type": request.schedule.title()}),
+        **({} if request.schedule is None else {"Schedule type": _A1111_SCHEDULES[request.schedule]}),
         "CFG scale": f"{request.guidance_scale:g}",
         "Seed": seed,
         "Size": f"{request.width}x{request.height}",
+        **({} if request.strength is None else {"Denoising strength": f"{request.strength:g}"}),
+        **({} if request.mask_image is None else {"Mask blur": request.mask_blur}),
         "Model": json.dumps(model, ensure_ascii=False) if set(model) & set(',:"\n') else model,
         "Version": "sdonnx",
     }
@@ -42,6 +43,18 @@ def parameters_text(request: Request, seed: int, model: str) -> str:
         lines.append(f"Negative prompt: {request.negative_prompt}")
     lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
     return "\n".join(lines)
+
+
+_A1111_SCHEDULES = {
+    "ays": "Align Your Steps",
+    "ays_sdxl": "Align Your Steps",
+    "beta": "Beta",
+    "exponential": "Exponential",
+    "karras": "Karras",
+    "lu": "Lu",
+    "sgm_uniform": "SGM Uniform",
+    "simple": "Simple",
+}
 
 
 def save_png(result: Result, index: int, path: Path, *, enlarge: int = 1) -> None:
@@ -61,8 +74,8 @@ def save_png(result: Result, index: int, path: Path, *, enlarge: int = 1) -> Non
     seed = result.seeds[index]
     info = PngInfo()
     info.add_text("parameters", parameters_text(result.request, seed, result.model))
-    recipe = {**asdict(result.request), "seed": seed, "num_images": 1, "model": result.model}
-    info.add_text("sdonnx", json.dumps(recipe, ensure_ascii=False))
+    data = {**recipe(result.request), "seed": seed, "num_images": 1, "model": result.model}
+    info.add_text("sdonnx", json.dumps(data, ensure_ascii=False))
     with _replacing(path) as stream:
         image = result.images[index]
         if enlarge > 1:

@@ -7,11 +7,10 @@ from typing import Any
 
 from sdonnx_runtime.components import Components, Runner
 from sdonnx_runtime.errors import RequestError
-from sdonnx_runtime.generation import Generation, Progress
+from sdonnx_runtime.generation import Generation, Progress, plan
 from sdonnx_runtime.package import Package
-from sdonnx_runtime.request import Request, Result, check_request, given
+from sdonnx_runtime.request import Request, Result, check_request
 from sdonnx_runtime.samplers import resolve_sampler
-from sdonnx_runtime.schedule import make_schedule
 from sdonnx_runtime.scheduler_config import SchedulerConfig, default_sampler
 from sdonnx_runtime.session import Cancelled, Session
 
@@ -93,7 +92,11 @@ class Pipeline:
         if checked.sampler is not None:
             sampler, schedule = resolve_sampler(checked.sampler)
         checked = replace(checked, sampler=sampler, schedule=schedule if checked.schedule is None else checked.schedule)
-        make_schedule(self._scheduler, sampler, given(checked.num_inference_steps), checked.schedule)
+        plan(self._scheduler, checked)
+        if checked.image is not None and "vae_encoder" not in manifest.components:
+            raise RequestError(
+                f"{self.package.name} has no VAE encoder, so it can't start from a picture; export again"
+            )
         return checked
 
     def close(self) -> None:

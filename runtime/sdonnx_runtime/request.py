@@ -2,15 +2,15 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+from PIL.Image import Image
 
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.manifest import Defaults
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from sdonnx_runtime.pictures import FITS, mask_of, suitable_size
 
 T = TypeVar("T")
 
@@ -27,9 +27,9 @@ class Request:
     negative_prompt: str = ""
     """What to keep away from; without effect at ``guidance_scale`` 1."""
     width: int | None = None
-    """Pixels, a multiple of 8."""
+    """Pixels, a multiple of 8; with an ``image`` None is what `suitable_size` makes of its size."""
     height: int | None = None
-    """Pixels, a multiple of 8."""
+    """Pixels, a multiple of 8; given or left out together with ``width`` where there is an ``image``."""
     num_inference_steps: int | None = None
     """Denoising steps, 1 to the model's 1000."""
     guidance_scale: float | None = None
@@ -41,7 +41,35 @@ class Request:
     sampler: str | None = None
     """A sampler: a key of SAMPLERS, a diffusers class, or AUTOMATIC1111's name, which may end in a schedule's."""
     schedule: str | None = None
-    """How noise levels are laid: a key of RESPACED; None is as the package's scheduler config says."""
+    """How noise levels are laid: a name of SCHEDULES; None is as the package's scheduler config says."""
+    spacing: str | None = None
+    """How timesteps are spaced: leading, linspace or trailing; None is as the package's scheduler config says."""
+    sigmas: tuple[float, ...] | None = None
+    """The noise level of each step, decreasing; instead of ``num_inference_steps`` and the two above."""
+    timesteps: tuple[float, ...] | None = None
+    """The timestep of each step, decreasing; instead of ``num_inference_steps`` and the two above."""
+    eta: float | None = None
+    """0 to 1: how much noise comes in with each step, for samplers that have a choice; None is the sampler's own."""
+    s_churn: float | None = None
+    """0 or more: how much noise comes in over all of euler's steps, arXiv:2206.00364, algorithm 2."""
+    s_noise: float | None = None
+    """0 or more: what the noise that comes in is multiplied by."""
+    guidance_rescale: float = 0.0
+    """0 to 1: how much of the spread that guidance adds is taken back, arXiv:2305.08891, section 3.4."""
+    image: Image | None = field(default=None, repr=False)
+    """A picture to start from; transparent parts lie on white."""
+    strength: float | None = None
+    """0 to 1, with an ``image``: the share of the steps that is taken, from as much noise. 0 only encodes and decodes.
+
+    None is 0.75, or 1 with a mask."""
+    fit: str = "crop"
+    """How an ``image`` of other proportions is brought to the size: one of FITS."""
+    mask_image: Image | None = field(default=None, repr=False)
+    """White where the ``image`` is painted anew, of its size; transparent parts are kept."""
+    mask_blur: int = 4
+    """Pixels over which what is pasted fades out towards the mask's edge, inwards."""
+    paste: bool = True
+    """Whether pixels that the mask keeps are the ``image``'s own, bit by bit, and not what the VAE makes of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +101,12 @@ class Result:
     timings: Timings
 
 
+def recipe(request: Request) -> dict[str, Any]:
+    """The request without its pictures, as JSON can hold it."""
+    values = {item.name: getattr(request, item.name) for item in fields(request)}
+    return {name: value for name, value in values.items() if name not in ("image", "mask_image")}
+
+
 def check_request(request: Request, *, multiple: int, defaults: Defaults, random_seed: int) -> Request:
     """The request with everything filled in but the sampler of a package that suggests none.
 
@@ -88,10 +122,12 @@ def check_request(request: Request, *, multiple: int, defaults: Defaults, random
     for name in ("prompt", "negative_prompt"):
         if not isinstance(getattr(request, name), str):
             raise RequestError(f"{name} is {getattr(request, name)!r}; give a text")
+    request = _check_pictures(request, multiple, defaults)
+    listed = request.sigmas if request.sigmas is not None else request.timesteps
     suggested = {
         "width": defaults.size,
         "height": defaults.size,
-        "num_inference_steps": defaults.num_inference_steps,
+        "num_inference_steps": defaults.num_inference_steps if listed is None else len(listed),
         "guidance_scale": defaults.guidance_scale,
         "sampler": defaults.sampler,
         "seed": random_seed,
@@ -103,8 +139,44 @@ def check_request(request: Request, *, multiple: int, defaults: Defaults, random
     _whole("num_inference_steps", request.num_inference_steps, 1, 1000)
     _whole("num_images", request.num_images, 1, 10_000)
     _whole("seed", request.seed, 0, MAX_SEED - request.num_images + 1)
-    _finite("guidance_scale", request.guidance_scale)
+    _number("guidance_scale", request.guidance_scale, -math.inf, math.inf)
+    _number("guidance_rescale", request.guidance_rescale, 0, 1)
     return request
+
+
+def _check_pictures(request: Request, multiple: int, defaults: Defaults) -> Request:
+    """With strength and, where there is a picture, width and height filled in."""
+    image, mask = request.image, request.mask_image
+    if image is None:
+        for name in ("strength", "mask_image"):
+            if getattr(request, name) is not None:
+                raise RequestError(f"{name} is given without an image; give the picture that it is about")
+        return request
+    for name, picture in {"image": image, "mask_image": mask}.items():
+        if picture is not None and not isinstance(picture, Image):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise RequestError(f"{name} is {type(picture).__name__}; give a picture of PIL, such as Image.open gives")
+    if request.fit not in FITS:
+        raise RequestError(f"fit is {request.fit!r}; choose {', '.join(FITS)}")
+    if (request.width is None) != (request.height is None):
+        raise RequestError("width and height are given or left out together where there is an image")
+    _whole("mask_blur", request.mask_blur, 0, 1024)
+    if mask is not None:
+        _check_mask(mask, image)
+    if request.strength is None:
+        request = replace(request, strength=0.75 if mask is None else 1.0)
+    _number("strength", request.strength, 0, 1)
+    if request.width is None:
+        width, height = suitable_size(image, area=defaults.size**2, multiple=multiple)
+        request = replace(request, width=width, height=height)
+    return request
+
+
+def _check_mask(mask: Image, image: Image) -> None:
+    if mask.size != image.size:
+        found, wanted = (f"{width}x{height}" for width, height in (mask.size, image.size))
+        raise RequestError(f"the mask has {found} pixels and its picture {wanted}; give one of the picture's size")
+    if mask_of(mask).getbbox() is None:
+        raise RequestError("the mask has nothing to repaint; paint white what is to be made anew")
 
 
 def given(value: T | None) -> T:
@@ -123,9 +195,11 @@ def _whole(name: str, value: object, low: int, high: int) -> None:
         raise RequestError(f"{name} is {value!r}; give a whole number from {low} to {high}")
 
 
-def _finite(name: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise RequestError(f"{name} is {value!r}; give a finite number such as 7.5")
+def _number(name: str, value: object, low: float, high: float) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not low <= value <= high:
+        said = "a finite number such as 7.5" if math.isinf(high) else f"a number from {low} to {high}"
+        raise RequestError(f"{name} is {value!r}; give {said}")
 
 
 def _size(name: str, value: object, multiple: int) -> None:

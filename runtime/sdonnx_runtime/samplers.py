@@ -1,16 +1,20 @@
-"""The samplers by name: ours, diffusers' classes' and AUTOMATIC1111's.
+"""The samplers by name: ours, diffusers' classes', AUTOMATIC1111's and ComfyUI's.
 
-Each is a generator ``sampler(denoise, x, schedule, noise)`` over states x = x0 + sigma * noise, (B, C, h, w) in
-float32, and yields a `Step` after each of its steps. Whoever stops iterating has cancelled.
+Each is a generator ``sampler(denoise, x, schedule, noise, **options)`` over states x = x0 + sigma * noise,
+(B, C, h, w) in float32, and yields a `Step` after each of its steps. Whoever stops iterating has cancelled.
 """
 
 import difflib
+import inspect
+import math
 from collections.abc import Mapping
+from typing import Any, cast
 
-from sdonnx_runtime.errors import RequestError
-from sdonnx_runtime.multistep import deis, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, lms, pndm, unipc
+from sdonnx_runtime.errors import PackageError, RequestError
+from sdonnx_runtime.multistep import deis, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, ipndm, lms, pndm, unipc
 from sdonnx_runtime.onestep import (
     ddim,
+    ddpm,
     dpm2,
     dpm2_ancestral,
     dpmpp_2s_ancestral,
@@ -18,13 +22,17 @@ from sdonnx_runtime.onestep import (
     euler,
     euler_ancestral,
     heun,
+    lcm,
+    restart,
+    tcd,
 )
 from sdonnx_runtime.sampling import Sampler
-from sdonnx_runtime.scheduler_config import CLASSES
-from sdonnx_runtime.sigmas import RESPACED
+from sdonnx_runtime.scheduler_config import CLASSES, SchedulerConfig, check_settings, limit_x0
+from sdonnx_runtime.sigmas import SCHEDULES
 
 SAMPLERS: Mapping[str, Sampler] = {
     "ddim": ddim,
+    "ddpm": ddpm,
     "deis": deis,
     "dpm2": dpm2,
     "dpm2_ancestral": dpm2_ancestral,
@@ -36,13 +44,18 @@ SAMPLERS: Mapping[str, Sampler] = {
     "euler": euler,
     "euler_ancestral": euler_ancestral,
     "heun": heun,
+    "ipndm": ipndm,
+    "lcm": lcm,
     "lms": lms,
     "pndm": pndm,
+    "restart": restart,
+    "tcd": tcd,
     "unipc": unipc,
 }
 
 A1111_NAMES = {
     "ddim": "DDIM",
+    "ddpm": "DDPM",
     "deis": "DEIS",
     "dpm2": "DPM2",
     "dpm2_ancestral": "DPM2 a",
@@ -54,15 +67,39 @@ A1111_NAMES = {
     "euler": "Euler",
     "euler_ancestral": "Euler a",
     "heun": "Heun",
+    "ipndm": "IPNDM",
+    "lcm": "LCM",
     "lms": "LMS",
     "pndm": "PLMS",
+    "restart": "Restart",
+    "tcd": "TCD",
     "unipc": "UniPC",
 }
 """What AUTOMATIC1111's web UI, and so everything that reads its recipes, calls our samplers."""
 
+_OTHER_NAMES = {
+    "dpm_2": "dpm2",
+    "dpm_2_ancestral": "dpm2_ancestral",
+    "dpmpp_2m_sde_gpu": "dpmpp_2m_sde",
+    "dpmpp_3m_sde_gpu": "dpmpp_3m_sde",
+    "dpmpp_sde_gpu": "dpmpp_sde",
+    "uni_pc": "unipc",
+    "uni_pc_bh2": "unipc",
+    "DPMSolverSDEScheduler": "dpmpp_sde",
+    "IPNDMScheduler": "ipndm",
+}
+"""ComfyUI's, and diffusers' classes that differ from our sampler in their noise or their timesteps."""
+
+_SCHEDULE_NAMES = {
+    **{name: name for name in SCHEDULES},
+    "align your steps": "ays",
+    "sgm uniform": "sgm_uniform",
+}
+"""What a sampler's name may end in: ours and AUTOMATIC1111's."""
+
 
 def resolve_sampler(name: str) -> tuple[str, str | None]:
-    """The key of SAMPLERS that ``name`` is, and the key of RESPACED that it ends in ("DPM++ 2M Karras").
+    """The key of SAMPLERS that ``name`` is, and the name of SCHEDULES that it ends in ("DPM++ 2M Karras").
 
     Raises:
         RequestError: it is no sampler's name; the nearest is offered.
@@ -70,12 +107,84 @@ def resolve_sampler(name: str) -> tuple[str, str | None]:
     known = {key.lower(): key for key in SAMPLERS}
     known |= {diffusers.lower(): key for key, diffusers in CLASSES.items() if key != "dpmpp_2m_sde"}
     known |= {shown.lower(): key for key, shown in A1111_NAMES.items()}
-    asked = str(name).strip().lower()
+    known |= {other.lower(): key for other, key in _OTHER_NAMES.items()}
+    asked = " ".join(str(name).lower().split())
     if asked in known:
         return known[asked], None
-    front, _, schedule = asked.rpartition(" ")
-    if front in known and schedule in RESPACED:
-        return known[front], schedule
+    for ending, schedule in _SCHEDULE_NAMES.items():
+        if asked.removesuffix(f" {ending}") != asked and asked.removesuffix(f" {ending}") in known:
+            return known[asked.removesuffix(f" {ending}")], schedule
     nearest = difflib.get_close_matches(asked, known, n=1, cutoff=0.5)
     hint = f"did you mean {known[nearest[0]]}? " if nearest else ""
     raise RequestError(f"there is no sampler '{name}'; {hint}choose from {', '.join(SAMPLERS)}")
+
+
+def sampler_options(
+    config: SchedulerConfig,
+    sampler: str,
+    *,
+    eta: float | None = None,
+    s_churn: float | None = None,
+    s_noise: float | None = None,
+) -> dict[str, Any]:
+    """The keyword arguments for a sampler, after a package's scheduler config and a request.
+
+    Args:
+        config: the package's.
+        sampler: a key of SAMPLERS.
+        eta: 0 to 1, how much noise comes in with each step; for `tcd` it is gamma. None is the sampler's own.
+        s_churn: 0 or more, how much noise comes in with all of euler's steps.
+        s_noise: 0 or more, what noise that comes in is multiplied by.
+
+    Raises:
+        RequestError: the sampler takes no such option, or it is out of its range.
+        PackageError: the config has a setting that the sampler can't follow.
+    """
+    check_settings(config, sampler)
+    asked = {"eta": eta, "s_churn": s_churn, "s_noise": s_noise}
+    return _settings(config, sampler) | {
+        name: _in_range(sampler, name, value) for name, value in asked.items() if value is not None
+    }
+
+
+def takes(sampler: str, option: str) -> bool:
+    """Whether a sampler has an option of this name."""
+    return option in inspect.signature(SAMPLERS[sampler]).parameters
+
+
+def _in_range(sampler: str, name: str, value: object) -> float:
+    if not takes(sampler, name):
+        those = ", ".join(key for key in SAMPLERS if takes(key, name))
+        raise RequestError(f"{sampler} takes no {name}; these do: {those}")
+    most, said = (1.0, "from 0 to 1") if name == "eta" else (math.inf, "of 0 or more")
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= most or value == math.inf:
+        raise RequestError(f"{name} is {value!r}; give a number {said}")
+    return float(value)
+
+
+def _settings(config: SchedulerConfig, sampler: str) -> dict[str, Any]:
+    """What the config says of the keyword arguments."""
+    found = config.settings
+    if sampler == "ddim":
+        return {"limit": limit_x0(config, sampler)}
+    if sampler == "ddpm":
+        return {"variance": "fixed_large" if found.get("variance_type") == "fixed_large" else "fixed_small"}
+    if sampler == "lcm":
+        return {"timestep_scaling": float(found.get("timestep_scaling", 10.0))}
+    if sampler not in ("deis", "dpmpp_2m", "dpmpp_2m_sde", "unipc"):
+        return {}
+    solver, kind = {"order": found.get("solver_order", 2)}, found.get("solver_type")
+    options = solver | {"lower_order_final": found.get("lower_order_final", True)}
+    if sampler == "deis":
+        return options
+    if sampler == "unipc":
+        return options | {"variant": "bh1" if kind == "bh1" else "bh2", "uncorrected": _uncorrected(config)}
+    ends = {"euler_at_final": bool(found.get("euler_at_final", False))}
+    return options | ends | {"solver_type": "heun" if kind == "heun" else "midpoint"}
+
+
+def _uncorrected(config: SchedulerConfig) -> tuple[int, ...]:
+    found: Any = config.settings.get("disable_corrector") or []
+    if not isinstance(found, list) or not all(isinstance(step, int) for step in cast("list[Any]", found)):
+        raise PackageError(f"the scheduler config's 'disable_corrector' is {found!r}; expected a list of steps")
+    return tuple(cast("list[int]", found))

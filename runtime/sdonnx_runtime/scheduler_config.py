@@ -1,10 +1,12 @@
 """What a package's scheduler_config.json says, and which of it each sampler can follow."""
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
+
+from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import PackageError
 
 
@@ -16,7 +18,9 @@ class SchedulerConfig:
     num_train_timesteps: int
     beta_start: float | None
     beta_end: float | None
-    beta_schedule: str
+    beta_schedule: str | None
+    trained_betas: tuple[float, ...] | None
+    """(num_train_timesteps,): the betas themselves, whatever the three above say."""
     prediction_type: str
     timestep_spacing: str | None
     steps_offset: int
@@ -24,6 +28,8 @@ class SchedulerConfig:
     final_sigmas_type: str
     settings: Mapping[str, Any]
     """The whole JSON, for what concerns one class alone."""
+    terminal_alpha: float | None = None
+    """What is left of the signal at the last timestep, where betas are rescaled to leave none."""
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "SchedulerConfig":
@@ -43,7 +49,8 @@ class SchedulerConfig:
             num_train_timesteps=_number(config, "num_train_timesteps", 1000, int),
             beta_start=_number(config, "beta_start", None, float),
             beta_end=_number(config, "beta_end", None, float),
-            beta_schedule=str(config.get("beta_schedule", "linear")),
+            beta_schedule=config.get("beta_schedule"),
+            trained_betas=_betas(config),
             prediction_type=str(config.get("prediction_type", "epsilon")),
             timestep_spacing=config.get("timestep_spacing"),
             steps_offset=_number(config, "steps_offset", 0, int),
@@ -53,14 +60,20 @@ class SchedulerConfig:
         )
 
     def for_sampler(self, sampler: str) -> "SchedulerConfig":
-        """With the betas that the sampler's class takes where the config has none."""
-        start, end = _BETAS.get(sampler, (0.0001, 0.02))
+        """With what the sampler's class takes where the config has nothing, and its way of rescaling betas."""
+        schedule, start, end = _BETAS.get(sampler, ("linear", 0.0001, 0.02))
+        rescaled = sampler not in _NEVER_RESCALED and self.settings.get("rescale_betas_zero_snr")
         return replace(
             self,
+            beta_schedule=schedule if self.beta_schedule is None else self.beta_schedule,
             beta_start=start if self.beta_start is None else self.beta_start,
             beta_end=end if self.beta_end is None else self.beta_end,
+            terminal_alpha=(NO_SIGNAL if sampler in WHOLE_TIMESTEPS else 2.0**-24) if rescaled else None,
         )
 
+
+NO_SIGNAL = 2.0**-60
+"""Stands for an alpha of 0, whose sigma would be infinite; classes in terms of sigma take 2**-24, as diffusers."""
 
 _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
@@ -68,61 +81,62 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "prediction_type": ("epsilon", "v_prediction", "sample"),
     "set_alpha_to_one": (False, True),
     "timestep_spacing": ("leading", "linspace", "trailing"),
-    "trained_betas": (None,),
 }
 
 _OFF = (False, None)
-_NO_FLOW: Mapping[str, tuple[Any, ...]] = {
-    "rescale_betas_zero_snr": _OFF,
-    "thresholding": _OFF,
-    "use_flow_sigmas": _OFF,
-}
+_SWITCH = (False, True)
 _DPM_SOLVER: Mapping[str, tuple[Any, ...]] = {
-    **_NO_FLOW,
-    "lambda_min_clipped": (-math.inf, "-inf", "-Infinity"),
-    "lower_order_final": (True,),
-    "solver_order": (2,),
-    "solver_type": ("midpoint", "logrho", "bh1", "bh2"),  # the last three belong to other classes
+    "euler_at_final": _SWITCH,
+    "lower_order_final": (True, False),
+    "solver_order": (2, 1, 3),
+    "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),  # the last three belong to other classes
+    "use_flow_sigmas": _OFF,
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),  # not learned
 }
 _ONLY: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
-    "ddim": {"clip_sample": _OFF, "rescale_betas_zero_snr": _OFF, "thresholding": _OFF},
-    "deis": {**_NO_FLOW, "lower_order_final": (True,), "solver_order": (2,)},
+    "ddpm": {"variance_type": ("fixed_small", "fixed_small_log", "fixed_large")},
+    "deis": {"lower_order_final": (True, False), "solver_order": (2, 1, 3), "use_flow_sigmas": _OFF},
     "dpmpp_2m": {**_DPM_SOLVER, "algorithm_type": ("dpmsolver++", "deis")},  # the latter belongs to another class
-    "dpmpp_2m_sde": _DPM_SOLVER,
-    "euler": {
-        "interpolation_type": ("linear",),
-        "rescale_betas_zero_snr": _OFF,
-        "sigma_max": (None,),
-        "sigma_min": (None,),
-        "timestep_type": ("discrete",),
-    },
-    "euler_ancestral": {"rescale_betas_zero_snr": _OFF},
-    "heun": {"clip_sample": _OFF},
+    "dpmpp_2m_sde": {**_DPM_SOLVER, "solver_order": (2, 1)},
+    "euler": {"interpolation_type": ("linear", "log_linear"), "timestep_type": ("discrete", "continuous")},
     "pndm": {"skip_prk_steps": (True,)},
     "unipc": {
-        **_NO_FLOW,
-        "disable_corrector": ([],),
-        "lower_order_final": (True,),
+        "lower_order_final": (True, False),
         "predict_x0": (True,),
-        "sigma_max": (None,),
-        "sigma_min": (None,),
-        "solver_order": (2,),
-        "solver_type": ("bh2", "midpoint", "heun", "logrho"),  # the last three belong to other classes
+        "solver_order": (2, 1, 3),
+        "solver_p": (None,),
+        "solver_type": ("bh2", "bh1", "midpoint", "heun", "logrho"),  # the last three belong to other classes
+        "use_flow_sigmas": _OFF,
     },
 }
 """Keys of the classes behind the samplers, of which other values would give another picture."""
 
-_ABSENT = {("ddim", "clip_sample"): True, ("pndm", "skip_prk_steps"): False}
+_ABSENT = {("pndm", "skip_prk_steps"): False}
 """What diffusers takes where one of these keys is absent; for the others it is the first value above."""
 
-_BETAS = {"dpm2": (0.00085, 0.012), "dpm2_ancestral": (0.00085, 0.012), "heun": (0.00085, 0.012)}
-"""What diffusers takes where the betas are absent; for the others it is 0.0001 and 0.02."""
+_K_BETAS = ("linear", 0.00085, 0.012)
+_DISTILLED_BETAS = ("scaled_linear", 0.00085, 0.012)
+_BETAS = {
+    "dpm2": _K_BETAS,
+    "dpm2_ancestral": _K_BETAS,
+    "heun": _K_BETAS,
+    "lcm": _DISTILLED_BETAS,
+    "tcd": _DISTILLED_BETAS,
+}
+"""What diffusers takes where the betas are absent; for the others it is linear from 0.0001 to 0.02."""
+
+_NEVER_RESCALED = ("deis", "dpm2", "dpm2_ancestral", "heun", "lms", "pndm")
+"""Samplers whose classes don't read ``rescale_betas_zero_snr``."""
+
+WHOLE_TIMESTEPS = ("ddim", "ddpm", "lcm", "pndm", "tcd")
+"""Samplers that keep to timesteps that the model was trained with."""
 
 _RESPACED = ("deis", "dpm2", "dpm2_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "euler", "heun", "lms", "unipc")
 """Samplers whose classes read ``use_karras_sigmas`` and its like."""
 
 CLASSES = {
     "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
     "deis": "DEISMultistepScheduler",
     "dpm2": "KDPM2DiscreteScheduler",
     "dpm2_ancestral": "KDPM2AncestralDiscreteScheduler",
@@ -131,8 +145,10 @@ CLASSES = {
     "euler": "EulerDiscreteScheduler",
     "euler_ancestral": "EulerAncestralDiscreteScheduler",
     "heun": "HeunDiscreteScheduler",
+    "lcm": "LCMScheduler",
     "lms": "LMSDiscreteScheduler",
     "pndm": "PNDMScheduler",
+    "tcd": "TCDScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
 """diffusers' class for each sampler that it has."""
@@ -148,6 +164,44 @@ def check_settings(config: SchedulerConfig, sampler: str) -> None:
         found = config.settings.get(key, _ABSENT.get((sampler, key), works[0]))
         if found not in works:
             raise refusal(key, found, works)
+
+
+_LIMITED: Mapping[str, tuple[str, ...]] = {
+    "ddim": ("thresholding", "clip_sample"),
+    "ddpm": ("thresholding", "clip_sample"),
+    "deis": ("thresholding",),
+    "dpmpp_2m": ("thresholding",),
+    "dpmpp_2m_sde": ("thresholding",),
+    "heun": ("clip_sample",),
+    "lcm": ("thresholding", "clip_sample"),
+    "unipc": ("thresholding",),
+}
+"""Which of the two settings each class reads; the first that is set counts."""
+
+
+def limit_x0(config: SchedulerConfig, sampler: str) -> Callable[[Array], Array] | None:
+    """What a config wants every predicted x0, (B, ...), to be put through; None where it is left as it is.
+
+    `ddim` is given this among its options and wants it nowhere else.
+    """
+    settings = config.settings
+    clips = settings.get("clip_sample", sampler in ("ddim", "ddpm"))
+    asked = [key for key in _LIMITED.get(sampler, ()) if (clips if key == "clip_sample" else settings.get(key))]
+    if not asked:
+        return None
+    if asked[0] == "clip_sample":
+        reach = float(settings.get("clip_sample_range", 1.0))
+        return lambda x0: np.clip(x0, -reach, reach)
+    ratio = float(settings.get("dynamic_thresholding_ratio", 0.995))
+    most = float(settings.get("sample_max_value", 1.0))
+    return lambda x0: _dynamic_threshold(x0, ratio, most)
+
+
+def _dynamic_threshold(x0: Array, ratio: float, most: float) -> Array:
+    """Dynamic thresholding, arXiv:2205.11487, section 2.3: each of the batch by its own quantile."""
+    sizes = np.quantile(np.abs(x0).reshape(len(x0), -1), ratio, axis=1)
+    reach = np.minimum(np.maximum(sizes, 1.0), most).astype(np.float32).reshape(-1, *[1] * (x0.ndim - 1))
+    return np.clip(x0, -reach, reach) / reach
 
 
 def respacing(config: SchedulerConfig, sampler: str) -> str | None:
@@ -174,6 +228,16 @@ def default_sampler(config: SchedulerConfig) -> str:
     sampler = names[config.class_name]
     stochastic = sampler == "dpmpp_2m" and config.settings.get("algorithm_type") == "sde-dpmsolver++"
     return "dpmpp_2m_sde" if stochastic else sampler
+
+
+def _betas(config: Mapping[str, Any]) -> tuple[float, ...] | None:
+    found, count = config.get("trained_betas"), config.get("num_train_timesteps", 1000)
+    if found is None:
+        return None
+    betas = cast("list[Any]", found) if isinstance(found, list) else []
+    if len(betas) != count or not all(isinstance(beta, (int, float)) and 0 < beta < 1 for beta in betas):
+        raise PackageError(f"the scheduler config's 'trained_betas' are not {count} numbers from 0 to 1; export again")
+    return tuple(float(beta) for beta in betas)
 
 
 def _number(config: Mapping[str, Any], key: str, default: float | None, kind: type[Any]) -> Any:

@@ -1,0 +1,232 @@
+"""Samplers on a mixture of Gaussians, whose denoiser is known in closed form: order of convergence, mean, covariance.
+
+    python bench/samplers.py --plot samplers.png --json samplers.json
+
+No model is involved, so what is measured is the sampler alone. The first table gives, for each deterministic sampler,
+its distance from a very fine solution of the same ODE by steps, and the order: how fast that falls over the finest
+two counts. The second gives, for each stochastic one, how far mean and covariance of what it draws are from the
+mixture's, in standard errors of an ideal draw of as many samples.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sdonnx_runtime.samplers import SAMPLERS
+from sdonnx_runtime.sampling import Schedule
+
+WEIGHTS = np.array([0.5, 0.3, 0.2])
+MEANS = np.array([[1.0, 0.5], [-1.0, 0.8], [0.2, -1.2]])
+SPREADS = np.array([0.5, 0.4, 0.6])
+"""Each component's standard deviation, the same in both directions."""
+HIGHEST, LOWEST = 10.0, 0.05
+COUNTS = (8, 16, 32, 64, 128)
+
+DETERMINISTIC: dict[str, tuple[int, dict[str, Any]]] = {
+    "ddim": (1, {}),
+    "euler": (1, {}),
+    "dpm2": (2, {}),
+    "heun": (2, {}),
+    "deis order 1": (1, {"order": 1, "lower_order_final": False}),
+    "deis": (2, {"lower_order_final": False}),
+    "deis order 3": (3, {"order": 3, "lower_order_final": False}),
+    "dpmpp_2m": (2, {"lower_order_final": False}),
+    "dpmpp_2m heun": (2, {"lower_order_final": False, "solver_type": "heun"}),
+    "dpmpp_2m order 3": (2, {"order": 3, "lower_order_final": False}),
+    "unipc order 1": (2, {"order": 1, "lower_order_final": False}),
+    "unipc": (3, {"lower_order_final": False}),
+    "unipc bh1": (3, {"variant": "bh1", "lower_order_final": False}),
+    "unipc order 3": (4, {"order": 3, "lower_order_final": False}),
+    "ipndm": (2, {}),
+    "lms": (4, {}),
+    "pndm": (2, {}),
+}
+"""The order in theory, and the options.
+
+UniC raises UniPC's by one. ipndm and pndm take uneven steps for even, which leaves them 2. The third order of
+DPM-Solver++ is published, and compared with diffusers, with half the weight that its second difference wants.
+"""
+
+STOCHASTIC: dict[str, dict[str, Any]] = {
+    "ddim eta 1": {"eta": 1.0},
+    "ddpm": {},
+    "dpm2_ancestral": {},
+    "dpmpp_2m_sde": {},
+    "dpmpp_2s_ancestral": {},
+    "dpmpp_3m_sde": {},
+    "dpmpp_sde": {},
+    "euler churn 20": {"s_churn": 20.0},
+    "euler_ancestral": {},
+    "restart": {"restarts": 2},
+}
+
+
+def denoise(x: np.ndarray, sigma: float, _t: float) -> np.ndarray:
+    """The mean of x0 given x = x0 + sigma * noise: (n, 2) to (n, 2), in the precision of x."""
+    variances = SPREADS**2 + sigma**2
+    offsets = x[:, None, :] - MEANS  # (n, 3, 2)
+    logs = np.log(WEIGHTS / variances) - (offsets**2).sum(-1) / (2 * variances)
+    shares = np.exp(logs - logs.max(1, keepdims=True))
+    shares /= shares.sum(1, keepdims=True)
+    centers = MEANS + (SPREADS**2 / variances)[:, None] * offsets
+    return (shares[..., None] * centers).sum(1).astype(x.dtype)
+
+
+def schedule(sigmas: np.ndarray) -> Schedule:
+    """Given levels; the denoiser needs no timesteps."""
+    return Schedule(
+        timesteps=np.arange(len(sigmas) - 1, 0, -1.0),
+        sigmas=sigmas,
+        targets=sigmas[1:],
+        sources=sigmas[:-1],
+        prediction_type="epsilon",
+        init_scale=1.0,
+        final_scale=1.0,
+        trained=np.geomspace(0.01, 20, 1000),
+    )
+
+
+def sample(name: str, options: dict[str, Any], x: np.ndarray, sigmas: np.ndarray, seed: int = 0) -> np.ndarray:
+    random = np.random.default_rng(seed)
+
+    def noise(shape: tuple[int, ...]) -> np.ndarray:
+        return random.standard_normal(shape, np.float32)
+
+    sampler = SAMPLERS[name.split()[0]]
+    return [*sampler(denoise, x, schedule(sigmas), noise, **options)][-1].x
+
+
+def smooth(steps: int) -> np.ndarray:
+    """(steps + 1,): levels whose log(sigma) falls as the square of the step's number.
+
+    A method with memory begins at order 1; that the first steps are short keeps this out of the order at the end.
+    """
+    return HIGHEST * (LOWEST / HIGHEST) ** (np.linspace(0, 1, steps + 1) ** 2)
+
+
+def even(steps: int) -> np.ndarray:
+    """(steps + 1,): levels even in log(sigma)."""
+    return np.geomspace(HIGHEST, LOWEST, steps + 1)
+
+
+def start(count: int, seed: int) -> np.ndarray:
+    """(count, 2): exact draws of the mixture at the highest level."""
+    random = np.random.default_rng(seed)
+    which = random.choice(len(WEIGHTS), count, p=WEIGHTS)
+    spread = np.sqrt(SPREADS[which] ** 2 + HIGHEST**2)[:, None]
+    return MEANS[which] + spread * random.standard_normal((count, 2))
+
+
+def exact(x: np.ndarray, steps: int = 1500) -> np.ndarray:
+    """The ODE's solution at the lowest level: Runge-Kutta of order 4 in log(sigma), double precision."""
+
+    def slope(x: np.ndarray, log: float) -> np.ndarray:
+        return x - denoise(x, math.exp(log), 0.0)
+
+    logs = np.log(even(steps))
+    for log, h in zip(logs, np.diff(logs), strict=False):
+        a = slope(x, log)
+        b = slope(x + h / 2 * a, log + h / 2)
+        c = slope(x + h / 2 * b, log + h / 2)
+        x = x + h / 6 * (a + 2 * b + 2 * c + slope(x + h * c, log + h))
+    return x
+
+
+def convergence(counts: tuple[int, ...] = COUNTS, walks: int = 64) -> dict[str, dict[str, Any]]:
+    """For each deterministic sampler the errors by steps, root mean square, and the order of the finest two."""
+    x = start(walks, seed=1)
+    wanted = exact(x)
+    found = {}
+    for name, (order, options) in DETERMINISTIC.items():
+        errors = [float(np.sqrt(np.mean((sample(name, options, x, smooth(steps)) - wanted) ** 2))) for steps in counts]
+        measured = math.log(errors[-2] / errors[-1]) / math.log(counts[-1] / counts[-2])
+        found[name] = {"expected": order, "order": measured, "errors": dict(zip(counts, errors, strict=True))}
+    return found
+
+
+def moments(steps: int = 400, walks: int = 20_000) -> dict[str, dict[str, float]]:
+    """For each stochastic sampler the largest deviation of mean and covariance, in standard errors."""
+    mean = WEIGHTS @ MEANS
+    second = sum(w * (s**2 * np.eye(2) + np.outer(m, m)) for w, m, s in zip(WEIGHTS, MEANS, SPREADS, strict=True))
+    covariance = second - np.outer(mean, mean) + LOWEST**2 * np.eye(2)
+    x = start(walks, seed=2)
+    found = {}
+    for name, options in STOCHASTIC.items():
+        drawn = sample(name, options, x.astype(np.float32), even(steps), seed=3).astype(np.float64)
+        centered = drawn - mean
+        products = np.stack([centered[:, i] * centered[:, j] for i, j in ((0, 0), (0, 1), (1, 1))])
+        wanted = np.array([covariance[0, 0], covariance[0, 1], covariance[1, 1]])
+        found[name] = {
+            "mean": float(np.max(np.abs(centered.mean(0)) / (drawn.std(0) / math.sqrt(walks)))),
+            "covariance": float(np.max(np.abs(products.mean(1) - wanted) / (products.std(1) / math.sqrt(walks)))),
+        }
+    return found
+
+
+def tables(orders: dict[str, dict[str, Any]], deviations: dict[str, dict[str, float]]) -> str:
+    """Two markdown tables."""
+    counts = list(next(iter(orders.values()))["errors"])
+    lines = [f"| sampler | {' | '.join(f'{n} steps' for n in counts)} | order | in theory |", "| --- " * 8 + "|"]
+    for name, row in orders.items():
+        errors = " | ".join(f"{error:.1e}" for error in row["errors"].values())
+        lines.append(f"| {name} | {errors} | {row['order']:.2f} | {row['expected']} |")
+    lines += ["", "| sampler | mean, standard errors | covariance, standard errors |", "| --- | --- | --- |"]
+    lines += [f"| {name} | {row['mean']:.1f} | {row['covariance']:.1f} |" for name, row in deviations.items()]
+    return "\n".join(lines)
+
+
+def plot(orders: dict[str, dict[str, Any]], path: Path) -> None:
+    """Errors by steps on logarithmic axes."""
+    from PIL import Image, ImageDraw
+
+    width, height, left, top, right, bottom = 900, 620, 70, 30, 200, 50
+    counts = list(next(iter(orders.values()))["errors"])
+    every = [error for row in orders.values() for error in row["errors"].values()]
+    low, high = math.floor(math.log10(min(every))), math.ceil(math.log10(max(every)))
+    picture = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(picture)
+
+    def place(steps: float, error: float) -> tuple[float, float]:
+        across = math.log(steps / counts[0]) / math.log(counts[-1] / counts[0])
+        up = (math.log10(error) - low) / (high - low)
+        return left + across * (width - left - right), height - bottom - up * (height - top - bottom)
+
+    for power in range(low, high + 1):
+        x, y = place(counts[0], 10.0**power)
+        draw.line([(x, y), place(counts[-1], 10.0**power)], fill="#dddddd")
+        draw.text((x - 45, y - 6), f"1e{power}", fill="black")
+    for steps in counts:
+        x, y = place(steps, 10.0**low)
+        draw.text((x - 8, y + 8), str(steps), fill="black")
+    draw.text((left, 8), "distance from the exact solution, by steps", fill="black")
+    labels = sorted(orders, key=lambda name: -orders[name]["errors"][counts[-1]])
+    for i, name in enumerate(labels):
+        color = f"hsl({360 * i // len(labels)}, 80%, 40%)"
+        points = [place(steps, error) for steps, error in orders[name]["errors"].items()]
+        draw.line(points, fill=color, width=2)
+        row = (width - right + 30, top + 10 + i * 24)
+        draw.line([points[-1], (row[0] - 4, row[1] + 6)], fill="#cccccc")
+        draw.text(row, name, fill=color)
+    picture.save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--plot", type=Path, help="draw the errors by steps here, a PNG")
+    parser.add_argument("--walks", type=int, default=50_000, help="samples for mean and covariance")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    args = parser.parse_args()
+    orders, deviations = convergence(), moments(walks=args.walks)
+    print(tables(orders, deviations))
+    if args.plot is not None:
+        plot(orders, args.plot)
+    if args.json is not None:
+        listed = [{"sampler": name, **row} for name, row in (orders | deviations).items()]
+        args.json.write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

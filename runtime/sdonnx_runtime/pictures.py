@@ -1,0 +1,107 @@
+"""Pictures that come in: opening them, fitting them to the model, and the masks that say what is painted anew."""
+
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from sdonnx_runtime.arrays import Array
+from sdonnx_runtime.errors import RequestError
+
+FITS = ("crop", "pad", "stretch")
+"""How a picture of another shape is brought to the size asked for; always with Lanczos' filter.
+
+crop scales it until it covers the size and cuts off the rest on both sides; pad scales it until it lies inside and
+fills the rest with black; stretch changes its proportions.
+"""
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture from a file, upright as its camera was held.
+
+    Raises:
+        RequestError: there is no such file, it holds no whole picture, or one of too many pixels to be honest.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                return ImageOps.exif_transpose(picture)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        most = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        raise RequestError(f"{path} has more than {most:.0f} million pixels; make it smaller first") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is no picture, or a damaged one"
+        raise RequestError(f"{path} can't be read: {reason}; give a whole PNG, JPEG or WebP file") from None
+
+
+def suitable_size(picture: Image.Image, *, area: int, multiple: int) -> tuple[int, int]:
+    """(width, height) to work in where none was asked for.
+
+    The picture's own size, scaled down to ``area`` pixels where it has more, and to multiples of ``multiple``: down
+    for a picture that keeps its size, to the nearest for one that does not.
+    """
+    shrink = math.sqrt(area / (picture.width * picture.height))
+    if shrink >= 1:
+        cells = [side // multiple for side in picture.size]
+    else:
+        cells = [round(side * shrink / multiple) for side in picture.size]
+    width, height = (max(count, 1) * multiple for count in cells)
+    return width, height
+
+
+def fitted(picture: Image.Image, size: tuple[int, int], fit: str) -> Image.Image:
+    """The picture in another size by one of FITS; one that has the size is left as it is."""
+    if picture.size == size:
+        return picture
+    if fit == "stretch":
+        return picture.resize(size, Image.Resampling.LANCZOS)
+    fill = ImageOps.fit if fit == "crop" else ImageOps.pad
+    return fill(picture, size, Image.Resampling.LANCZOS)
+
+
+def opaque(picture: Image.Image) -> Image.Image:
+    """RGB; what shows through lies on white."""
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    layer = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+
+
+def mask_of(picture: Image.Image) -> Image.Image:
+    """What is painted anew, as a picture of mode L: 255 where the given one is white and opaque, else 0.
+
+    Gray counts as white from the middle on; transparent parts are kept.
+    """
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer)
+    return picture.convert("L").point([0] * 128 + [255] * 128)
+
+
+def to_values(picture: Image.Image) -> Array:
+    """RGB to (1, 3, H, W) in -1..1."""
+    pixels = np.asarray(picture, np.float32).transpose(2, 0, 1)[None]
+    return pixels / np.float32(127.5) - np.float32(1)
+
+
+def latent_mask(mask: Image.Image, downscale: int) -> Array:
+    """(1, 1, h, w), 1 for latent cells that are painted anew: those whose first pixel is, as in diffusers."""
+    return (np.asarray(mask)[::downscale, ::downscale][None, None] > 0).astype(np.float32)
+
+
+def feathered(mask: Image.Image, pixels: int) -> Image.Image:
+    """The mask fading out towards its edge over some pixels, inwards: what was 0 stays 0.
+
+    The mean of the mask and of what is left of it when 1, 2, … ``pixels`` are taken off all around.
+    """
+    left = np.pad(np.asarray(mask, np.float32), 1, mode="edge")
+    total = left.copy()
+    for _ in range(pixels):
+        rows = np.minimum(left[:-2], np.minimum(left[1:-1], left[2:]))
+        smaller = np.minimum(rows[:, :-2], np.minimum(rows[:, 1:-1], rows[:, 2:]))
+        left = np.pad(smaller, 1, mode="edge")
+        total += left
+    return Image.fromarray((total[1:-1, 1:-1] / (pixels + 1)).round().astype(np.uint8))

@@ -1,0 +1,55 @@
+"""What is typed on the command line, as values."""
+
+from itertools import count as count_from
+from pathlib import Path
+
+import sdonnx
+
+
+def parse_size(size: str | None) -> tuple[int | None, int | None]:
+    """Width and height of "512x512".
+
+    Raises:
+        RequestError: it is something else.
+    """
+    if size is None:
+        return None, None
+    parts = size.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise sdonnx.RequestError(f"size is '{size}'; give width and height in pixels, such as 512x512")
+    return int(parts[0]), int(parts[1])
+
+
+def parse_numbers(name: str, numbers: str | None) -> tuple[float, ...] | None:
+    """The numbers of "14.6,3.2,0.7".
+
+    Raises:
+        RequestError: one is none.
+    """
+    if numbers is None:
+        return None
+    try:
+        return tuple(float(number) for number in numbers.split(","))
+    except ValueError:
+        raise sdonnx.RequestError(f"{name} are '{numbers}'; give numbers with commas, such as 14.6,3.2,0.7") from None
+
+
+def output_paths(output: Path | None, request: sdonnx.Request) -> list[Path]:
+    """A path for each picture; where none was given, one that doesn't exist.
+
+    Raises:
+        RequestError: the path given is not that of a PNG.
+    """
+    seeds = [(request.seed or 0) + index for index in range(request.num_images)]
+    if output is None:
+        return [_unused(Path(f"sdonnx-{seed}.png")) for seed in seeds]
+    if output.suffix.lower() != ".png":
+        raise sdonnx.RequestError(f"the picture is named {output.name}; give a name that ends in .png")
+    if request.num_images == 1:
+        return [output]
+    return [output.with_name(f"{output.stem}-{seed}{output.suffix}") for seed in seeds]
+
+
+def _unused(path: Path) -> Path:
+    candidates = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count_from(2))
+    return path if not path.exists() else next(other for other in candidates if not other.exists())

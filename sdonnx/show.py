@@ -1,0 +1,93 @@
+"""What the command line shows: consoles, the progress bar, tables, JSON."""
+
+import json
+import logging
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from sdonnx_models import Recipe
+from sdonnx_runtime.manifest import Defaults
+from sdonnx_runtime.request import recipe as recipe_of
+from sdonnx_runtime.samplers import A1111_NAMES, SAMPLERS
+from sdonnx_runtime.scheduler_config import CLASSES
+
+import sdonnx
+
+out = Console()
+err = Console(stderr=True)
+
+
+def log_handler() -> logging.Handler:
+    """Warnings of the libraries, on stderr."""
+    return RichHandler(console=err, show_time=False, show_path=False, markup=False)
+
+
+@contextmanager
+def progress(text: str, *columns: ProgressColumn) -> Generator[Progress, None, None]:
+    """A progress bar on stderr that is gone when the work is done; none where no person is looking."""
+    with Progress(
+        TextColumn(text),
+        BarColumn(),
+        *columns,
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    ) as bar:
+        yield bar
+
+
+def suggested(defaults: Defaults) -> str:
+    """What a package suggests, in one line."""
+    sampler = "" if defaults.sampler is None else f", {defaults.sampler}"
+    shown = "" if defaults.enlarge == 1 else f", saved {defaults.enlarge} times larger"
+    return (
+        f"{defaults.size}x{defaults.size} pixels{shown}, {defaults.num_inference_steps} steps, "
+        f"guidance {defaults.guidance_scale:g}{sampler}"
+    )
+
+
+def described_recipe(recipe: Recipe) -> list[str]:
+    """A recipe in a few lines."""
+    disk = ", ".join(f"{size:g} GB ({precision})" for precision, size in recipe.package_gb.items())
+    memory = ", ".join(f"{size:g} GB ({precision})" for precision, size in recipe.memory_gb.items())
+    return [
+        recipe.title,
+        recipe.source,
+        recipe.licence,
+        suggested(Defaults(**recipe.defaults)),
+        f"disk {disk}; memory {memory}",
+    ]
+
+
+def samplers_table() -> Table:
+    """Every sampler by our name, AUTOMATIC1111's and diffusers'."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("--sampler", "AUTOMATIC1111", "diffusers"):
+        table.add_column(heading, no_wrap=True)
+    for name in SAMPLERS:
+        table.add_row(name, A1111_NAMES[name], CLASSES.get(name, ""))
+    return table
+
+
+def described(result: sdonnx.Result, paths: list[Path]) -> dict[str, Any]:
+    """What was made, as JSON can hold it."""
+    return {
+        "images": [{"path": str(path), "seed": seed} for path, seed in zip(paths, result.seeds, strict=True)],
+        "request": recipe_of(result.request),
+        "model": result.model,
+        "timings": asdict(result.timings),
+    }
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """Writes JSON to stdout."""
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")

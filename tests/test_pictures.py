@@ -1,0 +1,232 @@
+"""Starting from a picture: img2img and inpainting beside diffusers, fitting, masks, and what can't be served."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+from ldm_fixture import VARIATIONS, tiny_pipeline
+from PIL import Image, ImageDraw
+from sdonnx_export.export import export
+from sdonnx_runtime.errors import RequestError
+from sdonnx_runtime.pictures import feathered, fitted, mask_of, open_picture, suitable_size
+from sdonnx_runtime.scheduler_config import CLASSES
+
+import sdonnx
+
+PROMPT, SEED, STEPS = "a photograph of an astronaut riding a horse", 11, 8
+
+
+def photograph(width=64, height=64, seed=5):
+    """Smooth colours and an edge."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3)).astype(np.uint8)
+    picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    ImageDraw.Draw(picture).ellipse((width // 4, height // 4, width // 2, height // 2), fill=(250, 40, 30))
+    return picture
+
+
+def disc(width=64, height=64):
+    mask = Image.new("L", (width, height))
+    ImageDraw.Draw(mask).ellipse((width // 5, height // 6, width * 4 // 5, height * 3 // 4), fill=255)
+    return mask
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("pictures")
+    pipe = tiny_pipeline(**next(iter(VARIATIONS.values())))
+    pipe.save_pretrained(directory / "diffusers")
+    return pipe, export(str(directory / "diffusers"), directory / "package")
+
+
+def theirs(kind, pair, sampler, strength, **pictures):
+    pipe, package = pair
+    settings = {"clip_sample": False} if sampler == "ddim" else {}  # diffusers' other pipelines set it by themselves
+    scheduler = getattr(diffusers, CLASSES[sampler]).from_pretrained(package, subfolder="scheduler", **settings)
+    parts = {name: part for name, part in pipe.components.items() if name != "scheduler"}
+    other = kind(**parts, scheduler=scheduler, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    options = {"num_inference_steps": STEPS, "guidance_scale": 5.0, "strength": strength, "generator": generator}
+    return other(PROMPT, **options, **pictures).images[0]
+
+
+def ours(package, sampler, strength, **fields):
+    options = {"num_inference_steps": STEPS, "guidance_scale": 5.0, "strength": strength, "seed": SEED}
+    with sdonnx.load(package) as pipe:
+        return pipe.generate(PROMPT, sampler=sampler, **options, **fields).images[0]
+
+
+def psnr(found, wanted):
+    error = np.square(np.asarray(found, float) - np.asarray(wanted, float)).mean()
+    return 10 * np.log10(255**2 / max(error, 1e-9))
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.75, 1.0])
+@pytest.mark.parametrize("sampler", ["euler", "ddim", "dpmpp_2m", "euler_ancestral"])
+def test_img2img_equals_diffusers(pair, sampler, strength):
+    _, package = pair
+    wanted = theirs(StableDiffusionImg2ImgPipeline, pair, sampler, strength, image=photograph())
+    found = ours(package, sampler, strength, image=photograph())
+    assert psnr(found, wanted) >= 50
+    if strength < 1:
+        assert psnr(ours(package, sampler, strength, image=photograph(seed=6)), wanted) < 45, "the picture must count"
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.75, 1.0])
+@pytest.mark.parametrize("sampler", ["euler", "ddim", "dpmpp_2m", "euler_ancestral"])
+def test_inpainting_equals_diffusers(pair, sampler, strength):
+    """With a mask whose edge runs through latent cells, and without pasting, which diffusers does not do."""
+    _, package = pair
+    size = {"width": 64, "height": 64}
+    pictures = {"image": photograph(), "mask_image": disc()}
+    wanted = theirs(StableDiffusionInpaintPipeline, pair, sampler, strength, **pictures, **size)
+    found = ours(package, sampler, strength, paste=False, **pictures)
+    assert psnr(found, wanted) >= 50
+
+
+def test_the_picture_is_the_same_alone_and_among_several(pair):
+    _, package = pair
+    fields = {"image": photograph(), "mask_image": disc(), "num_inference_steps": 4, "sampler": "euler_ancestral"}
+    with sdonnx.load(package) as pipe:
+        both = pipe.generate(PROMPT, seed=SEED, num_images=2, **fields)
+        alone = pipe.generate(PROMPT, seed=SEED + 1, **fields)
+    np.testing.assert_array_equal(both.images[1], alone.images[0])
+
+
+@pytest.mark.parametrize("blur", [0, 4])
+def test_kept_pixels_are_kept_bit_by_bit(pair, blur):
+    _, package = pair
+    found = ours(package, "euler", 1.0, image=photograph(), mask_image=disc(), mask_blur=blur)
+    changed = (np.asarray(found) != np.asarray(photograph())).any(axis=2)
+    inside = np.asarray(disc()) > 0
+    assert not changed[~inside].any()
+    assert changed[inside].mean() > 0.5
+    unpasted = ours(package, "euler", 1.0, image=photograph(), mask_image=disc(), paste=False)
+    assert (np.asarray(unpasted) != np.asarray(photograph())).any(axis=2)[~inside].any()
+
+
+def test_strength_0_is_the_round_trip_of_the_vae(pair):
+    pipe, package = pair
+    with sdonnx.load(package) as opened:
+        result = opened.generate(PROMPT, image=photograph(), strength=0, seed=SEED)
+    with torch.no_grad():
+        values = pipe.image_processor.preprocess(photograph())
+        latents = pipe.vae.encode(values).latent_dist.sample(torch.Generator("cpu").manual_seed(SEED))
+        (wanted,) = pipe.image_processor.postprocess(pipe.vae.decode(latents).sample, output_type="pil")
+    assert result.timings.steps == ()
+    assert psnr(result.images[0], wanted) >= 50
+
+
+def test_a_recipe_without_pictures_is_what_a_png_carries(pair, tmp_path):
+    _, package = pair
+    with sdonnx.load(package) as pipe:
+        result = pipe.generate(PROMPT, image=photograph(), mask_image=disc(), num_inference_steps=2, seed=1)
+    sdonnx.save_png(result, 0, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as saved:
+        assert '"strength": 1.0' in saved.text["sdonnx"]
+        assert "Denoising strength: 1, Mask blur: 4" in saved.text["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted"),
+    [((512, 512), (512, 512)), ((500, 260), (496, 256)), ((4000, 3000), (592, 440)), ((3, 200), (8, 200))],
+)
+def test_a_suitable_size(size, wanted):
+    assert suitable_size(Image.new("RGB", size), area=512 * 512, multiple=8) == wanted
+
+
+def test_fitting():
+    wide = Image.new("RGB", (200, 100), "red")
+    wide.paste("blue", (50, 0, 150, 100))
+    assert fitted(wide, (200, 100), "crop") is wide
+    cropped, padded, stretched = (np.asarray(fitted(wide, (64, 64), fit)) for fit in ("crop", "pad", "stretch"))
+    assert (cropped[:, 4:-4] == (0, 0, 255)).all()
+    assert (padded[:15] == 0).all()
+    assert (padded[17:-17, 0] == (255, 0, 0)).all()
+    assert (stretched[:, 0] == (255, 0, 0)).all()
+    assert (stretched[:, 32] == (0, 0, 255)).all()
+
+
+def test_a_mask_is_what_is_white_and_opaque():
+    mask = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
+    mask.paste((255, 255, 255, 255), (2, 2, 5, 5))
+    assert mask_of(mask).getbbox() == (2, 2, 5, 5)
+    assert mask_of(Image.new("L", (8, 8), 127)).getbbox() is None
+    assert mask_of(Image.new("1", (8, 8), 1)).getbbox() == (0, 0, 8, 8)
+
+
+def test_a_mask_fades_out_inwards_only():
+    faded = np.asarray(feathered(disc(), 4), int)
+    assert (faded[np.asarray(disc()) == 0] == 0).all()
+    assert faded.max() == 255
+    assert set(np.unique(faded)) == {0, 51, 102, 153, 204, 255}
+    np.testing.assert_array_equal(feathered(disc(), 0), disc())
+    assert (np.asarray(feathered(Image.new("L", (20, 20), 255), 9)) == 255).all(), "a picture's own edge is no edge"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"strength": 1.5}, "strength is 1.5; give a number from 0 to 1"),
+        ({"strength": -0.1}, "strength is -0.1"),
+        ({"strength": float("nan")}, "strength is nan"),
+        ({"strength": 0.01, "num_inference_steps": 20}, "less than one; give 0.05 or more"),
+        ({"mask_image": Image.new("L", (32, 32), 255)}, "the mask has 32x32 pixels and its picture 64x64"),
+        ({"mask_image": Image.new("L", (64, 64), 0)}, "nothing to repaint"),
+        ({"mask_image": "mask.png"}, "mask_image is str"),
+        ({"image": "cat.png"}, "image is str"),
+        ({"image": None, "strength": 0.5}, "strength is given without an image"),
+        ({"image": None, "mask_image": disc()}, "mask_image is given without an image"),
+        ({"fit": "squeeze"}, "choose crop, pad, stretch"),
+        ({"width": 64}, "together"),
+        ({"mask_blur": -1}, "mask_blur is -1"),
+        ({"sampler": "lms", "eta": 0.5}, "lms takes no eta"),
+        ({"sampler": "euler", "sigmas": (1.0, 2.0)}, "decreasing"),
+        ({"sampler": "ddim", "schedule": "karras"}, "ddim keeps to the model's own timesteps"),
+        ({"guidance_rescale": 2}, "guidance_rescale is 2"),
+    ],
+)
+def test_a_request_that_can_not_be_served(pair, fields, message):
+    _, package = pair
+    with sdonnx.load(package) as pipe, pytest.raises(RequestError) as error:
+        pipe.check(PROMPT, **{"image": photograph(), **fields})
+    assert message in str(error.value)
+
+
+def test_files_that_are_no_pictures(tmp_path, monkeypatch):
+    whole = tmp_path / "whole.png"
+    photograph(200, 200).save(whole)
+    (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:3000])
+    (tmp_path / "text.png").write_text("no picture")
+    for name, said in {"cut.png": "damaged", "text.png": "no picture", "none.png": "No such file"}.items():
+        with pytest.raises(RequestError, match=said):
+            open_picture(tmp_path / name)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)
+    with pytest.raises(RequestError, match="million pixels"):
+        open_picture(whole)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    with pytest.raises(RequestError, match="million pixels"):
+        open_picture(whole)
+
+
+def test_sampling_settings_reach_the_sampler(pair):
+    """Each changes the picture; the timesteps that are the default's do not."""
+    _, package = pair
+    base = {"seed": SEED, "num_inference_steps": 4, "width": 64, "height": 64}
+    with sdonnx.load(package, keep_loaded=True) as pipe:
+        plain = pipe.generate(PROMPT, sampler="ddim", **base).latents
+        for changes in (
+            {"eta": 1.0},
+            {"spacing": "trailing"},
+            {"guidance_rescale": 0.7},
+            {"timesteps": (900, 500, 100, 3)},
+        ):
+            other = pipe.generate(PROMPT, sampler="ddim", **base, **changes)
+            assert np.abs(other.latents - plain).max() > 1e-3, changes
+        same = pipe.generate(
+            PROMPT, sampler="ddim", timesteps=(751, 501, 251, 1), **{**base, "num_inference_steps": None}
+        )
+        karras = pipe.generate(PROMPT, sampler="DPM++ 2M Karras", **base)
+    np.testing.assert_allclose(same.latents, plain, atol=1e-5)
+    assert (karras.request.sampler, karras.request.schedule) == ("dpmpp_2m", "karras")

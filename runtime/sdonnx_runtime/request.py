@@ -196,8 +196,8 @@ def _whole(name: str, value: object, low: int, high: int) -> None:
 
 
 def _number(name: str, value: object, low: float, high: float) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not low <= value <= high:
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number) or not low <= number <= high:
         said = "a finite number such as 7.5" if math.isinf(high) else f"a number from {low} to {high}"
         raise RequestError(f"{name} is {value!r}; give {said}")
 

@@ -1,4 +1,4 @@
-"""The command line: ``sdonnx export``, ``run``, ``info``, ``models`` and ``samplers``."""
+"""The command line: ``sdonnx export``, ``run``, ``decode``, ``info``, ``models`` and ``samplers``."""
 
 import logging
 import sys
@@ -12,6 +12,8 @@ from rich.progress import MofNCompleteColumn, TextColumn
 from rich.table import Table
 from sdonnx_models import DEFAULT, bundled, recipes
 from sdonnx_runtime.images import check_writable
+from sdonnx_runtime.latents import load_latents
+from sdonnx_runtime.latents import save_latents as write_latents
 from sdonnx_runtime.pictures import FITS, open_picture
 from sdonnx_runtime.schedule import SPACINGS
 from sdonnx_runtime.sigmas import SCHEDULES
@@ -241,6 +243,9 @@ def run(
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="CPU threads. Default: one for each physical core.")
     ] = None,
+    save_latents: Annotated[
+        Path | None, typer.Option(metavar="FILE.npz", help="Keep the latents too, for [b]sdonnx decode[/b].")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
 ) -> None:
     """Make a picture with a package.
@@ -276,10 +281,12 @@ def run(
             paste=paste,
         )
         paths = output_paths(output, request)
-        for path in paths:
+        for path in paths if save_latents is None else [*paths, save_latents]:
             check_writable(path)
-        result = _generate(pipe, request)
+        result = _generate(pipe, request, paths[0].with_suffix(".npz"))
         factor = pipe.package.manifest.defaults.enlarge if enlarge else 1
+    if save_latents is not None:
+        write_latents(save_latents, result.latents, result.request, result.model)
     for index, path in enumerate(paths):
         sdonnx.save_png(result, index, path, enlarge=factor)
     if as_json:
@@ -287,6 +294,44 @@ def run(
         return
     for path, made in zip(paths, result.seeds, strict=True):
         err.print(f"{path}  seed {made}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def decode(
+    latents: Annotated[
+        Path, typer.Argument(metavar="LATENTS", help="What [b]sdonnx run --save-latents[/b] wrote, an .npz.")
+    ],
+    model: Annotated[
+        str, typer.Option("--model", "-m", metavar="PACKAGE", help="The package whose VAE decodes.")
+    ] = DEFAULT,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="OUT.png", help="Where to. Default: sdonnx-SEED.png."),
+    ] = None,
+    device: Annotated[Device, typer.Option(help="Where to run; auto takes the best there is.")] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", help="CPU threads. Default: one for each physical core.")
+    ] = None,
+) -> None:
+    """Make pictures of latents that were sampled before, as they are: without a mask's pasting, not enlarged."""
+    sampled, request, name = load_latents(latents)
+    paths = output_paths(output, request)
+    for path in paths:
+        check_writable(path)
+    with sdonnx.load(model, device=device, threads=threads) as pipe:
+        images = pipe.decode(sampled)
+    first = request.seed or 0
+    result = sdonnx.Result(
+        images=images,
+        seeds=tuple(range(first, first + len(images))),
+        latents=sampled,
+        request=request,
+        model=name,
+        timings=sdonnx.Timings(),
+    )
+    for index, path in enumerate(paths):
+        sdonnx.save_png(result, index, path)
+        err.print(str(path), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -369,8 +414,20 @@ def _bundled() -> str:
     return DEFAULT
 
 
-def _generate(pipe: sdonnx.Pipeline, request: sdonnx.Request) -> sdonnx.Result:
+def _generate(pipe: sdonnx.Pipeline, request: sdonnx.Request, rescue: Path) -> sdonnx.Result:
+    """The result; should decoding fail, what was sampled is in ``rescue``."""
     stream = pipe.stream(request)
+    try:
+        _follow(stream)
+    except sdonnx.SdonnxError as error:
+        if stream.latents is None:
+            raise
+        write_latents(rescue, stream.latents, stream.request, pipe.package.name)
+        raise type(error)(f"{error}; what was sampled is kept: sdonnx decode {rescue} -m {pipe.package.root}") from None
+    return stream.result
+
+
+def _follow(stream: sdonnx.Stream) -> None:
     with progress("{task.description}", MofNCompleteColumn(), TextColumn("{task.fields[pace]}")) as bar:
         task = bar.add_task("encoding the prompt", total=None, pace="")
         for step in stream:
@@ -379,4 +436,3 @@ def _generate(pipe: sdonnx.Pipeline, request: sdonnx.Request) -> sdonnx.Result:
             what = "decoding" if done == total else "denoising"
             pace = f"{step.seconds:.2f} s/step"
             bar.update(task, description=what, total=total, completed=done, pace=pace)
-    return stream.result

@@ -16,7 +16,7 @@ from sdonnx_runtime.conditioning import CONDITIONING
 from sdonnx_runtime.denoise import clean, guide, masked, predict
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.images import to_images
-from sdonnx_runtime.manifest import TextEncoder
+from sdonnx_runtime.manifest import Manifest, TextEncoder
 from sdonnx_runtime.noise import Noise
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.pictures import feathered, fitted, latent_mask, mask_of, opaque, to_values
@@ -108,6 +108,7 @@ class Generation:
 
     def __init__(self, package: Package, run: Runner, scheduler: SchedulerConfig, request: Request) -> None:
         self.result: Result | None = None
+        self.latents: Array | None = None
         self.request = request
         self._package, self._run, self._scheduler = package, run, scheduler
         self._manifest = package.manifest
@@ -130,12 +131,12 @@ class Generation:
                     latents[image] = progress.latents
                     yield progress
             self._run.components.release("unet")
-            decoded = [to_images(self._decode(state))[0] for state in latents.values()]
-            images = tuple(decoded if start is None else [self._pasted(made, start) for made in decoded])
+            self.latents = np.concatenate(list(latents.values()))
+            images = decode(self._run, self._manifest, self.latents)
             self.result = Result(
-                images=images,
+                images=images if start is None else tuple(self._pasted(made, start) for made in images),
                 seeds=seeds,
-                latents=np.concatenate(list(latents.values())),
+                latents=self.latents,
                 request=self.request,
                 model=self._package.name,
                 timings=self._run.timings(seconds),
@@ -245,8 +246,10 @@ class Generation:
             return made
         return Image.composite(made, start.picture, feathered(start.mask, self.request.mask_blur))
 
-    def _decode(self, latents: Array) -> Array:
-        space = self._manifest.latents
-        unscaled = latents / np.float32(space.scaling_factor) + np.float32(space.shift_factor)
-        (pictures,) = self._run("vae_decoder", {"latent_sample": unscaled}).values()
-        return pictures  # (1, 3, H, W)
+
+def decode(run: Runner, manifest: Manifest, latents: Array) -> tuple[Image.Image, ...]:
+    """Pictures of latents, (N, C, h, w), one after another."""
+    space = manifest.latents
+    unscaled = latents / np.float32(space.scaling_factor) + np.float32(space.shift_factor)
+    made = [run("vae_decoder", {"latent_sample": one[None]}) for one in unscaled]
+    return to_images(np.concatenate([picture for outputs in made for picture in outputs.values()]))

@@ -76,7 +76,7 @@ def save_png(result: Result, index: int, path: Path, *, enlarge: int = 1) -> Non
     info.add_text("parameters", parameters_text(result.request, seed, result.model))
     data = {**recipe(result.request), "seed": seed, "num_images": 1, "model": result.model}
     info.add_text("sdonnx", json.dumps(data, ensure_ascii=False))
-    with _replacing(path) as stream:
+    with replacing(path) as stream:
         image = result.images[index]
         if enlarge > 1:
             image = image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.LANCZOS)
@@ -96,7 +96,12 @@ def check_writable(path: Path) -> None:
 
 
 @contextmanager
-def _replacing(path: Path) -> Generator[IO[bytes], None, None]:
+def replacing(path: Path) -> Generator[IO[bytes], None, None]:
+    """A stream to write ``path`` anew with: it takes the place of what was there once it is whole.
+
+    Raises:
+        SdonnxError: the place can't be written to.
+    """
     with _written_beside(path) as (stream, temporary):
         yield stream
         stream.flush()

@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
+from PIL.Image import Image
+
+from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.components import Components, Runner
 from sdonnx_runtime.errors import RequestError
-from sdonnx_runtime.generation import Generation, Progress, plan
+from sdonnx_runtime.generation import Generation, Progress, decode, plan
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.request import Request, Result, check_request
 from sdonnx_runtime.samplers import resolve_sampler
@@ -74,6 +77,19 @@ class Pipeline:
         run = Runner(self._components)
         return Stream(Generation(self.package, run, self._scheduler, checked), run)
 
+    def decode(self, latents: Array) -> tuple[Image, ...]:
+        """Pictures of latents, (N, C, h, w), as `Result.latents` has them.
+
+        Raises:
+            RequestError: they are not the package's kind of latents.
+            PackageError, DeviceError: as `generate` does.
+        """
+        channels = self.package.manifest.latents.channels
+        if latents.ndim != 4 or latents.shape[1] != channels or 0 in latents.shape:
+            raise RequestError(f"the latents are {latents.shape}; {self.package.name} has (N, {channels}, h, w)")
+        with self._components.reserved():
+            return decode(Runner(self._components), self.package.manifest, latents)
+
     def check(self, request: Request | str, **changes: Any) -> Request:
         """The request with every choice made, or a RequestError; runs nothing."""
         known = [item.name for item in fields(Request)]
@@ -136,6 +152,11 @@ class Stream(Iterator[Progress]):
         if self._generation.result is None:
             raise RequestError("the generation has no result: it was cancelled, or not all its steps were taken")
         return self._generation.result
+
+    @property
+    def latents(self) -> Array | None:
+        """(num_images, C, h, w), once every step is taken, even if decoding fails then; None before."""
+        return self._generation.latents
 
     def close(self) -> None:
         """Cancels, from any thread."""

@@ -1,0 +1,90 @@
+"""What was sampled is never lost: latents in files, and decoding them later."""
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from sdonnx_runtime.latents import load_latents, save_latents
+
+import sdonnx
+
+FAST = {"width": 64, "height": 64, "num_inference_steps": 2, "seed": 5}
+TYPED = ["--size", "64x64", "--steps", "2", "--seed", "5"]
+
+
+def command(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "sdonnx", *map(str, arguments)], cwd=cwd, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def made(package):
+    with sdonnx.load(package) as pipe:
+        return pipe.generate("a cat", num_images=2, sigmas=(9.0, 1.0), sampler="euler", **FAST)
+
+
+def test_a_file_gives_back_what_was_saved(made, tmp_path):
+    save_latents(tmp_path / "a.npz", made.latents, made.request, made.model)
+    latents, request, model = load_latents(tmp_path / "a.npz")
+    np.testing.assert_array_equal(latents, made.latents)
+    assert (request, model) == (made.request, made.model)
+
+
+def test_decoding_equals_diffusers(made, checkpoint, package):
+    vae = AutoencoderKL.from_pretrained(checkpoint / "vae")
+    with torch.no_grad():
+        wanted = vae.decode(torch.from_numpy(made.latents) / vae.config.scaling_factor).sample
+    with sdonnx.load(package) as pipe:
+        found = pipe.decode(made.latents)
+    for one, other in zip(found, VaeImageProcessor().postprocess(wanted, output_type="pil"), strict=True):
+        assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
+
+
+def test_a_failing_decode_keeps_what_was_sampled(package, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(package, broken)
+    graph = broken / "vae_decoder" / "model.onnx"
+    graph.write_bytes(b"\0" * graph.stat().st_size)
+    ran = command("run", "a cat", "-m", broken, *TYPED, "-o", "cat.png", cwd=tmp_path)
+    assert ran.returncode == 1
+    assert "what was sampled is kept: sdonnx decode cat.npz" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert not (tmp_path / "cat.png").exists()
+    decoded = command("decode", "cat.npz", "-m", package, "-o", "cat.png", cwd=tmp_path)
+    assert decoded.returncode == 0, decoded.stderr
+    with sdonnx.load(package) as pipe:
+        wanted = pipe.generate("a cat", **FAST).images[0]
+    with Image.open(tmp_path / "cat.png") as found:
+        np.testing.assert_array_equal(found, wanted)
+        assert "a cat" in found.text["parameters"]
+
+
+def test_latents_are_saved_on_request(package, tmp_path):
+    ran = command("run", "a cat", "-m", package, *TYPED, "-o", "a.png", "--save-latents", "kept.npz", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    latents, request, _ = load_latents(tmp_path / "kept.npz")
+    assert latents.shape == (1, 4, 8, 8)
+    assert request.seed == 5
+
+
+def test_files_that_are_no_latents(made, package, tmp_path):
+    save_latents(tmp_path / "whole.npz", made.latents, made.request, made.model)
+    whole = (tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.npz").write_text("no latents")
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    np.savez(tmp_path / "flat.npz", latents=np.zeros(3, np.float32), recipe=np.load(tmp_path / "whole.npz")["recipe"])
+    for name in ("cut.npz", "text.npz", "other.npz", "flat.npz", "none.npz"):
+        ran = command("decode", name, "-m", package, cwd=tmp_path)
+        assert ran.returncode == 2, name
+        assert name in ran.stderr
+        assert "Traceback" not in ran.stderr
+    with sdonnx.load(package) as pipe, pytest.raises(sdonnx.RequestError, match=r"\(1, 3, 8, 8\)"):
+        pipe.decode(np.zeros((1, 3, 8, 8), np.float32))

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import MofNCompleteColumn, TextColumn
 from rich.table import Table
 from sdonnx_models import DEFAULT, bundled, recipes
-from sdonnx_runtime.images import check_writable
+from sdonnx_runtime.images import check_writable, save_preview
 from sdonnx_runtime.latents import load_latents
 from sdonnx_runtime.latents import save_latents as write_latents
 from sdonnx_runtime.pictures import FITS, open_picture
@@ -243,6 +243,9 @@ def run(
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="CPU threads. Default: one for each physical core.")
     ] = None,
+    preview: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Show there, step by step, what is becoming of it.")
+    ] = None,
     save_latents: Annotated[
         Path | None, typer.Option(metavar="FILE.npz", help="Keep the latents too, for [b]sdonnx decode[/b].")
     ] = None,
@@ -281,9 +284,9 @@ def run(
             paste=paste,
         )
         paths = output_paths(output, request)
-        for path in paths if save_latents is None else [*paths, save_latents]:
+        for path in [*paths, *(extra for extra in (preview, save_latents) if extra is not None)]:
             check_writable(path)
-        result = _generate(pipe, request, paths[0].with_suffix(".npz"))
+        result = _generate(pipe, request, preview, paths[0].with_suffix(".npz"))
         factor = pipe.package.manifest.defaults.enlarge if enlarge else 1
     if save_latents is not None:
         write_latents(save_latents, result.latents, result.request, result.model)
@@ -414,11 +417,11 @@ def _bundled() -> str:
     return DEFAULT
 
 
-def _generate(pipe: sdonnx.Pipeline, request: sdonnx.Request, rescue: Path) -> sdonnx.Result:
+def _generate(pipe: sdonnx.Pipeline, request: sdonnx.Request, preview: Path | None, rescue: Path) -> sdonnx.Result:
     """The result; should decoding fail, what was sampled is in ``rescue``."""
     stream = pipe.stream(request)
     try:
-        _follow(stream)
+        _follow(stream, preview)
     except sdonnx.SdonnxError as error:
         if stream.latents is None:
             raise
@@ -427,7 +430,7 @@ def _generate(pipe: sdonnx.Pipeline, request: sdonnx.Request, rescue: Path) -> s
     return stream.result
 
 
-def _follow(stream: sdonnx.Stream) -> None:
+def _follow(stream: sdonnx.Stream, preview: Path | None) -> None:
     with progress("{task.description}", MofNCompleteColumn(), TextColumn("{task.fields[pace]}")) as bar:
         task = bar.add_task("encoding the prompt", total=None, pace="")
         for step in stream:
@@ -436,3 +439,5 @@ def _follow(stream: sdonnx.Stream) -> None:
             what = "decoding" if done == total else "denoising"
             pace = f"{step.seconds:.2f} s/step"
             bar.update(task, description=what, total=total, completed=done, pace=pace)
+            if preview is not None:
+                save_preview(preview, step.preview(), stream.request)

@@ -33,9 +33,10 @@ def test_a_checkpoint_to_a_picture(checkpoint, tmp_path):
     assert exported.returncode == 0, exported.stderr
     assert "sdonnx run" in exported.stderr
     assert exported.stdout == ""
-    ran = sdonnx("run", "a red apple", "-m", "tiny-onnx", *FAST, "-o", "apple.png", cwd=tmp_path)
+    options = ["-m", "tiny-onnx", *FAST, "-o", "apple.png", "--preview", "preview.png"]
+    ran = sdonnx("run", "a red apple", *options, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
-    assert Image.open(tmp_path / "apple.png").size == (64, 64)
+    assert Image.open(tmp_path / "apple.png").size == Image.open(tmp_path / "preview.png").size == (64, 64)
     described = sdonnx("info", "tiny-onnx", cwd=tmp_path)
     assert "sd1" in described.stdout
     assert "fp32" in described.stdout

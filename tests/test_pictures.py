@@ -8,6 +8,7 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipe
 from ldm_fixture import VARIATIONS, tiny_pipeline
 from PIL import Image, ImageDraw
 from sdonnx_export.export import export
+from sdonnx_export.preview import colour_fields
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.pictures import feathered, fitted, mask_of, open_picture, suitable_size
 from sdonnx_runtime.scheduler_config import CLASSES
@@ -230,3 +231,19 @@ def test_sampling_settings_reach_the_sampler(pair):
         karras = pipe.generate(PROMPT, sampler="DPM++ 2M Karras", **base)
     np.testing.assert_allclose(same.latents, plain, atol=1e-5)
     assert (karras.request.sampler, karras.request.schedule) == ("dpmpp_2m", "karras")
+
+
+def test_a_preview_is_the_least_squares_fit_to_the_vae(pair, tmp_path):
+    pipe, package = pair
+    pixels = 16 * pipe.vae_scale_factor
+    values = torch.cat([pipe.image_processor.preprocess(picture) for picture in colour_fields(pixels)])
+    with torch.no_grad():
+        latents = pipe.vae.encode(values).latent_dist.mean * pipe.vae.config.scaling_factor
+    cells = latents.permute(0, 2, 3, 1).flatten(0, 2).double()
+    colours = torch.nn.functional.avg_pool2d(values, pipe.vae_scale_factor).permute(0, 2, 3, 1).flatten(0, 2).double()
+    wanted = torch.linalg.lstsq(torch.cat([cells, torch.ones(len(cells), 1)], dim=1), colours).solution
+    with sdonnx.load(package) as opened:
+        found = opened.package.manifest.latents.preview
+        np.testing.assert_allclose(found, wanted.numpy(), rtol=2e-3, atol=2e-3)
+        (step,) = opened.stream(PROMPT, width=64, height=72, num_inference_steps=1, seed=1)
+    assert step.preview().size == (64 // pipe.vae_scale_factor, 72 // pipe.vae_scale_factor)

@@ -22,6 +22,7 @@ from sdonnx_export.clip_vocabulary import write_clip_tokenizer
 from sdonnx_export.graph import COMPONENTS, build
 from sdonnx_export.operators import PRECISIONS, Precision
 from sdonnx_export.parts import Checkpoint
+from sdonnx_export.preview import fit_preview
 from sdonnx_export.verify import verify
 
 Report = Callable[[str, float], None]
@@ -74,7 +75,11 @@ def export(
             manifest = _export_optimum(source, directory, precision, vae, revision, report)
         else:
             raise ExportError(f"via '{via}' is unknown; choose native or optimum")
-        manifest = replace(manifest, defaults=replace(manifest.defaults, **defaults))
+        manifest = replace(
+            manifest,
+            defaults=replace(manifest.defaults, **defaults),
+            latents=replace(manifest.latents, preview=fit_preview(directory, manifest)),
+        )
         write_manifest(directory, manifest)
         verify(directory, manifest, report)
     return output

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from sdonnx_runtime.arrays import AnyArray, Array
 from sdonnx_runtime.components import Runner
 from sdonnx_runtime.conditioning import CONDITIONING
 from sdonnx_runtime.denoise import clean, guide, masked, predict
-from sdonnx_runtime.errors import RequestError
+from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.images import to_images
 from sdonnx_runtime.manifest import Manifest, TextEncoder
 from sdonnx_runtime.noise import Noise
@@ -48,6 +48,19 @@ class Progress:
     """(1, C, h, w): the state after the step, noise included."""
     denoised: Array
     """(1, C, h, w): what the model takes the clean latents to be."""
+    projection: Array | None = field(default=None, repr=False)
+    """(C + 1, 3): the package's `Latents.preview`."""
+
+    def preview(self) -> Image.Image:
+        """A cheap guess at the picture, without the VAE: RGB, one pixel for each latent cell.
+
+        Raises:
+            PackageError: the package has no projection for it.
+        """
+        if self.projection is None:
+            raise PackageError("the package has no preview; run 'sdonnx export' again to have one")
+        cells = np.moveaxis(self.denoised, 1, 3)  # (1, h, w, C)
+        return to_images(np.moveaxis(cells @ self.projection[:-1] + self.projection[-1], 3, 1))[0]
 
 
 def plan(scheduler: SchedulerConfig, request: Request) -> tuple[Schedule, dict[str, Any]]:
@@ -188,6 +201,8 @@ class Generation:
         """Denoises one image: x (1, C, h, w) from its first state to the latents in the last progress."""
         request = self.request
         schedule, options = plan(self._scheduler, request)
+        preview = self._manifest.latents.preview
+        projection = None if preview is None else np.array(preview, np.float32)
         x, denoise = self._begin(schedule, noise, self._denoiser(conditioning), original)
         before = time.perf_counter()
         for step in SAMPLERS[str(request.sampler)](denoise, x, schedule, noise, **options):
@@ -204,6 +219,7 @@ class Generation:
                 seconds=now - before,
                 latents=latents,
                 denoised=step.x0,
+                projection=projection,
             )
             before = time.perf_counter()
 

@@ -83,6 +83,17 @@ def save_png(result: Result, index: int, path: Path, *, enlarge: int = 1) -> Non
         image.save(stream, format="PNG", pnginfo=info)
 
 
+def save_preview(path: Path, preview: Image.Image, request: Request) -> None:
+    """Writes what `Progress.preview` gave, in the size that the picture will have; whole or not at all.
+
+    Raises:
+        SdonnxError: the place can't be written to.
+    """
+    shown = preview.resize((request.width or preview.width, request.height or preview.height))
+    with replacing(path) as stream:
+        shown.save(stream, format="PNG")
+
+
 def check_writable(path: Path) -> None:
     """Finds out before the work whether a picture can be written to ``path``.
 

@@ -47,6 +47,8 @@ class Latents:
     scaling_factor: float
     """Latents are the VAE's values less ``shift_factor``, times this."""
     shift_factor: float = 0.0
+    preview: tuple[tuple[float, ...], ...] | None = None
+    """(channels + 1, 3): a linear guess at a cell's red, green and blue in -1..1; the last row is the constant."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,9 @@ def read_manifest(root: Path) -> Manifest:
     manifest = parse(Manifest, data, str(path))
     if manifest.family not in FAMILIES:
         raise PackageError(f"{path}: family '{manifest.family}' is unknown; this version runs {', '.join(FAMILIES)}")
+    preview = manifest.latents.preview
+    if preview is not None and [len(row) for row in preview] != [3] * (manifest.latents.channels + 1):
+        raise PackageError(f"{path}: 'preview' has not 3 numbers for each of the latents' channels + 1; export again")
     if not 1 <= manifest.defaults.enlarge <= MAX_ENLARGE:
         raise PackageError(
             f"{path}: 'enlarge' is {manifest.defaults.enlarge}, expected 1 to {MAX_ENLARGE}; export again"

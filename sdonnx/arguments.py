@@ -20,6 +20,34 @@ def parse_size(size: str | None) -> tuple[int | None, int | None]:
     return int(parts[0]), int(parts[1])
 
 
+def parse_variation(variation: str | None) -> tuple[int, float] | None:
+    """Seed and strength of "7:0.2".
+
+    Raises:
+        RequestError: it is something else.
+    """
+    if variation is None:
+        return None
+    seed, _, strength = variation.partition(":")
+    try:
+        return int(seed), float(strength)
+    except ValueError:
+        raise sdonnx.RequestError(f"variation is '{variation}'; give a seed and a strength, such as 7:0.2") from None
+
+
+def parse_margins(margins: str) -> tuple[int, int, int, int]:
+    """The pixels of "64,0,64,0".
+
+    Raises:
+        RequestError: it is something else.
+    """
+    parts = margins.split(",")
+    if len(parts) != 4 or not all(part.strip().isdecimal() for part in parts):
+        raise sdonnx.RequestError(f"outpaint is '{margins}'; give left,top,right,bottom in pixels, such as 64,0,64,0")
+    left, top, right, bottom = (int(part) for part in parts)
+    return left, top, right, bottom
+
+
 def parse_numbers(name: str, numbers: str | None) -> tuple[float, ...] | None:
     """The numbers of "14.6,3.2,0.7".
 
@@ -40,7 +68,8 @@ def output_paths(output: Path | None, request: sdonnx.Request) -> list[Path]:
     Raises:
         RequestError: the path given is not that of a PNG.
     """
-    seeds = [(request.seed or 0) + index for index in range(request.num_images)]
+    first = request.seed or 0 if request.variation is None else request.variation[0]
+    seeds = [first + index for index in range(request.num_images)]
     if output is None:
         return [_unused(Path(f"sdonnx-{seed}.png")) for seed in seeds]
     if output.suffix.lower() != ".png":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 import typer
+from PIL.Image import Image
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, TextColumn
 from rich.table import Table
@@ -14,12 +15,12 @@ from sdonnx_models import DEFAULT, bundled, recipes
 from sdonnx_runtime.images import check_writable, save_preview
 from sdonnx_runtime.latents import load_latents
 from sdonnx_runtime.latents import save_latents as write_latents
-from sdonnx_runtime.pictures import FITS, open_picture
+from sdonnx_runtime.pictures import FITS, extended, open_picture
 from sdonnx_runtime.schedule import SPACINGS
 from sdonnx_runtime.sigmas import SCHEDULES
 
 import sdonnx
-from sdonnx.arguments import output_paths, parse_numbers, parse_size
+from sdonnx.arguments import output_paths, parse_margins, parse_numbers, parse_size, parse_variation
 from sdonnx.models import find_model
 from sdonnx.show import (
     described,
@@ -137,6 +138,10 @@ def run(
     seed: Annotated[
         int | None, typer.Option(metavar="S", help="The same seed is the same picture. Default: random.")
     ] = None,
+    variation: Annotated[
+        str | None,
+        typer.Option(metavar="SEED:STRENGTH", help="Like the seed's picture, but a share of another seed's, 0 to 1."),
+    ] = None,
     size: Annotated[
         str | None, typer.Option(metavar="WxH", help="Pixels, multiples of 8. Default: the model's own.")
     ] = None,
@@ -193,6 +198,14 @@ def run(
             rich_help_panel=_FROM_A_PICTURE,
         ),
     ] = True,
+    outpaint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="L,T,R,B",
+            help="Paint this many pixels more at the picture's left, top, right and bottom.",
+            rich_help_panel=_FROM_A_PICTURE,
+        ),
+    ] = None,
     schedule: Annotated[
         str | None,
         typer.Option(
@@ -258,6 +271,9 @@ def run(
     [dim]sdonnx run "a tiger on a white background" --image cat.png --strength 0.6[/dim]
     """
     width, height = parse_size(size)
+    picture, stencil = _start(image, mask, outpaint)
+    if outpaint is not None and picture is not None and width is None:
+        width, height = picture.size
     package = find_model(_bundled() if model is None else model)
     with sdonnx.load(package, device=device, threads=threads) as pipe:
         request = pipe.check(
@@ -268,6 +284,7 @@ def run(
             num_inference_steps=steps,
             guidance_scale=guidance,
             seed=seed,
+            variation=parse_variation(variation),
             num_images=count,
             sampler=sampler,
             schedule=schedule,
@@ -276,10 +293,10 @@ def run(
             sigmas=parse_numbers("sigmas", sigmas),
             timesteps=parse_numbers("timesteps", timesteps),
             guidance_rescale=guidance_rescale,
-            image=None if image is None else open_picture(image),
+            image=picture,
             strength=strength,
             fit=fit,
-            mask_image=None if mask is None else open_picture(mask),
+            mask_image=stencil,
             mask_blur=mask_blur,
             paste=paste,
         )
@@ -415,6 +432,17 @@ def _bundled() -> str:
         soft_wrap=True,
     )
     return DEFAULT
+
+
+def _start(image: Path | None, mask: Path | None, outpaint: str | None) -> tuple[Image | None, Image | None]:
+    """The picture to start from and its mask."""
+    picture, stencil = (None if path is None else open_picture(path) for path in (image, mask))
+    if outpaint is None:
+        return picture, stencil
+    if picture is None or stencil is not None:
+        raise sdonnx.RequestError("--outpaint goes with --image and without --mask; it masks what is new by itself")
+    canvas, stencil = extended(picture, parse_margins(outpaint))
+    return canvas, stencil
 
 
 def _generate(pipe: sdonnx.Pipeline, request: sdonnx.Request, preview: Path | None, rescue: Path) -> sdonnx.Result:

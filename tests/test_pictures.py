@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from sdonnx_export.export import export
 from sdonnx_export.preview import colour_fields
 from sdonnx_runtime.errors import RequestError
-from sdonnx_runtime.pictures import feathered, fitted, mask_of, open_picture, suitable_size
+from sdonnx_runtime.pictures import extended, feathered, fitted, mask_of, open_picture, suitable_size
 from sdonnx_runtime.scheduler_config import CLASSES
 
 import sdonnx
@@ -231,6 +231,28 @@ def test_sampling_settings_reach_the_sampler(pair):
         karras = pipe.generate(PROMPT, sampler="DPM++ 2M Karras", **base)
     np.testing.assert_allclose(same.latents, plain, atol=1e-5)
     assert (karras.request.sampler, karras.request.schedule) == ("dpmpp_2m", "karras")
+
+
+def test_outpainting_keeps_what_is_there(pair):
+    _, package = pair
+    canvas, mask = extended(photograph(48, 40), (16, 0, 0, 24))
+    assert canvas.size == mask.size == (64, 64)
+    found = ours(package, "euler", None, image=canvas, mask_image=mask)
+    np.testing.assert_array_equal(np.asarray(found)[:40, 16:], np.asarray(photograph(48, 40)))
+    assert (np.asarray(found) != np.asarray(canvas)).any(axis=2)[np.asarray(mask) > 0].mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("margins", "said"),
+    [
+        ((0, 0, 0, 0), "of 0 or more"),
+        ((-8, 0, 16, 0), "of 0 or more"),
+        ((4, 0, 0, 7), "4 more at a side, 1 more above"),
+    ],
+)
+def test_margins_that_make_no_canvas(margins, said):
+    with pytest.raises(RequestError, match=said):
+        extended(photograph(), margins)
 
 
 def test_a_preview_is_the_least_squares_fit_to_the_vae(pair, tmp_path):

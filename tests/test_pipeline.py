@@ -62,6 +62,19 @@ def test_zero_is_a_seed_and_a_guidance_scale(pipe):
     assert np.abs(zero.latents - other.latents).max() > 1e-2
 
 
+def test_a_variation_goes_from_one_seeds_picture_to_anothers(pipe):
+    settings = {**SMALL, "sampler": "euler"}
+    ends = [pipe.generate("a cat", seed=seed, **settings).latents for seed in (3, 9)]
+    for strength, end in zip((0, 1), ends, strict=True):
+        varied = pipe.generate("a cat", seed=3, variation=(9, strength), **settings)
+        np.testing.assert_allclose(varied.latents, end, atol=1e-5)
+    both = pipe.generate("a cat", seed=3, variation=(8, 0.3), num_images=2, **settings)
+    alone = pipe.generate("a cat", seed=3, variation=(9, 0.3), **settings)
+    assert both.seeds == (3, 3)
+    np.testing.assert_array_equal(both.latents[1], alone.latents[0])
+    assert 1e-3 < np.abs(alone.latents - ends[0]).max() < np.abs(ends[1] - ends[0]).max()
+
+
 def test_a_random_seed_is_reported_and_repeats(pipe):
     first = pipe.generate("a cat", **SMALL)
     again = pipe.generate("a cat", seed=first.seeds[0], **SMALL)
@@ -168,6 +181,8 @@ def test_close_from_another_thread_stops_inside_the_step(package):
         ({"seed": 2**63}, "seed is"),
         ({"num_images": 0}, "num_images is 0"),
         ({"sampler": "eulr"}, "euler"),
+        ({"variation": (1, 1.5)}, "variation's strength is 1.5"),
+        ({"variation": 7}, "such as (7, 0.2)"),
         ({"prompt": None}, "prompt is None"),
         ({"steps": 3}, "a request has no 'steps'; its fields are prompt"),
     ],

@@ -17,10 +17,10 @@ from sdonnx_runtime.denoise import clean, guide, masked, predict
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.images import to_images
 from sdonnx_runtime.manifest import Manifest, TextEncoder
-from sdonnx_runtime.noise import Noise
+from sdonnx_runtime.noise import Noise, slerp
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.pictures import feathered, fitted, latent_mask, mask_of, opaque, to_values
-from sdonnx_runtime.request import Request, Result, given
+from sdonnx_runtime.request import Request, Result, given, of_image, seeds_of
 from sdonnx_runtime.samplers import SAMPLERS, sampler_options
 from sdonnx_runtime.sampling import Denoise, Schedule
 from sdonnx_runtime.schedule import make_schedule
@@ -131,7 +131,7 @@ class Generation:
         with self._run.components.reserved():
             conditioning = self._condition()
             start = self._start()
-            seeds = tuple(range(given(self.request.seed), given(self.request.seed) + self.request.num_images))
+            seeds = seeds_of(self.request)
             latents: dict[int, Array] = {}
             seconds: list[float] = []
             for image, seed in enumerate(seeds):
@@ -203,7 +203,8 @@ class Generation:
         schedule, options = plan(self._scheduler, request)
         preview = self._manifest.latents.preview
         projection = None if preview is None else np.array(preview, np.float32)
-        x, denoise = self._begin(schedule, noise, self._denoiser(conditioning), original)
+        unit = self._unit_noise(image, noise)
+        x, denoise = self._begin(schedule, noise, unit, self._denoiser(conditioning), original)
         before = time.perf_counter()
         for step in SAMPLERS[str(request.sampler)](denoise, x, schedule, noise, **options):
             now = time.perf_counter()
@@ -224,10 +225,9 @@ class Generation:
             before = time.perf_counter()
 
     def _begin(
-        self, schedule: Schedule, noise: Noise, denoise: Denoise, original: _Original | None
+        self, schedule: Schedule, noise: Noise, unit: Array, denoise: Denoise, original: _Original | None
     ) -> tuple[Array, Denoise]:
         """The first state, (1, C, h, w), and the denoiser that goes with it."""
-        unit = noise(self._latent_shape())
         alone = unit * np.float32(schedule.init_scale)
         if original is None:
             return alone, denoise
@@ -238,6 +238,11 @@ class Generation:
         anew = self.request.strength == 1  # the original is then not in the first state, as in diffusers
         highest = float(schedule.sigmas[0]) if anew else math.inf
         return (alone if anew else noised), masked(denoise, original.mask, original.latents, unit, highest)
+
+    def _unit_noise(self, image: int, noise: Noise) -> Array:
+        unit = noise(self._latent_shape())
+        variation = of_image(self.request, image).variation
+        return unit if variation is None else slerp(unit, Noise(variation[0])(unit.shape), variation[1])
 
     def _denoiser(self, conditioning: Mapping[str, AnyArray]) -> Denoise:
         request, sampler = self.request, str(self.request.sampler)

@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import SdonnxError
-from sdonnx_runtime.request import Request, Result, recipe
+from sdonnx_runtime.request import Request, Result, of_image, recipe
 from sdonnx_runtime.samplers import A1111_NAMES
 
 
@@ -23,7 +23,7 @@ def to_images(pictures: Array) -> tuple[Image.Image, ...]:
     return tuple(Image.fromarray(picture) for picture in (scaled * 255).round().astype(np.uint8))
 
 
-def parameters_text(request: Request, seed: int, model: str) -> str:
+def parameters_text(request: Request, model: str) -> str:
     """The recipe in AUTOMATIC1111's ``parameters`` format."""
     sampler = request.sampler or ""
     settings = {
@@ -31,8 +31,9 @@ def parameters_text(request: Request, seed: int, model: str) -> str:
         "Sampler": A1111_NAMES.get(sampler, sampler),
         **({} if request.schedule is None else {"Schedule type": _A1111_SCHEDULES[request.schedule]}),
         "CFG scale": f"{request.guidance_scale:g}",
-        "Seed": seed,
+        "Seed": request.seed,
         "Size": f"{request.width}x{request.height}",
+        **_varied(request),
         **({} if request.strength is None else {"Denoising strength": f"{request.strength:g}"}),
         **({} if request.mask_image is None else {"Mask blur": request.mask_blur}),
         "Model": json.dumps(model, ensure_ascii=False) if set(model) & set(',:"\n') else model,
@@ -43,6 +44,13 @@ def parameters_text(request: Request, seed: int, model: str) -> str:
         lines.append(f"Negative prompt: {request.negative_prompt}")
     lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
     return "\n".join(lines)
+
+
+def _varied(request: Request) -> dict[str, str]:
+    if request.variation is None:
+        return {}
+    seed, strength = request.variation
+    return {"Variation seed": str(seed), "Variation seed strength": f"{strength:g}"}
 
 
 _A1111_SCHEDULES = {
@@ -71,10 +79,10 @@ def save_png(result: Result, index: int, path: Path, *, enlarge: int = 1) -> Non
     Raises:
         SdonnxError: the place can't be written to.
     """
-    seed = result.seeds[index]
     info = PngInfo()
-    info.add_text("parameters", parameters_text(result.request, seed, result.model))
-    data = {**recipe(result.request), "seed": seed, "num_images": 1, "model": result.model}
+    request = of_image(result.request, index)
+    info.add_text("parameters", parameters_text(request, result.model))
+    data = {**recipe(request), "model": result.model}
     info.add_text("sdonnx", json.dumps(data, ensure_ascii=False))
     with replacing(path) as stream:
         image = result.images[index]

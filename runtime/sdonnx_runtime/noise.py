@@ -58,6 +58,19 @@ class Noise:
         return ((high << 32 | low) & (2**53 - 1)) * 2**-53
 
 
+def slerp(a: Array, b: Array, share: float) -> Array:
+    """From a (share 0) to b (share 1) along the great circle between them, Shoemake 1985; between lies noise too.
+
+    Each is taken as one vector. Their lengths are nearly one, and what lies between goes from one to the other.
+    """
+    cosine = float(np.vdot(a, b)) / float(np.linalg.norm(a) * np.linalg.norm(b))
+    angle = math.acos(max(-1.0, min(1.0, cosine)))
+    if angle < 1e-6:
+        return a
+    weights = (math.sin((1 - share) * angle) / math.sin(angle), math.sin(share * angle) / math.sin(angle))
+    return np.float32(weights[0]) * a + np.float32(weights[1]) * b
+
+
 def _box_muller(uniforms: Array) -> Array:
     """(n,) uniforms, n a multiple of 16, to as many normals: 8 radii, 8 angles."""
     radii, angles = uniforms.reshape(-1, 2, 8).swapaxes(0, 1)

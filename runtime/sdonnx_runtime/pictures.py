@@ -62,6 +62,35 @@ def fitted(picture: Image.Image, size: tuple[int, int], fit: str) -> Image.Image
     return fill(picture, size, Image.Resampling.LANCZOS)
 
 
+def extended(
+    picture: Image.Image, margins: tuple[int, int, int, int], multiple: int = 8
+) -> tuple[Image.Image, Image.Image]:
+    """For outpainting: the picture on a larger canvas, RGB, and the mask, L, that is white where it is new.
+
+    Args:
+        picture: what is in the middle; its edge's colours are drawn out to the canvas' edge.
+        margins: (left, top, right, bottom), pixels of 0 or more.
+        multiple: what the canvas' sides have to be multiples of.
+
+    Raises:
+        RequestError: a margin is negative, all are 0, or the canvas has another size.
+    """
+    left, top, right, bottom = margins
+    if min(margins) < 0 or max(margins) == 0:
+        raise RequestError(f"the margins are {margins}; give left, top, right, bottom in pixels, of 0 or more")
+    width, height = picture.width + left + right, picture.height + top + bottom
+    if width % multiple or height % multiple:
+        more = (-width % multiple, -height % multiple)
+        raise RequestError(
+            f"the canvas has {width}x{height} pixels; make both multiples of {multiple}: "
+            f"{more[0]} more at a side, {more[1]} more above or below"
+        )
+    pixels = np.pad(np.asarray(opaque(picture)), ((top, bottom), (left, right), (0, 0)), mode="edge")
+    mask = Image.new("L", (width, height), 255)
+    mask.paste(0, (left, top, left + picture.width, top + picture.height))
+    return Image.fromarray(pixels), mask
+
+
 def opaque(picture: Image.Image) -> Image.Image:
     """RGB; what shows through lies on white."""
     if not picture.has_transparency_data:

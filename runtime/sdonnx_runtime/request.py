@@ -35,7 +35,11 @@ class Request:
     guidance_scale: float | None = None
     """Classifier-free guidance, arXiv:2207.12598; 1 is none and halves the work."""
     seed: int | None = None
-    """0 to 2**63 - 1; image i of several is made with ``seed + i``."""
+    """0 to 2**63 - 1; image i of several is made with ``seed + i``, unless there is a ``variation``."""
+    variation: tuple[int, float] | None = None
+    """(seed, strength): the first noise goes from ``seed``'s towards this one's by a share from 0 to 1.
+
+    Image i of several is ``seed``'s towards that of the variation's seed + i."""
     num_images: int = 1
     """Images to make, one after another."""
     sampler: str | None = None
@@ -141,7 +145,18 @@ def check_request(request: Request, *, multiple: int, defaults: Defaults, random
     _whole("seed", request.seed, 0, MAX_SEED - request.num_images + 1)
     _number("guidance_scale", request.guidance_scale, -math.inf, math.inf)
     _number("guidance_rescale", request.guidance_rescale, 0, 1)
+    _check_variation(request)
     return request
+
+
+def _check_variation(request: Request) -> None:
+    if request.variation is None:
+        return
+    if not isinstance(request.variation, tuple) or len(request.variation) != 2:  # pyright: ignore[reportUnnecessaryIsInstance, reportUnnecessaryComparison]
+        raise RequestError(f"variation is {request.variation!r}; give a seed and a strength, such as (7, 0.2)")
+    seed, strength = request.variation
+    _whole("variation's seed", seed, 0, MAX_SEED - request.num_images + 1)
+    _number("variation's strength", strength, 0, 1)
 
 
 def _check_pictures(request: Request, multiple: int, defaults: Defaults) -> Request:
@@ -177,6 +192,23 @@ def _check_mask(mask: Image, image: Image) -> None:
         raise RequestError(f"the mask has {found} pixels and its picture {wanted}; give one of the picture's size")
     if mask_of(mask).getbbox() is None:
         raise RequestError("the mask has nothing to repaint; paint white what is to be made anew")
+
+
+def seeds_of(request: Request) -> tuple[int, ...]:
+    """The seed of each image of a checked request."""
+    first, count = given(request.seed), request.num_images
+    return (first,) * count if request.variation is not None else tuple(range(first, first + count))
+
+
+def of_image(request: Request, index: int) -> Request:
+    """The checked request that makes image ``index`` alone."""
+    variation = request.variation
+    return replace(
+        request,
+        seed=seeds_of(request)[index],
+        num_images=1,
+        variation=None if variation is None else (variation[0] + index, variation[1]),
+    )
 
 
 def given(value: T | None) -> T:

@@ -1,0 +1,200 @@
+"""How good a package of pictogram is: what its pictures show, how near they are to real ones and to another package's.
+
+    python bench/quality.py                                       # the bundled package
+    python bench/quality.py PACKAGE --reference OTHER --steps 12 --sampler euler --json FILE
+
+Each of the 290 subjects is drawn twice: on a background that training showed it on and on the one it was kept from.
+A small classifier, trained on renderings of its own (models/pictogram/train.py), says what the pictures show. The VAE
+is judged by what becomes of real composites that it encodes and decodes.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+from sdonnx_models import DEFAULT
+from sdonnx_runtime.session import Session
+
+import sdonnx
+from sdonnx.models import find_model
+
+JUDGE = Path(__file__).parents[1] / "models" / "pictogram"
+FIRST_SEED = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One picture to make."""
+
+    subject: int
+    """Index of the subject."""
+    background: str
+    caption: str
+    seed: int
+    unseen: bool
+    """Whether training never showed this subject on this background."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What was seen in a package's pictures."""
+
+    pictures: np.ndarray
+    """(N, 64, 64, 3) uint8."""
+    background: np.ndarray
+    """(N,) bool: the named colour is the one nearest to the border's median."""
+    ranked: np.ndarray
+    """(N, subjects): indices, likeliest first."""
+    features: np.ndarray
+    """(N, 192)."""
+
+
+class Judge:
+    """The classifier and what is known about it and the real composites."""
+
+    def __init__(self) -> None:
+        self.facts = json.loads((JUDGE / "judge.json").read_text(encoding="utf-8"))
+        real = np.load(JUDGE / "judge.npz")
+        self.mean, self.covariance = real["mean"], real["covariance"]
+        self.names = list(self.facts["backgrounds"])
+        self._colours = np.array(list(self.facts["backgrounds"].values()), np.float32)  # (10, 3)
+        self._session = onnxruntime.InferenceSession(JUDGE / "judge.onnx", providers=["CPUExecutionProvider"])
+
+    def cases(self, limit: int | None) -> list[Case]:
+        """The fixed captions and seeds; a limit takes them evenly."""
+        made = [
+            Case(subject=index, background=background, caption=_caption(name, background), seed=seed, unseen=unseen)
+            for seed, (index, name, background, unseen) in enumerate(self._pairs(), FIRST_SEED)
+        ]
+        chosen = np.linspace(0, len(made) - 1, len(made) if limit is None else limit).astype(int)
+        return [made[index] for index in chosen]
+
+    def _pairs(self) -> Iterator[tuple[int, str, str, bool]]:
+        for index, (name, never) in enumerate(zip(self.facts["subjects"], self.facts["held_out"], strict=True)):
+            seen = [colour for colour in self.names if colour != never]
+            yield index, name, seen[index * 7 % len(seen)], False
+            yield index, name, never, True
+
+    def look(self, pictures: np.ndarray, cases: list[Case]) -> Verdict:
+        """(N, 64, 64, 3) uint8 judged."""
+        inputs = pictures.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+        logits, features = self._session.run(None, {"pictures": inputs})
+        sides = (pictures[:, 0], pictures[:, -1], pictures[:, :, 0], pictures[:, :, -1])
+        border = np.median(np.concatenate(sides, axis=1), axis=1)  # (N, 3)
+        nearest = np.linalg.norm(border[:, None] - self._colours, axis=2).argmin(axis=1)
+        named = np.array([self.names.index(case.background) for case in cases])
+        return Verdict(
+            pictures=pictures, background=nearest == named, ranked=np.argsort(-logits, axis=1), features=features
+        )
+
+    def frechet(self, features: np.ndarray) -> float:
+        """Fréchet distance of Gaussians fitted to features, arXiv:1706.08500, to the real composites'."""
+        mean, covariance = features.mean(axis=0), np.cov(features.T)
+        root = _square_root(self.covariance)
+        cross = np.trace(_square_root(root @ covariance @ root))
+        spread = np.trace(covariance) + np.trace(self.covariance) - 2 * cross
+        return float(np.square(mean - self.mean).sum() + spread)
+
+
+def _square_root(matrix: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+
+
+def _caption(name: str, background: str) -> str:
+    first, second = ("an" if word[0] in "aeiou" else "a" for word in (name, background))
+    return f"{first} {name} on {second} {background} background"
+
+
+def draw(package: str, cases: list[Case], settings: dict, *, empty: bool) -> np.ndarray:
+    """(N, 64, 64, 3) uint8, one picture for each case."""
+    with sdonnx.load(package, keep_loaded=True) as pipe:
+        made = [
+            pipe.generate("" if empty else case.caption, seed=case.seed, width=64, height=64, **settings).images[0]
+            for case in cases
+        ]
+    return np.stack([np.asarray(image) for image in made])
+
+
+def reconstruction(package: str) -> float:
+    """Mean PSNR, dB, of real composites after the package's VAE has encoded and decoded them."""
+    opened = sdonnx.Package.open(find_model(package))
+    encode, decode = (Session(opened.graph(name), device="cpu") for name in ("vae_encoder", "vae_decoder"))
+    pictures = np.load(JUDGE / "composites.npz")["pictures"]  # (64, 64, 64, 3)
+    values = pictures.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+    (moments,) = encode.run({"sample": values}).values()
+    (made,) = decode.run({"latent_sample": moments[:, : opened.manifest.latents.channels]}).values()
+    error = np.square((np.clip(made, -1, 1) - values) / 2).mean(axis=(1, 2, 3))
+    return float((-10 * np.log10(error)).mean())
+
+
+def summary(judge: Judge, verdict: Verdict, cases: list[Case]) -> dict[str, float]:
+    """Shares from 0 to 1, for all pictures and for the combinations that training showed and did not."""
+    subject, unseen = np.array([case.subject for case in cases]), np.array([case.unseen for case in cases])
+    right = {
+        "background": verdict.background,
+        "top1": verdict.ranked[:, 0] == subject,
+        "top5": (verdict.ranked[:, :5] == subject[:, None]).any(axis=1),
+    }
+    groups = {"": np.ones(len(cases), bool), "_seen": ~unseen, "_unseen": unseen}
+    found = {name + group: float(hits[rows].mean()) for name, hits in right.items() for group, rows in groups.items()}
+    return {**found, "frechet": judge.frechet(verdict.features)}
+
+
+def compared(verdict: Verdict, reference: Verdict) -> dict[str, float]:
+    """How far pictures are from those of the reference package with the same captions and seeds."""
+    from skimage.metrics import structural_similarity
+
+    error = np.square(verdict.pictures.astype(float) - reference.pictures).mean(axis=(1, 2, 3))
+    pairs = zip(verdict.pictures, reference.pictures, strict=True)
+    return {
+        "psnr_median": float(np.median(10 * np.log10(255**2 / np.maximum(error, 1e-3)))),
+        "ssim_median": float(np.median([structural_similarity(a, b, channel_axis=2) for a, b in pairs])),
+        "subject_changed": float((verdict.ranked[:, 0] != reference.ranked[:, 0]).mean()),
+    }
+
+
+def main() -> None:
+    """Parses the arguments, draws, judges, prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("package", nargs="?", default=DEFAULT)
+    parser.add_argument("--reference", metavar="PACKAGE", help="compare with this package's pictures")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--sampler", help="default: the package's own")
+    parser.add_argument("--limit", type=int, metavar="N", help="make N pictures instead of 580")
+    parser.add_argument("--empty", action="store_true", help="give no prompt, to see what the prompts do")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--keep", type=Path, metavar="FILE.png", help="write all pictures on one sheet")
+    args = parser.parse_args()
+    judge = Judge()
+    cases = judge.cases(args.limit)
+    settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance, "sampler": args.sampler}
+    verdict = judge.look(draw(args.package, cases, settings, empty=args.empty), cases)
+    found = {"pictures": len(cases), **settings, "empty": args.empty, **summary(judge, verdict, cases)}
+    found |= {"vae_psnr": reconstruction(args.package), "judge_accuracy": judge.facts["accuracy"]}
+    if args.reference is not None:
+        found |= compared(verdict, judge.look(draw(args.reference, cases, settings, empty=args.empty), cases))
+    for name, value in found.items():
+        print(f"{name:20} {value:.4f}" if isinstance(value, float) else f"{name:20} {value}")
+    if args.json is not None:
+        args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if args.keep is not None:
+        sheet(verdict.pictures).save(args.keep)
+
+
+def sheet(pictures: np.ndarray, columns: int = 20) -> Image.Image:
+    """All pictures side by side."""
+    missing = -len(pictures) % columns
+    padded = np.concatenate([pictures, np.zeros((missing, *pictures.shape[1:]), np.uint8)])
+    rows = padded.reshape(-1, columns, *pictures.shape[1:])  # (rows, columns, 64, 64, 3)
+    return Image.fromarray(rows.transpose(0, 2, 1, 3, 4).reshape(-1, columns * 64, 3))
+
+
+if __name__ == "__main__":
+    main()

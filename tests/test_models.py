@@ -1,0 +1,141 @@
+"""The model that comes with sdonnx, and the recipes for those that don't."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import quality
+import torch
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
+from PIL import Image
+from sdonnx_models import DEFAULT, bundled, recipes
+from sdonnx_runtime.manifest import FAMILIES
+from sdonnx_runtime.samplers import SAMPLERS
+
+import sdonnx
+
+PICTOGRAM = Path(__file__).parents[1] / "models" / "pictogram"
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    pipe = StableDiffusionPipeline.from_pretrained(PICTOGRAM / "checkpoint", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scheduler"),
+    [(None, DPMSolverMultistepScheduler), ("euler", EulerDiscreteScheduler), ("pndm", PNDMScheduler)],
+)
+def test_its_pictures_equal_those_of_diffusers(sampler, scheduler, theirs):
+    options = {"skip_prk_steps": True} if scheduler is PNDMScheduler else {}
+    theirs.scheduler = scheduler.from_config(theirs.scheduler.config, **options)
+    with sdonnx.load(DEFAULT, keep_loaded=True) as pipe:
+        for seed, prompt in enumerate(["a red apple on a blue background", "tiger", "an owl on a pink background"]):
+            found = pipe.generate(prompt, seed=seed, sampler=sampler)
+            wanted = theirs(
+                prompt,
+                num_inference_steps=found.request.num_inference_steps,
+                guidance_scale=found.request.guidance_scale,
+                height=64,
+                width=64,
+                generator=torch.Generator("cpu").manual_seed(seed),
+            )
+            assert psnr(found.images[0], wanted.images[0]) >= 50
+
+
+def psnr(found, wanted):
+    error = np.square(np.asarray(found, float) - np.asarray(wanted, float)).mean()
+    return 10 * np.log10(255**2 / max(error, 1e-9))
+
+
+def test_it_draws_what_it_is_asked_for():
+    judge = quality.Judge()
+    cases = judge.cases(20)
+    pictures = quality.draw(DEFAULT, cases, {"num_inference_steps": 15}, empty=False)
+    found = quality.summary(judge, judge.look(pictures, cases), cases)
+    assert found["background"] >= 0.9
+    assert found["top5"] >= 0.9
+
+
+def test_text_matters():
+    judge = quality.Judge()
+    cases = judge.cases(20)
+    pictures = quality.draw(DEFAULT, cases, {"num_inference_steps": 15}, empty=True)
+    assert quality.summary(judge, judge.look(pictures, cases), cases)["top5"] <= 0.3
+
+
+def test_run_without_a_model_takes_it_and_enlarges(tmp_path):
+    for more, size in ([], (512, 512)), (["--no-enlarge"], (64, 64)):
+        command = [sys.executable, "-m", "sdonnx", "run", "a red apple on a blue background", "--seed", "1"]
+        ran = subprocess.run([*command, *more, "-o", "apple.png"], cwd=tmp_path, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        assert "using pictogram" in ran.stderr
+        with Image.open(tmp_path / "apple.png") as picture:
+            assert picture.size == size
+            assert "Size: 64x64" in picture.text["parameters"]
+            red, green, blue = np.asarray(picture.convert("RGB"), float)[:8].mean(axis=(0, 1))
+            assert blue > red + 80 and blue > green + 60
+
+
+def test_it_stays_small():
+    checkpoint = [path for path in (PICTOGRAM / "checkpoint").rglob("*") if path.is_file()]
+    package = [path for path in bundled()[DEFAULT].rglob("*") if path.is_file()]
+    assert max(path.stat().st_size for path in [*checkpoint, *package]) < 30e6
+    assert sum(path.stat().st_size for path in package) < 25e6
+    assert sum(path.stat().st_size for path in [*checkpoint, *package]) < 50e6
+
+
+@pytest.mark.parametrize("recipe", recipes().values(), ids=lambda recipe: recipe.name)
+def test_a_recipe_can_be_followed(recipe):
+    assert recipe.family in FAMILIES
+    assert recipe.sampler in SAMPLERS
+    assert recipe.size % 8 == 0
+    assert set(recipe.package_gb) == set(recipe.memory_gb) == {"fp16", "fp32"}
+    assert recipe.name not in bundled()
+
+
+def test_export_by_a_recipe_s_name(checkpoint, tmp_path, monkeypatch):
+    """The recipe's source from the Hub's cache, its settings in the package."""
+    revision, cache = "0" * 40, tmp_path / "hub"
+    place = cache / f"models--{recipes()['sd15'].source.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(revision)
+    (place / "snapshots").mkdir()
+    (place / "snapshots" / revision).symlink_to(checkpoint, target_is_directory=True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    command = [sys.executable, "-m", "sdonnx", "export", "sd15"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    manifest = json.loads((tmp_path / "sd15-onnx" / "sdonnx.json").read_text())
+    assert manifest["source"]["name"] == recipes()["sd15"].source
+    assert manifest["defaults"] == {**recipes()["sd15"].defaults, "enlarge": 1}
+
+
+def test_models_lists_everything():
+    ran = subprocess.run([sys.executable, "-m", "sdonnx", "models"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert all(name in ran.stdout for name in [DEFAULT, *recipes()])
+    listed = json.loads(subprocess.check_output([sys.executable, "-m", "sdonnx", "models", "--json"], text=True))
+    assert list(listed["recipes"]) == list(recipes())
+
+
+def test_training_keeps_a_tenth_of_the_pairs_out():
+    spec = importlib.util.spec_from_file_location("composites", PICTOGRAM / "composites.py")
+    composites = importlib.util.module_from_spec(spec)
+    sys.modules["composites"] = composites
+    spec.loader.exec_module(composites)
+    facts = json.loads((PICTOGRAM / "judge.json").read_text())
+    assert facts["held_out"] == composites.held_out(len(facts["subjects"]))
+    assert facts["backgrounds"] == {name: list(colour) for name, colour in composites.BACKGROUNDS.items()}
+    assert facts["accuracy"] >= 0.97
+    rng = np.random.default_rng(0)
+    picture = composites.compose(Image.new("RGBA", (64, 64), (9, 9, 9, 255)), (250, 220, 50), rng)
+    assert picture.shape == (64, 64, 3)
+    assert {tuple(pixel) for pixel in picture.reshape(-1, 3)} == {(9, 9, 9), (250, 220, 50)}

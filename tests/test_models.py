@@ -33,8 +33,7 @@ def theirs():
     [(None, DPMSolverMultistepScheduler), ("euler", EulerDiscreteScheduler), ("pndm", PNDMScheduler)],
 )
 def test_its_pictures_equal_those_of_diffusers(sampler, scheduler, theirs):
-    options = {"skip_prk_steps": True} if scheduler is PNDMScheduler else {}
-    theirs.scheduler = scheduler.from_config(theirs.scheduler.config, **options)
+    theirs.scheduler = scheduler.from_pretrained(PICTOGRAM / "checkpoint", subfolder="scheduler")
     with sdonnx.load(DEFAULT, keep_loaded=True) as pipe:
         for seed, prompt in enumerate(["a red apple on a blue background", "tiger", "an owl on a pink background"]):
             found = pipe.generate(prompt, seed=seed, sampler=sampler)

@@ -450,12 +450,14 @@ def release(args: argparse.Namespace, emoji: list[Subject]) -> None:
     """Writes the checkpoint (fp16, diffusers' layout), the package that the wheel carries, and some real composites."""
     work, checkpoint = args.work, HERE / "checkpoint"
     shutil.rmtree(checkpoint, ignore_errors=True)
+    scheduler = DPMSolverMultistepScheduler(**BETAS, timestep_spacing="trailing")
+    scheduler.register_to_config(skip_prk_steps=True)  # for whoever takes PNDM instead
     StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(work / "vae"),
         text_encoder=CLIPTextModel.from_pretrained(work / "text_encoder"),
         tokenizer=CLIPTokenizer.from_pretrained(work / "tokenizer"),
         unet=UNet2DConditionModel.from_pretrained(work / "unet"),
-        scheduler=DPMSolverMultistepScheduler(**BETAS, timestep_spacing="trailing"),
+        scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).to(torch.float16).save_pretrained(checkpoint)  # fmt: skip
     package = HERE.parent / "sdonnx_models" / "pictogram"

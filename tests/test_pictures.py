@@ -211,6 +211,15 @@ def test_files_that_are_no_pictures(tmp_path, monkeypatch):
         open_picture(whole)
 
 
+def test_given_levels_are_the_steps_that_strength_is_a_share_of(pair):
+    _, package = pair
+    with sdonnx.load(package) as pipe:
+        for sigmas in ((9.0, 4.0, 1.0, 0.3), (9.0, 4.0, 1.0, 0.3, 0.0)):
+            stream = pipe.stream(PROMPT, sampler="euler", image=photograph(), strength=0.5, sigmas=sigmas, seed=1)
+            assert [step.num_steps for step in stream] == [2, 2]
+            assert stream.request.num_inference_steps == 4
+
+
 def test_sampling_settings_reach_the_sampler(pair):
     """Each changes the picture; the timesteps that are the default's do not."""
     _, package = pair

@@ -69,11 +69,11 @@ def plan(scheduler: SchedulerConfig, request: Request) -> tuple[Schedule, dict[s
     Raises:
         RequestError, PackageError: as `make_schedule` and `sampler_options` do; or too little strength for a step.
     """
-    sampler, steps = str(request.sampler), given(request.num_inference_steps)
+    sampler = str(request.sampler)
     schedule = make_schedule(
         scheduler,
         sampler,
-        steps,
+        given(request.num_inference_steps),
         schedule=request.schedule,
         spacing=request.spacing,
         sigmas=request.sigmas,
@@ -81,12 +81,13 @@ def plan(scheduler: SchedulerConfig, request: Request) -> tuple[Schedule, dict[s
     )
     options = sampler_options(scheduler, sampler, eta=request.eta, s_churn=request.s_churn, s_noise=request.s_noise)
     if request.strength is not None:
-        taken = min(int(steps * request.strength), steps)  # as diffusers' img2img counts them
+        taken = int(schedule.steps * request.strength)  # as diffusers' img2img counts them
         if taken == 0 and request.strength > 0:
             raise RequestError(
-                f"strength {request.strength:g} of {steps} steps is less than one; give {1 / steps:.2g} or more, or 0"
+                f"strength {request.strength:g} of {schedule.steps} steps is less than one; "
+                f"give {1 / schedule.steps:.2g} or more, or 0"
             )
-        schedule = schedule.starting_at(schedule.steps - min(taken, schedule.steps))
+        schedule = schedule.starting_at(schedule.steps - taken)
     return schedule, options
 
 

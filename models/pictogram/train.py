@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 import torch.nn.functional as F
 from composites import BACKGROUNDS, SIZE, Subject, caption, compose, held_out, subjects
@@ -444,6 +445,10 @@ def train_judge(args: argparse.Namespace, emoji: list[Subject]) -> None:
         input_names=["pictures"], output_names=["logits", "features"],
         dynamic_shapes={"pictures": {0: torch.export.Dim("batch")}},
     )  # fmt: skip
+    model = onnx.load(HERE / "judge.onnx")
+    for node in model.graph.node:
+        del node.metadata_props[:]  # file names of whoever exported it
+    onnx.save(model, HERE / "judge.onnx")
 
 
 def release(args: argparse.Namespace, emoji: list[Subject]) -> None:
@@ -460,6 +465,10 @@ def release(args: argparse.Namespace, emoji: list[Subject]) -> None:
         scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).to(torch.float16).save_pretrained(checkpoint)  # fmt: skip
+    for path in checkpoint.glob("*/config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     package = HERE.parent / "sdonnx_models" / "pictogram"
     defaults = {"num_inference_steps": 25, "guidance_scale": 4.0, "enlarge": 8}
     export(str(checkpoint), package, precision="fp16", defaults=defaults, force=True)

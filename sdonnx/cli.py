@@ -301,6 +301,8 @@ def run(
             paste=paste,
         )
         paths = output_paths(output, request)
+        if preview is not None and pipe.package.manifest.latents.preview is None:
+            raise sdonnx.PackageError("the package has no preview; run 'sdonnx export' again, or leave out --preview")
         for path in [*paths, *(extra for extra in (preview, save_latents) if extra is not None)]:
             check_writable(path)
         result = _generate(pipe, request, preview, paths[0].with_suffix(".npz"))

@@ -12,6 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from diffusers import (
 )
 from PIL import Image
 from sdonnx_export.export import export
+from sdonnx_runtime.manifest import read_manifest, write_manifest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -472,6 +474,8 @@ def release(args: argparse.Namespace, emoji: list[Subject]) -> None:
     package = HERE.parent / "sdonnx_models" / "pictogram"
     defaults = {"num_inference_steps": 25, "guidance_scale": 4.0, "enlarge": 8}
     export(str(checkpoint), package, precision="fp16", defaults=defaults, force=True)
+    manifest = read_manifest(package)
+    write_manifest(package, replace(manifest, source=replace(manifest.source, name="pictogram")))
     shutil.copy(HERE / "README.md", package / "README.md")
     rng, named = np.random.default_rng(64), list(BACKGROUNDS.values())
     chosen = [(emoji[rng.integers(len(emoji))], named[rng.integers(len(named))]) for _ in range(64)]

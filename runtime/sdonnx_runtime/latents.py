@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,12 @@ from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.images import replacing
 from sdonnx_runtime.request import Request, recipe
+
+_DAMAGED = (
+    AttributeError, EOFError, KeyError, MemoryError, OSError, RuntimeError, TypeError, ValueError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+"""What reading a foreign or damaged .npz can end in."""
 
 
 def save_latents(path: Path, latents: Array, request: Request, model: str) -> None:
@@ -43,7 +50,7 @@ def load_latents(path: Path) -> tuple[Array, Request, str]:
         request = Request(**{name: _hashable(data[name]) for name in data})
     except FileNotFoundError:
         raise RequestError(f"there is no file {path}; give one that 'sdonnx run --save-latents' wrote") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile):
+    except _DAMAGED:
         raise RequestError(f"{path} holds no latents, or is damaged; give one that 'sdonnx run' wrote") from None
     if latents.ndim != 4 or latents.dtype != np.float32 or len(latents) != request.num_images or request.seed is None:
         raise RequestError(f"{path} holds {latents.dtype} {latents.shape}; expected float32 (images, channels, h, w)")

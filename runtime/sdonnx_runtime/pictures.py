@@ -1,6 +1,7 @@
 """Pictures that come in: opening them, fitting them to the model, and the masks that say what is painted anew."""
 
 import math
+import struct
 import warnings
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def open_picture(path: Path) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         most = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
         raise RequestError(f"{path} has more than {most:.0f} million pixels; make it smaller first") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (EOFError, OSError, SyntaxError, ValueError, struct.error) as error:
         reason = getattr(error, "strerror", None) or "it is no picture, or a damaged one"
         raise RequestError(f"{path} can't be read: {reason}; give a whole PNG, JPEG or WebP file") from None
 

@@ -107,6 +107,14 @@ def test_kept_pixels_are_kept_bit_by_bit(pair, blur):
     assert (np.asarray(unpasted) != np.asarray(photograph())).any(axis=2)[~inside].any()
 
 
+def test_a_mask_that_reaches_no_latent_cell_is_an_error(pair):
+    _, package = pair
+    dot = Image.new("L", (64, 64))
+    dot.paste(255, (9, 9, 11, 11))
+    with sdonnx.load(package) as pipe, pytest.raises(RequestError, match="nothing to repaint; paint more"):
+        pipe.generate(PROMPT, image=photograph(), mask_image=dot, num_inference_steps=2)
+
+
 def test_strength_0_is_the_round_trip_of_the_vae(pair):
     pipe, package = pair
     with sdonnx.load(package) as opened:

@@ -179,10 +179,16 @@ class Generation:
             return None
         size = given(request.width), given(request.height)
         picture = fitted(opaque(request.image), size, request.fit)
-        mask = None if request.mask_image is None else fitted(mask_of(request.mask_image), size, request.fit)
+        mask = None
+        if request.mask_image is not None:
+            mask = mask_of(fitted(mask_of(request.mask_image), size, request.fit))
+            if not latent_mask(mask, self._manifest.latents.downscale).any():
+                raise RequestError(
+                    "at the size that is worked in, the mask has nothing to repaint; paint more of it white"
+                )
         (moments,) = self._run("vae_encoder", {"sample": to_values(picture)}).values()
         self._run.components.release("vae_encoder")
-        return _Start(picture=picture, mask=None if mask is None else mask_of(mask), moments=moments)
+        return _Start(picture=picture, mask=mask, moments=moments)
 
     def _original(self, start: _Start, noise: Noise) -> _Original:
         """A sample of the VAE's posterior, as diffusers draws it."""

@@ -2,8 +2,19 @@
 
 from itertools import count as count_from
 from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+import typer
 
 import sdonnx
+
+Device: TypeAlias = Annotated[
+    Literal["auto", "cpu", "cuda", "directml"],
+    typer.Option(help="Where to run; auto takes the best there is."),
+]
+Threads: TypeAlias = Annotated[
+    int | None, typer.Option(metavar="N", help="CPU threads. Default: one for each physical core.")
+]
 
 
 def parse_size(size: str | None) -> tuple[int | None, int | None]:

@@ -1,0 +1,65 @@
+"""``sdonnx export``."""
+
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+import typer
+from sdonnx_models import recipes
+
+import sdonnx
+from sdonnx.show import err, progress
+
+Precision: TypeAlias = Literal["fp32", "fp16"]
+Via: TypeAlias = Literal["native", "optimum"]
+
+
+def export(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="A diffusers directory, a .safetensors or .ckpt file, a Hub id, or a name from [b]sdonnx models[/b].",
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="The package. Default: SRC's name + -onnx."),
+    ] = None,
+    precision: Annotated[Precision, typer.Option(help="How weights are stored; fp16 takes half the disk.")] = "fp32",
+    vae: Annotated[
+        str | None,
+        typer.Option(metavar="SRC", help="Take the VAE from here instead: as SRC, or a VAE alone."),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="R", help="Branch, tag or commit of a Hub id. Default: main.")
+    ] = None,
+    via: Annotated[
+        Via, typer.Option(help="native writes its own graphs; optimum traces the model (needs torch).")
+    ] = "native",
+    force: Annotated[bool, typer.Option("--force", help="Replace the package if it exists.")] = False,
+) -> None:
+    """Turn a checkpoint into a package that [b]sdonnx run[/b] can use.
+
+    [dim]sdonnx export sd15[/dim] or [dim]sdonnx export my-checkpoint.safetensors -o my-package --precision fp16[/dim]
+    """
+    try:
+        from sdonnx_export.export import export as export_package
+    except ModuleNotFoundError as error:
+        raise sdonnx.ExportError(
+            f"""exporting needs {error.name}, which is not installed; pip install "sdonnx[export]\""""
+        ) from None
+    recipe = None if Path(source).exists() else recipes().get(source)
+    with progress("{task.description}") as bar:
+        task = bar.add_task("starting", total=1.0)
+        directory = export_package(
+            source if recipe is None else recipe.source,
+            Path(f"{recipe.name}-onnx") if output is None and recipe is not None else output,
+            precision=precision,
+            vae=recipe.vae if vae is None and recipe is not None else vae,
+            revision=revision,
+            via=via,
+            defaults={} if recipe is None else recipe.defaults,
+            force=force,
+            report=lambda what, done: bar.update(task, description=what, completed=done),
+        )
+    err.print(f"""{directory} is ready: sdonnx run "a photograph of a cat" -m {directory}""", highlight=False)

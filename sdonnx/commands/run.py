@@ -1,0 +1,289 @@
+"""``sdonnx run``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from PIL.Image import Image
+from rich.progress import MofNCompleteColumn, TextColumn
+from sdonnx_models import DEFAULT
+from sdonnx_runtime.images import check_writable, save_preview
+from sdonnx_runtime.latents import save_latents as write_latents
+from sdonnx_runtime.pictures import FITS, extended, open_picture
+from sdonnx_runtime.schedule import SPACINGS
+from sdonnx_runtime.sigmas import SCHEDULES
+
+import sdonnx
+from sdonnx.arguments import (
+    Device,
+    Threads,
+    output_paths,
+    parse_margins,
+    parse_numbers,
+    parse_size,
+    parse_variation,
+)
+from sdonnx.models import find_model
+from sdonnx.show import described, err, print_json, progress
+
+_FROM_A_PICTURE, _SAMPLING = "From a picture", "Sampling"
+
+
+def run(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="PACKAGE",
+            help="A package's directory, or a Hub id of one. Default: pictogram, which comes with sdonnx.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT.png",
+            help="Where to; several get their seed's number added. Default: sdonnx-SEED.png.",
+        ),
+    ] = None,
+    negative: Annotated[str, typer.Option(metavar="TEXT", help="What to keep away from.")] = "",
+    steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Denoising steps: more is slower and finer. Default: the model's own."),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="G",
+            help="How closely to follow the prompt; 1 is without, and twice as fast. Default: the model's own.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="S", help="The same seed is the same picture. Default: random.")
+    ] = None,
+    variation: Annotated[
+        str | None,
+        typer.Option(metavar="SEED:STRENGTH", help="Like the seed's picture, but a share of another seed's, 0 to 1."),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="Pixels, multiples of 8. Default: the model's own.")
+    ] = None,
+    enlarge: Annotated[
+        bool, typer.Option("--enlarge/--no-enlarge", help="Enlarge pictures of a model that makes very small ones.")
+    ] = True,
+    count: Annotated[int, typer.Option(metavar="N", help="Pictures to make, with seeds S, S+1, …")] = 1,
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help='From [b]sdonnx samplers[/b], or as elsewhere: "DPM++ 2M Karras". Default: the model\'s own.',
+        ),
+    ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Start from this picture.", rich_help_panel=_FROM_A_PICTURE),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S",
+            help="How much of the picture is made anew, 0 to 1. Default: 0.75, or 1 with a mask.",
+            rich_help_panel=_FROM_A_PICTURE,
+        ),
+    ] = None,
+    fit: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(FITS),
+            help="How a picture of other proportions gets the size.",
+            rich_help_panel=_FROM_A_PICTURE,
+        ),
+    ] = "crop",
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Repaint only where this picture, of the same size, is white.",
+            rich_help_panel=_FROM_A_PICTURE,
+        ),
+    ] = None,
+    mask_blur: Annotated[
+        int,
+        typer.Option(
+            metavar="PX", help="Pixels over which what is new fades out at the edge.", rich_help_panel=_FROM_A_PICTURE
+        ),
+    ] = 4,
+    paste: Annotated[
+        bool,
+        typer.Option(
+            "--paste/--no-paste",
+            help="Keep the pixels outside the mask bit by bit.",
+            rich_help_panel=_FROM_A_PICTURE,
+        ),
+    ] = True,
+    outpaint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="L,T,R,B",
+            help="Paint this many pixels more at the picture's left, top, right and bottom.",
+            rich_help_panel=_FROM_A_PICTURE,
+        ),
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"How noise levels are laid: {', '.join(SCHEDULES)}. Default: the model's own.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None,
+    spacing: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(SPACINGS),
+            help="How timesteps are spaced. Default: the model's own.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None,
+    eta: Annotated[
+        float | None,
+        typer.Option(
+            metavar="E",
+            help="How much noise comes in with each step, 0 to 1. Default: the sampler's own.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None,
+    sigmas: Annotated[
+        str | None,
+        typer.Option(
+            metavar="S,S,…",
+            help="The noise level of each step, falling; instead of --steps.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None,
+    timesteps: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T,T,…", help="The timestep of each step, falling; instead of --steps.", rich_help_panel=_SAMPLING
+        ),
+    ] = None,
+    guidance_rescale: Annotated[
+        float,
+        typer.Option(
+            metavar="R",
+            help="How much of guidance's contrast is taken back, 0 to 1; 0.7 suits zero-SNR models.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = 0.0,
+    device: Device = "auto",
+    threads: Threads = None,
+    preview: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Show there, step by step, what is becoming of it.")
+    ] = None,
+    save_latents: Annotated[
+        Path | None, typer.Option(metavar="FILE.npz", help="Keep the latents too, for [b]sdonnx decode[/b].")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
+) -> None:
+    """Make a picture with a package.
+
+    [dim]sdonnx run "a red apple on a blue background" -o apple.png[/dim]
+    [dim]sdonnx run "a photograph of a cat" -m sd15-onnx --seed 7[/dim]
+    [dim]sdonnx run "a tiger on a white background" --image cat.png --strength 0.6[/dim]
+    """
+    width, height = parse_size(size)
+    picture, stencil = _start(image, mask, outpaint)
+    if outpaint is not None and picture is not None and width is None:
+        width, height = picture.size
+    package = find_model(_bundled() if model is None else model)
+    with sdonnx.load(package, device=device, threads=threads) as pipe:
+        request = pipe.check(
+            prompt,
+            negative_prompt=negative,
+            width=width,
+            height=height,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            seed=seed,
+            variation=parse_variation(variation),
+            num_images=count,
+            sampler=sampler,
+            schedule=schedule,
+            spacing=spacing,
+            eta=eta,
+            sigmas=parse_numbers("sigmas", sigmas),
+            timesteps=parse_numbers("timesteps", timesteps),
+            guidance_rescale=guidance_rescale,
+            image=picture,
+            strength=strength,
+            fit=fit,
+            mask_image=stencil,
+            mask_blur=mask_blur,
+            paste=paste,
+        )
+        paths = output_paths(output, request)
+        if preview is not None and pipe.package.manifest.latents.preview is None:
+            raise sdonnx.PackageError("the package has no preview; run 'sdonnx export' again, or leave out --preview")
+        for path in [*paths, *(extra for extra in (preview, save_latents) if extra is not None)]:
+            check_writable(path)
+        result = _generate(pipe, request, preview, paths[0].with_suffix(".npz"))
+        factor = pipe.package.manifest.defaults.enlarge if enlarge else 1
+    if save_latents is not None:
+        write_latents(save_latents, result.latents, result.request, result.model)
+    for index, path in enumerate(paths):
+        sdonnx.save_png(result, index, path, enlarge=factor)
+    if as_json:
+        print_json(described(result, paths))
+        return
+    for path, made in zip(paths, result.seeds, strict=True):
+        err.print(f"{path}  seed {made}", highlight=False, soft_wrap=True)
+
+
+def _bundled() -> str:
+    err.print(
+        f"using {DEFAULT}, the small model that comes with sdonnx; for a published one: "
+        "sdonnx export sd15, then -m sd15-onnx",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return DEFAULT
+
+
+def _start(image: Path | None, mask: Path | None, outpaint: str | None) -> tuple[Image | None, Image | None]:
+    """The picture to start from and its mask."""
+    picture, stencil = (None if path is None else open_picture(path) for path in (image, mask))
+    if outpaint is None:
+        return picture, stencil
+    if picture is None or stencil is not None:
+        raise sdonnx.RequestError("--outpaint goes with --image and without --mask; it masks what is new by itself")
+    canvas, stencil = extended(picture, parse_margins(outpaint))
+    return canvas, stencil
+
+
+def _generate(pipe: sdonnx.Pipeline, request: sdonnx.Request, preview: Path | None, rescue: Path) -> sdonnx.Result:
+    """The result; should decoding fail, what was sampled is in ``rescue``."""
+    stream = pipe.stream(request)
+    try:
+        _follow(stream, preview)
+    except sdonnx.SdonnxError as error:
+        if stream.latents is None:
+            raise
+        write_latents(rescue, stream.latents, stream.request, pipe.package.name)
+        raise type(error)(f"{error}; what was sampled is kept: sdonnx decode {rescue} -m {pipe.package.root}") from None
+    return stream.result
+
+
+def _follow(stream: sdonnx.Stream, preview: Path | None) -> None:
+    with progress("{task.description}", MofNCompleteColumn(), TextColumn("{task.fields[pace]}")) as bar:
+        task = bar.add_task("encoding the prompt", total=None, pace="")
+        for step in stream:
+            total = step.num_steps * step.num_images
+            done = step.image * step.num_steps + step.step + 1
+            what = "decoding" if done == total else "denoising"
+            pace = f"{step.seconds:.2f} s/step"
+            bar.update(task, description=what, total=total, completed=done, pace=pace)
+            if preview is not None:
+                save_preview(preview, step.preview(), stream.request)

@@ -63,6 +63,14 @@ def test_the_json_chunk_makes_the_picture_again(result, package, tmp_path):
     np.testing.assert_array_equal(again.images[0], pixels)
 
 
+def test_a_recipe_holds_levels_given_as_an_array(package, tmp_path):
+    levels = np.array([9.0, 2.0], np.float32)
+    made = sdonnx.load(package).generate("a cat", seed=1, width=64, height=64, sampler="euler", sigmas=levels)
+    sdonnx.save_png(made, 0, tmp_path / "picture.png")
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert json.loads(picture.text["sdonnx"])["sigmas"] == [9.0, 2.0]
+
+
 def test_every_sampler_has_the_name_others_know():
     assert set(A1111_NAMES) == set(SAMPLERS)
 

@@ -260,6 +260,12 @@ def test_given_sigmas_equal_diffusers():
     assert distance(ours("euler", SD15, 1, sigmas=asked[:-1]), wanted) < 1e-4  # the closing 0 may be left out
 
 
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in WHOLE_TIMESTEPS])
+def test_levels_far_from_any_use_are_walked_all_the_same(sampler):
+    for asked in ([1e6, 1e-37], [1e-37], [3.0, 2.999999, 1.0]):
+        assert np.isfinite(ours(sampler, SD15, 1, sigmas=asked)).all(), asked
+
+
 def test_given_timesteps_of_a_uniform_ddim_are_its_own():
     own = make_schedule(SchedulerConfig.from_dict(SD15), "ddim", 10)
     given = make_schedule(SchedulerConfig.from_dict(SD15), "ddim", 1, timesteps=list(own.timesteps))
@@ -530,6 +536,17 @@ def test_steps_that_a_short_schedule_has_no_room_for(sampler, changes, steps, sa
         ("euler", {"sigmas": []}, "at least one"),
         ("euler", {"sigmas": [0.0]}, "0 alone"),
         ("euler", {"sigmas": ["a"]}, "give numbers"),
+        ("euler", {"sigmas": 5}, "give numbers"),
+        ("euler", {"sigmas": "14.6"}, "give numbers"),
+        ("euler", {"sigmas": [[3.0], [1.0]]}, "give numbers"),
+        ("euler", {"sigmas": [[3.0], [1.0, 2.0]]}, "give numbers"),
+        ("euler", {"sigmas": [10**400, 1]}, "give numbers"),
+        ("euler", {"sigmas": [1e-50]}, "1e-50, is 0 in single precision"),
+        ("euler", {"sigmas": [1.0, 1e-50, 0.0]}, "1e-50, is 0 in single precision"),
+        ("euler", {"sigmas": [1e200, 1.0]}, "at most 1e\\+06"),
+        ("euler", {"sigmas": [1.0, 1.0 - 1e-12]}, "decreasing in single precision"),
+        ("euler", {"timesteps": [20.0, 20.0 - 1e-12]}, "decreasing in single precision"),
+        ("euler", {"timesteps": 5}, "give numbers"),
         ("euler", {"timesteps": [10, 20]}, "decreasing"),
         ("euler", {"timesteps": [1000, 20]}, "999"),
         ("euler", {"sigmas": [3.0], "timesteps": [20]}, "one of them"),

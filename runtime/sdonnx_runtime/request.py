@@ -11,11 +11,15 @@ from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.manifest import Defaults
 from sdonnx_runtime.pictures import FITS, mask_of, suitable_size
+from sdonnx_runtime.schedule import listed
 
 T = TypeVar("T")
 
 MAX_SEED = 2**63 - 1
 """The largest seed that every tool that reads a picture's recipe can hold."""
+
+MAX_GUIDANCE = 1000
+"""Far beyond any use, and far below where the arithmetic overflows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,7 @@ class Request:
     num_inference_steps: int | None = None
     """Denoising steps, 1 to the model's 1000."""
     guidance_scale: float | None = None
-    """Classifier-free guidance, arXiv:2207.12598; 1 is none and halves the work."""
+    """Classifier-free guidance, arXiv:2207.12598, -1000 to 1000; 1 is none and halves the work."""
     seed: int | None = None
     """0 to 2**63 - 1; image i of several is made with ``seed + i``, unless there is a ``variation``."""
     variation: tuple[int, float] | None = None
@@ -49,7 +53,7 @@ class Request:
     spacing: str | None = None
     """How timesteps are spaced: leading, linspace or trailing; None is as the package's scheduler config says."""
     sigmas: tuple[float, ...] | None = None
-    """The noise level of each step, decreasing; instead of ``num_inference_steps`` and the two above."""
+    """The noise level of each step, decreasing, up to 1e6; instead of ``num_inference_steps`` and the two above."""
     timesteps: tuple[float, ...] | None = None
     """The timestep of each step, decreasing; instead of ``num_inference_steps`` and the two above."""
     eta: float | None = None
@@ -127,11 +131,14 @@ def check_request(request: Request, *, multiple: int, defaults: Defaults, random
         if not isinstance(getattr(request, name), str):
             raise RequestError(f"{name} is {getattr(request, name)!r}; give a text")
     request = _check_pictures(request, multiple, defaults)
-    listed = request.sigmas if request.sigmas is not None else request.timesteps
+    for name in ("sigmas", "timesteps"):
+        if getattr(request, name) is not None:
+            request = replace(request, **{name: listed(name, getattr(request, name))})
+    steps = request.sigmas if request.sigmas is not None else request.timesteps
     suggested = {
         "width": defaults.size,
         "height": defaults.size,
-        "num_inference_steps": defaults.num_inference_steps if listed is None else len(listed),
+        "num_inference_steps": defaults.num_inference_steps if steps is None else len(steps),
         "guidance_scale": defaults.guidance_scale,
         "sampler": defaults.sampler,
         "seed": random_seed,
@@ -143,7 +150,7 @@ def check_request(request: Request, *, multiple: int, defaults: Defaults, random
     _whole("num_inference_steps", request.num_inference_steps, 1, 1000)
     _whole("num_images", request.num_images, 1, 10_000)
     _whole("seed", request.seed, 0, MAX_SEED - request.num_images + 1)
-    _number("guidance_scale", request.guidance_scale, -math.inf, math.inf)
+    _number("guidance_scale", request.guidance_scale, -MAX_GUIDANCE, MAX_GUIDANCE)
     _number("guidance_rescale", request.guidance_rescale, 0, 1)
     _check_variation(request)
     return request
@@ -230,8 +237,7 @@ def _whole(name: str, value: object, low: int, high: int) -> None:
 def _number(name: str, value: object, low: float, high: float) -> None:
     number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
     if not math.isfinite(number) or not low <= number <= high:
-        said = "a finite number such as 7.5" if math.isinf(high) else f"a number from {low} to {high}"
-        raise RequestError(f"{name} is {value!r}; give {said}")
+        raise RequestError(f"{name} is {value!r}; give a number from {low} to {high}")
 
 
 def _size(name: str, value: object, multiple: int) -> None:

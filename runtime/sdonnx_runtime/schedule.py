@@ -4,6 +4,7 @@ States are in the variance-exploding parametrisation x = x0 + sigma * noise; a m
 sqrt(alpha) x0 + sqrt(1 - alpha) noise is at sigma = sqrt((1 - alpha) / alpha).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,10 +14,13 @@ from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.layouts import KINDS, Wish
 from sdonnx_runtime.sampling import Schedule
 from sdonnx_runtime.scheduler_config import WHOLE_TIMESTEPS, SchedulerConfig, check_settings, respacing
-from sdonnx_runtime.sigmas import SCHEDULES, Levels, trained_sigmas
+from sdonnx_runtime.sigmas import SCHEDULES, Levels, single, trained_sigmas
 
 SPACINGS = ("leading", "linspace", "trailing")
 """How timesteps are spaced: table 2 of arXiv:2305.08891."""
+
+MAX_SIGMA = 1e6
+"""The highest noise level that may be given: beyond it single precision leaves nothing of a picture."""
 
 _ELSEWHERE = "take euler or dpmpp_2m"
 _DIVIDE_BY_STEPS = ("deis", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "lms", "unipc")
@@ -40,8 +44,8 @@ def make_schedule(
         num_inference_steps: 1 to the number of timesteps trained with; without effect beside the last two.
         schedule: a name of SCHEDULES, to lay the noise levels so; None is as the config says.
         spacing: a name of SPACINGS; None is as the config says.
-        sigmas: the noise level at which each step starts, decreasing. The last step ends at 0, which may be
-            given as a last level or left out.
+        sigmas: the noise level at which each step starts, decreasing, above 0 and up to MAX_SIGMA. The last step
+            ends at 0, which may be given as a last level or left out.
         timesteps: the timestep at which each step starts, decreasing, 0 to the last one trained with.
 
     Raises:
@@ -94,17 +98,37 @@ def _check_choices(
         raise RequestError(f"pndm wants evenly spaced timesteps; for given ones take ddim, or {_ELSEWHERE[5:]}")
 
 
+def listed(name: str, values: object) -> tuple[float, ...]:
+    """The numbers of a list, a tuple or an array of one axis.
+
+    Raises:
+        RequestError: it is something else, or empty.
+    """
+    try:
+        found = np.asarray(values)
+    except ValueError:  # lists of unequal lengths
+        found = np.empty(0)
+    if found.ndim != 1 or len(found) == 0 or found.dtype.kind not in "iuf":
+        shown = " ".join(repr(values).split())[:80]
+        raise RequestError(f"{name} are {shown}; give numbers in a list, at least one, the highest first")
+    return tuple(float(value) for value in found)
+
+
 def _levels(sigmas: Sequence[float]) -> Levels:
-    """Given sigmas, a closing 0 taken off."""
-    levels = _decreasing("sigmas", sigmas)
-    levels = levels[:-1] if levels[-1] == 0 else levels
-    if len(levels) == 0:
+    """Given sigmas in the single precision that samplers work with, a closing 0 taken off."""
+    values = listed("sigmas", sigmas)
+    if values == (0.0,):
         raise RequestError("sigmas are 0 alone; give one for each step, such as 14.6, 3.2, 0.7")
+    levels = _decreasing("sigmas", values[:-1] if values[-1] == 0 else values, MAX_SIGMA)
+    if levels[-1] == 0:
+        raise RequestError(
+            f"the lowest of the sigmas, {min(filter(None, values)):g}, is 0 in single precision; give a higher one"
+        )
     return levels
 
 
 def _timesteps(timesteps: Sequence[float], train: int, sampler: str) -> Levels:
-    times = _decreasing("timesteps", timesteps)
+    times = _decreasing("timesteps", listed("timesteps", timesteps), math.inf)
     if times[0] > train - 1:
         raise RequestError(f"timestep {times[0]:g} is above the last one trained with; give them from {train - 1} to 0")
     if sampler in WHOLE_TIMESTEPS and (times != np.round(times)).any():
@@ -112,15 +136,13 @@ def _timesteps(timesteps: Sequence[float], train: int, sampler: str) -> Levels:
     return times
 
 
-def _decreasing(name: str, values: Sequence[float]) -> Levels:
-    try:
-        levels = np.array(values, np.float64)
-    except (TypeError, ValueError):
-        raise RequestError(f"{name} are {values!r}; give numbers, the highest first") from None
-    if levels.ndim != 1 or len(levels) == 0:
-        raise RequestError(f"{name} are {values!r}; give at least one number, the highest first")
-    if not np.isfinite(levels).all() or levels.min() < 0:
+def _decreasing(name: str, values: tuple[float, ...], most: float) -> Levels:
+    highest, lowest = max(values), min(values)
+    if not all(math.isfinite(value) for value in values) or lowest < 0:
         raise RequestError(f"{name} are {values!r}; give finite numbers of 0 or more")
+    if highest > most:
+        raise RequestError(f"{name} go up to {highest:g}; give numbers of at most {most:g}")
+    levels = single(np.array(values))
     if (np.diff(levels) >= 0).any():
-        raise RequestError(f"{name} are {values!r}; give them decreasing, the highest first")
+        raise RequestError(f"{name} are {values!r}; give them decreasing in single precision, the highest first")
     return levels

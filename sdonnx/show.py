@@ -90,4 +90,4 @@ def described(result: sdonnx.Result, paths: list[Path]) -> dict[str, Any]:
 
 def print_json(data: dict[str, Any]) -> None:
     """Writes JSON to stdout."""
-    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+    sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")

@@ -4,8 +4,10 @@ import json
 import shutil
 
 import pytest
+from sdonnx_export.export import export
+from sdonnx_models import bundled
 from sdonnx_runtime.errors import PackageError
-from sdonnx_runtime.manifest import MANIFEST
+from sdonnx_runtime.manifest import MANIFEST, write_manifest
 from sdonnx_runtime.package import Package
 
 
@@ -67,10 +69,38 @@ def test_a_manifest_that_is_wrong(copy, path, value, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '"x"', "\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", '"x"', "\x00", pytest.param("[" * 100_000, id="deep")])
 def test_a_manifest_that_is_no_json_object(copy, text):
     (copy / MANIFEST).write_text(text)
     with pytest.raises(PackageError, match="JSON"):
+        Package.open(copy)
+
+
+def test_numbers_that_json_has_not_are_left_out(copy, checkpoint, tmp_path):
+    """diffusers writes its "no limit" as -Infinity, which Python reads and other programs don't."""
+    published = shutil.copytree(checkpoint, tmp_path / "published")
+    config = json.loads((published / "scheduler" / "scheduler_config.json").read_text())
+    (published / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({**config, "lambda_min_clipped": float("-inf")})
+    )
+    exported = export(str(published), tmp_path / "exported")
+    change(copy, ["scheduler", "lambda_min_clipped"], float("-inf"))
+    for root in (exported, copy):
+        assert "lambda_min_clipped" not in Package.open(root).manifest.scheduler
+    write_manifest(copy, Package.open(copy).manifest)
+    for path in [copy / MANIFEST, *exported.rglob("*.json"), *bundled()["pictogram"].rglob("*.json")]:
+        json.loads(
+            path.read_text(encoding="utf-8"), parse_constant=lambda found, path=path: pytest.fail(f"{path}: {found}")
+        )
+
+
+def test_numbers_that_are_none_where_one_is_needed(copy):
+    change(copy, ["latents", "scaling_factor"], float("nan"))
+    with pytest.raises(PackageError, match="has no 'scaling_factor'"):
+        Package.open(copy)
+    change(copy, ["latents", "scaling_factor"], 1.0)
+    change(copy, ["latents", "preview", 0, 0], float("inf"))
+    with pytest.raises(PackageError, match="'preview': 0: 0 is NoneType instead of float"):
         Package.open(copy)
 
 

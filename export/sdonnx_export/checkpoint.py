@@ -134,7 +134,7 @@ def _json(path: Path, remedy: str) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ExportError(f"{path} is missing; {remedy}") from None
-    except (OSError, ValueError):
+    except (OSError, RecursionError, ValueError):
         raise ExportError(f"{path} is not readable JSON; {remedy}") from None
     if not isinstance(found, dict):
         raise ExportError(f"{path} holds no JSON object; {remedy}")

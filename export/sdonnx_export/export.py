@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 from sdonnx_runtime.errors import ExportError, SdonnxError
-from sdonnx_runtime.manifest import Component, File, Manifest, Source, write_manifest
+from sdonnx_runtime.manifest import Component, File, Manifest, Source, finite, write_manifest
 from sdonnx_runtime.optimum_layout import manifest_of_layout
 
 from sdonnx_export.checkpoint import open_checkpoint, open_vae
@@ -172,7 +172,7 @@ _TOKENIZER_FILES = (
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
     kept = {key: value for key, value in data.items() if key != "_name_or_path"}
-    path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(finite(kept), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _save(model: ir.Model, folder: Path, done: Callable[[float], None]) -> None:

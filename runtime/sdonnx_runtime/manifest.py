@@ -1,10 +1,11 @@
 """The manifest, ``sdonnx.json``: what a package holds and how it is run, as frozen dataclasses."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.parsing import parse
@@ -108,20 +109,34 @@ class Manifest:
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Writes ``sdonnx.json`` into ``root``."""
-    (root / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(finite(asdict(manifest)), indent=2, allow_nan=False)
+    (root / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def finite(value: Any) -> Any:
+    """JSON data without infinities and NaN, which JSON has not, though Python writes them: such keys are left out.
+
+    diffusers writes ``lambda_min_clipped`` so, where -Infinity is "no limit", as an absent key is.
+    """
+    if isinstance(value, Mapping):
+        items = cast("Mapping[str, Any]", value).items()
+        return {key: finite(item) for key, item in items if not isinstance(item, float) or math.isfinite(item)}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in cast("list[Any]", value)]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """A JSON object from a file, `finite`.
 
     Raises:
         PackageError: the file is missing, unreadable or holds something else.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = finite(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise PackageError(f"{path} can't be read ({error.strerror}); run 'sdonnx export' again") from None
-    except ValueError:
+    except (RecursionError, ValueError):
         raise PackageError(f"{path} is not valid JSON; run 'sdonnx export' again") from None
     if not isinstance(found, dict):
         raise PackageError(f"{path} holds no JSON object; run 'sdonnx export' again")

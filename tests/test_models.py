@@ -48,6 +48,18 @@ def test_its_pictures_equal_those_of_diffusers(sampler, scheduler, theirs):
             assert psnr(found.images[0], wanted.images[0]) >= 50
 
 
+def test_step_counts_that_trailing_spacing_gives_one_more(theirs):
+    """np.arange(1000, 0, -1000 / 61) has 62 numbers; the recipe has to lead to them again."""
+    theirs.scheduler = EulerDiscreteScheduler.from_pretrained(PICTOGRAM / "checkpoint", subfolder="scheduler")
+    settings = {"num_inference_steps": 61, "guidance_scale": 1.0, "height": 64, "width": 64}
+    with sdonnx.load(DEFAULT, keep_loaded=True) as pipe:
+        found = pipe.generate("tiger", seed=1, sampler="euler", **settings)
+        assert found.request.num_inference_steps == 61
+    wanted = theirs("tiger", generator=torch.Generator("cpu").manual_seed(1), **settings)
+    assert len(found.timings.steps) == len(theirs.scheduler.timesteps) == 62
+    assert psnr(found.images[0], wanted.images[0]) >= 50
+
+
 def psnr(found, wanted):
     error = np.square(np.asarray(found, float) - np.asarray(wanted, float)).mean()
     return 10 * np.log10(255**2 / max(error, 1e-9))

@@ -109,7 +109,8 @@ class Pipeline:
             sampler, schedule = resolve_sampler(checked.sampler)
         checked = replace(checked, sampler=sampler, schedule=schedule if checked.schedule is None else checked.schedule)
         walk, _ = plan(self._scheduler, checked)
-        checked = replace(checked, num_inference_steps=walk.total)
+        if checked.sigmas is not None or checked.timesteps is not None:
+            checked = replace(checked, num_inference_steps=walk.total)
         if checked.image is not None and "vae_encoder" not in manifest.components:
             raise RequestError(
                 f"{self.package.name} has no VAE encoder, so it can't start from a picture; export again"

@@ -25,10 +25,10 @@ def parse_size(size: str | None) -> tuple[int | None, int | None]:
     """
     if size is None:
         return None, None
-    parts = size.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+    parts = [_pixels(part) for part in size.lower().split("x")]
+    if len(parts) != 2 or None in parts:
         raise sdonnx.RequestError(f"size is '{size}'; give width and height in pixels, such as 512x512")
-    return int(parts[0]), int(parts[1])
+    return parts[0], parts[1]
 
 
 def parse_variation(variation: str | None) -> tuple[int, float] | None:
@@ -52,11 +52,17 @@ def parse_margins(margins: str) -> tuple[int, int, int, int]:
     Raises:
         RequestError: it is something else.
     """
-    parts = margins.split(",")
-    if len(parts) != 4 or not all(part.strip().isdecimal() for part in parts):
+    pixels = [number for number in map(_pixels, margins.split(",")) if number is not None]
+    if len(pixels) != 4 or margins.count(",") != 3:
         raise sdonnx.RequestError(f"outpaint is '{margins}'; give left,top,right,bottom in pixels, such as 64,0,64,0")
-    left, top, right, bottom = (int(part) for part in parts)
+    left, top, right, bottom = pixels
     return left, top, right, bottom
+
+
+def _pixels(text: str) -> int | None:
+    """A whole number; None for what is none, or has more digits than any picture has pixels."""
+    text = text.strip()
+    return int(text) if text.isdecimal() and len(text) < 10 else None
 
 
 def parse_numbers(name: str, numbers: str | None) -> tuple[float, ...] | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sdonnx_runtime.latents import load_latents
 
 FAST = ["--size", "64x64", "--steps", "2", "--seed", "1"]
 
@@ -69,6 +70,18 @@ def test_without_a_name_pictures_do_not_overwrite_one_another(package, tmp_path)
         (["run", "a cat", "-m", "sd15"], 1, "sdonnx export sd15, then -m sd15-onnx"),
         (["run", "a cat", "-m", "PACKAGE", "--size", "500x512"], 2, "nearest are 496 and 504"),
         (["run", "a cat", "-m", "PACKAGE", "--size", "big"], 2, "such as 512x512"),
+        (["run", "a cat", "-m", "PACKAGE", "--size", "9" * 5000 + "x64"], 2, "such as 512x512"),
+        (["run", "a cat", "-m", "PACKAGE", "--fit", "squeeze"], 2, "choose crop, pad, stretch"),
+        (["run", "a cat", "-m", "PACKAGE", "--mask-blur", "-1"], 2, "mask_blur is -1"),
+        (["run", "a cat", "-m", "PACKAGE", "--outpaint", "8,8,8,8"], 2, "--outpaint goes with --image"),
+        (["run", "a cat", "-m", "PACKAGE", "--image", "PICTURE", "--outpaint", "8,8,8,8,"], 2, "such as 64,0,64,0"),
+        (["run", "a cat", "-m", "PACKAGE", "--image", "PICTURE", "--outpaint", "9" * 5000 + ",0,0,0"], 2, "such as 64"),
+        (["run", "a cat", "-m", "PACKAGE", "--image", "PICTURE", "--outpaint", "0,99999999,0,0"], 2, "smaller margins"),
+        (
+            ["run", "a cat", "-m", "PACKAGE", "--image", "PICTURE", "--outpaint", "4,0,0,0"],
+            2,
+            "make both multiples of 8",
+        ),
         (["run", "a cat", "-m", "PACKAGE", "--steps", "0"], 2, "num_inference_steps is 0"),
         (["run", "a cat", "-m", "PACKAGE", "--guidance", "nan"], 2, "guidance_scale is nan"),
         (["run", "a cat", "-m", "PACKAGE", "--sampler", "euler_a"], 2, "euler_ancestral"),
@@ -82,14 +95,53 @@ def test_without_a_name_pictures_do_not_overwrite_one_another(package, tmp_path)
         (["info", "nowhere"], 1, "nowhere"),
     ],
 )
-def test_mistakes_get_one_clear_line(arguments, code, message, package, checkpoint, tmp_path):
-    names = {"PACKAGE": package, "CHECKPOINT": checkpoint}
+def test_mistakes_get_one_clear_line(arguments, code, message, package, checkpoint, tmp_path, tmp_path_factory):
+    picture = tmp_path_factory.getbasetemp() / "picture.png"
+    Image.new("RGB", (64, 64), "teal").save(picture)
+    names = {"PACKAGE": package, "CHECKPOINT": checkpoint, "PICTURE": picture}
     ran = sdonnx(*[names.get(argument, argument) for argument in arguments], cwd=tmp_path)
     assert ran.returncode == code, ran.stderr
     assert message in ran.stderr
     assert "Traceback" not in ran.stderr
     assert ran.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def outpainted(tmp_path, size, margins, *more):
+    """What pictogram, of 64x64 pixels with 4 to a latent cell, makes of a teal picture."""
+    Image.new("RGB", size, (0, 128, 128)).save(tmp_path / "teal.png")
+    options = ["--image", "teal.png", "--outpaint", margins, "--steps", 2, "--seed", 1, "--no-enlarge", "-o", "o.png"]
+    ran = sdonnx("run", "a cat on a pink background", *options, *more, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    with Image.open(tmp_path / "o.png") as picture:
+        return np.asarray(picture)
+
+
+def test_outpainting_honours_margins_by_the_packages_factor(tmp_path):
+    found = outpainted(tmp_path, (50, 45), "3,0,7,7", "--mask-blur", 0)
+    assert found.shape == (52, 60, 3)
+    new = (found != (0, 128, 128)).any(axis=2)
+    assert not new[:45, 3:53].any()
+    new[:45, 3:53] = True
+    assert new.all(), "margins that end within a cell are painted too"
+
+
+def test_outpainting_works_in_the_models_own_area(tmp_path):
+    assert outpainted(tmp_path, (399, 301), "100,0,0,0").shape == (48, 84, 3)
+    assert outpainted(tmp_path, (399, 301), "100,0,0,0", "--size", "64x40").shape == (40, 64, 3)
+
+
+def test_outpainting_without_pasting_makes_every_cell_anew_that_is_partly_new(tmp_path):
+    latents = []
+    for strength in (1, 0):
+        keeping = ["--no-paste", "--strength", strength, "--save-latents", "kept.npz"]
+        outpainted(tmp_path, (53, 45), "0,0,7,7", *keeping)
+        latents.append(load_latents(tmp_path / "kept.npz")[0])
+    anew = (latents[0] != latents[1]).any(axis=(0, 1))
+    assert anew.shape == (13, 15)
+    assert not anew[:11, :13].any()
+    assert anew[11:].all()
+    assert anew[:, 13:].all()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends Ctrl-C to the whole console")

@@ -10,7 +10,17 @@ from PIL import Image, ImageDraw
 from sdonnx_export.export import export
 from sdonnx_export.preview import colour_fields
 from sdonnx_runtime.errors import RequestError
-from sdonnx_runtime.pictures import extended, feathered, fitted, mask_of, open_picture, suitable_size
+from sdonnx_runtime.pictures import (
+    extended,
+    feathered,
+    fitted,
+    in_whole_cells,
+    latent_mask,
+    mask_of,
+    opaque,
+    open_picture,
+    suitable_size,
+)
 from sdonnx_runtime.scheduler_config import CLASSES
 
 import sdonnx
@@ -112,7 +122,30 @@ def test_a_mask_that_reaches_no_latent_cell_is_an_error(pair):
     dot = Image.new("L", (64, 64))
     dot.paste(255, (9, 9, 11, 11))
     with sdonnx.load(package) as pipe, pytest.raises(RequestError, match="nothing to repaint; paint more"):
-        pipe.generate(PROMPT, image=photograph(), mask_image=dot, num_inference_steps=2)
+        pipe.generate(PROMPT, image=photograph(), mask_image=dot, num_inference_steps=2, paste=False)
+
+
+def test_a_pasted_mask_is_painted_anew_to_its_last_pixel(pair):
+    """Its right and lower edge run through latent cells whose first pixels are kept."""
+    _, package = pair
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (9, 9, 11, 11))
+    found = ours(package, "euler", 1.0, image=photograph(), mask_image=mask, mask_blur=0)
+    changed = (np.asarray(found) != np.asarray(photograph())).any(axis=2)
+    assert changed[9:11, 9:11].all()
+    assert changed.sum() == 4
+
+
+def test_the_cells_of_a_mask():
+    mask = Image.new("L", (32, 16))
+    mask.paste(255, (7, 0, 17, 9))
+    assert latent_mask(mask, 8).tolist() == [[[[1, 1, 1, 0], [1, 1, 1, 0]]]]
+    assert latent_mask(mask, 8, first_pixel=True).tolist() == [[[[0, 1, 1, 0], [0, 1, 1, 0]]]]
+    theirs = torch.nn.functional.interpolate(torch.from_numpy(np.asarray(mask) / 255.0)[None, None], size=(2, 4))
+    assert latent_mask(mask, 8, first_pixel=True).tolist() == theirs.tolist()  # as StableDiffusionInpaintPipeline
+    grown = in_whole_cells(mask, 8)
+    assert grown.getbbox() == (0, 0, 24, 16)
+    assert latent_mask(grown, 8).tolist() == latent_mask(grown, 8, first_pixel=True).tolist()
 
 
 def test_strength_0_is_the_round_trip_of_the_vae(pair):
@@ -165,6 +198,33 @@ def test_a_mask_is_what_is_white_and_opaque():
     assert mask_of(Image.new("1", (8, 8), 1)).getbbox() == (0, 0, 8, 8)
 
 
+@pytest.mark.parametrize("name", ["gray.png", "gray.tif", "gray.pgm", "transparent.png"])
+def test_sixteen_bits_become_eight(name, tmp_path):
+    values = (np.arange(64 * 64, dtype=np.uint32).reshape(64, 64) * 16).astype(np.uint16)
+    settings = {"transparency": int(values[9, 9])} if name == "transparent.png" else {}
+    Image.fromarray(values).save(tmp_path / name, **settings)
+    picture = open_picture(tmp_path / name)
+    wanted = np.round(values / 257).astype(np.uint8)
+    white = mask_of(picture)
+    np.testing.assert_array_equal(np.asarray(white) == 255, wanted >= 128)
+    if settings:
+        wanted[9, 9] = 255
+    np.testing.assert_array_equal(np.asarray(opaque(picture)), np.repeat(wanted[:, :, None], 3, axis=2))
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "CMYK", "HSV", "L", "LA", "LAB", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "YCbCr"]
+)
+def test_modes_of_eight_bits_are_read_as_they_look(pair, mode):
+    _, package = pair
+    shape = disc().convert("RGB")
+    picture = shape.convert("RGBA" if mode == "RGBa" else "L" if mode in ("LA", "PA") else "RGB").convert(mode)
+    np.testing.assert_array_equal(mask_of(picture), disc())
+    assert np.abs(np.asarray(opaque(picture), int) - np.asarray(shape, int)).max() <= 2
+    with sdonnx.load(package) as pipe:
+        pipe.check(PROMPT, image=picture, mask_image=picture)
+
+
 def test_a_mask_fades_out_inwards_only():
     faded = np.asarray(feathered(disc(), 4), int)
     assert (faded[np.asarray(disc()) == 0] == 0).all()
@@ -185,6 +245,12 @@ def test_a_mask_fades_out_inwards_only():
         ({"mask_image": Image.new("L", (64, 64), 0)}, "nothing to repaint"),
         ({"mask_image": "mask.png"}, "mask_image is str"),
         ({"image": "cat.png"}, "image is str"),
+        ({"image": Image.new("RGB", (0, 5))}, "image has 0x5 pixels"),
+        ({"image": Image.new("F", (64, 64))}, "image has pixels of Pillow's mode F, whose range is not known"),
+        ({"image": Image.new("La", (64, 64))}, "image has pixels of Pillow's mode La"),
+        ({"mask_image": Image.new("I", (64, 64))}, "mask_image has pixels of Pillow's mode I"),
+        ({"image": None, "fit": "squeeze"}, "choose crop, pad, stretch"),
+        ({"image": None, "mask_blur": -1}, "mask_blur is -1"),
         ({"image": None, "strength": 0.5}, "strength is given without an image"),
         ({"image": None, "mask_image": disc()}, "mask_image is given without an image"),
         ({"fit": "squeeze"}, "choose crop, pad, stretch"),
@@ -208,6 +274,9 @@ def test_files_that_are_no_pictures(tmp_path, monkeypatch):
     photograph(200, 200).save(whole)
     (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:3000])
     (tmp_path / "text.png").write_text("no picture")
+    photograph().save(tmp_path / "drawing.eps")  # Pillow would run Ghostscript on it
+    with pytest.raises(RequestError, match="it is no picture"):
+        open_picture(tmp_path / "drawing.eps")
     for name, said in {"cut.png": "damaged", "text.png": "no picture", "none.png": "No such file"}.items():
         with pytest.raises(RequestError, match=said):
             open_picture(tmp_path / name)
@@ -252,7 +321,7 @@ def test_sampling_settings_reach_the_sampler(pair):
 
 def test_outpainting_keeps_what_is_there(pair):
     _, package = pair
-    canvas, mask = extended(photograph(48, 40), (16, 0, 0, 24))
+    canvas, mask = extended(photograph(48, 40), (16, 0, 0, 24), area=64 * 64, multiple=8)
     assert canvas.size == mask.size == (64, 64)
     found = ours(package, "euler", None, image=canvas, mask_image=mask)
     np.testing.assert_array_equal(np.asarray(found)[:40, 16:], np.asarray(photograph(48, 40)))
@@ -265,11 +334,24 @@ def test_outpainting_keeps_what_is_there(pair):
         ((0, 0, 0, 0), "of 0 or more"),
         ((-8, 0, 16, 0), "of 0 or more"),
         ((4, 0, 0, 7), "4 more at a side, 1 more above"),
+        ((0, 10**9, 0, 0), "64x1000000064 pixels; take smaller margins"),
+        ((9000, 9000, 0, 6000), "89 million in all"),
+        ((10**30, 0, 0, 0), "16384 a side"),
     ],
 )
 def test_margins_that_make_no_canvas(margins, said):
     with pytest.raises(RequestError, match=said):
-        extended(photograph(), margins)
+        extended(photograph(), margins, area=512 * 512, multiple=8)
+
+
+def test_margins_are_held_to_the_factor_where_the_canvas_keeps_its_size():
+    for margins, multiple, area in (((4, 0, 0, 8), 4, 72 * 72), ((1, 2, 3, 4), 8, 64 * 64)):
+        canvas, mask = extended(photograph(), margins, area=area, multiple=multiple)
+        left, top, right, bottom = margins
+        assert canvas.size == mask.size == (64 + left + right, 64 + top + bottom)
+        np.testing.assert_array_equal(np.asarray(canvas)[top : top + 64, left : left + 64], photograph())
+        assert (np.asarray(mask)[top : top + 64, left : left + 64] == 0).all()
+        assert (np.asarray(mask) == 255).sum() == canvas.width * canvas.height - 64 * 64
 
 
 def test_a_preview_is_the_least_squares_fit_to_the_vae(pair, tmp_path):

@@ -182,7 +182,7 @@ class Generation:
         mask = None
         if request.mask_image is not None:
             mask = mask_of(fitted(mask_of(request.mask_image), size, request.fit))
-            if not latent_mask(mask, self._manifest.latents.downscale).any():
+            if not self._cells(mask).any():
                 raise RequestError(
                     "at the size that is worked in, the mask has nothing to repaint; paint more of it white"
                 )
@@ -199,8 +199,12 @@ class Generation:
             values = mean + np.exp(np.clip(log_variance, -30, 20) / 2) * noise(mean.shape)
         return _Original(
             latents=(values - np.float32(space.shift_factor)) * np.float32(space.scaling_factor),
-            mask=None if start.mask is None else latent_mask(start.mask, space.downscale),
+            mask=None if start.mask is None else self._cells(start.mask),
         )
+
+    def _cells(self, mask: Image.Image) -> Array:
+        """The latent cells of a mask; where nothing is pasted over what they leave, as diffusers has them."""
+        return latent_mask(mask, self._manifest.latents.downscale, first_pixel=not self.request.paste)
 
     def _sample(
         self, image: int, noise: Noise, conditioning: Mapping[str, AnyArray], original: _Original | None

@@ -18,6 +18,15 @@ crop scales it until it covers the size and cuts off the rest on both sides; pad
 fills the rest with black; stretch changes its proportions.
 """
 
+MAX_SIDE = 16384
+"""The widest and highest that is worked in, pixels."""
+
+_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
+"""What is opened: raster formats that Pillow reads by itself, without running other programs on the file."""
+
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
+"""Pillow's modes of 8 bits a channel."""
+
 
 def open_picture(path: Path) -> Image.Image:
     """A picture from a file, upright as its camera was held.
@@ -28,14 +37,34 @@ def open_picture(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
-                return ImageOps.exif_transpose(picture)
+            Image.init()
+            formats = [name for name in _FORMATS if name in Image.OPEN]  # not every Pillow has all
+            with Image.open(path, formats=formats) as picture:
+                upright = ImageOps.exif_transpose(picture)
+                if upright.mode == "I" and picture.format in ("PNG", "PPM"):  # 16 bits, as some Pillows give them
+                    return Image.fromarray(np.asarray(upright).astype(np.uint16))
+                return upright
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         most = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
         raise RequestError(f"{path} has more than {most:.0f} million pixels; make it smaller first") from None
     except (EOFError, OSError, SyntaxError, ValueError, struct.error) as error:
         reason = getattr(error, "strerror", None) or "it is no picture, or a damaged one"
         raise RequestError(f"{path} can't be read: {reason}; give a whole PNG, JPEG or WebP file") from None
+
+
+def check_picture(name: str, picture: Image.Image) -> None:
+    """Finds out whether a picture's pixels can be read.
+
+    Raises:
+        RequestError: it has none, or their range is not known.
+    """
+    if 0 in picture.size:
+        raise RequestError(f"{name} has {picture.width}x{picture.height} pixels; give one that has any")
+    if picture.mode not in _MODES and not picture.mode.startswith("I;16"):
+        raise RequestError(
+            f"{name} has pixels of Pillow's mode {picture.mode}, whose range is not known; "
+            "convert it to 8 or 16 bits a channel"
+        )
 
 
 def suitable_size(picture: Image.Image, *, area: int, multiple: int) -> tuple[int, int]:
@@ -64,23 +93,30 @@ def fitted(picture: Image.Image, size: tuple[int, int], fit: str) -> Image.Image
 
 
 def extended(
-    picture: Image.Image, margins: tuple[int, int, int, int], multiple: int = 8
+    picture: Image.Image, margins: tuple[int, int, int, int], *, area: int, multiple: int
 ) -> tuple[Image.Image, Image.Image]:
     """For outpainting: the picture on a larger canvas, RGB, and the mask, L, that is white where it is new.
 
     Args:
         picture: what is in the middle; its edge's colours are drawn out to the canvas' edge.
         margins: (left, top, right, bottom), pixels of 0 or more.
-        multiple: what the canvas' sides have to be multiples of.
+        area: pixels up to which a canvas is worked in as it is; a larger one is scaled down.
+        multiple: what the sides of one that keeps its size have to be multiples of.
 
     Raises:
-        RequestError: a margin is negative, all are 0, or the canvas has another size.
+        RequestError: a margin is negative, all are 0, or the canvas has another size, or is too large.
     """
     left, top, right, bottom = margins
     if min(margins) < 0 or max(margins) == 0:
         raise RequestError(f"the margins are {margins}; give left, top, right, bottom in pixels, of 0 or more")
     width, height = picture.width + left + right, picture.height + top + bottom
-    if width % multiple or height % multiple:
+    most = Image.MAX_IMAGE_PIXELS or MAX_SIDE**2
+    if max(width, height) > MAX_SIDE or width * height > most:
+        raise RequestError(
+            f"the canvas has {width}x{height} pixels; take smaller margins: "
+            f"it may have {MAX_SIDE} a side and {most / 1e6:.0f} million in all"
+        )
+    if width * height <= area and (width % multiple or height % multiple):
         more = (-width % multiple, -height % multiple)
         raise RequestError(
             f"the canvas has {width}x{height} pixels; make both multiples of {multiple}: "
@@ -94,10 +130,7 @@ def extended(
 
 def opaque(picture: Image.Image) -> Image.Image:
     """RGB; what shows through lies on white."""
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    layer = picture.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return _on(picture, "white")
 
 
 def mask_of(picture: Image.Image) -> Image.Image:
@@ -105,10 +138,25 @@ def mask_of(picture: Image.Image) -> Image.Image:
 
     Gray counts as white from the middle on; transparent parts are kept.
     """
-    if picture.has_transparency_data:
-        layer = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer)
-    return picture.convert("L").point([0] * 128 + [255] * 128)
+    return _on(picture, "black").convert("L").point([0] * 128 + [255] * 128)
+
+
+def _on(picture: Image.Image, background: str) -> Image.Image:
+    """RGB; what shows through lies on a colour."""
+    if picture.mode.startswith("I;16"):
+        picture = _eight_bit(picture)
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    layer = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, background), layer).convert("RGB")
+
+
+def _eight_bit(picture: Image.Image) -> Image.Image:
+    """Gray of 16 bits as LA: Pillow's conversion would cut off what is above 255."""
+    values = np.asarray(picture).astype(np.uint16)
+    transparent = values == picture.info.get("transparency", -1)
+    gray = (values / 257).round().astype(np.uint8)
+    return Image.merge("LA", [Image.fromarray(gray), Image.fromarray(np.where(transparent, 0, 255).astype(np.uint8))])
 
 
 def to_values(picture: Image.Image) -> Array:
@@ -117,9 +165,24 @@ def to_values(picture: Image.Image) -> Array:
     return pixels / np.float32(127.5) - np.float32(1)
 
 
-def latent_mask(mask: Image.Image, downscale: int) -> Array:
-    """(1, 1, h, w), 1 for latent cells that are painted anew: those whose first pixel is, as in diffusers."""
-    return (np.asarray(mask)[::downscale, ::downscale][None, None] > 0).astype(np.float32)
+def latent_mask(mask: Image.Image, downscale: int, *, first_pixel: bool = False) -> Array:
+    """(1, 1, h, w), 1 for latent cells that are painted anew: those of which any pixel is.
+
+    With ``first_pixel`` those of which the first pixel is, as in diffusers.
+    """
+    painted = np.asarray(mask, np.float32)  # (H, W)
+    if first_pixel:
+        cells = painted[::downscale, ::downscale]
+    else:
+        height, width = painted.shape
+        cells = painted.reshape(height // downscale, downscale, width // downscale, downscale).max(axis=(1, 3))
+    return (cells[None, None] > 0).astype(np.float32)
+
+
+def in_whole_cells(mask: Image.Image, downscale: int) -> Image.Image:
+    """The mask grown to whole latent cells, for which all of `latent_mask`'s rules say the same."""
+    cells = latent_mask(mask, downscale)[0, 0] * 255
+    return Image.fromarray(cells.astype(np.uint8)).resize(mask.size, Image.Resampling.NEAREST)
 
 
 def feathered(mask: Image.Image, pixels: int) -> Image.Image:

@@ -10,7 +10,7 @@ from PIL.Image import Image
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.manifest import Defaults
-from sdonnx_runtime.pictures import FITS, mask_of, suitable_size
+from sdonnx_runtime.pictures import FITS, MAX_SIDE, check_picture, mask_of, suitable_size
 from sdonnx_runtime.schedule import listed
 
 T = TypeVar("T")
@@ -31,9 +31,11 @@ class Request:
     negative_prompt: str = ""
     """What to keep away from; without effect at ``guidance_scale`` 1."""
     width: int | None = None
-    """Pixels, a multiple of 8; with an ``image`` None is what `suitable_size` makes of its size."""
+    """Pixels, a multiple of the package's `Latents.downscale` (8 for Stable Diffusion).
+
+    With an ``image`` None is what `suitable_size` makes of its size."""
     height: int | None = None
-    """Pixels, a multiple of 8; given or left out together with ``width`` where there is an ``image``."""
+    """Pixels, a multiple as ``width``; given or left out together with ``width`` where there is an ``image``."""
     num_inference_steps: int | None = None
     """Denoising steps, 1 to the model's 1000."""
     guidance_scale: float | None = None
@@ -77,7 +79,9 @@ class Request:
     mask_blur: int = 4
     """Pixels over which what is pasted fades out towards the mask's edge, inwards."""
     paste: bool = True
-    """Whether pixels that the mask keeps are the ``image``'s own, bit by bit, and not what the VAE makes of them."""
+    """Whether pixels that the mask keeps are the ``image``'s own, bit by bit, and not what the VAE makes of them.
+
+    If so, latent cells are made anew that the mask touches; if not, those whose first pixel it has, as in diffusers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +105,7 @@ class Result:
     seeds: tuple[int, ...]
     """The seed of each image."""
     latents: Array
-    """(num_images, C, height / 8, width / 8), as the sampler left them."""
+    """(num_images, C, height / `Latents.downscale`, width / `Latents.downscale`), as the sampler left them."""
     request: Request
     """The request with every choice made."""
     model: str
@@ -169,6 +173,9 @@ def _check_variation(request: Request) -> None:
 def _check_pictures(request: Request, multiple: int, defaults: Defaults) -> Request:
     """With strength and, where there is a picture, width and height filled in."""
     image, mask = request.image, request.mask_image
+    if request.fit not in FITS:
+        raise RequestError(f"fit is {request.fit!r}; choose {', '.join(FITS)}")
+    _whole("mask_blur", request.mask_blur, 0, 1024)
     if image is None:
         for name in ("strength", "mask_image"):
             if getattr(request, name) is not None:
@@ -177,11 +184,10 @@ def _check_pictures(request: Request, multiple: int, defaults: Defaults) -> Requ
     for name, picture in {"image": image, "mask_image": mask}.items():
         if picture is not None and not isinstance(picture, Image):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise RequestError(f"{name} is {type(picture).__name__}; give a picture of PIL, such as Image.open gives")
-    if request.fit not in FITS:
-        raise RequestError(f"fit is {request.fit!r}; choose {', '.join(FITS)}")
+        if picture is not None:
+            check_picture(name, picture)
     if (request.width is None) != (request.height is None):
         raise RequestError("width and height are given or left out together where there is an image")
-    _whole("mask_blur", request.mask_blur, 0, 1024)
     if mask is not None:
         _check_mask(mask, image)
     if request.strength is None:
@@ -241,7 +247,7 @@ def _number(name: str, value: object, low: float, high: float) -> None:
 
 
 def _size(name: str, value: object, multiple: int) -> None:
-    _whole(name, value, multiple, 16384)
+    _whole(name, value, multiple, MAX_SIDE)
     assert isinstance(value, int)  # noqa: S101 — for the type checker
     if value % multiple != 0:
         below = value // multiple * multiple

@@ -1,5 +1,6 @@
 """``sdonnx run``."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,9 @@ from rich.progress import MofNCompleteColumn, TextColumn
 from sdonnx_models import DEFAULT
 from sdonnx_runtime.images import check_writable, save_preview
 from sdonnx_runtime.latents import save_latents as write_latents
-from sdonnx_runtime.pictures import FITS, extended, open_picture
+from sdonnx_runtime.manifest import Manifest
+from sdonnx_runtime.pictures import FITS, check_picture, extended, fitted, in_whole_cells, mask_of, open_picture
+from sdonnx_runtime.request import given
 from sdonnx_runtime.schedule import SPACINGS
 from sdonnx_runtime.sigmas import SCHEDULES
 
@@ -69,7 +72,8 @@ def run(
         typer.Option(metavar="SEED:STRENGTH", help="Like the seed's picture, but a share of another seed's, 0 to 1."),
     ] = None,
     size: Annotated[
-        str | None, typer.Option(metavar="WxH", help="Pixels, multiples of 8. Default: the model's own.")
+        str | None,
+        typer.Option(metavar="WxH", help="Pixels; Stable Diffusion wants multiples of 8. Default: the model's own."),
     ] = None,
     enlarge: Annotated[
         bool, typer.Option("--enlarge/--no-enlarge", help="Enlarge pictures of a model that makes very small ones.")
@@ -195,11 +199,12 @@ def run(
     [dim]sdonnx run "a tiger on a white background" --image cat.png --strength 0.6[/dim]
     """
     width, height = parse_size(size)
-    picture, stencil = _start(image, mask, outpaint)
-    if outpaint is not None and picture is not None and width is None:
-        width, height = picture.size
+    picture, stencil = (None if path is None else open_picture(path) for path in (image, mask))
     package = find_model(_bundled() if model is None else model)
     with sdonnx.load(package, device=device, threads=threads) as pipe:
+        manifest = pipe.package.manifest
+        if outpaint is not None:
+            picture, stencil = _outpainted(picture, stencil, outpaint, manifest, sized=size is not None)
         request = pipe.check(
             prompt,
             negative_prompt=negative,
@@ -224,13 +229,15 @@ def run(
             mask_blur=mask_blur,
             paste=paste,
         )
+        if outpaint is not None and not paste:
+            request = _in_whole_cells(request, manifest)
         paths = output_paths(output, request)
-        if preview is not None and pipe.package.manifest.latents.preview is None:
+        if preview is not None and manifest.latents.preview is None:
             raise sdonnx.PackageError("the package has no preview; run 'sdonnx export' again, or leave out --preview")
         for path in [*paths, *(extra for extra in (preview, save_latents) if extra is not None)]:
             check_writable(path)
         result = _generate(pipe, request, preview, paths[0].with_suffix(".npz"))
-        factor = pipe.package.manifest.defaults.enlarge if enlarge else 1
+        factor = manifest.defaults.enlarge if enlarge else 1
     if save_latents is not None:
         write_latents(save_latents, result.latents, result.request, result.model)
     for index, path in enumerate(paths):
@@ -252,15 +259,26 @@ def _bundled() -> str:
     return DEFAULT
 
 
-def _start(image: Path | None, mask: Path | None, outpaint: str | None) -> tuple[Image | None, Image | None]:
-    """The picture to start from and its mask."""
-    picture, stencil = (None if path is None else open_picture(path) for path in (image, mask))
-    if outpaint is None:
-        return picture, stencil
+def _outpainted(
+    picture: Image | None, stencil: Image | None, outpaint: str, manifest: Manifest, *, sized: bool
+) -> tuple[Image, Image]:
+    """The canvas and its mask; one that is to have another size anyway may have any."""
     if picture is None or stencil is not None:
         raise sdonnx.RequestError("--outpaint goes with --image and without --mask; it masks what is new by itself")
-    canvas, stencil = extended(picture, parse_margins(outpaint))
-    return canvas, stencil
+    area = 0 if sized else manifest.defaults.size**2
+    check_picture("image", picture)
+    return extended(picture, parse_margins(outpaint), area=area, multiple=manifest.latents.downscale)
+
+
+def _in_whole_cells(request: sdonnx.Request, manifest: Manifest) -> sdonnx.Request:
+    """Without pasting, cells that are only partly new would stay as they are."""
+    size, fit = (given(request.width), given(request.height)), request.fit
+    mask = mask_of(fitted(given(request.mask_image), size, fit))
+    return replace(
+        request,
+        image=fitted(given(request.image), size, fit),
+        mask_image=in_whole_cells(mask, manifest.latents.downscale),
+    )
 
 
 def _generate(pipe: sdonnx.Pipeline, request: sdonnx.Request, preview: Path | None, rescue: Path) -> sdonnx.Result:

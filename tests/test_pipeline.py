@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from sdonnx_runtime import components
 
 import sdonnx
@@ -62,17 +63,22 @@ def test_zero_is_a_seed_and_a_guidance_scale(pipe):
     assert np.abs(zero.latents - other.latents).max() > 1e-2
 
 
-def test_a_variation_goes_from_one_seeds_picture_to_anothers(pipe):
-    settings = {**SMALL, "sampler": "euler"}
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral"])
+@pytest.mark.parametrize("start", ["noise", "image", "mask"])
+def test_a_variation_goes_from_one_seeds_picture_to_anothers(pipe, sampler, start):
+    picture = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+    pictures = {"image": picture, "strength": 0.7} if start != "noise" else {}
+    pictures |= {"mask_image": picture} if start == "mask" else {}
+    settings = {**SMALL, "sampler": sampler, **pictures}
     ends = [pipe.generate("a cat", seed=seed, **settings).latents for seed in (3, 9)]
     for strength, end in zip((0, 1), ends, strict=True):
         varied = pipe.generate("a cat", seed=3, variation=(9, strength), **settings)
         np.testing.assert_allclose(varied.latents, end, atol=1e-5)
-    both = pipe.generate("a cat", seed=3, variation=(8, 0.3), num_images=2, **settings)
     alone = pipe.generate("a cat", seed=3, variation=(9, 0.3), **settings)
+    assert 1e-3 < np.abs(alone.latents - ends[0]).max() < np.abs(ends[1] - ends[0]).max()
+    both = pipe.generate("a cat", seed=3, variation=(8, 0.3), num_images=2, **settings)
     assert both.seeds == (3, 3)
     np.testing.assert_array_equal(both.latents[1], alone.latents[0])
-    assert 1e-3 < np.abs(alone.latents - ends[0]).max() < np.abs(ends[1] - ends[0]).max()
 
 
 def test_a_random_seed_is_reported_and_repeats(pipe):

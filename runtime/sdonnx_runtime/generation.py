@@ -17,12 +17,12 @@ from sdonnx_runtime.denoise import clean, guide, masked, predict
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.images import to_images
 from sdonnx_runtime.manifest import Manifest, TextEncoder
-from sdonnx_runtime.noise import Noise, slerp
+from sdonnx_runtime.noise import Noise, between
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.pictures import feathered, fitted, latent_mask, mask_of, opaque, to_values
 from sdonnx_runtime.request import Request, Result, given, of_image, seeds_of
 from sdonnx_runtime.samplers import SAMPLERS, sampler_options
-from sdonnx_runtime.sampling import Denoise, Schedule
+from sdonnx_runtime.sampling import Denoise, NoiseSource, Schedule
 from sdonnx_runtime.schedule import make_schedule
 from sdonnx_runtime.scheduler_config import SchedulerConfig, limit_x0
 from sdonnx_runtime.tokenizer import Tokenizer
@@ -135,8 +135,8 @@ class Generation:
             seeds = seeds_of(self.request)
             latents: dict[int, Array] = {}
             seconds: list[float] = []
-            for image, seed in enumerate(seeds):
-                noise = Noise(seed)
+            for image in range(len(seeds)):
+                noise = self._noise(image)
                 original = None if start is None else self._original(start, noise)
                 if original is not None:
                     latents[image] = original.latents  # what remains where strength 0 leaves no step
@@ -190,7 +190,7 @@ class Generation:
         self._run.components.release("vae_encoder")
         return _Start(picture=picture, mask=mask, moments=moments)
 
-    def _original(self, start: _Start, noise: Noise) -> _Original:
+    def _original(self, start: _Start, noise: NoiseSource) -> _Original:
         """A sample of the VAE's posterior, as diffusers draws it."""
         space = self._manifest.latents
         values = start.moments
@@ -207,14 +207,14 @@ class Generation:
         return latent_mask(mask, self._manifest.latents.downscale, first_pixel=not self.request.paste)
 
     def _sample(
-        self, image: int, noise: Noise, conditioning: Mapping[str, AnyArray], original: _Original | None
+        self, image: int, noise: NoiseSource, conditioning: Mapping[str, AnyArray], original: _Original | None
     ) -> Iterator[Progress]:
         """Denoises one image: x (1, C, h, w) from its first state to the latents in the last progress."""
         request = self.request
         schedule, options = plan(self._scheduler, request)
         preview = self._manifest.latents.preview
         projection = None if preview is None else np.array(preview, np.float32)
-        unit = self._unit_noise(image, noise)
+        unit = noise(self._latent_shape())
         x, denoise = self._begin(schedule, noise, unit, self._denoiser(conditioning), original)
         before = time.perf_counter()
         for step in SAMPLERS[str(request.sampler)](denoise, x, schedule, noise, **options):
@@ -236,7 +236,7 @@ class Generation:
             before = time.perf_counter()
 
     def _begin(
-        self, schedule: Schedule, noise: Noise, unit: Array, denoise: Denoise, original: _Original | None
+        self, schedule: Schedule, noise: NoiseSource, unit: Array, denoise: Denoise, original: _Original | None
     ) -> tuple[Array, Denoise]:
         """The first state, (1, C, h, w), and the denoiser that goes with it."""
         alone = unit * np.float32(schedule.init_scale)
@@ -250,10 +250,10 @@ class Generation:
         highest = float(schedule.sigmas[0]) if anew else math.inf
         return (alone if anew else noised), masked(denoise, original.mask, original.latents, unit, highest)
 
-    def _unit_noise(self, image: int, noise: Noise) -> Array:
-        unit = noise(self._latent_shape())
-        variation = of_image(self.request, image).variation
-        return unit if variation is None else slerp(unit, Noise(variation[0])(unit.shape), variation[1])
+    def _noise(self, image: int) -> NoiseSource:
+        request = of_image(self.request, image)
+        own = Noise(given(request.seed))
+        return own if request.variation is None else between(own, Noise(request.variation[0]), request.variation[1])
 
     def _denoiser(self, conditioning: Mapping[str, AnyArray]) -> Denoise:
         request, sampler = self.request, str(self.request.sampler)

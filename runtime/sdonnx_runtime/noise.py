@@ -1,6 +1,7 @@
 """Seeded noise, number by number what torch.randn gives on the CPU: the same seed is the same picture."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +70,11 @@ def slerp(a: Array, b: Array, share: float) -> Array:
         return a
     weights = (math.sin((1 - share) * angle) / math.sin(angle), math.sin(share * angle) / math.sin(angle))
     return np.float32(weights[0]) * a + np.float32(weights[1]) * b
+
+
+def between(a: Noise, b: Noise, share: float) -> Callable[[tuple[int, ...]], Array]:
+    """A source whose every draw lies a share from a's towards b's, by `slerp`: at 0 it is a, at 1 it is b."""
+    return lambda shape: slerp(a(shape), b(shape), share)
 
 
 def _box_muller(uniforms: Array) -> Array:

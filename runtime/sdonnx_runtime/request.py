@@ -43,9 +43,10 @@ class Request:
     seed: int | None = None
     """0 to 2**63 - 1; image i of several is made with ``seed + i``, unless there is a ``variation``."""
     variation: tuple[int, float] | None = None
-    """(seed, strength): the first noise goes from ``seed``'s towards this one's by a share from 0 to 1.
+    """(seed, strength): all noise goes from ``seed``'s towards this one's by a share from 0 to 1.
 
-    Image i of several is ``seed``'s towards that of the variation's seed + i."""
+    At 1 the picture is that of the variation's seed. Image i of several goes towards that of the variation's
+    seed + i."""
     num_images: int = 1
     """Images to make, one after another."""
     sampler: str | None = None

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 import typer
+from sdonnx_runtime.images import check_writable
 
 import sdonnx
 
@@ -88,7 +89,7 @@ def output_paths(output: Path | None, request: sdonnx.Request) -> list[Path]:
     first = request.seed or 0 if request.variation is None else request.variation[0]
     seeds = [first + index for index in range(request.num_images)]
     if output is None:
-        return [_unused(Path(f"sdonnx-{seed}.png")) for seed in seeds]
+        return [unused(Path(f"sdonnx-{seed}.png")) for seed in seeds]
     if output.suffix.lower() != ".png":
         raise sdonnx.RequestError(f"the picture is named {output.name}; give a name that ends in .png")
     if request.num_images == 1:
@@ -96,6 +97,24 @@ def output_paths(output: Path | None, request: sdonnx.Request) -> list[Path]:
     return [output.with_name(f"{output.stem}-{seed}{output.suffix}") for seed in seeds]
 
 
-def _unused(path: Path) -> Path:
+def check_outputs(pictures: list[Path], preview: Path | None, latents: Path | None) -> None:
+    """Finds out before the work whether everything can be written, each to a file of its own.
+
+    Raises:
+        RequestError: a name is that of another kind of file, or there twice.
+        SdonnxError: a place can't be written to.
+    """
+    for option, path, suffix in (("--preview", preview, ".png"), ("--save-latents", latents, ".npz")):
+        if path is not None and path.suffix.lower() != suffix:
+            raise sdonnx.RequestError(f"{option} is {path.name}; give a name that ends in {suffix}")
+    paths = [*pictures, *(path for path in (preview, latents) if path is not None)]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise sdonnx.RequestError("two of -o, --preview and --save-latents are one file; give each its own")
+    for path in paths:
+        check_writable(path)
+
+
+def unused(path: Path) -> Path:
+    """The path, or where there is something, one like it with a number."""
     candidates = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count_from(2))
     return path if not path.exists() else next(other for other in candidates if not other.exists())

@@ -33,6 +33,8 @@ def main() -> None:
         _fail(error, 2)
     except sdonnx.SdonnxError as error:
         _fail(error, 1)
+    except MemoryError:
+        _fail(MemoryError("there is too little memory for this; choose a smaller size"), 1)
     except KeyboardInterrupt:
         err.print("stopped")
         sys.exit(130)

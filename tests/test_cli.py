@@ -89,6 +89,13 @@ def test_without_a_name_pictures_do_not_overwrite_one_another(package, tmp_path)
         (["run", "a cat", "-m", "PACKAGE", "--device", "npu"], 2, "directml"),
         (["run", "a cat", "-m", "PACKAGE", "-o", "no/such/place.png"], 1, "can't be written"),
         (["run", "a cat", "-m", "PACKAGE", "-o", "picture.bmp"], 2, "ends in .png"),
+        (
+            ["run", "a cat", "-m", "PACKAGE", "--preview", "p.jpg"],
+            2,
+            "p.jpg; give a name that ends in .png",
+        ),
+        (["run", "a cat", "-m", "PACKAGE", "--save-latents", "l.png"], 2, "l.png; give a name that ends in .npz"),
+        (["run", "a cat", "-m", "PACKAGE", "-o", "a.png", "--preview", "x/../a.png"], 2, "are one file"),
         (["export", "nowhere"], 1, "nowhere"),
         (["export", "CHECKPOINT", "-o", "PACKAGE"], 1, "--force"),
         (["export", "CHECKPOINT", "--precision", "int3"], 2, "fp16"),

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from sdonnx_runtime.latents import load_latents, save_latents
+from test_cli import limit_file_size
 
 import sdonnx
 
@@ -18,10 +19,9 @@ FAST = {"width": 64, "height": 64, "num_inference_steps": 2, "seed": 5}
 TYPED = ["--size", "64x64", "--steps", "2", "--seed", "5"]
 
 
-def command(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "sdonnx", *map(str, arguments)], cwd=cwd, capture_output=True, text=True
-    )
+def command(*arguments, cwd, **options):
+    arguments = [sys.executable, "-m", "sdonnx", *map(str, arguments)]
+    return subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, **options)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,50 @@ def test_a_failing_decode_keeps_what_was_sampled(package, tmp_path):
     with Image.open(tmp_path / "cat.png") as found:
         np.testing.assert_array_equal(found, wanted)
         assert "a cat" in found.text["parameters"]
+
+
+def test_what_is_kept_takes_the_place_of_nothing_else(package, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(package, broken)
+    graph = broken / "vae_decoder" / "model.onnx"
+    graph.write_bytes(b"\0" * graph.stat().st_size)
+    (tmp_path / "cat.npz").write_text("years of work")
+    ran = command("run", "a cat", "-m", broken, *TYPED, "-o", "cat.png", cwd=tmp_path)
+    assert "what was sampled is kept: sdonnx decode cat-2.npz" in ran.stderr
+    assert (tmp_path / "cat.npz").read_text() == "years of work"
+    assert load_latents(tmp_path / "cat-2.npz")[0].shape == (1, 4, 8, 8)
+    ran = command("run", "a cat", "-m", broken, *TYPED, "--save-latents", "asked.npz", cwd=tmp_path)
+    assert "what was sampled is kept: sdonnx decode asked.npz" in ran.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["asked.npz", "broken", "cat-2.npz", "cat.npz"]
+
+
+@pytest.mark.parametrize(("prompt", "limit", "left"), [("a cat " * 4000, 70_000, "a.png"), ("a cat", 9_000, "a.npz")])
+def test_pictures_and_latents_outlive_each_other(prompt, limit, left, package, tmp_path):
+    """Latents hold the prompt in four bytes a letter, pictures twice in one, so either can be the one without room."""
+    keeping = ["-o", "a.png", "--save-latents", "a.npz"]
+    ran = command("run", prompt, "-m", package, *TYPED, *keeping, cwd=tmp_path, preexec_fn=limit_file_size(limit))
+    assert ran.returncode == 1
+    assert "can't be written" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [left]
+
+
+def test_a_preview_that_fails_stops_nothing(package, tmp_path):
+    showing = ["-o", "a.png", "--preview", "shown/p.png"]
+    (tmp_path / "shown").mkdir()
+    lost = """
+import pathlib, shutil
+import sdonnx_runtime.generation as generation
+from sdonnx.cli import main
+real = generation.Progress.preview
+generation.Progress.preview = lambda step: (shutil.rmtree("shown", ignore_errors=True), real(step))[1]
+main()
+"""
+    arguments = [sys.executable, "-c", lost, "run", "a cat", "-m", str(package), *TYPED, *showing]
+    ran = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.count("without a preview") == 1
+    assert (tmp_path / "a.png").is_file()
 
 
 def test_latents_are_saved_on_request(package, tmp_path):

@@ -241,6 +241,7 @@ def test_a_mask_fades_out_inwards_only():
         ({"strength": -0.1}, "strength is -0.1"),
         ({"strength": float("nan")}, "strength is nan"),
         ({"strength": 0.01, "num_inference_steps": 20}, "less than one; give 0.05 or more"),
+        ({"strength": 0.3, "num_inference_steps": 3}, "less than one; give 0.34 or more"),
         ({"mask_image": Image.new("L", (32, 32), 255)}, "the mask has 32x32 pixels and its picture 64x64"),
         ({"mask_image": Image.new("L", (64, 64), 0)}, "nothing to repaint"),
         ({"mask_image": "mask.png"}, "mask_image is str"),
@@ -267,6 +268,18 @@ def test_a_request_that_can_not_be_served(pair, fields, message):
     with sdonnx.load(package) as pipe, pytest.raises(RequestError) as error:
         pipe.check(PROMPT, **{"image": photograph(), **fields})
     assert message in str(error.value)
+
+
+def test_the_least_strength_that_is_named_is_enough(pair):
+    _, package = pair
+    with sdonnx.load(package) as pipe:
+        for steps in (1, 3, 7, 29, 49, 61, 999):
+            fields = {"image": photograph(), "num_inference_steps": steps}
+            with pytest.raises(RequestError) as error:
+                pipe.check(PROMPT, strength=1e-4, **fields)
+            least = float(str(error.value).split("give ")[1].split()[0])
+            pipe.check(PROMPT, strength=least, **fields)
+            assert steps == 1 or least < 1.1 / steps
 
 
 def test_files_that_are_no_pictures(tmp_path, monkeypatch):

@@ -85,10 +85,16 @@ def plan(scheduler: SchedulerConfig, request: Request) -> tuple[Schedule, dict[s
         if taken == 0 and request.strength > 0:
             raise RequestError(
                 f"strength {request.strength:g} of {schedule.steps} steps is less than one; "
-                f"give {1 / schedule.steps:.2g} or more, or 0"
+                f"give {_rounded_up(1 / schedule.steps)} or more, or 0"
             )
         schedule = schedule.starting_at(schedule.steps - taken)
     return schedule, options
+
+
+def _rounded_up(share: float) -> float:
+    """A share above 0 and up to 1, with two digits that count."""
+    scale = 10 ** (1 - math.floor(math.log10(share)))
+    return math.ceil(share * scale) / scale
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """``sdonnx run``."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +9,7 @@ import typer
 from PIL.Image import Image
 from rich.progress import MofNCompleteColumn, TextColumn
 from sdonnx_models import DEFAULT
-from sdonnx_runtime.images import check_writable, save_preview
+from sdonnx_runtime.images import save_preview
 from sdonnx_runtime.latents import save_latents as write_latents
 from sdonnx_runtime.manifest import Manifest
 from sdonnx_runtime.pictures import FITS, check_picture, extended, fitted, in_whole_cells, mask_of, open_picture
@@ -20,14 +21,18 @@ import sdonnx
 from sdonnx.arguments import (
     Device,
     Threads,
+    check_outputs,
     output_paths,
     parse_margins,
     parse_numbers,
     parse_size,
     parse_variation,
+    unused,
 )
 from sdonnx.models import find_model
 from sdonnx.show import described, err, print_json, progress
+
+logger = logging.getLogger(__name__)
 
 _FROM_A_PICTURE, _SAMPLING = "From a picture", "Sampling"
 
@@ -234,14 +239,15 @@ def run(
         paths = output_paths(output, request)
         if preview is not None and manifest.latents.preview is None:
             raise sdonnx.PackageError("the package has no preview; run 'sdonnx export' again, or leave out --preview")
-        for path in [*paths, *(extra for extra in (preview, save_latents) if extra is not None)]:
-            check_writable(path)
-        result = _generate(pipe, request, preview, paths[0].with_suffix(".npz"))
+        check_outputs(paths, preview, save_latents)
+        result = _generate(pipe, request, preview, save_latents or unused(paths[0].with_suffix(".npz")))
         factor = manifest.defaults.enlarge if enlarge else 1
-    if save_latents is not None:
-        write_latents(save_latents, result.latents, result.request, result.model)
-    for index, path in enumerate(paths):
-        sdonnx.save_png(result, index, path, enlarge=factor)
+    try:
+        for index, path in enumerate(paths):
+            sdonnx.save_png(result, index, path, enlarge=factor)
+    finally:  # neither is lost for the other's failing
+        if save_latents is not None:
+            write_latents(save_latents, result.latents, result.request, result.model)
     if as_json:
         print_json(described(result, paths))
         return
@@ -286,11 +292,16 @@ def _generate(pipe: sdonnx.Pipeline, request: sdonnx.Request, preview: Path | No
     stream = pipe.stream(request)
     try:
         _follow(stream, preview)
-    except sdonnx.SdonnxError as error:
+    except (sdonnx.SdonnxError, MemoryError) as error:
         if stream.latents is None:
             raise
-        write_latents(rescue, stream.latents, stream.request, pipe.package.name)
-        raise type(error)(f"{error}; what was sampled is kept: sdonnx decode {rescue} -m {pipe.package.root}") from None
+        kind = sdonnx.DeviceError if isinstance(error, MemoryError) else type(error)
+        said = "there is too little memory to decode" if isinstance(error, MemoryError) else str(error)
+        try:
+            write_latents(rescue, stream.latents, stream.request, pipe.package.name)
+        except sdonnx.SdonnxError as other:
+            raise kind(f"{said}; what was sampled is lost too: {other}") from None
+        raise kind(f"{said}; what was sampled is kept: sdonnx decode {rescue} -m {pipe.package.root}") from None
     return stream.result
 
 
@@ -304,4 +315,8 @@ def _follow(stream: sdonnx.Stream, preview: Path | None) -> None:
             pace = f"{step.seconds:.2f} s/step"
             bar.update(task, description=what, total=total, completed=done, pace=pace)
             if preview is not None:
-                save_preview(preview, step.preview(), stream.request)
+                try:
+                    save_preview(preview, step.preview(), stream.request)
+                except sdonnx.SdonnxError as error:
+                    logger.warning("going on without a preview: %s", error)
+                    preview = None

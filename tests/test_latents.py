@@ -1,8 +1,10 @@
 """What was sampled is never lost: latents in files, and decoding them later."""
 
+import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -132,3 +134,75 @@ def test_files_that_are_no_latents(made, package, tmp_path):
         assert "Traceback" not in ran.stderr
     with sdonnx.load(package) as pipe, pytest.raises(sdonnx.RequestError, match=r"\(1, 3, 8, 8\)"):
         pipe.decode(np.zeros((1, 3, 8, 8), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": "abc"}, "seed is 'abc'"),
+        ({"seed": None}, "seed is missing"),
+        ({"sampler": None}, "sampler is missing"),
+        ({"sampler": ["euler"]}, "there is no sampler"),
+        ({"schedule": "nope"}, "there is no schedule 'nope'"),
+        ({"spacing": 3}, "there is no spacing 3"),
+        ({"prompt": None}, "prompt is None"),
+        ({"prompt": "\ud800"}, "which is no Unicode text"),
+        ({"variation": 5}, "variation is 5"),
+        ({"variation": [5, "much"]}, "variation's strength is 'much'"),
+        ({"sigmas": {"a": 1}}, "give numbers in a list"),
+        ({"guidance_scale": 10**400}, "guidance_scale is 1000"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"strength": 7}, "strength is 7"),
+        ({"eta": "x"}, "eta is 'x'"),
+        ({"s_noise": 1e300}, "s_noise is 1e+300"),
+        ({"num_images": 3}, "expected float32 (images, channels, h, w)"),
+        ({"num_images": 10**30}, "num_images is"),
+        ({"mask_blur": None}, "mask_blur is None"),
+        ({"image": "cat.png"}, "image is str"),
+        ({"model": 5}, "holds no latents, or is damaged"),
+        ({"steps": 5}, "holds no latents, or is damaged"),
+    ],
+)
+def test_a_recipe_that_was_tampered_with(made, tmp_path, change, message):
+    save_latents(tmp_path / "a.npz", made.latents, made.request, made.model)
+    with np.load(tmp_path / "a.npz") as file:
+        latents, recipe = file["latents"], json.loads(str(file["recipe"]))
+    np.savez(tmp_path / "a.npz", latents=latents, recipe=np.array(json.dumps({**recipe, **change})))
+    with pytest.raises(sdonnx.RequestError) as error:
+        load_latents(tmp_path / "a.npz")
+    assert message in str(error.value)
+    assert "a.npz" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_recipe_or_latents_can_not_be(made, tmp_path):
+    deep = '{"model": "m", "prompt": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    for recipe in (deep, "[]", "5", '{"model": "m"}'):
+        np.savez(tmp_path / "a.npz", latents=made.latents, recipe=np.array(recipe))
+        with pytest.raises(sdonnx.RequestError, match="no latents, or is damaged"):
+            load_latents(tmp_path / "a.npz")
+    save_latents(tmp_path / "a.npz", made.latents * np.nan, made.request, made.model)
+    with pytest.raises(sdonnx.RequestError, match="not finite"):
+        load_latents(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("choices", [{}, {"variation": (7, 0.3)}, {"strength": 0.5, "schedule": "karras", "eta": 1.0}])
+def test_recipes_of_all_kinds_come_back(package, tmp_path, choices):
+    start = {"image": Image.new("RGB", (64, 64), "teal")} if "strength" in choices else {}
+    with sdonnx.load(package) as pipe:
+        made = pipe.generate("a cat", sampler="euler_ancestral", num_images=2, **FAST, **choices, **start)
+    save_latents(tmp_path / "a.npz", made.latents, made.request, made.model)
+    assert load_latents(tmp_path / "a.npz")[1] == replace(made.request, image=None)
+    decoded = command("decode", "a.npz", "-m", package, "-o", "a.png", cwd=tmp_path)
+    assert decoded.returncode == 0, decoded.stderr
+    assert len(list(tmp_path.glob("a-*.png"))) == 2
+
+
+def test_latents_of_another_model(made, package, tmp_path):
+    save_latents(tmp_path / "a.npz", made.latents, made.request, "somebody/else")
+    refused = command("decode", "a.npz", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "the latents are of the model 'somebody/else'; give its package with -m" in refused.stderr
+    warned = command("decode", "a.npz", "-m", package, "-o", "a.png", cwd=tmp_path)
+    assert warned.returncode == 0
+    assert "the latents are of 'somebody/else', and 'tiny' decodes them" in " ".join(warned.stderr.split())

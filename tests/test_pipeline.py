@@ -193,6 +193,11 @@ def test_close_from_another_thread_stops_inside_the_step(package):
         ({"variation": (1, 1.5)}, "variation's strength is 1.5"),
         ({"variation": 7}, "such as (7, 0.2)"),
         ({"prompt": None}, "prompt is None"),
+        ({"prompt": "a \udcff cat"}, "which is no Unicode text"),
+        ({"negative_prompt": "\ud800"}, "negative_prompt is"),
+        ({"guidance_scale": 10**400}, "give a number from -1000 to 1000"),
+        ({"paste": "no"}, "paste is 'no'; give True or False"),
+        ({"s_noise": 10**400, "sampler": "euler"}, "give a number from 0 to 1000"),
         ({"steps": 3}, "a request has no 'steps'; its fields are prompt"),
     ],
 )

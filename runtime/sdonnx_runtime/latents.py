@@ -11,7 +11,7 @@ import numpy as np
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.images import replacing
-from sdonnx_runtime.request import Request, recipe
+from sdonnx_runtime.request import Request, check_recipe, recipe
 
 _DAMAGED = (
     AttributeError, EOFError, KeyError, MemoryError, OSError, RuntimeError, TypeError, ValueError,
@@ -46,14 +46,22 @@ def load_latents(path: Path) -> tuple[Array, Request, str]:
     try:
         with np.load(path, allow_pickle=False) as file:
             latents, data = file["latents"], json.loads(str(file["recipe"]))
-        model = str(data.pop("model"))
+        model = data.pop("model")
+        if not isinstance(model, str):
+            raise TypeError(model)
         request = Request(**{name: _hashable(data[name]) for name in data})
     except FileNotFoundError:
         raise RequestError(f"there is no file {path}; give one that 'sdonnx run --save-latents' wrote") from None
     except _DAMAGED:
         raise RequestError(f"{path} holds no latents, or is damaged; give one that 'sdonnx run' wrote") from None
-    if latents.ndim != 4 or latents.dtype != np.float32 or len(latents) != request.num_images or request.seed is None:
+    try:
+        check_recipe(request)
+    except RequestError as error:
+        raise RequestError(f"{path} has a damaged recipe ({error}); give a file that 'sdonnx run' wrote") from None
+    if latents.ndim != 4 or latents.dtype != np.float32 or len(latents) != request.num_images:
         raise RequestError(f"{path} holds {latents.dtype} {latents.shape}; expected float32 (images, channels, h, w)")
+    if not np.isfinite(latents).all():
+        raise RequestError(f"{path} holds numbers that are not finite; give a file that 'sdonnx run' wrote")
     return latents, request, model
 
 

@@ -11,7 +11,9 @@ from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.manifest import Defaults
 from sdonnx_runtime.pictures import FITS, MAX_SIDE, check_picture, mask_of, suitable_size
-from sdonnx_runtime.schedule import listed
+from sdonnx_runtime.samplers import MAX_CHURN, SAMPLERS
+from sdonnx_runtime.schedule import SPACINGS, listed
+from sdonnx_runtime.sigmas import SCHEDULES
 
 T = TypeVar("T")
 
@@ -62,9 +64,9 @@ class Request:
     eta: float | None = None
     """0 to 1: how much noise comes in with each step, for samplers that have a choice; None is the sampler's own."""
     s_churn: float | None = None
-    """0 or more: how much noise comes in over all of euler's steps, arXiv:2206.00364, algorithm 2."""
+    """0 to 1000: how much noise comes in over all of euler's steps, arXiv:2206.00364, algorithm 2."""
     s_noise: float | None = None
-    """0 or more: what the noise that comes in is multiplied by."""
+    """0 to 1000: what the noise that comes in is multiplied by."""
     guidance_rescale: float = 0.0
     """0 to 1: how much of the spread that guidance adds is taken back, arXiv:2305.08891, section 3.4."""
     image: Image | None = field(default=None, repr=False)
@@ -133,8 +135,7 @@ def check_request(request: Request, *, multiple: int, defaults: Defaults, random
         RequestError: a value is out of its range.
     """
     for name in ("prompt", "negative_prompt"):
-        if not isinstance(getattr(request, name), str):
-            raise RequestError(f"{name} is {getattr(request, name)!r}; give a text")
+        _text(name, getattr(request, name))
     request = _check_pictures(request, multiple, defaults)
     for name in ("sigmas", "timesteps"):
         if getattr(request, name) is not None:
@@ -161,6 +162,28 @@ def check_request(request: Request, *, multiple: int, defaults: Defaults, random
     return request
 
 
+def check_recipe(request: Request) -> None:
+    """Finds out whether a request, without its pictures, is one that `check_request` has filled in.
+
+    Raises:
+        RequestError: it is not.
+    """
+    for name in ("width", "height", "num_inference_steps", "guidance_scale", "seed", "sampler"):
+        if getattr(request, name) is None:
+            raise RequestError(f"{name} is missing")
+    check_request(replace(request, strength=None), multiple=1, defaults=Defaults(size=1), random_seed=0)
+    for name, value, known in (
+        ("sampler", request.sampler, (*SAMPLERS,)),
+        ("schedule", request.schedule, (None, *SCHEDULES)),
+        ("spacing", request.spacing, (None, *SPACINGS)),
+    ):
+        if value not in known:
+            raise RequestError(f"there is no {name} {value!r}")
+    for name, most in (("strength", 1), ("eta", 1), ("s_churn", MAX_CHURN), ("s_noise", MAX_CHURN)):
+        if getattr(request, name) is not None:
+            _number(name, getattr(request, name), 0, most)
+
+
 def _check_variation(request: Request) -> None:
     if request.variation is None:
         return
@@ -176,6 +199,8 @@ def _check_pictures(request: Request, multiple: int, defaults: Defaults) -> Requ
     image, mask = request.image, request.mask_image
     if request.fit not in FITS:
         raise RequestError(f"fit is {request.fit!r}; choose {', '.join(FITS)}")
+    if not isinstance(request.paste, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise RequestError(f"paste is {request.paste!r}; give True or False")
     _whole("mask_blur", request.mask_blur, 0, 1024)
     if image is None:
         for name in ("strength", "mask_image"):
@@ -236,6 +261,15 @@ def given(value: T | None) -> T:
     return value
 
 
+def _text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise RequestError(f"{name} is {value!r}; give a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # bytes that were no UTF-8 on the command line, say
+        raise RequestError(f"{name} is {value!r:.80}, which is no Unicode text; give one, as UTF-8") from None
+
+
 def _whole(name: str, value: object, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise RequestError(f"{name} is {value!r}; give a whole number from {low} to {high}")
@@ -243,7 +277,7 @@ def _whole(name: str, value: object, low: int, high: int) -> None:
 
 def _number(name: str, value: object, low: float, high: float) -> None:
     number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-    if not math.isfinite(number) or not low <= number <= high:
+    if not low <= number <= high:
         raise RequestError(f"{name} is {value!r}; give a number from {low} to {high}")
 
 

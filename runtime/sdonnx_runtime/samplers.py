@@ -6,7 +6,6 @@ Each is a generator ``sampler(denoise, x, schedule, noise, **options)`` over sta
 
 import difflib
 import inspect
-import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -90,6 +89,9 @@ _OTHER_NAMES = {
 }
 """ComfyUI's, and diffusers' classes that differ from our sampler in their noise or their timesteps."""
 
+MAX_CHURN = 1000
+"""The most of ``s_churn`` and ``s_noise``: far beyond any use, and far below where the arithmetic overflows."""
+
 _SCHEDULE_NAMES = {
     **{name: name for name in SCHEDULES},
     "align your steps": "ays",
@@ -133,8 +135,8 @@ def sampler_options(
         config: the package's.
         sampler: a key of SAMPLERS.
         eta: 0 to 1, how much noise comes in with each step; for `tcd` it is gamma. None is the sampler's own.
-        s_churn: 0 or more, how much noise comes in with all of euler's steps.
-        s_noise: 0 or more, what noise that comes in is multiplied by.
+        s_churn: 0 to MAX_CHURN, how much noise comes in with all of euler's steps.
+        s_noise: 0 to MAX_CHURN, what noise that comes in is multiplied by.
 
     Raises:
         RequestError: the sampler takes no such option, or it is out of its range.
@@ -156,9 +158,9 @@ def _in_range(sampler: str, name: str, value: object) -> float:
     if not takes(sampler, name):
         those = ", ".join(key for key in SAMPLERS if takes(key, name))
         raise RequestError(f"{sampler} takes no {name}; these do: {those}")
-    most, said = (1.0, "from 0 to 1") if name == "eta" else (math.inf, "of 0 or more")
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= most or value == math.inf:
-        raise RequestError(f"{name} is {value!r}; give a number {said}")
+    most = 1 if name == "eta" else MAX_CHURN
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= most:
+        raise RequestError(f"{name} is {value!r}; give a number from 0 to {most}")
     return float(value)
 
 

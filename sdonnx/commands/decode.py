@@ -1,5 +1,6 @@
 """``sdonnx decode``."""
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -7,10 +8,13 @@ import typer
 from sdonnx_models import DEFAULT
 from sdonnx_runtime.images import check_writable
 from sdonnx_runtime.latents import load_latents
+from sdonnx_runtime.request import seeds_of
 
 import sdonnx
 from sdonnx.arguments import Device, Threads, output_paths
 from sdonnx.show import err
+
+logger = logging.getLogger(__name__)
 
 
 def decode(
@@ -18,8 +22,14 @@ def decode(
         Path, typer.Argument(metavar="LATENTS", help="What [b]sdonnx run --save-latents[/b] wrote, an .npz.")
     ],
     model: Annotated[
-        str, typer.Option("--model", "-m", metavar="PACKAGE", help="The package whose VAE decodes.")
-    ] = DEFAULT,
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="PACKAGE",
+            help="The package whose VAE decodes; needed for latents of another model than pictogram.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="OUT.png", help="Where to. Default: sdonnx-SEED.png."),
@@ -32,12 +42,15 @@ def decode(
     paths = output_paths(output, request)
     for path in paths:
         check_writable(path)
-    with sdonnx.load(model, device=device, threads=threads) as pipe:
+    with sdonnx.load(DEFAULT if model is None else model, device=device, threads=threads) as pipe:
+        if pipe.package.name != name and model is None:
+            raise sdonnx.RequestError(f"the latents are of the model '{name}'; give its package with -m")
+        if pipe.package.name != name:
+            logger.warning("the latents are of '%s', and '%s' decodes them", name, pipe.package.name)
         images = pipe.decode(sampled)
-    first = request.seed or 0
     result = sdonnx.Result(
         images=images,
-        seeds=tuple(range(first, first + len(images))),
+        seeds=seeds_of(request),
         latents=sampled,
         request=request,
         model=name,

@@ -1,4 +1,4 @@
-"""Records what k-diffusion's samplers give, for tests/test_samplers.py to compare ours with.
+"""Records what k-diffusion's samplers give, for tests/test_levels.py to compare ours with.
 
 The package itself is no dependency of the tests (it wants torchvision, wandb and more), so its ``sampling.py`` is
 loaded alone. To run it again, with numpy and torch installed:

@@ -4,7 +4,7 @@ import logging
 import sys
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 import sdonnx
 from sdonnx.commands.decode import decode
@@ -41,5 +41,5 @@ def main() -> None:
 
 
 def _fail(error: Exception, code: int) -> None:
-    err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+    err.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
     sys.exit(code)

@@ -21,8 +21,8 @@ from sdonnx_runtime.scheduler_config import CLASSES
 
 import sdonnx
 
-out = Console()
-err = Console(stderr=True)
+out = Console(markup=False)  # names of files and models may look like markup
+err = Console(stderr=True, markup=False)
 
 
 def log_handler() -> logging.Handler:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -53,6 +54,20 @@ def test_json_is_all_that_stdout_gets(package, tmp_path):
     assert len(report["timings"]["steps"]) >= 4
     manifest = json.loads(sdonnx("info", package, "--json", cwd=tmp_path).stdout)
     assert manifest["components"]["unet"]["precision"] == "fp32"
+
+
+def test_names_that_look_like_markup(package, tmp_path):
+    root = tmp_path / "a[" / "b]"  # rich would take "[/b]" for the end of something
+    root.parent.mkdir()
+    shutil.copytree(package, root)
+    ran = sdonnx("run", "a cat", "-m", "a[/b]", *FAST, "-o", "[red]c.png", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.strip() == "[red]c.png  seed 1"
+    described = sdonnx("info", "a[/b]", cwd=tmp_path)
+    assert described.returncode == 0, described.stderr
+    assert "a[/b]" in described.stdout
+    refused = sdonnx("info", "[/bold]", cwd=tmp_path)
+    assert "error: there is no model '[/bold]'" in refused.stderr
 
 
 def test_without_a_name_pictures_do_not_overwrite_one_another(package, tmp_path):

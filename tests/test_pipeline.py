@@ -213,9 +213,10 @@ def test_a_long_prompt_is_cut_with_a_warning(pipe, caplog):
     assert "longer than 77 tokens; cut: " in caplog.text
 
 
-def test_threads_must_be_positive(package):
-    with pytest.raises(sdonnx.RequestError, match="threads is 0"):
-        sdonnx.load(package, threads=0)
+@pytest.mark.parametrize("threads", [0, -1, 10**9])
+def test_threads_that_no_machine_has(package, threads):
+    with pytest.raises(sdonnx.RequestError, match=f"threads is {threads}; give a whole number from 1 to 1024"):
+        sdonnx.load(package, threads=threads)
 
 
 def test_what_is_public_is_what_is_named():

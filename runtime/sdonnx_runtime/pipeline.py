@@ -17,6 +17,9 @@ from sdonnx_runtime.samplers import resolve_sampler
 from sdonnx_runtime.scheduler_config import SchedulerConfig, default_sampler
 from sdonnx_runtime.session import Cancelled, Session
 
+MAX_THREADS = 1024
+"""More than a machine has; ONNX Runtime would start as many as it is told, for minutes."""
+
 
 class Pipeline:
     """Makes pictures with a package.
@@ -31,7 +34,7 @@ class Pipeline:
         memory_limit: bytes the device may use (CUDA).
 
     Raises:
-        RequestError: ``threads`` is less than 1.
+        RequestError: ``threads`` is out of its range, 1 to MAX_THREADS.
         PackageError: the package's scheduler is one that this version can't honour.
     """
 
@@ -44,8 +47,8 @@ class Pipeline:
         keep_loaded: bool = False,
         memory_limit: int | None = None,
     ) -> None:
-        if threads is not None and threads < 1:
-            raise RequestError(f"threads is {threads}; give a whole number of at least 1")
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise RequestError(f"threads is {threads}; give a whole number from 1 to {MAX_THREADS}")
         self.package = package
         self._scheduler = SchedulerConfig.from_dict(package.manifest.scheduler)
         self._components = Components(

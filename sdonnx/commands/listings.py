@@ -4,8 +4,8 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from sdonnx_models import bundled, recipes
 
 import sdonnx
@@ -50,9 +50,9 @@ def models(
     listing = Table.grid(padding=(0, 2))
     for name, path in bundled().items():
         manifest = sdonnx.Package.open(path).manifest
-        listing.add_row(f"[b]{name}[/]", f"comes with sdonnx\n{suggested(manifest.defaults)}\n")
+        listing.add_row(Text(name, style="bold"), f"comes with sdonnx\n{suggested(manifest.defaults)}\n")
     for name, recipe in known.items():
-        listing.add_row(f"[b]{name}[/]", escape("\n".join(described_recipe(recipe))) + "\n")
+        listing.add_row(Text(name, style="bold"), "\n".join(described_recipe(recipe)) + "\n")
     out.print(listing, highlight=False, soft_wrap=True)
 
 

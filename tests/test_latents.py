@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -173,6 +174,19 @@ def test_a_recipe_that_was_tampered_with(made, tmp_path, change, message):
     assert message in str(error.value)
     assert "a.npz" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "header", ["{'descr': ('<f4'", "{'descr' '<f4'}", "{'descr': '<f4', 'shape': (10**9, 10**9)}", "\0"]
+)
+def test_numpys_headers_that_are_damaged(made, tmp_path, header):
+    save_latents(tmp_path / "whole.npz", made.latents, made.request, made.model)
+    with zipfile.ZipFile(tmp_path / "whole.npz") as whole, zipfile.ZipFile(tmp_path / "a.npz", "w") as changed:
+        changed.writestr("recipe.npy", whole.read("recipe.npy"))
+        text = header.encode() + b"\n"
+        changed.writestr("latents.npy", b"\x93NUMPY\1\0" + len(text).to_bytes(2, "little") + text + bytes(64))
+    with pytest.raises(sdonnx.RequestError, match="no latents, or is damaged"):
+        load_latents(tmp_path / "a.npz")
 
 
 def test_what_a_recipe_or_latents_can_not_be(made, tmp_path):

@@ -1,5 +1,7 @@
 """Starting from a picture: img2img and inpainting beside diffusers, fitting, masks, and what can't be served."""
 
+from contextlib import suppress
+
 import diffusers
 import numpy as np
 import pytest
@@ -299,6 +301,22 @@ def test_files_that_are_no_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     with pytest.raises(RequestError, match="million pixels"):
         open_picture(whole)
+
+
+@pytest.mark.parametrize("suffix", ["avif", "bmp", "gif", "jp2", "jpg", "png", "qoi", "tga", "tif", "webp"])
+def test_damaged_pictures_of_every_format_are_refused_or_read(suffix, tmp_path):
+    path, rng = tmp_path / f"a.{suffix}", np.random.default_rng(0)
+    try:
+        photograph(16, 16).save(path)
+    except (KeyError, OSError, ValueError):
+        pytest.skip("this Pillow does not write it")
+    whole = np.frombuffer(path.read_bytes(), np.uint8)
+    for _ in range(200):
+        damaged = whole.copy()
+        damaged[rng.integers(0, len(whole), 3)] = rng.integers(0, 256, 3)
+        path.write_bytes(damaged.tobytes())
+        with suppress(RequestError):
+            assert open_picture(path).width > 0
 
 
 def test_given_levels_are_the_steps_that_strength_is_a_share_of(pair):

@@ -1,6 +1,7 @@
 """Sampled latents in a file, so that a decode that fails, or another VAE, can have them later."""
 
 import json
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -14,8 +15,8 @@ from sdonnx_runtime.images import replacing
 from sdonnx_runtime.request import Request, check_recipe, recipe
 
 _DAMAGED = (
-    AttributeError, EOFError, KeyError, MemoryError, OSError, RuntimeError, TypeError, ValueError,
-    zipfile.BadZipFile, zlib.error,
+    AttributeError, EOFError, KeyError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError,
+    tokenize.TokenError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 """What reading a foreign or damaged .npz can end in."""
 

@@ -24,6 +24,12 @@ MAX_SIDE = 16384
 _FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
 """What is opened: raster formats that Pillow reads by itself, without running other programs on the file."""
 
+_DAMAGED = (
+    ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError,
+    struct.error,
+)  # fmt: skip
+"""What Pillow's decoders end in over a foreign or damaged file."""
+
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
 """Pillow's modes of 8 bits a channel."""
 
@@ -47,7 +53,7 @@ def open_picture(path: Path) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         most = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
         raise RequestError(f"{path} has more than {most:.0f} million pixels; make it smaller first") from None
-    except (EOFError, OSError, SyntaxError, ValueError, struct.error) as error:
+    except _DAMAGED as error:
         reason = getattr(error, "strerror", None) or "it is no picture, or a damaged one"
         raise RequestError(f"{path} can't be read: {reason}; give a whole PNG, JPEG or WebP file") from None
 

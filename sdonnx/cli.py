@@ -1,4 +1,4 @@
-"""The command line: ``sdonnx export``, ``run``, ``decode``, ``info``, ``models`` and ``samplers``."""
+"""The command line: ``sdonnx export``, ``run``, ``decode``, ``bench``, ``info``, ``models`` and ``samplers``."""
 
 import logging
 import sys
@@ -7,6 +7,7 @@ import typer
 from rich.text import Text
 
 import sdonnx
+from sdonnx.commands.bench import bench
 from sdonnx.commands.decode import decode
 from sdonnx.commands.export import export
 from sdonnx.commands.listings import info, models, samplers
@@ -20,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Stable Diffusion on ONNX Runtime, without PyTorch: export a checkpoint once, then run it anywhere.",
 )
-for command in (export, run, decode, info, models, samplers):
+for command in (export, run, decode, bench, info, models, samplers):
     app.command()(command)
 
 

@@ -1,5 +1,6 @@
 """ONNX Runtime behind one small class: devices and their options, running, cancelling, errors in our words."""
 
+import json
 import logging
 import threading
 from collections.abc import Mapping, Sequence
@@ -112,6 +113,7 @@ class Session:
         device: auto, or a key of DEVICES.
         threads: CPU threads; None is one for each physical core.
         memory_limit: bytes the device may use, where it knows such a limit.
+        profile: where ONNX Runtime's profile goes, a path to which it adds; None is nowhere.
 
     Raises:
         DeviceError: the device is absent or fails to initialise.
@@ -119,10 +121,16 @@ class Session:
     """
 
     def __init__(
-        self, path: Path, *, device: str = "auto", threads: int | None = None, memory_limit: int | None = None
+        self,
+        path: Path,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        memory_limit: int | None = None,
+        profile: Path | None = None,
     ) -> None:
         self.path = path
-        self.device, self._session = _open(path, device, threads, memory_limit)
+        self.device, self._session = _open(path, device, threads, memory_limit, profile)
         self.inputs = _ports(self._session.get_inputs())
         self.outputs = _ports(self._session.get_outputs())
         self._options: Any = None
@@ -130,7 +138,7 @@ class Session:
     def run(self, feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
         """All outputs by name; inputs are cast to the element types and ranks that the graph wants.
 
-        Of inputs whose leading sizes the graph calls by one name, those of one row are repeated.
+        Of inputs whose leading sizes the graph calls by one name, those of fewer rows are repeated as a whole.
 
         Ctrl-C stops it inside, between two operators.
 
@@ -168,6 +176,10 @@ class Session:
             self._options = None
         return self._sorted_out(outcome[0], terminated=bool(options.terminate))
 
+    def finish_profile(self) -> list[dict[str, Any]]:
+        """The events of ONNX Runtime's profile, which ends."""
+        return json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
+
     def cancel(self) -> None:
         """Stops the run that another thread is in; without one, nothing."""
         options = self._options
@@ -188,8 +200,9 @@ class Session:
         for name, size in leading.items():
             rows[str(size)] = max(rows.get(str(size), 1), len(feeds[name]))
         for name, size in leading.items():
-            if len(feeds[name]) == 1 < rows[str(size)]:
-                feeds[name] = np.repeat(feeds[name], rows[str(size)], axis=0)
+            times, rest = divmod(rows[str(size)], len(feeds[name]))
+            if times > 1 and rest == 0:
+                feeds[name] = np.concatenate([feeds[name]] * times)
         return feeds
 
     def _sorted_out(self, outcome: Any, *, terminated: bool) -> dict[str, AnyArray]:
@@ -209,13 +222,15 @@ class Session:
         return results
 
 
-def _open(path: Path, device: str, threads: int | None, memory_limit: int | None) -> tuple[str, Any]:
+def _open(
+    path: Path, device: str, threads: int | None, memory_limit: int | None, profile: Path | None
+) -> tuple[str, Any]:
     if not path.is_file():
         raise PackageError(f"{path} is missing; run 'sdonnx export' again")
     names = candidates(device)
     for index, name in enumerate(names):
         try:
-            return name, _open_on(path, name, threads, memory_limit)
+            return name, _open_on(path, name, threads, memory_limit, profile)
         except DeviceError as error:
             if index == len(names) - 1:
                 raise
@@ -223,13 +238,15 @@ def _open(path: Path, device: str, threads: int | None, memory_limit: int | None
     raise DeviceError(f"this ONNX Runtime offers none of {', '.join(DEVICES)}; {_install_hint('cpu')}")
 
 
-def _open_on(path: Path, name: str, threads: int | None, memory_limit: int | None) -> Any:
+def _open_on(path: Path, name: str, threads: int | None, memory_limit: int | None, profile: Path | None) -> Any:
     runtime, device = _runtime(), DEVICES[name]
     settings = runtime.SessionOptions()
     settings.log_severity_level = 4  # what goes wrong comes back as an exception
     settings.intra_op_num_threads = threads if threads is not None else 0
     settings.enable_mem_pattern = device.memory_pattern
     settings.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
+    if profile is not None:
+        settings.enable_profiling, settings.profile_file_prefix = True, str(profile)
     providers = [(device.provider, provider_options(name, memory_limit if name != "cpu" else None))]
     if name != "cpu":
         providers.append((DEVICES["cpu"].provider, {}))  # for the few operators that a device leaves out

@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 from sdonnx_models import bundled, recipes
+from sdonnx_runtime.machine import cpu_name, instruction_set
 
 import sdonnx
 from sdonnx.models import find_model
@@ -17,11 +18,12 @@ def info(
     package: Annotated[str, typer.Argument(metavar="PACKAGE", help="A package's directory, or a Hub id of one.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything the manifest says as JSON.")] = False,
 ) -> None:
-    """Show what a package is: where it came from, what it holds, what it takes on disk."""
+    """Show what a package is: where it came from, what it holds, what it takes on disk, and what this CPU is."""
     opened = sdonnx.Package.open(find_model(package))
     manifest = opened.manifest
     if as_json:
-        print_json({"path": str(opened.root), "inferred": opened.foreign, **asdict(manifest)})
+        here = {"path": str(opened.root), "inferred": opened.foreign, "instruction_set": instruction_set()}
+        print_json({**here, **asdict(manifest)})
         return
     facts = Table.grid(padding=(0, 2))
     source = manifest.source
@@ -35,6 +37,7 @@ def info(
     for name, component in manifest.components.items():
         megabytes = sum(file.size for file in component.files.values()) / 1e6
         facts.add_row(name, f"{component.precision}, {megabytes:,.1f} MB")
+    facts.add_row("this CPU", f"{cpu_name()}, {instruction_set()}")
     out.print(facts, highlight=False, soft_wrap=True)
 
 

@@ -1,0 +1,145 @@
+"""The machine that this runs on: its CPU, the instructions that decide how fast int8 is, the memory taken so far."""
+
+import ctypes
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+UNKNOWN = "unknown"
+
+_X86 = (
+    ("AMX", {"amx_int8"}),
+    ("AVX-512 with VNNI", {"avx512_vnni", "avx512vnni"}),
+    ("AVX2 with VNNI", {"avx_vnni", "avxvnni"}),
+    ("AVX-512 without VNNI", {"avx512bw"}),
+    ("AVX2 without VNNI", {"avx2"}),
+    ("no AVX2", {"sse2"}),
+)
+_ARM = (
+    ("Arm with int8 matrix multiplication", {"i8mm", "feat_i8mm"}),
+    ("Arm with dot product", {"asimddp", "feat_dotprod"}),
+    ("Arm without dot product", {"asimd", "advsimd", "neon"}),
+)
+"""What ONNX Runtime chooses its kernels by, best first, and how Linux and macOS call it."""
+
+
+def cpu_name() -> str:
+    """What the CPU calls itself, or ``unknown``."""
+    readers = {"linux": _linux_name, "darwin": lambda: _sysctl("machdep.cpu.brand_string"), "win32": _windows_name}
+    return _first_of(readers, UNKNOWN) or platform.processor() or UNKNOWN
+
+
+def instruction_set() -> str:
+    """The best instruction set for int8 that the CPU has of those that ONNX Runtime knows, such as "AVX-512 with VNNI".
+
+    Windows does not say whether there is VNNI; what can't be known is ``unknown``.
+    """
+    readers = {
+        "linux": lambda: named(_linux_field("flags", "Features").split()),
+        "darwin": lambda: named(_macos_features()),
+        "win32": _windows_instruction_set,
+    }
+    return _first_of(readers, UNKNOWN)
+
+
+def named(features: Iterable[str]) -> str:
+    """The best of a CPU's features, given as /proc/cpuinfo or sysctl write them; ``unknown`` where none is known."""
+    present = {feature.lower() for feature in features}
+    return next((name for name, spellings in _X86 + _ARM if spellings & present), UNKNOWN)
+
+
+def peak_memory() -> int:
+    """The most resident memory that this process has had since it began, in bytes: a mark that never falls.
+
+    Raises:
+        OSError: the system does not say.
+    """
+    if sys.platform == "win32":
+        return _windows_peak()
+    import resource
+
+    # Linux counts in ru_maxrss what the parent had when it forked; VmHWM is this program's own.
+    mark = _proc_value(Path("/proc/self/status"), "VmHWM")
+    if mark:
+        return int(mark.split()[0]) * 1024
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
+
+
+def _first_of(readers: dict[str, Callable[[], str]], default: str) -> str:
+    reader = readers.get(sys.platform)
+    try:
+        return default if reader is None else reader()
+    except (OSError, AttributeError, ValueError, subprocess.SubprocessError):
+        return default
+
+
+def _proc_value(path: Path, *keys: str) -> str:
+    """What follows the first of the ``keys`` in a file of lines "key : value"; empty where there is none."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    pairs = (line.partition(":") for line in lines)
+    return next((value.strip() for key, _, value in pairs if key.strip() in keys), "")
+
+
+def _linux_field(*keys: str) -> str:
+    return _proc_value(Path("/proc/cpuinfo"), *keys)
+
+
+def _linux_name() -> str:
+    device_tree = Path("/proc/device-tree/model")
+    return _linux_field("model name", "Hardware") or device_tree.read_text(encoding="utf-8").strip("\0")
+
+
+def _sysctl(name: str) -> str:
+    command = ["/usr/sbin/sysctl", "-n", name]
+    return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+
+
+def _macos_features() -> list[str]:
+    """Names that hw.optional says 1 of, without their prefixes: "avx2_0", "arm.FEAT_DotProd"."""
+    command = ["/usr/sbin/sysctl", "hw.optional"]
+    listing = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout
+    present = [key for key, _, value in (line.partition(":") for line in listing.splitlines()) if value.strip() == "1"]
+    return [key.rsplit(".", 1)[1].removesuffix("_0") for key in present if "." in key]
+
+
+def _windows_name() -> str:
+    import winreg
+
+    path = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
+    with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, path) as key:
+        return str(winreg.QueryValueEx(key, "ProcessorNameString")[0]).strip()
+
+
+def _windows_instruction_set() -> str:
+    has = ctypes.windll.kernel32.IsProcessorFeaturePresent
+    if platform.machine().upper() == "ARM64":
+        return named(["asimddp" if has(43) else "asimd"])  # PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE
+    if has(41):  # PF_AVX512F_INSTRUCTIONS_AVAILABLE
+        return "AVX-512, VNNI unknown"
+    return "AVX2, VNNI unknown" if has(40) else "no AVX2"  # PF_AVX2_INSTRUCTIONS_AVAILABLE
+
+
+class _MemoryCounters(ctypes.Structure):
+    """PROCESS_MEMORY_COUNTERS of psapi.h."""
+
+    _fields_ = (
+        ("cb", ctypes.c_uint32),
+        ("page_fault_count", ctypes.c_uint32),
+        *((name, ctypes.c_size_t) for name in ("peak_working_set", "working_set", "a", "b", "c", "d", "e", "f")),
+    )
+
+
+def _windows_peak() -> int:
+    kernel = ctypes.windll.kernel32
+    kernel.GetCurrentProcess.restype = ctypes.c_void_p
+    kernel.K32GetProcessMemoryInfo.argtypes = (ctypes.c_void_p, ctypes.POINTER(_MemoryCounters), ctypes.c_uint32)
+    counters = _MemoryCounters(cb=ctypes.sizeof(_MemoryCounters))
+    if not kernel.K32GetProcessMemoryInfo(kernel.GetCurrentProcess(), ctypes.byref(counters), counters.cb):
+        raise OSError("Windows does not say how much memory this process has taken")
+    return int(counters.peak_working_set)

@@ -1,0 +1,229 @@
+"""What a package costs on this machine, each component, each step and a picture, and how far it is from another one."""
+
+import math
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import numpy as np
+from sdonnx_runtime.arrays import AnyArray
+from sdonnx_runtime.conditioning import CONDITIONING
+from sdonnx_runtime.errors import RequestError
+from sdonnx_runtime.machine import cpu_name, instruction_set
+from sdonnx_runtime.noise import Noise
+from sdonnx_runtime.package import Package
+from sdonnx_runtime.pipeline import Pipeline
+from sdonnx_runtime.request import Request, given
+from sdonnx_runtime.session import runtime_version
+from sdonnx_runtime.tokenizer import Tokenizer
+
+from sdonnx.measure import ComponentFigures, PictureFigures, Pictures, apart, measure_component, measure_picture
+
+PROMPT, SEED = "a red apple on a blue background", 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where it was measured, for whoever reads the figures elsewhere."""
+
+    sdonnx: str
+    """Version."""
+    onnxruntime: str
+    """Version."""
+    python: str
+    """Version."""
+    system: str
+    """Operating system, its release, the architecture."""
+    cpu: str
+    """What the CPU calls itself."""
+    cpus: int | None
+    """Logical CPUs."""
+    instruction_set: str
+    """As `sdonnx_runtime.machine.instruction_set` has it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How far a package is from another one of the same checkpoint."""
+
+    reference: str
+    """Its directory."""
+    psnr: float
+    """Of the pictures with the same seed, dB; infinite where they are equal."""
+    unet_psnr: tuple[float, ...]
+    """Of what the U-Net gives for the inputs of each run of the reference's, dB.
+
+    The peak is the range of what the reference gave."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What `bench` found."""
+
+    machine: Machine
+    package: str
+    """Its directory."""
+    model: str
+    """The checkpoint that it was made of."""
+    threads: int | None
+    """CPU threads; None is one for each physical core."""
+    width: int
+    """Pixels."""
+    height: int
+    """Pixels."""
+    batch: int
+    """Pictures that a component works on at once."""
+    guidance_scale: float
+    """Where it is not 1, the U-Net has two rows of text for each picture."""
+    components: tuple[ComponentFigures, ...]
+    """In the order in which a picture needs them; the VAE's encoder last."""
+    picture: PictureFigures
+    """As many pictures as ``batch``, made as `Pipeline.generate` makes them."""
+    comparison: Comparison | None = None
+
+
+def bench(
+    package: Package,
+    *,
+    reference: Package | None = None,
+    steps: int | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    batch: int = 1,
+    repeat: int = 5,
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Callable[[str, float], None] = lambda what, done: None,
+) -> Report:
+    """Measures a package, each component and a picture in a process of its own.
+
+    A script that calls this needs the guard ``if __name__ == "__main__":``, as all do that start processes.
+
+    Args:
+        package: what is measured.
+        reference: another package of the same checkpoint, to compare outputs with.
+        steps: denoising steps of the picture; None is what the package suggests.
+        width: pixels; None is what the package suggests.
+        height: pixels; None is what the package suggests.
+        batch: pictures that each component works on at once.
+        repeat: runs of each component after the first.
+        device: auto, cuda, directml or cpu.
+        threads: CPU threads; None is one for each physical core.
+        progress: told what is measured now, and how much is done, 0 to 1.
+
+    Raises:
+        RequestError: an argument is out of its range, or the reference is of another model.
+        PackageError, DeviceError: as `Pipeline.generate` does; DeviceError too where memory runs out.
+    """
+    for name, value in {"batch": batch, "repeat": repeat}.items():
+        if value < 1:
+            raise RequestError(f"{name} is {value}; give a whole number of at least 1")
+    pipe = Pipeline(package, device=device, threads=threads)
+    request = pipe.check(PROMPT, seed=SEED, num_images=batch, num_inference_steps=steps, width=width, height=height)
+    names = _component_names(package)
+    stages = len(names) + (1 if reference is None else 3)
+    figures: list[ComponentFigures] = []
+    states: dict[tuple[str, str], AnyArray] = {}
+    for name in names:
+        progress(f"measuring {name}", len(figures) / stages)
+        feeds = _feeds(package, name, request, states)
+        found, outputs = apart(name, measure_component, package, name, feeds, repeat + 1, device, threads)
+        figures.append(found)
+        for encoder in package.manifest.text_encoders:
+            if encoder.component == name:
+                made = zip(_prompts(request), outputs, strict=True)
+                states |= {(name, prompt): output[encoder.output] for prompt, output in made}
+    progress("making a picture", len(names) / stages)
+    picture = apart("a picture", measure_picture, package, request, device, threads)
+    comparison = None
+    if reference is not None:
+        progress("making the reference's", (len(names) + 1) / stages)
+        wanted = apart("the reference", measure_picture, reference, request, device, threads)
+        progress("comparing", (len(names) + 2) / stages)
+        comparison = _compared(package, picture, reference, wanted, device, threads)
+    return Report(
+        machine=_machine(),
+        package=str(package.root),
+        model=package.name,
+        threads=threads,
+        width=given(request.width),
+        height=given(request.height),
+        batch=batch,
+        guidance_scale=given(request.guidance_scale),
+        components=tuple(figures),
+        picture=picture.figures,
+        comparison=comparison,
+    )
+
+
+def psnr(found: AnyArray, wanted: AnyArray, peak: float) -> float:
+    """Peak signal-to-noise ratio in dB of arrays of one shape; infinite where they are equal."""
+    error = float(np.square(found.astype(np.float64) - wanted).mean())
+    return math.inf if error == 0 else 10 * math.log10(peak**2 / error)
+
+
+def _component_names(package: Package) -> list[str]:
+    names = [*(encoder.component for encoder in package.manifest.text_encoders), "unet", "vae_decoder", "vae_encoder"]
+    return [name for name in names if name in package.manifest.components]
+
+
+def _prompts(request: Request) -> list[str]:
+    return [request.prompt] if request.guidance_scale == 1 else [request.negative_prompt, request.prompt]
+
+
+def _feeds(
+    package: Package, name: str, request: Request, states: Mapping[tuple[str, str], AnyArray]
+) -> list[Mapping[str, AnyArray]]:
+    """What a component is run on, in turns; ``states`` is what the text encoders gave for each prompt."""
+    manifest, batch = package.manifest, request.num_images
+    for encoder in manifest.text_encoders:
+        if encoder.component == name:
+            tokenizer = Tokenizer.open(package.root / encoder.tokenizer, length=encoder.length)
+            return [{"input_ids": tokenizer.encode(prompt).ids} for prompt in _prompts(request)]
+    height, width, downscale = given(request.height), given(request.width), manifest.latents.downscale
+    latents = Noise(SEED)((batch, manifest.latents.channels, height // downscale, width // downscale))
+    if name == "vae_decoder":
+        return [{"latent_sample": latents / np.float32(manifest.latents.scaling_factor)}]
+    if name == "vae_encoder":
+        return [{"sample": np.tanh(Noise(SEED)((batch, 3, height, width)))}]
+    conditioning = CONDITIONING[manifest.family](
+        manifest.text_encoders, _prompts(request), lambda encoder, prompt: states[encoder.component, prompt]
+    )
+    rows = {key: np.repeat(value, batch, axis=0) for key, value in conditioning.items()}
+    return [{"sample": latents, "timestep": np.array(500, np.float32), **rows}]
+
+
+def _compared(
+    package: Package, made: Pictures, reference: Package, wanted: Pictures, device: str, threads: int | None
+) -> Comparison:
+    ours, theirs = ({key: value.shape for key, value in each.calls[0].inputs.items()} for each in (made, wanted))
+    if ours != theirs:
+        raise RequestError(
+            f"{reference.root} is of another model than {package.root}: its U-Net takes {theirs} instead of {ours}; "
+            "compare packages of one checkpoint"
+        )
+    calls = wanted.calls
+    feeds = [call.inputs for call in calls]
+    _, outputs = apart("the comparison", measure_component, package, "unet", feeds, max(2, len(feeds)), device, threads)
+    found = [next(iter(output.values())) for output in outputs]
+    return Comparison(
+        reference=str(reference.root),
+        psnr=psnr(made.pixels, wanted.pixels, 255),
+        unet_psnr=tuple(
+            psnr(output, call.output, float(np.ptp(call.output))) for output, call in zip(found, calls, strict=True)
+        ),
+    )
+
+
+def _machine() -> Machine:
+    return Machine(
+        sdonnx=version("sdonnx"),
+        onnxruntime=runtime_version(),
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.release()}, {platform.machine()}",
+        cpu=cpu_name(),
+        cpus=os.cpu_count(),
+        instruction_set=instruction_set(),
+    )

@@ -75,11 +75,11 @@ def markdown(report: Report) -> str:
         "| component | precision | provider | on the CPU instead | load s | first s | median s | peak MB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         *(_row(figures) for figures in report.components),
-        f"| picture, {picture.num_inference_steps} steps | | | | {picture.load_s:.3f} | {picture.first_step_s:.3f} | "
-        f"{picture.step_s:.3f} | {picture.peak_rss_mb:.0f} |",
+        f"| picture, {picture.num_inference_steps} steps | | | | {picture.load_s:.3g} | {picture.first_step_s:.3g} | "
+        f"{picture.step_s:.3g} | {picture.peak_rss_mb:.0f} |",
         "",
         "Each row is a process of its own. The picture's first and median are its steps, the first with opening the "
-        f"U-Net; it took {picture.total_s:.2f} s in all.",
+        f"U-Net; it took {picture.total_s:.3g} s in all.",
     ]
     if found is not None:
         middle = sorted(found.unet_psnr)[len(found.unet_psnr) // 2]
@@ -96,7 +96,7 @@ def _row(figures: ComponentFigures) -> str:
     provider = figures.provider.removesuffix("ExecutionProvider")
     return (
         f"| {figures.component} | {figures.precision} | {provider} | {on_cpu} | "
-        f"{figures.load_s:.3f} | {figures.first_s:.3f} | {figures.median_s:.3f} | {figures.peak_rss_mb:.0f} |"
+        f"{figures.load_s:.3g} | {figures.first_s:.3g} | {figures.median_s:.3g} | {figures.peak_rss_mb:.0f} |"
     )
 
 

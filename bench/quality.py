@@ -2,6 +2,7 @@
 
     python bench/quality.py                                       # the bundled package
     python bench/quality.py PACKAGE --reference OTHER --steps 12 --sampler euler --json FILE
+    python bench/quality.py --unet unet.xml --reference pictogram # OpenVINO's U-Net, as openvino_models.py makes it
 
 Each of the 290 subjects is drawn twice: on a background that training showed it on and on the one it was kept from.
 A small classifier, trained on renderings of its own (models/pictogram/train.py), says what the pictures show. The VAE
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+import openvino_models
 from PIL import Image
 from sdonnx_models import DEFAULT
 from sdonnx_runtime.session import Session
@@ -111,9 +113,11 @@ def _caption(name: str, background: str) -> str:
     return f"{first} {name} on {second} {background} background"
 
 
-def draw(package: str, cases: list[Case], settings: dict, *, empty: bool) -> np.ndarray:
-    """(N, 64, 64, 3) uint8, one picture for each case."""
+def draw(package: str, cases: list[Case], settings: dict, *, empty: bool, unet: Path | None = None) -> np.ndarray:
+    """(N, 64, 64, 3) uint8, one picture for each case; ``unet`` is OpenVINO's model of it."""
     with sdonnx.load(package, keep_loaded=True) as pipe:
+        if unet is not None:
+            openvino_models.attach(pipe, {"unet": unet})
         made = [
             pipe.generate("" if empty else case.caption, seed=case.seed, width=64, height=64, **settings).images[0]
             for case in cases
@@ -164,6 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("package", nargs="?", default=DEFAULT)
     parser.add_argument("--reference", metavar="PACKAGE", help="compare with this package's pictures")
+    parser.add_argument("--unet", type=Path, metavar="FILE.xml", help="let OpenVINO run this as the package's U-Net")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--sampler", help="default: the package's own")
@@ -175,7 +180,7 @@ def main() -> None:
     judge = Judge()
     cases = judge.cases(args.limit)
     settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance, "sampler": args.sampler}
-    verdict = judge.look(draw(args.package, cases, settings, empty=args.empty), cases)
+    verdict = judge.look(draw(args.package, cases, settings, empty=args.empty, unet=args.unet), cases)
     found = {"pictures": len(cases), **settings, "empty": args.empty, **summary(judge, verdict, cases)}
     found |= {"vae_psnr": reconstruction(args.package), "judge_accuracy": judge.facts["accuracy"]}
     if args.reference is not None:

@@ -139,7 +139,7 @@ def trajectories(package: str, pictures: int) -> list[Feeds]:
     cases = Judge().cases(pictures)
     requests = [pipe.check(case.caption, seed=case.seed - FIRST_SEED) for case in cases]
     made = [measure_picture(opened, request, "cpu", None) for request in requests]
-    return [call.inputs for picture in made for call in picture.calls]
+    return [call.inputs for picture in made for call in picture.calls["unet"]]
 
 
 def main() -> None:

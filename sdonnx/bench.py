@@ -9,15 +9,12 @@ from importlib.metadata import version
 
 import numpy as np
 from sdonnx_runtime.arrays import AnyArray
-from sdonnx_runtime.conditioning import CONDITIONING
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.machine import cpu_name, instruction_set
-from sdonnx_runtime.noise import Noise
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.pipeline import Pipeline
-from sdonnx_runtime.request import Request, given
+from sdonnx_runtime.request import given
 from sdonnx_runtime.session import runtime_version
-from sdonnx_runtime.tokenizer import Tokenizer
 
 from sdonnx.measure import ComponentFigures, PictureFigures, Pictures, apart, measure_component, measure_picture
 
@@ -124,19 +121,14 @@ def bench(
     request = pipe.check(PROMPT, seed=SEED, num_images=batch, num_inference_steps=steps, width=width, height=height)
     names = _component_names(package)
     stages = len(names) + (1 if reference is None else 3)
-    figures: list[ComponentFigures] = []
-    states: dict[tuple[str, str], AnyArray] = {}
-    for name in names:
-        progress(f"measuring {name}", len(figures) / stages)
-        feeds = _feeds(package, name, request, states)
-        found, outputs = apart(name, measure_component, package, name, feeds, repeat + 1, device, threads)
-        figures.append(found)
-        for encoder in package.manifest.text_encoders:
-            if encoder.component == name:
-                made = zip(_prompts(request), outputs, strict=True)
-                states |= {(name, prompt): output[encoder.output] for prompt, output in made}
-    progress("making a picture", len(names) / stages)
+    progress("making a picture", 0.0)
     picture = apart("a picture", measure_picture, package, request, device, threads)
+    figures: list[ComponentFigures] = []
+    for name in names:
+        progress(f"measuring {name}", (len(figures) + 1) / stages)
+        feeds = _feeds(name, picture, batch)
+        found, _ = apart(name, measure_component, package, name, feeds, repeat + 1, device, threads)
+        figures.append(found)
     comparison = None
     if reference is not None:
         progress("making the reference's", (len(names) + 1) / stages)
@@ -169,51 +161,35 @@ def _component_names(package: Package) -> list[str]:
     return [name for name in names if name in package.manifest.components]
 
 
-def _prompts(request: Request) -> list[str]:
-    return [request.prompt] if request.guidance_scale == 1 else [request.negative_prompt, request.prompt]
-
-
-def _feeds(
-    package: Package, name: str, request: Request, states: Mapping[tuple[str, str], AnyArray]
-) -> list[Mapping[str, AnyArray]]:
-    """What a component is run on, in turns; ``states`` is what the text encoders gave for each prompt."""
-    manifest, batch = package.manifest, request.num_images
-    for encoder in manifest.text_encoders:
-        if encoder.component == name:
-            tokenizer = Tokenizer.open(package.root / encoder.tokenizer, length=encoder.length)
-            return [{"input_ids": tokenizer.encode(prompt).ids} for prompt in _prompts(request)]
-    height, width, downscale = given(request.height), given(request.width), manifest.latents.downscale
-    latents = Noise(SEED)((batch, manifest.latents.channels, height // downscale, width // downscale))
-    if name == "vae_decoder":
-        return [{"latent_sample": latents / np.float32(manifest.latents.scaling_factor)}]
+def _feeds(name: str, picture: Pictures, batch: int) -> list[Mapping[str, AnyArray]]:
+    """What a component was run on for the picture, for ``batch`` pictures at once; in turns, where there is more."""
     if name == "vae_encoder":
-        return [{"sample": np.tanh(Noise(SEED)((batch, 3, height, width)))}]
-    conditioning = CONDITIONING[manifest.family](
-        manifest.text_encoders, _prompts(request), lambda encoder, prompt: states[encoder.component, prompt]
-    )
-    rows = {key: np.repeat(value, batch, axis=0) for key, value in conditioning.items()}
-    return [{"sample": latents, "timestep": np.array(500, np.float32), **rows}]
+        return [{"sample": picture.pixels.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1}]
+    calls = [call.inputs for call in picture.calls[name]]
+    if name not in ("unet", "vae_decoder"):
+        return calls
+    times = batch // len(calls[0]["sample" if name == "unet" else "latent_sample"])
+    return [{key: np.repeat(value, times, axis=0) if value.ndim else value for key, value in calls[0].items()}]
 
 
 def _compared(
     package: Package, made: Pictures, reference: Package, wanted: Pictures, device: str, threads: int | None
 ) -> Comparison:
-    ours, theirs = ({key: value.shape for key, value in each.calls[0].inputs.items()} for each in (made, wanted))
+    first = (each.calls["unet"][0].inputs for each in (made, wanted))
+    ours, theirs = ({key: value.shape for key, value in inputs.items()} for inputs in first)
     if ours != theirs:
         raise RequestError(
             f"{reference.root} is of another model than {package.root}: its U-Net takes {theirs} instead of {ours}; "
             "compare packages of one checkpoint"
         )
-    calls = wanted.calls
-    feeds = [call.inputs for call in calls]
+    feeds = [call.inputs for call in wanted.calls["unet"]]
     _, outputs = apart("the comparison", measure_component, package, "unet", feeds, max(2, len(feeds)), device, threads)
+    expected = [next(iter(call.outputs.values())) for call in wanted.calls["unet"]]
     found = [next(iter(output.values())) for output in outputs]
     return Comparison(
         reference=str(reference.root),
         psnr=psnr(made.pixels, wanted.pixels, 255),
-        unet_psnr=tuple(
-            psnr(output, call.output, float(np.ptp(call.output))) for output, call in zip(found, calls, strict=True)
-        ),
+        unet_psnr=tuple(psnr(one, other, float(np.ptp(other))) for one, other in zip(found, expected, strict=True)),
     )
 
 

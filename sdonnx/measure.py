@@ -68,10 +68,10 @@ class PictureFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One run of the U-Net."""
+    """One run of a component."""
 
     inputs: Mapping[str, AnyArray]
-    output: AnyArray
+    outputs: Mapping[str, AnyArray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +81,8 @@ class Pictures:
     figures: PictureFigures
     pixels: AnyArray
     """(N, height, width, 3) uint8."""
-    calls: tuple[Call, ...]
-    """Every run of the U-Net."""
+    calls: Mapping[str, tuple[Call, ...]]
+    """Every run of each component."""
 
 
 def measure_component(
@@ -137,17 +137,15 @@ def operators(
 
 
 class _Recorder(Runner):
-    """A runner that keeps what the U-Net was given and gave."""
+    """A runner that keeps what components were given and gave."""
 
     def __init__(self, components: Components) -> None:
         super().__init__(components)
-        self.calls: list[Call] = []
+        self.calls: dict[str, tuple[Call, ...]] = {}
 
     def __call__(self, name: str, feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
         outputs = super().__call__(name, feeds)
-        if name == "unet":
-            (output,) = outputs.values()
-            self.calls.append(Call(inputs=dict(feeds), output=output))
+        self.calls[name] = (*self.calls.get(name, ()), Call(inputs=dict(feeds), outputs=outputs))
         return outputs
 
 
@@ -175,7 +173,7 @@ def measure_picture(package: Package, request: Request, device: str, threads: in
         peak_rss_mb=peak_memory() / 1e6,
     )
     pixels = np.stack([np.asarray(image) for image in result.images])
-    return Pictures(figures=figures, pixels=pixels, calls=tuple(run.calls))
+    return Pictures(figures=figures, pixels=pixels, calls=run.calls)
 
 
 def apart(what: str, function: Callable[..., T], *arguments: Any) -> T:

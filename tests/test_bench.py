@@ -1,10 +1,13 @@
 """``sdonnx bench``: what it says and how it fails; marks of memory that are their own process's; what the CPU can."""
 
+import ctypes
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnx_ir as ir
@@ -172,3 +175,46 @@ def test_this_cpu_is_what_torch_takes_it_for():
     found = instruction_set()
     assert ("AVX-512" in found or found == "AMX") == torch.cpu._is_avx512_supported()
     assert (found in ("AVX-512 with VNNI", "AMX")) == torch.cpu._is_vnni_supported()
+
+
+@pytest.mark.parametrize(
+    ("listing", "name"),
+    [
+        ("hw.optional.avx2_0: 1\nhw.optional.avx512bw: 1\nhw.optional.avx512vnni: 1", "AVX-512 with VNNI"),  # Ice Lake
+        ("hw.optional.sse2: 1\nhw.optional.avx2_0: 1\nhw.optional.avx512bw: 0", "AVX2 without VNNI"),
+        ("hw.optional.neon: 1\nhw.optional.arm.FEAT_DotProd: 1\nhw.optional.arm.FEAT_I8MM: 0", "Arm with dot product"),
+    ],
+)
+def test_what_macos_says(listing, name, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    answer = subprocess.CompletedProcess([], 0, stdout=listing)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: answer)
+    assert instruction_set() == name
+
+
+@pytest.mark.parametrize(
+    ("architecture", "present", "name"),
+    [  # numbers of winnt.h
+        ("AMD64", {40, 41}, "AVX-512, VNNI unknown"),
+        ("AMD64", {40}, "AVX2, VNNI unknown"),
+        ("ARM64", {43}, "Arm with dot product"),
+        ("ARM64", set(), "Arm without dot product"),
+    ],
+)
+def test_what_windows_says(architecture, present, name, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(platform, "machine", lambda: architecture)
+    kernel = SimpleNamespace(IsProcessorFeaturePresent=present.__contains__)
+    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel), raising=False)
+    assert instruction_set() == name
+
+
+def test_a_system_that_says_nothing_is_unknown(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError))
+    assert instruction_set() == "unknown"
+
+
+def test_info_says_what_the_cpu_can():
+    ran = subprocess.run([sys.executable, "-m", "sdonnx", "info", "pictogram"], capture_output=True, text=True)
+    assert instruction_set() in ran.stdout

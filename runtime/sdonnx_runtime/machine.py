@@ -122,7 +122,7 @@ def _windows_instruction_set() -> str:
         return named(["asimddp" if has(43) else "asimd"])  # PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE
     if has(41):  # PF_AVX512F_INSTRUCTIONS_AVAILABLE
         return "AVX-512, VNNI unknown"
-    return "AVX2, VNNI unknown" if has(40) else "no AVX2"  # PF_AVX2_INSTRUCTIONS_AVAILABLE
+    return "AVX2, VNNI unknown" if has(40) else UNKNOWN  # PF_AVX2_INSTRUCTIONS_AVAILABLE
 
 
 class _MemoryCounters(ctypes.Structure):

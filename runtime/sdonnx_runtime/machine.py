@@ -28,7 +28,7 @@ _ARM = (
 def cpu_name() -> str:
     """What the CPU calls itself, or ``unknown``."""
     readers = {"linux": _linux_name, "darwin": lambda: _sysctl("machdep.cpu.brand_string"), "win32": _windows_name}
-    return _first_of(readers, UNKNOWN) or platform.processor() or UNKNOWN
+    return _read(readers) or platform.processor() or UNKNOWN
 
 
 def instruction_set() -> str:
@@ -41,7 +41,7 @@ def instruction_set() -> str:
         "darwin": lambda: named(_macos_features()),
         "win32": _windows_instruction_set,
     }
-    return _first_of(readers, UNKNOWN)
+    return _read(readers) or UNKNOWN
 
 
 def named(features: Iterable[str]) -> str:
@@ -68,12 +68,13 @@ def peak_memory() -> int:
     return largest if sys.platform == "darwin" else largest * 1024
 
 
-def _first_of(readers: dict[str, Callable[[], str]], default: str) -> str:
+def _read(readers: dict[str, Callable[[], str]]) -> str:
+    """What this system's reader gives; empty where there is none, or it fails."""
     reader = readers.get(sys.platform)
     try:
-        return default if reader is None else reader()
+        return "" if reader is None else reader()
     except (OSError, AttributeError, ValueError, subprocess.SubprocessError):
-        return default
+        return ""
 
 
 def _proc_value(path: Path, *keys: str) -> str:

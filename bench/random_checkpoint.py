@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from sdonnx_export.clip_vocabulary import write_clip_tokenizer
 from sdonnx_export.graph import COMPONENTS
-from sdonnx_export.layers import Matrix
+from sdonnx_export.operators import Matrix
 
 UNET = {
     "_class_name": "UNet2DConditionModel",

@@ -1,12 +1,11 @@
 """The export: a checkpoint in, a package out, whole or not at all."""
 
-import hashlib
-import json
+import logging
 import shutil
-from collections.abc import Callable, Generator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -14,27 +13,21 @@ from typing import Any
 
 import onnx_ir as ir
 from sdonnx_runtime.errors import ExportError, SdonnxError
-from sdonnx_runtime.manifest import Component, File, Manifest, Source, finite, write_manifest
-from sdonnx_runtime.optimum_layout import manifest_of_layout
+from sdonnx_runtime.manifest import Manifest, Source, write_manifest
 
+from sdonnx_export.calibration import Calibration, Seen, observe
 from sdonnx_export.checkpoint import open_checkpoint, open_vae
-from sdonnx_export.clip_vocabulary import write_clip_tokenizer
 from sdonnx_export.graph import COMPONENTS, build
-from sdonnx_export.operators import PRECISIONS, Precision
+from sdonnx_export.int8 import Int8Operators
 from sdonnx_export.parts import Checkpoint
+from sdonnx_export.precision import PRECISIONS, Precision
 from sdonnx_export.preview import fit_preview
 from sdonnx_export.verify import verify
+from sdonnx_export.writing import GRAPH, Report, files_of, manifest_of, write_components
 
-Report = Callable[[str, float], None]
-"""Told what is being done and how much of it is, 0 to 1."""
-
-GRAPH, WEIGHTS = "model.onnx", "model.onnx_data"
-"""What optimum calls them."""
+logger = logging.getLogger(__name__)
 
 _NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
-
-_ALIGNMENT = 65536
-"""Windows maps files at multiples of this."""
 
 
 def export(
@@ -45,6 +38,7 @@ def export(
     vae: str | None = None,
     revision: str | None = None,
     via: str = "native",
+    calibration: str = "full",
     defaults: Mapping[str, Any] = _NO_DEFAULTS,
     force: bool = False,
     report: Report = lambda _what, _done: None,
@@ -54,10 +48,14 @@ def export(
     Args:
         source: a diffusers directory, a Hub id, or a single ``.safetensors`` or ``.ckpt`` file.
         output: the package's directory; None is the source's name with ``-onnx`` in the working directory.
-        precision: fp32, or fp16 for weights of half the size (the arithmetic stays float32).
+        precision: fp32; fp16, int8-weights or int4 for smaller weights (the arithmetic stays float32); int8 computes
+            in 8 bits.
         vae: where to take the VAE from instead of ``source``.
         revision: branch, tag or commit of a Hub id.
         via: ``native`` (written graphs, no torch) or ``optimum`` (traced by optimum-onnx).
+        calibration: what int8 takes its ranges from: full or fast (a trajectory for each of the prompts that come
+            with sdonnx, or for the first of them), none (ranges are found while running, and fewer layers are int8),
+            or a file of prompts, one to a line.
         defaults: fields of `Defaults` that suit the model and that its configs don't say.
         force: replaces ``output`` if it exists.
         report: told of the progress.
@@ -70,7 +68,12 @@ def export(
     output = output if output is not None else Path(f"{Path(source.rstrip('/')).stem}-onnx")
     with _finished_at(output, replacing=force) as directory:
         if via == "native":
-            manifest = _export_native(source, directory, precision, vae, revision, report)
+            checkpoint = _opened(source, vae, revision, report)
+            seen = None
+            if precision == "int8":
+                seen = _observed(checkpoint, Calibration.named(calibration), output, defaults, report)
+            files = write_components(directory, checkpoint, partial(_model, checkpoint, precision, seen), report)
+            manifest = manifest_of(directory, files, precision, _source(checkpoint))
         elif via == "optimum":
             manifest = _export_optimum(source, directory, precision, vae, revision, report)
         else:
@@ -85,23 +88,38 @@ def export(
     return output
 
 
-def _export_native(
-    source: str, directory: Path, precision: Precision, vae: str | None, revision: str | None, report: Report
-) -> Manifest:
+def _opened(source: str, vae: str | None, revision: str | None, report: Report) -> Checkpoint:
     report("reading the checkpoint", 0.0)
     checkpoint = open_checkpoint(source, revision=revision)
-    if vae is not None:
-        checkpoint = replace(checkpoint, parts={**checkpoint.parts, "vae": open_vae(vae)})
-    models = {name: build(name, checkpoint.parts[component.part], precision) for name, component in COMPONENTS.items()}
-    _write_configs(directory, checkpoint)
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        digests: dict[str, Future[dict[str, File]]] = {}
-        for name, model in models.items():
-            _save(model, directory / name, lambda done, name=name: report(f"writing {name}", done))
-            digests[name] = pool.submit(_files, directory, name)
-        report("checksums", 1.0)
-        files = {name: digest.result() for name, digest in digests.items()}
-    return _manifest(directory, files, precision, _source(checkpoint))
+    if vae is None:
+        return checkpoint
+    return replace(checkpoint, parts={**checkpoint.parts, "vae": open_vae(vae)})
+
+
+def _model(checkpoint: Checkpoint, precision: Precision, seen: Seen | None, name: str) -> ir.Model:
+    """The model of a component, in 8 bits where it has been observed."""
+    part = checkpoint.parts[COMPONENTS[name].part]
+    if precision != "int8" or name == "text_encoder":
+        return build(name, part, precision)
+    if seen is None:
+        return build(name, part, precision, Int8Operators)
+    return build(name, part, precision, partial(Int8Operators, ranges=seen[name]))
+
+
+def _observed(
+    checkpoint: Checkpoint, calibration: Calibration | None, output: Path, defaults: Mapping[str, Any], report: Report
+) -> Seen | None:
+    """What `calibrate` saw; should it be stopped, the same export goes on where it was."""
+    if calibration is None:
+        return None
+    work = output.with_name(f".{output.name}.calibration")
+    try:
+        seen = observe(checkpoint, calibration, work, defaults, report)
+    except KeyboardInterrupt:
+        logger.warning("the calibration so far is kept in %s; the same command goes on from there", work)
+        raise
+    shutil.rmtree(work)
+    return seen
 
 
 def _export_optimum(
@@ -113,90 +131,15 @@ def _export_optimum(
         raise ExportError("--via optimum writes fp32 and the checkpoint's own VAE; leave out --precision and --vae")
     report("tracing with optimum", 0.0)
     export_with_optimum(source, directory, revision)
-    files = {path.parent.name: _files(directory, path.parent.name) for path in directory.glob(f"*/{GRAPH}")}
+    files = {path.parent.name: files_of(directory, path.parent.name) for path in directory.glob(f"*/{GRAPH}")}
     name = Path(source).name if Path(source).exists() else source
     exporter = f"optimum-onnx {version('optimum-onnx')}, sdonnx {version('sdonnx')}"
-    return _manifest(directory, files, precision, Source(name=name, revision=revision, exporter=exporter))
+    return manifest_of(directory, files, precision, Source(name=name, revision=revision, exporter=exporter))
 
 
 def _source(checkpoint: Checkpoint) -> Source:
     exporter = f"sdonnx {version('sdonnx')}"
     return Source(name=checkpoint.source, revision=checkpoint.revision, exporter=exporter)
-
-
-def _manifest(directory: Path, files: Mapping[str, dict[str, File]], precision: Precision, source: Source) -> Manifest:
-    components = {
-        name: Component(graphs={"plain": f"{name}/{GRAPH}"}, files=listed, precision=precision)
-        for name, listed in files.items()
-    }
-    return replace(manifest_of_layout(directory, source=source), components=components)
-
-
-def _write_configs(directory: Path, checkpoint: Checkpoint) -> None:
-    """The small files of optimum's layout, without the names and paths that configs collect."""
-    for name, component in COMPONENTS.items():
-        _write_json(directory / name / "config.json", checkpoint.parts[component.part].config)
-    _write_json(directory / "scheduler" / "scheduler_config.json", checkpoint.scheduler)
-    scheduler = checkpoint.scheduler.get("_class_name", "PNDMScheduler")
-    _write_json(
-        directory / "model_index.json",
-        {
-            "_class_name": "StableDiffusionPipeline",
-            "feature_extractor": [None, None],
-            "image_encoder": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
-            "scheduler": ["diffusers", scheduler],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        },
-    )
-    tokenizer = directory / "tokenizer"
-    if checkpoint.tokenizer is None:
-        tokenizer.mkdir()
-        write_clip_tokenizer(tokenizer)
-        return
-    tokenizer.mkdir()
-    for path in checkpoint.tokenizer.iterdir():
-        if path.name in _TOKENIZER_FILES:
-            shutil.copyfile(path, tokenizer / path.name)
-
-
-_TOKENIZER_FILES = (
-    "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
-)  # fmt: skip
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    kept = {key: value for key, value in data.items() if key != "_name_or_path"}
-    path.write_text(json.dumps(finite(kept), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _save(model: ir.Model, folder: Path, done: Callable[[float], None]) -> None:
-    """Writes graph and weights; each weight is read, converted and written before the next."""
-    written = 0
-
-    def count(_tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
-        nonlocal written
-        written += 1
-        done(written / info.total)
-
-    ir.save(model, folder / GRAPH, external_data=WEIGHTS, alignment=_ALIGNMENT, callback=count)
-
-
-def _files(directory: Path, component: str) -> dict[str, File]:
-    """Size and SHA-256 of a component's graphs and weights."""
-    found = {}
-    for path in sorted((directory / component).glob(f"{GRAPH}*")):
-        with path.open("rb") as stream:
-            digest = hashlib.sha256()
-            while block := stream.read(1 << 20):
-                digest.update(block)
-        found[f"{component}/{path.name}"] = File(size=path.stat().st_size, sha256=digest.hexdigest())
-    return found
 
 
 @contextmanager

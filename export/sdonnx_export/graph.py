@@ -11,9 +11,17 @@ from sdonnx_runtime.errors import ExportError
 
 from sdonnx_export.clip import ClipTextEncoder
 from sdonnx_export.config import ClipTextConfig, UNetConfig, VaeConfig
-from sdonnx_export.layers import Matrix
-from sdonnx_export.operators import CONTRIB, IR_VERSION, OPSET, Operators, Precision
+from sdonnx_export.operators import (
+    CONTRIB,
+    IR_VERSION,
+    IR_VERSION_4_BITS,
+    OPSET,
+    OPSET_4_BITS,
+    Matrix,
+    Operators,
+)  # fmt: skip
 from sdonnx_export.parts import Part, Weight
+from sdonnx_export.precision import Precision, precision_of
 from sdonnx_export.stages import name_edges
 from sdonnx_export.unet import UNet
 from sdonnx_export.vae import VaeDecoder, VaeEncoder
@@ -84,8 +92,14 @@ COMPONENTS = {
 """Input and output names are those of optimum's exports, so that a package opens there."""
 
 
-def build(name: str, part: Part, precision: Precision) -> ir.Model:
+def build(name: str, part: Part, precision: Precision, operators: Callable[..., Operators] = Operators) -> ir.Model:
     """The model of component ``name`` (a key of COMPONENTS); its weights are read when it is saved.
+
+    Args:
+        name: of the component.
+        part: its config and weights.
+        precision: of the package.
+        operators: what the graph is written in; called as `Operators` is.
 
     Raises:
         ExportError: the config has a value without a written graph; a weight is missing, is left over, or has
@@ -93,25 +107,26 @@ def build(name: str, part: Part, precision: Precision) -> ir.Model:
     """
     component = COMPONENTS[name]
     module, ports = component.module(part.config)
-    graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": OPSET, CONTRIB: 1})
-    op = Operators(graph, precision)
-    inputs = [op.builder.input(port.name, port.dtype, port.shape) for port in ports]
-    results = module(op, *inputs)
-    for value, output in zip(results if isinstance(results, tuple) else (results,), component.outputs, strict=True):
-        op.builder.add_output(value, output)
-    name_edges(graph)
+    opset, version = (OPSET_4_BITS, IR_VERSION_4_BITS) if precision == "int4" else (OPSET, IR_VERSION)
+    graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": opset, CONTRIB: 1})
     mine = {
         key: weight
         for key, weight in part.weights.items()
         if not component.prefixes or key.startswith(component.prefixes)
     }
+    op = operators(graph, mine, precision_of(precision))
+    inputs = [op.builder.input(port.name, port.dtype, port.shape) for port in ports]
+    results = module(op, *inputs)
+    for value, output in zip(results if isinstance(results, tuple) else (results,), component.outputs, strict=True):
+        op.builder.add_output(value, output)
+    name_edges(graph)
     _bind(graph, name, mine)
-    return ir.Model(graph, ir_version=IR_VERSION, producer_name="sdonnx")
+    return ir.Model(graph, ir_version=version, producer_name="sdonnx")
 
 
 def _bind(graph: ir.Graph, component: str, weights: Mapping[str, Weight]) -> None:
     unused = set(weights)
-    for name, value in graph.initializers.items():
+    for name, value in list(graph.initializers.items()):
         if value.const_value is not None:
             continue
         weight = weights.get(name)
@@ -119,6 +134,8 @@ def _bind(graph: ir.Graph, component: str, weights: Mapping[str, Weight]) -> Non
             raise ExportError(f"{component}: the weight '{name}' is missing; the checkpoint and its config disagree")
         unused.discard(name)
         value.const_value = _lazy(name, value, weight, component)
+        if not value.uses():  # its codes are there instead
+            del graph.initializers[name]
     if unused:
         listed = ", ".join(sorted(unused)[:3])
         raise ExportError(

@@ -5,11 +5,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 from onnxscript.nn import Module, ModuleList, Parameter
 
-from sdonnx_export.operators import Operators
-
-
-class Matrix(Parameter):
-    """A linear layer's weight, stored (in_features, out_features): the transpose of the checkpoint's."""
+from sdonnx_export.operators import Matrix, Operators
 
 
 class Linear(Module):
@@ -42,8 +38,10 @@ class Conv2d(Module):
         self._stride = stride
         self._pads = pads if pads is not None else [kernel // 2] * 4
 
-    def forward(self, op: Operators, x: ir.Value) -> ir.Value:
-        return op.conv(x, self.weight, self.bias, stride=self._stride, pads=self._pads)
+    def forward(self, op: Operators, x: ir.Value, *, enlarged: bool = False, like: ir.Value | None = None) -> ir.Value:
+        """Of ``x``, or of ``x`` enlarged by 2 or to the size of ``like``."""
+        how = {"stride": self._stride, "pads": self._pads}
+        return op.conv(x, self.weight, self.bias, **how, enlarged=enlarged, like=like)
 
 
 class GroupNorm(Module):
@@ -90,7 +88,7 @@ class ResnetBlock(Module):
         """``temb`` (N, T) has gone through SiLU already: every block would begin with the same one."""
         h = self.conv1(op, op.silu(self.norm1(op, x)))
         if self.time_emb_proj is not None:
-            h = op.Add(h, op.Unsqueeze(self.time_emb_proj(op, temb), [2, 3]))
+            h = op.add_to_pixels(h, self.time_emb_proj(op, temb))
         h = self.conv2(op, op.silu(self.norm2(op, h)))
         return op.Add(h, x if self.conv_shortcut is None else self.conv_shortcut(op, x))
 

@@ -1,7 +1,7 @@
 """The operators that layers are written in: the one place where precision and target choose ONNX nodes."""
 
-from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -9,8 +9,9 @@ from onnxscript import GraphBuilder, OpBuilder
 from onnxscript.nn import Parameter
 from sdonnx_runtime.arrays import AnyArray
 
-Precision: TypeAlias = Literal["fp32", "fp16"]
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
+from sdonnx_export.codes import BLOCK, coded
+from sdonnx_export.parts import Weight
+from sdonnx_export.precision import PrecisionOf
 
 OPSET = 20
 """Every ONNX Runtime from 1.20 on runs it, DirectML's included; Gelu is in it since then."""
@@ -18,42 +19,96 @@ OPSET = 20
 IR_VERSION = 9
 """The model format that came with opset 20."""
 
+OPSET_4_BITS, IR_VERSION_4_BITS = 21, 10
+"""Codes of 4 bits, and scales for blocks of them, came later."""
+
 CONTRIB = "com.microsoft"
+
+
+class Matrix(Parameter):
+    """A linear layer's weight, stored (in_features, out_features): the transpose of the checkpoint's."""
 
 
 class Operators(OpBuilder):
     """Any ONNX operator by its name, and the compound ones of diffusion models by theirs.
 
-    Values are float32, pictures (N, C, H, W), sequences (N, S, C).
+    Values are float32, sequences (N, S, C), pictures (N, C, H, W) as they come in and go out. How pictures lie in
+    between is this class's own affair: layers that handle them say what they mean (`join`, `add_to_pixels`).
+
+    Args:
+        graph: what is written to.
+        weights: the checkpoint's.
+        precision_of: how they are stored.
     """
 
-    def __init__(self, graph: ir.Graph, precision: Precision) -> None:
-        super().__init__(GraphBuilder(graph), "", OPSET)
-        self._precision = precision
+    def __init__(self, graph: ir.Graph, weights: Mapping[str, Weight], precision_of: PrecisionOf) -> None:
+        super().__init__(GraphBuilder(graph), "", graph.opset_imports[""])
+        self.precision_of = precision_of
+        self._weights = weights
         self._widened: dict[str, ir.Value] = {}
-        self._stage = ""
+        self.stage = ""
 
     def begin_stage(self, name: str) -> None:
         """Everything from here to the next call belongs to the stage ``name`` (see `stages.cut`)."""
-        self._stage = name
+        self.stage = name
 
     def _call_op(self, op_type: str, inputs: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         result = super()._call_op(op_type, inputs, kwargs)
         node = (result if isinstance(result, ir.Value) else result[0]).producer()
         if node is not None:
             node.metadata_props.clear()
-            node.metadata_props["stage"] = self._stage
+            node.metadata_props["stage"] = self.stage
         return result
 
     def matrix(self, weight: Parameter) -> ir.Value:
-        """A weight matrix or kernel as float32; ``fp16`` stores it in half the space and casts where it is used."""
-        if self._precision == "fp32":
-            return weight
+        """A weight matrix or kernel as float32: stored in less space, it is widened where it is used."""
         name = str(weight.name)
+        precision = self.precision_of(name)
+        if precision == "fp32":
+            return weight
         if name not in self._widened:
-            weight.type = ir.TensorType(ir.DataType.FLOAT16)
-            self._widened[name] = self.Cast(weight, to=ir.DataType.FLOAT)
+            if precision == "fp16":
+                weight.type = ir.TensorType(ir.DataType.FLOAT16)
+                self._widened[name] = self.Cast(weight, to=ir.DataType.FLOAT)
+            else:
+                self._widened[name] = self._dequantized(weight, bits=4 if precision == "int4" else 8)
         return self._widened[name]
+
+    def _dequantized(self, weight: Parameter, *, bits: int) -> ir.Value:
+        shape, inputs = sizes(weight), 0 if isinstance(weight, Matrix) else 1
+        if bits == 4 and shape[inputs] % BLOCK == 0:
+            codes, scale = self.store_codes(str(weight.name), self.reader(weight), shape, axis=inputs, bits=4)
+            return self.DequantizeLinear(codes, scale, axis=inputs, block_size=BLOCK)
+        codes, scale = self.store_codes(str(weight.name), self.reader(weight), shape, axis=1 - inputs)
+        return self.DequantizeLinear(codes, scale, self.no_shift(codes, scale), axis=1 - inputs)
+
+    def no_shift(self, codes: ir.Value, scale: ir.Value) -> ir.Value:
+        """A weight's zero points: zeros; where they are left out or shared, some of ONNX Runtime's CPU paths fail."""
+        count = scale.shape.numpy() if scale.shape is not None else 1
+        return self.constant(f"{codes.name}_zero", np.zeros(count, np.int8))
+
+    def store_codes(
+        self, name: str, read: Callable[[], AnyArray], shape: tuple[int, ...], *, axis: int, bits: int = 8
+    ) -> list[ir.Value]:
+        """The codes and scales of a weight as the graph has them; `coded` has the arguments."""
+        return [self.store(tensor) for tensor in coded(f"{name}_codes", read, shape, axis=axis, bits=bits)]
+
+    def store(self, tensor: ir.TensorProtocol) -> ir.Value:
+        """A tensor in the graph, under its own name, once."""
+        initializers, name = self.builder.root.graph.initializers, str(tensor.name)
+        if name not in initializers:
+            self.builder.initializer(tensor, name=name, qualify=False)
+        return initializers[name]
+
+    def reader(self, weight: Parameter) -> Callable[[], AnyArray]:
+        """Reads a weight as float32 in the layout that the graph has it in."""
+        name = str(weight.name)
+
+        def read() -> AnyArray:
+            data = self._weights[name].read().astype(np.float32)
+            return data.T if isinstance(weight, Matrix) else data
+
+        return read
 
     def linear(self, x: ir.Value, weight: Parameter, bias: Parameter | None) -> ir.Value:
         """``x @ weight + bias``: weight (in_features, out_features), bias (out_features,)."""
@@ -62,15 +117,32 @@ class Operators(OpBuilder):
 
     def embed(self, ids: ir.Value, table: Parameter) -> ir.Value:
         """Rows of ``table`` (entries, C) at ``ids`` (N, S)."""
-        if self._precision == "fp32":
+        precision = self.precision_of(str(table.name))
+        if precision == "fp32":
             return self.Gather(table, ids)
-        table.type = ir.TensorType(ir.DataType.FLOAT16)
-        return self.Cast(self.Gather(table, ids), to=ir.DataType.FLOAT)
+        if precision == "fp16":
+            table.type = ir.TensorType(ir.DataType.FLOAT16)
+            return self.Cast(self.Gather(table, ids), to=ir.DataType.FLOAT)
+        codes, scale = self.store_codes(str(table.name), self.reader(table), sizes(table), axis=0)
+        rows = self.Cast(self.Gather(codes, ids), to=ir.DataType.FLOAT)
+        return self.Mul(rows, self.Unsqueeze(self.Gather(scale, ids), [-1]))
 
     def conv(
-        self, x: ir.Value, weight: Parameter, bias: Parameter, *, stride: int = 1, pads: Sequence[int]
+        self,
+        x: ir.Value,
+        weight: Parameter,
+        bias: Parameter,
+        *,
+        stride: int = 1,
+        pads: Sequence[int],
+        enlarged: bool = False,
+        like: ir.Value | None = None,
     ) -> ir.Value:
-        """2-D convolution: weight (out_channels, in_channels, k, k), pads (top, left, bottom, right)."""
+        """2-D convolution: weight (out_channels, in_channels, k, k), pads (top, left, bottom, right).
+
+        ``enlarged`` is of ``x`` enlarged by `upsample`.
+        """
+        x = self.upsample(x, like) if enlarged else x
         return self.Conv(x, self.matrix(weight), bias, strides=[stride, stride], pads=list(pads))
 
     def attention(self, q: ir.Value, k: ir.Value, v: ir.Value, heads: int, bias: Any = None) -> ir.Value:
@@ -106,9 +178,9 @@ class Operators(OpBuilder):
         """``x * Phi(x)``, exact (arXiv:1606.08415)."""
         return self.Gelu(x)
 
-    def geglu(self, x: ir.Value) -> ir.Value:
-        """``a * gelu(b)`` of the two halves of the last axis (arXiv:2002.05202)."""
-        hidden, gate = self.Split(x, axis=-1, num_outputs=2, _outputs=2)
+    def geglu(self, x: ir.Value, weight: Parameter, bias: Parameter | None) -> ir.Value:
+        """``a * gelu(b)`` of the two halves of ``x @ weight + bias`` (arXiv:2002.05202)."""
+        hidden, gate = self.Split(self.linear(x, weight, bias), axis=-1, num_outputs=2, _outputs=2)
         return self.Mul(hidden, self.gelu(gate))
 
     def to_sequence(self, x: ir.Value, channels: int) -> ir.Value:
@@ -118,6 +190,22 @@ class Operators(OpBuilder):
     def to_picture(self, x: ir.Value, like: ir.Value) -> ir.Value:
         """(N, H * W, C) to (N, C, H, W), with the shape of ``like``."""
         return self.Reshape(self.Transpose(x, perm=[0, 2, 1]), self.Shape(like))
+
+    def from_input(self, x: ir.Value) -> ir.Value:
+        """A picture (N, C, H, W) that comes into the graph."""
+        return x
+
+    def to_output(self, x: ir.Value) -> ir.Value:
+        """A picture as (N, C, H, W), to go out of the graph."""
+        return x
+
+    def join(self, x: ir.Value, y: ir.Value) -> ir.Value:
+        """Two pictures' channels, one after the other."""
+        return self.Concat(x, y, axis=1)
+
+    def add_to_pixels(self, x: ir.Value, vector: ir.Value) -> ir.Value:
+        """A picture with ``vector`` (N, C) added at each of its places."""
+        return self.Add(x, self.Unsqueeze(vector, [2, 3]))
 
     def match_rows(self, x: ir.Value, like: ir.Value, *, rank: int) -> ir.Value:
         """(n, …) repeated as a whole to the N rows of ``like``; N is a multiple of n."""
@@ -144,7 +232,9 @@ class Operators(OpBuilder):
 
     def constant(self, name: str, data: AnyArray) -> ir.Value:
         """An array under a name of its own, written once however often it is used."""
-        initializers = self.builder.root.graph.initializers
-        if name not in initializers:
-            self.builder.initializer(ir.tensor(data, name=name), name=name, qualify=False)
-        return initializers[name]
+        return self.store(ir.tensor(data, name=name))
+
+
+def sizes(parameter: Parameter) -> tuple[int, ...]:
+    """A parameter's shape."""
+    return tuple(parameter.shape.numpy()) if parameter.shape is not None else ()

@@ -39,7 +39,7 @@ class UNet(Module):
     def forward(self, op: Operators, sample: ir.Value, timestep: ir.Value, context: ir.Value) -> ir.Value:
         op.begin_stage("conv_in")
         temb = op.silu(self.time_embedding(op, sinusoids(op, timestep, self._config)))  # (1, T)
-        x = self.conv_in(op, sample)
+        x = self.conv_in(op, op.from_input(sample))
         skips = [x]
         for block in cast("Iterable[DownBlock]", self.down_blocks):
             for layer in block.layers():
@@ -59,7 +59,7 @@ class UNet(Module):
                     skip = skip if len(skips) >= shared else op.match_rows(skip, context, rank=4)
                 x = block(op, layer, x, skip, temb, context)
         op.begin_stage("conv_out")
-        return self.conv_out(op, op.silu(self.conv_norm_out(op, x)))
+        return op.to_output(self.conv_out(op, op.silu(self.conv_norm_out(op, x))))
 
 
 def sinusoids(op: Operators, timestep: ir.Value, config: UNetConfig) -> ir.Value:
@@ -153,7 +153,7 @@ class UpBlock(_Level):
     ) -> ir.Value:
         if layer == "upsamplers":
             return self.upsamplers[0](op, x, skip)
-        return self._block(op, int(layer), op.Concat(x, skip, axis=1), temb, context)
+        return self._block(op, int(layer), op.join(x, skip), temb, context)
 
 
 class MidBlock(_Level):
@@ -195,7 +195,7 @@ class Upsample(Module):
         self.conv = Conv2d(channels, channels)
 
     def forward(self, op: Operators, x: ir.Value, like: ir.Value | None = None) -> ir.Value:
-        return self.conv(op, op.upsample(x, like))
+        return self.conv(op, x, enlarged=True, like=like)
 
 
 class Transformer(Module):
@@ -274,7 +274,14 @@ class GatedLinear(Module):
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.proj = Linear(width, 2 * inner)
+        self.proj = GegluLinear(width, 2 * inner)
 
     def forward(self, op: Operators, x: ir.Value) -> ir.Value:
-        return op.geglu(self.proj(op, x))
+        return self.proj(op, x)
+
+
+class GegluLinear(Linear):
+    """A linear layer whose one half of outputs gates the other."""
+
+    def forward(self, op: Operators, x: ir.Value) -> ir.Value:
+        return op.geglu(x, self.weight, self.bias)

@@ -21,8 +21,9 @@ class VaeDecoder(Module):
         self.decoder = _Decoder(config)
 
     def forward(self, op: Operators, latents: ir.Value) -> ir.Value:
-        x = latents if self.post_quant_conv is None else self.post_quant_conv(op, latents)
-        return self.decoder(op, x)
+        x = op.from_input(latents)
+        x = x if self.post_quant_conv is None else self.post_quant_conv(op, x)
+        return op.to_output(self.decoder(op, x))
 
 
 class VaeEncoder(Module):
@@ -35,8 +36,8 @@ class VaeEncoder(Module):
         self.quant_conv = Conv2d(moments, moments, 1) if config.quant_conv else None
 
     def forward(self, op: Operators, picture: ir.Value) -> ir.Value:
-        x = self.encoder(op, picture)
-        return x if self.quant_conv is None else self.quant_conv(op, x)
+        x = self.encoder(op, op.from_input(picture))
+        return op.to_output(x if self.quant_conv is None else self.quant_conv(op, x))
 
 
 class _Decoder(Module):

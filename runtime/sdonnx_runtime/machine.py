@@ -44,6 +44,12 @@ def instruction_set() -> str:
     return _read(readers) or UNKNOWN
 
 
+def may_overflow() -> bool:
+    """Whether the fastest 8-bit kernels may run over: x86 without VNNI, or where that can't be known."""
+    found = instruction_set()
+    return platform.machine().lower() in ("x86_64", "amd64", "x86") and "with VNNI" not in found and found != "AMX"
+
+
 def named(features: Iterable[str]) -> str:
     """The best of a CPU's features, given as /proc/cpuinfo or sysctl write them; ``unknown`` where none is known."""
     present = {feature.lower() for feature in features}

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from sdonnx_runtime import machine
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import DeviceError, PackageError, RequestError, SdonnxError
 
@@ -245,6 +246,9 @@ def _open_on(path: Path, name: str, threads: int | None, memory_limit: int | Non
     settings.intra_op_num_threads = threads if threads is not None else 0
     settings.enable_mem_pattern = device.memory_pattern
     settings.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
+    settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # float32, as is written
+    settings.add_session_config_entry("session.x64quantprecision", str(int(machine.may_overflow())))
+    settings.execution_order = runtime.ExecutionOrder.PRIORITY_BASED  # as written: what is done with is let go of
     if profile is not None:
         settings.enable_profiling, settings.profile_file_prefix = True, str(profile)
     providers = [(device.provider, provider_options(name, memory_limit if name != "cpu" else None))]

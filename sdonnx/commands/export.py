@@ -9,7 +9,7 @@ from sdonnx_models import recipes
 import sdonnx
 from sdonnx.show import err, progress
 
-Precision: TypeAlias = Literal["fp32", "fp16"]
+Precision: TypeAlias = Literal["fp32", "fp16", "int8", "int8-weights", "int4"]
 Via: TypeAlias = Literal["native", "optimum"]
 
 
@@ -25,7 +25,17 @@ def export(
         Path | None,
         typer.Option("--output", "-o", metavar="DIR", help="The package. Default: SRC's name + -onnx."),
     ] = None,
-    precision: Annotated[Precision, typer.Option(help="How weights are stored; fp16 takes half the disk.")] = "fp32",
+    precision: Annotated[
+        Precision,
+        typer.Option(help="int8 is fastest on a CPU; fp16, int8-weights and int4 are smaller, no faster."),
+    ] = "fp32",
+    calibration: Annotated[
+        str,
+        typer.Option(
+            metavar="full|fast|none|FILE",
+            help="What int8 is fitted to: pictures of several prompts, of one, of none, or of a file's, one to a line.",
+        ),
+    ] = "full",
     vae: Annotated[
         str | None,
         typer.Option(metavar="SRC", help="Take the VAE from here instead: as SRC, or a VAE alone."),
@@ -58,6 +68,7 @@ def export(
             vae=recipe.vae if vae is None and recipe is not None else vae,
             revision=revision,
             via=via,
+            calibration=calibration,
             defaults={} if recipe is None else recipe.defaults,
             force=force,
             report=lambda what, done: bar.update(task, description=what, completed=done),

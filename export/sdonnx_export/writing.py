@@ -1,0 +1,117 @@
+"""A package's files: components from models, the small files around them, and the manifest that lists them."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from sdonnx_runtime.manifest import Component, File, Manifest, Source, finite
+from sdonnx_runtime.optimum_layout import manifest_of_layout
+
+from sdonnx_export.clip_vocabulary import write_clip_tokenizer
+from sdonnx_export.graph import COMPONENTS
+from sdonnx_export.parts import Checkpoint
+
+Report = Callable[[str, float], None]
+"""Told what is being done and how much of it is, 0 to 1."""
+
+GRAPH, WEIGHTS = "model.onnx", "model.onnx_data"
+"""What optimum calls them."""
+
+_ALIGNMENT = 65536
+"""Windows maps files at multiples of this."""
+
+
+def write_components(
+    directory: Path, checkpoint: Checkpoint, make: Callable[[str], ir.Model], report: Report
+) -> dict[str, dict[str, File]]:
+    """Writes all of a package but its manifest; ``make`` gives a component's model when its turn has come."""
+    _write_configs(directory, checkpoint)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        digests: dict[str, Future[dict[str, File]]] = {}
+        for name in COMPONENTS:
+            _save(make(name), directory / name, lambda done, name=name: report(f"writing {name}", done))
+            digests[name] = pool.submit(files_of, directory, name)
+        report("checksums", 1.0)
+        return {name: digest.result() for name, digest in digests.items()}
+
+
+def manifest_of(directory: Path, files: Mapping[str, dict[str, File]], precision: str, source: Source) -> Manifest:
+    """The manifest of what is written in ``directory``."""
+    components = {
+        name: Component(graphs={"plain": f"{name}/{GRAPH}"}, files=listed, precision=precision)
+        for name, listed in files.items()
+    }
+    return replace(manifest_of_layout(directory, source=source), components=components)
+
+
+def _write_configs(directory: Path, checkpoint: Checkpoint) -> None:
+    """The small files of optimum's layout, without the names and paths that configs collect."""
+    for name, component in COMPONENTS.items():
+        _write_json(directory / name / "config.json", checkpoint.parts[component.part].config)
+    _write_json(directory / "scheduler" / "scheduler_config.json", checkpoint.scheduler)
+    scheduler = checkpoint.scheduler.get("_class_name", "PNDMScheduler")
+    _write_json(
+        directory / "model_index.json",
+        {
+            "_class_name": "StableDiffusionPipeline",
+            "feature_extractor": [None, None],
+            "image_encoder": [None, None],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", scheduler],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+    )
+    tokenizer = directory / "tokenizer"
+    if checkpoint.tokenizer is None:
+        tokenizer.mkdir()
+        write_clip_tokenizer(tokenizer)
+        return
+    tokenizer.mkdir()
+    for path in checkpoint.tokenizer.iterdir():
+        if path.name in _TOKENIZER_FILES:
+            shutil.copyfile(path, tokenizer / path.name)
+
+
+_TOKENIZER_FILES = (
+    "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
+)  # fmt: skip
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    kept = {key: value for key, value in data.items() if key != "_name_or_path"}
+    path.write_text(json.dumps(finite(kept), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _save(model: ir.Model, folder: Path, done: Callable[[float], None]) -> None:
+    """Writes graph and weights; each weight is read, converted and written before the next."""
+    written = 0
+
+    def count(_tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
+        nonlocal written
+        written += 1
+        done(written / info.total)
+
+    ir.save(model, folder / GRAPH, external_data=WEIGHTS, alignment=_ALIGNMENT, callback=count)
+
+
+def files_of(directory: Path, component: str) -> dict[str, File]:
+    """Size and SHA-256 of a component's graphs and weights."""
+    found = {}
+    for path in sorted((directory / component).glob(f"{GRAPH}*")):
+        with path.open("rb") as stream:
+            digest = hashlib.sha256()
+            while block := stream.read(1 << 20):
+                digest.update(block)
+        found[f"{component}/{path.name}"] = File(size=path.stat().st_size, sha256=digest.hexdigest())
+    return found

@@ -47,6 +47,26 @@ def parse_variation(variation: str | None) -> tuple[int, float] | None:
         raise sdonnx.RequestError(f"variation is '{variation}'; give a seed and a strength, such as 7:0.2") from None
 
 
+def parse_hires(hires: str | None) -> dict[str, float | int]:
+    """The request's fields of "2x", "1.5x:0.4" or "2x:0.4:12".
+
+    Raises:
+        RequestError: it is something else.
+    """
+    if hires is None:
+        return {}
+    scale, *others = hires.lower().split(":")
+    kinds: dict[str, type[float] | type[int]] = {"hires_scale": float, "hires_strength": float, "hires_steps": int}
+    try:
+        if len(others) > 2:
+            raise ValueError
+        given = zip(kinds.items(), (scale.removesuffix("x"), *others), strict=False)
+        return {name: kind(text) for (name, kind), text in given}
+    except ValueError:
+        said = "how many times larger, and if you like strength and steps, such as 2x or 2x:0.4:12"
+        raise sdonnx.RequestError(f"hires is '{hires}'; give {said}") from None
+
+
 def parse_margins(margins: str) -> tuple[int, int, int, int]:
     """The pixels of "64,0,64,0".
 

@@ -70,6 +70,20 @@ def test_names_that_look_like_markup(package, tmp_path):
     assert "error: there is no model '[/bold]'" in refused.stderr
 
 
+def test_two_passes(package, tmp_path):
+    passes = ["--hires", "1.5x:0.5:4", "--hires-upscaler", "lanczos", "--preview", "p.png", "--save-latents", "l.npz"]
+    ran = sdonnx("run", "a cat", "-m", package, *FAST, "--count", 2, "-o", "c.png", *passes, "--json", cwd=tmp_path)
+    report = json.loads(ran.stdout)
+    assert (report["request"]["hires_scale"], report["request"]["hires_strength"]) == (1.5, 0.5)
+    assert report["request"]["hires_steps"] == 4
+    assert len(report["timings"]["steps"]) == 2 * (2 + 2)
+    assert sdonnx("decode", "l.npz", "-m", package, "-o", "d.png", cwd=tmp_path).returncode == 0
+    for seed in (1, 2):
+        made, decoded = (Image.open(tmp_path / f"{name}-{seed}.png") for name in "cd")
+        assert made.size == Image.open(tmp_path / "p.png").size == (96, 96)
+        np.testing.assert_array_equal(made, decoded)
+
+
 def test_without_a_name_pictures_do_not_overwrite_one_another(package, tmp_path):
     for _ in range(2):
         assert sdonnx("run", "a cat", "-m", package, *FAST, cwd=tmp_path).returncode == 0
@@ -98,6 +112,9 @@ def test_without_a_name_pictures_do_not_overwrite_one_another(package, tmp_path)
             "make both multiples of 8",
         ),
         (["run", "a cat", "-m", "PACKAGE", "--steps", "0"], 2, "num_inference_steps is 0"),
+        (["run", "a cat", "-m", "PACKAGE", "--hires", "big"], 2, "such as 2x or 2x:0.4:12"),
+        (["run", "a cat", "-m", "PACKAGE", "--hires", "2x:0.4:1.5"], 2, "such as 2x or 2x:0.4:12"),
+        (["run", "a cat", "-m", "PACKAGE", "--hires-upscaler", "latent"], 2, "without a hires_scale"),
         (["run", "a cat", "-m", "PACKAGE", "--guidance", "nan"], 2, "guidance_scale is nan"),
         (["run", "a cat", "-m", "PACKAGE", "--sampler", "euler_a"], 2, "euler_ancestral"),
         (["run", "a cat", "-m", "PACKAGE", "--device", "cuda"], 1, "sdonnx[cuda]"),

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,13 @@ from sdonnx_runtime.images import to_images
 from sdonnx_runtime.manifest import Manifest, TextEncoder
 from sdonnx_runtime.noise import Noise, between
 from sdonnx_runtime.package import Package
-from sdonnx_runtime.pictures import feathered, fitted, latent_mask, mask_of, opaque, to_values
-from sdonnx_runtime.request import Request, Result, given, of_image, seeds_of
-from sdonnx_runtime.samplers import SAMPLERS, sampler_options
+from sdonnx_runtime.pictures import feathered, fitted, latent_mask, mask_of, opaque
+from sdonnx_runtime.request import Request, Result, given, of_image, passes, seeds_of
+from sdonnx_runtime.samplers import SAMPLERS, sampler_options, steps_taken
 from sdonnx_runtime.sampling import Denoise, NoiseSource, Schedule
 from sdonnx_runtime.schedule import make_schedule
 from sdonnx_runtime.scheduler_config import SchedulerConfig, limit_x0
+from sdonnx_runtime.starts import Original, Start, encoded, interpolated
 from sdonnx_runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -97,39 +98,13 @@ def _rounded_up(share: float) -> float:
     return math.ceil(share * scale) / scale
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Start:
-    """The picture that a generation starts from."""
-
-    picture: Image.Image
-    """RGB, of the size that is worked in."""
-    mask: Image.Image | None
-    """L, of the same size: 255 where it is painted anew."""
-    moments: Array
-    """(1, 2 C, h, w), or (1, C, h, w) of optimum's older exports: what the VAE's encoder gave."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Original:
-    """That picture as one image's latents."""
-
-    latents: Array
-    """(1, C, h, w)."""
-    mask: Array | None
-    """(1, 1, h, w), 1 where they are made anew."""
-
-    def kept(self, latents: Array) -> Array:
-        """The latents with the original where the mask keeps it."""
-        return latents if self.mask is None else np.where(self.mask > 0, latents, self.latents)
-
-
 class Generation:
     """What `Pipeline.stream` sets going; ``result`` is there once ``steps`` has run to its end."""
 
     def __init__(self, package: Package, run: Runner, scheduler: SchedulerConfig, request: Request) -> None:
         self.result: Result | None = None
         self.latents: Array | None = None
-        self.request = request
+        self.latents_request = self.request = request
         self._package, self._run, self._scheduler = package, run, scheduler
         self._manifest = package.manifest
 
@@ -138,29 +113,54 @@ class Generation:
         with self._run.components.reserved():
             conditioning = self._condition()
             start = self._start()
-            seeds = seeds_of(self.request)
-            latents: dict[int, Array] = {}
             seconds: list[float] = []
-            for image in range(len(seeds)):
-                noise = self._noise(image)
-                original = None if start is None else self._original(start, noise)
-                if original is not None:
-                    latents[image] = original.latents  # what remains where strength 0 leaves no step
-                for progress in self._sample(image, noise, conditioning, original):
-                    seconds.append(progress.seconds)
-                    latents[image] = progress.latents
-                    yield progress
+            for progress in self._passes(conditioning, start):
+                seconds.append(progress.seconds)
+                yield progress
             self._run.components.release("unet")
-            self.latents = np.concatenate(list(latents.values()))
+            assert self.latents is not None  # noqa: S101 — for the type checker
             images = decode(self._run, self._manifest, self.latents)
             self.result = Result(
                 images=images if start is None else tuple(self._pasted(made, start) for made in images),
-                seeds=seeds,
+                seeds=seeds_of(self.request),
                 latents=self.latents,
                 request=self.request,
                 model=self._package.name,
                 timings=self._run.timings(seconds),
             )
+
+    def _passes(self, conditioning: Mapping[str, AnyArray], start: Start | None) -> Iterator[Progress]:
+        """Every step of every image, pass after pass, numbered over all passes."""
+        requests = passes(self.request, self._manifest.latents.downscale)
+        counts = [steps_taken(str(self.request.sampler), *plan(self._scheduler, request)) for request in requests]
+        origins: list[Start | Original | None] = [start] * self.request.num_images
+        for index, request in enumerate(requests):
+            if self.latents is not None:
+                origins = self._enlarged(self.latents, request)
+            made: list[Array] = []
+            for image, origin in enumerate(origins):
+                noise = self._noise(image)
+                original = origin.draw(noise) if isinstance(origin, Start) else origin
+                latents = None if original is None else original.latents  # what remains where strength 0 leaves no step
+                for progress in self._sample(request, image, noise, conditioning, original):
+                    latents = progress.latents
+                    yield replace(progress, step=sum(counts[:index]) + progress.step, num_steps=sum(counts))
+                made += [] if latents is None else [latents]
+            self.latents, self.latents_request = np.concatenate(made), request if index == 0 else self.request
+
+    def _enlarged(self, latents: Array, request: Request) -> list[Start | Original | None]:
+        """What each image of the second pass starts from, of the latents (N, C, h, w) that the first one gave."""
+        height, width = self._latent_shape(request)[2:]
+        if self.request.hires_upscaler == "latent":
+            return [Original(latents=interpolated(one[None], height, width)) for one in latents]
+        self._run.components.release("unet")
+        pictures = decode(self._run, self._manifest, latents)
+        self._run.components.release("vae_decoder")
+        size = given(request.width), given(request.height)
+        larger = [picture.resize(size, Image.Resampling.LANCZOS) for picture in pictures]
+        starts = [encoded(self._run, self._manifest.latents, picture) for picture in larger]
+        self._run.components.release("vae_encoder")
+        return [*starts]
 
     def _condition(self) -> dict[str, AnyArray]:
         """What the U-Net is given besides latents and time, a row for each prompt."""
@@ -178,49 +178,38 @@ class Generation:
             logger.warning("the prompt is longer than %d tokens; cut: %s", tokenizer.length, tokens.truncated)
         return self._run(encoder.component, {"input_ids": tokens.ids})[encoder.output]  # (1, S, C)
 
-    def _start(self) -> _Start | None:
+    def _start(self) -> Start | None:
         """The request's picture, fitted and encoded."""
         request = self.request
         if request.image is None:
             return None
         size = given(request.width), given(request.height)
         picture = fitted(opaque(request.image), size, request.fit)
-        mask = None
+        mask = cells = None
         if request.mask_image is not None:
             mask = mask_of(fitted(mask_of(request.mask_image), size, request.fit))
-            if not self._cells(mask).any():
+            cells = latent_mask(mask, self._manifest.latents.downscale, first_pixel=not request.paste)
+            if not cells.any():
                 raise RequestError(
                     "at the size that is worked in, the mask has nothing to repaint; paint more of it white"
                 )
-        (moments,) = self._run("vae_encoder", {"sample": to_values(picture)}).values()
+        start = encoded(self._run, self._manifest.latents, picture, mask, cells)
         self._run.components.release("vae_encoder")
-        return _Start(picture=picture, mask=mask, moments=moments)
-
-    def _original(self, start: _Start, noise: NoiseSource) -> _Original:
-        """A sample of the VAE's posterior, as diffusers draws it."""
-        space = self._manifest.latents
-        values = start.moments
-        if values.shape[1] == 2 * space.channels:
-            mean, log_variance = np.split(values, 2, axis=1)
-            values = mean + np.exp(np.clip(log_variance, -30, 20) / 2) * noise(mean.shape)
-        return _Original(
-            latents=(values - np.float32(space.shift_factor)) * np.float32(space.scaling_factor),
-            mask=None if start.mask is None else self._cells(start.mask),
-        )
-
-    def _cells(self, mask: Image.Image) -> Array:
-        """The latent cells of a mask; where nothing is pasted over what they leave, as diffusers has them."""
-        return latent_mask(mask, self._manifest.latents.downscale, first_pixel=not self.request.paste)
+        return start
 
     def _sample(
-        self, image: int, noise: NoiseSource, conditioning: Mapping[str, AnyArray], original: _Original | None
+        self,
+        request: Request,
+        image: int,
+        noise: NoiseSource,
+        conditioning: Mapping[str, AnyArray],
+        original: Original | None,
     ) -> Iterator[Progress]:
-        """Denoises one image: x (1, C, h, w) from its first state to the latents in the last progress."""
-        request = self.request
+        """Denoises one image in one pass: x (1, C, h, w) from its first state to the latents in the last progress."""
         schedule, options = plan(self._scheduler, request)
         preview = self._manifest.latents.preview
         projection = None if preview is None else np.array(preview, np.float32)
-        unit = noise(self._latent_shape())
+        unit = noise(self._latent_shape(request))
         x, denoise = self._begin(schedule, noise, unit, self._denoiser(conditioning), original)
         before = time.perf_counter()
         for step in SAMPLERS[str(request.sampler)](denoise, x, schedule, noise, **options):
@@ -242,7 +231,7 @@ class Generation:
             before = time.perf_counter()
 
     def _begin(
-        self, schedule: Schedule, noise: NoiseSource, unit: Array, denoise: Denoise, original: _Original | None
+        self, schedule: Schedule, noise: NoiseSource, unit: Array, denoise: Denoise, original: Original | None
     ) -> tuple[Array, Denoise]:
         """The first state, (1, C, h, w), and the denoiser that goes with it."""
         alone = unit * np.float32(schedule.init_scale)
@@ -269,8 +258,8 @@ class Generation:
         limit = None if sampler == "ddim" else limit_x0(self._scheduler, sampler)
         return clean(model, self._scheduler.prediction_type, limit)
 
-    def _latent_shape(self) -> tuple[int, int, int, int]:
-        latents, request = self._manifest.latents, self.request
+    def _latent_shape(self, request: Request) -> tuple[int, int, int, int]:
+        latents = self._manifest.latents
         height, width = given(request.height), given(request.width)
         return (1, latents.channels, height // latents.downscale, width // latents.downscale)
 
@@ -278,7 +267,7 @@ class Generation:
         (output,) = self._run("unet", inputs).values()
         return output
 
-    def _pasted(self, made: Image.Image, start: _Start) -> Image.Image:
+    def _pasted(self, made: Image.Image, start: Start) -> Image.Image:
         """The picture with the kept part of the one that it started from."""
         if start.mask is None or not self.request.paste:
             return made

@@ -34,7 +34,7 @@ def parameters_text(request: Request, model: str) -> str:
         "Seed": request.seed,
         "Size": f"{request.width}x{request.height}",
         **_varied(request),
-        **({} if request.strength is None else {"Denoising strength": f"{request.strength:g}"}),
+        **_reworked(request),
         **({} if request.mask_image is None else {"Mask blur": request.mask_blur}),
         "Model": json.dumps(model, ensure_ascii=False) if set(model) & set(',:"\n') else model,
         "Version": "sdonnx",
@@ -51,6 +51,20 @@ def _varied(request: Request) -> dict[str, str]:
         return {}
     seed, strength = request.variation
     return {"Variation seed": str(seed), "Variation seed strength": f"{strength:g}"}
+
+
+def _reworked(request: Request) -> dict[str, str | int]:
+    """A text's second pass has its strength where a picture's first has it."""
+    strength = request.hires_strength if request.strength is None else request.strength
+    settings: dict[str, str | int] = {} if strength is None else {"Denoising strength": f"{strength:g}"}
+    if request.hires_scale is None:
+        return settings
+    return {
+        **settings,
+        "Hires upscale": f"{request.hires_scale:g}",
+        "Hires steps": request.hires_steps or request.num_inference_steps or 0,
+        "Hires upscaler": (request.hires_upscaler or "").capitalize(),
+    }
 
 
 _A1111_SCHEDULES = {
@@ -91,13 +105,18 @@ def save_png(result: Result, index: int, path: Path, *, enlarge: int = 1) -> Non
         image.save(stream, format="PNG", pnginfo=info)
 
 
-def save_preview(path: Path, preview: Image.Image, request: Request) -> None:
-    """Writes what `Progress.preview` gave, in the size that the picture will have; whole or not at all.
+def save_preview(path: Path, preview: Image.Image, downscale: int) -> None:
+    """Writes what `Progress.preview` gave, in the size that is worked in; whole or not at all.
+
+    Args:
+        path: the file, a .png.
+        preview: one pixel for each latent cell.
+        downscale: the package's pixels for each latent cell.
 
     Raises:
         SdonnxError: the place can't be written to.
     """
-    shown = preview.resize((request.width or preview.width, request.height or preview.height))
+    shown = preview.resize((preview.width * downscale, preview.height * downscale))
     with replacing(path) as stream:
         shown.save(stream, format="PNG")
 

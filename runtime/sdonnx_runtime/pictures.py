@@ -18,6 +18,9 @@ crop scales it until it covers the size and cuts off the rest on both sides; pad
 fills the rest with black; stretch changes its proportions.
 """
 
+UPSCALERS = ("latent", "lanczos")
+"""How what the first of two passes made is enlarged: as latents, bilinearly, or as pixels."""
+
 MAX_SIDE = 16384
 """The widest and highest that is worked in, pixels."""
 

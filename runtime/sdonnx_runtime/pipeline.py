@@ -12,7 +12,7 @@ from sdonnx_runtime.components import Components, Runner
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.generation import Generation, Progress, decode, plan
 from sdonnx_runtime.package import Package
-from sdonnx_runtime.request import Request, Result, check_request
+from sdonnx_runtime.request import Request, Result, check_request, passes
 from sdonnx_runtime.samplers import resolve_sampler
 from sdonnx_runtime.scheduler_config import SchedulerConfig, default_sampler
 from sdonnx_runtime.session import Cancelled, Session
@@ -114,7 +114,12 @@ class Pipeline:
         walk, _ = plan(self._scheduler, checked)
         if checked.sigmas is not None or checked.timesteps is not None:
             checked = replace(checked, num_inference_steps=walk.total)
-        if checked.image is not None and "vae_encoder" not in manifest.components:
+        for second in passes(checked, manifest.latents.downscale)[1:]:
+            plan(self._scheduler, second)
+            if checked.sigmas is None and checked.timesteps is None:
+                checked = replace(checked, hires_steps=second.num_inference_steps)
+        encodes = checked.image is not None or checked.hires_upscaler == "lanczos"
+        if encodes and "vae_encoder" not in manifest.components:
             raise RequestError(
                 f"{self.package.name} has no VAE encoder, so it can't start from a picture; export again"
             )
@@ -160,8 +165,16 @@ class Stream(Iterator[Progress]):
 
     @property
     def latents(self) -> Array | None:
-        """(num_images, C, h, w), once every step is taken, even if decoding fails then; None before."""
+        """(num_images, C, h, w), once every step is taken, even if decoding fails then; None before.
+
+        Of two passes, the first one's until the second has taken its steps.
+        """
         return self._generation.latents
+
+    @property
+    def latents_request(self) -> Request:
+        """The request that ``latents`` are what was asked for: without a second pass until it has taken its steps."""
+        return self._generation.latents_request
 
     def close(self) -> None:
         """Cancels, from any thread."""

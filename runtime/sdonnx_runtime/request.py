@@ -10,7 +10,7 @@ from PIL.Image import Image
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.manifest import Defaults
-from sdonnx_runtime.pictures import FITS, MAX_SIDE, check_picture, mask_of, suitable_size
+from sdonnx_runtime.pictures import FITS, MAX_SIDE, UPSCALERS, check_picture, mask_of, suitable_size
 from sdonnx_runtime.samplers import MAX_CHURN, SAMPLERS
 from sdonnx_runtime.schedule import SPACINGS, listed
 from sdonnx_runtime.sigmas import SCHEDULES
@@ -85,6 +85,16 @@ class Request:
     """Whether pixels that the mask keeps are the ``image``'s own, bit by bit, and not what the VAE makes of them.
 
     If so, latent cells are made anew that the mask touches; if not, those whose first pixel it has, as in diffusers."""
+    hires_scale: float | None = None
+    """1 to 8: makes the picture, enlarges it so many times, and goes over it once more at that size as img2img does."""
+    hires_strength: float | None = None
+    """0 to 1: the second pass' ``strength``; None is 0.55."""
+    hires_steps: int | None = None
+    """The steps that ``hires_strength`` is a share of; None is ``num_inference_steps``."""
+    hires_upscaler: str | None = None
+    """One of UPSCALERS: latent interpolates the latents bilinearly; lanczos decodes, enlarges the pixels, and encodes.
+
+    None is latent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +169,48 @@ def check_request(request: Request, *, multiple: int, defaults: Defaults, random
     _number("guidance_scale", request.guidance_scale, -MAX_GUIDANCE, MAX_GUIDANCE)
     _number("guidance_rescale", request.guidance_rescale, 0, 1)
     _check_variation(request)
+    return _check_hires(request, multiple)
+
+
+def _check_hires(request: Request, multiple: int) -> Request:
+    """With the second pass' choices made, where there is one; ``hires_steps`` where the first one's are counted."""
+    chosen = {"hires_strength": 0.55, "hires_upscaler": "latent"}
+    if request.hires_scale is None:
+        for name in (*chosen, "hires_steps"):
+            if getattr(request, name) is not None:
+                raise RequestError(f"{name} is given without a hires_scale; give how many times larger, such as 2")
+        return request
+    if request.mask_image is not None:
+        raise RequestError("hires_scale is given with a mask_image; enlarge the picture first, or afterwards")
+    request = replace(request, **{name: value for name, value in chosen.items() if getattr(request, name) is None})
+    _number("hires_scale", request.hires_scale, 1, 8)
+    _number("hires_strength", request.hires_strength, 0, 1)
+    if request.hires_upscaler not in UPSCALERS:
+        raise RequestError(f"hires_upscaler is {request.hires_upscaler!r}; choose {' or '.join(UPSCALERS)}")
+    if request.hires_steps is not None:
+        _whole("hires_steps", request.hires_steps, 1, 1000)
+        if request.sigmas is not None or request.timesteps is not None:
+            raise RequestError("hires_steps is given with sigmas or timesteps, which both passes take; leave it out")
+    second = passes(request, multiple)[1]
+    _size("the second pass' width", second.width, multiple)
+    _size("the second pass' height", second.height, multiple)
     return request
+
+
+def passes(request: Request, multiple: int) -> list[Request]:
+    """What a checked request does one after another: itself, and img2img of what that gave, where it has a second pass.
+
+    The second pass' sides are the nearest multiples of ``multiple``.
+    """
+    if request.hires_scale is None:
+        return [request]
+    nothing = dict.fromkeys(("hires_scale", "hires_strength", "hires_steps", "hires_upscaler"))
+    width, height = (
+        round(given(side) * request.hires_scale / multiple) * multiple for side in (request.width, request.height)
+    )
+    steps = request.num_inference_steps if request.hires_steps is None else request.hires_steps
+    second = {"width": width, "height": height, "strength": request.hires_strength, "num_inference_steps": steps}
+    return [replace(request, **nothing), replace(request, **{**nothing, **second})]
 
 
 def check_recipe(request: Request) -> None:

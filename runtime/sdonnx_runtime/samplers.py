@@ -9,6 +9,9 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, cast
 
+import numpy as np
+
+from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.multistep import deis, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, ipndm, lms, pndm, unipc
 from sdonnx_runtime.onestep import (
@@ -25,7 +28,7 @@ from sdonnx_runtime.onestep import (
     restart,
     tcd,
 )
-from sdonnx_runtime.sampling import Sampler
+from sdonnx_runtime.sampling import Sampler, Schedule
 from sdonnx_runtime.scheduler_config import CLASSES, SchedulerConfig, check_settings, limit_x0
 from sdonnx_runtime.sigmas import SCHEDULES
 
@@ -147,6 +150,22 @@ def sampler_options(
     return _settings(config, sampler) | {
         name: _in_range(sampler, name, value) for name, value in asked.items() if value is not None
     }
+
+
+def steps_taken(sampler: str, schedule: Schedule, options: Mapping[str, Any]) -> int:
+    """How many steps the sampler takes of a schedule; `restart` takes some of them again.
+
+    Found by beginning a walk of a single number.
+    """
+    one = np.zeros((1, 1, 1, 1), np.float32)
+
+    def denoise(x: Array, _sigma: float, _t: float) -> Array:
+        return x
+
+    def noise(_shape: tuple[int, ...]) -> Array:
+        return one
+
+    return next((step.total for step in SAMPLERS[sampler](denoise, one, schedule, noise, **options)), 0)
 
 
 def takes(sampler: str, option: str) -> bool:

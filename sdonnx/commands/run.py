@@ -12,7 +12,16 @@ from sdonnx_models import DEFAULT
 from sdonnx_runtime.images import save_preview
 from sdonnx_runtime.latents import save_latents as write_latents
 from sdonnx_runtime.manifest import Manifest
-from sdonnx_runtime.pictures import FITS, check_picture, extended, fitted, in_whole_cells, mask_of, open_picture
+from sdonnx_runtime.pictures import (
+    FITS,
+    UPSCALERS,
+    check_picture,
+    extended,
+    fitted,
+    in_whole_cells,
+    mask_of,
+    open_picture,
+)
 from sdonnx_runtime.request import given
 from sdonnx_runtime.schedule import SPACINGS
 from sdonnx_runtime.sigmas import SCHEDULES
@@ -23,6 +32,7 @@ from sdonnx.arguments import (
     Threads,
     check_outputs,
     output_paths,
+    parse_hires,
     parse_margins,
     parse_numbers,
     parse_size,
@@ -141,6 +151,20 @@ def run(
             rich_help_panel=_FROM_A_PICTURE,
         ),
     ] = None,
+    hires: Annotated[
+        str | None,
+        typer.Option(
+            metavar="2x[:S[:N]]",
+            help="Enlarge the picture so many times and go over it again with strength S (0.55) and N steps.",
+        ),
+    ] = None,
+    hires_upscaler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(UPSCALERS),
+            help="What --hires enlarges: the latents (the default), or the pixels, which asks more of the memory.",
+        ),
+    ] = None,
     schedule: Annotated[
         str | None,
         typer.Option(
@@ -233,6 +257,8 @@ def run(
             mask_image=stencil,
             mask_blur=mask_blur,
             paste=paste,
+            **parse_hires(hires),
+            hires_upscaler=hires_upscaler,
         )
         if outpaint is not None and not paste:
             request = _in_whole_cells(request, manifest)
@@ -291,32 +317,31 @@ def _generate(pipe: sdonnx.Pipeline, request: sdonnx.Request, preview: Path | No
     """The result; should decoding fail, what was sampled is in ``rescue``."""
     stream = pipe.stream(request)
     try:
-        _follow(stream, preview)
+        _follow(stream, preview, pipe.package.manifest.latents.downscale)
     except (sdonnx.SdonnxError, MemoryError) as error:
         if stream.latents is None:
             raise
         kind = sdonnx.DeviceError if isinstance(error, MemoryError) else type(error)
-        said = "there is too little memory to decode" if isinstance(error, MemoryError) else str(error)
+        said = "there is too little memory to go on" if isinstance(error, MemoryError) else str(error)
         try:
-            write_latents(rescue, stream.latents, stream.request, pipe.package.name)
+            write_latents(rescue, stream.latents, stream.latents_request, pipe.package.name)
         except sdonnx.SdonnxError as other:
             raise kind(f"{said}; what was sampled is lost too: {other}") from None
         raise kind(f"{said}; what was sampled is kept: sdonnx decode {rescue} -m {pipe.package.root}") from None
     return stream.result
 
 
-def _follow(stream: sdonnx.Stream, preview: Path | None) -> None:
+def _follow(stream: sdonnx.Stream, preview: Path | None, downscale: int) -> None:
     with progress("{task.description}", MofNCompleteColumn(), TextColumn("{task.fields[pace]}")) as bar:
         task = bar.add_task("encoding the prompt", total=None, pace="")
-        for step in stream:
+        for done, step in enumerate(stream, 1):
             total = step.num_steps * step.num_images
-            done = step.image * step.num_steps + step.step + 1
             what = "decoding" if done == total else "denoising"
             pace = f"{step.seconds:.2f} s/step"
             bar.update(task, description=what, total=total, completed=done, pace=pace)
             if preview is not None:
                 try:
-                    save_preview(preview, step.preview(), stream.request)
+                    save_preview(preview, step.preview(), downscale)
                 except sdonnx.SdonnxError as error:
                     logger.warning("going on without a preview: %s", error)
                     preview = None

@@ -84,6 +84,21 @@ def test_two_passes(package, tmp_path):
         np.testing.assert_array_equal(made, decoded)
 
 
+def test_only_what_is_masked_is_worked_in(tmp_path):
+    """With the bundled model, whose pictures are enlarged otherwise."""
+    picture, mask = Image.effect_noise((150, 110), 80).convert("RGB"), Image.new("L", (150, 110))
+    mask.paste(255, (70, 40, 100, 80))
+    picture.save(tmp_path / "p.png")
+    mask.save(tmp_path / "m.png")
+    options = ["--image", "p.png", "--mask", "m.png", "--only-masked", 8, "--steps", 2, "-o", "c.png"]
+    ran = sdonnx("run", "a cat", *options, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    made = np.asarray(Image.open(tmp_path / "c.png"))
+    changed = (made != np.asarray(picture)).any(axis=2)
+    assert changed[40:80, 70:100].mean() > 0.9
+    assert not changed[np.asarray(mask) == 0].any()
+
+
 def test_without_a_name_pictures_do_not_overwrite_one_another(package, tmp_path):
     for _ in range(2):
         assert sdonnx("run", "a cat", "-m", package, *FAST, cwd=tmp_path).returncode == 0

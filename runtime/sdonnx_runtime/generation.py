@@ -19,13 +19,12 @@ from sdonnx_runtime.images import to_images
 from sdonnx_runtime.manifest import Manifest, TextEncoder
 from sdonnx_runtime.noise import Noise, between
 from sdonnx_runtime.package import Package
-from sdonnx_runtime.pictures import feathered, fitted, latent_mask, mask_of, opaque
 from sdonnx_runtime.request import Request, Result, given, of_image, passes, seeds_of
 from sdonnx_runtime.samplers import SAMPLERS, sampler_options, steps_taken
 from sdonnx_runtime.sampling import Denoise, NoiseSource, Schedule
 from sdonnx_runtime.schedule import make_schedule
 from sdonnx_runtime.scheduler_config import SchedulerConfig, limit_x0
-from sdonnx_runtime.starts import Original, Start, encoded, interpolated
+from sdonnx_runtime.starts import Original, Start, encoded, interpolated, pasted, start_of
 from sdonnx_runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -112,7 +111,8 @@ class Generation:
         """Runs everything, handing over each denoising step."""
         with self._run.components.reserved():
             conditioning = self._condition()
-            start = self._start()
+            start = start_of(self._run, self._manifest.latents, self.request)
+            self._run.components.release("vae_encoder")
             seconds: list[float] = []
             for progress in self._passes(conditioning, start):
                 seconds.append(progress.seconds)
@@ -121,7 +121,7 @@ class Generation:
             assert self.latents is not None  # noqa: S101 — for the type checker
             images = decode(self._run, self._manifest, self.latents)
             self.result = Result(
-                images=images if start is None else tuple(self._pasted(made, start) for made in images),
+                images=images if start is None else tuple(pasted(made, start, self.request) for made in images),
                 seeds=seeds_of(self.request),
                 latents=self.latents,
                 request=self.request,
@@ -158,7 +158,8 @@ class Generation:
         self._run.components.release("vae_decoder")
         size = given(request.width), given(request.height)
         larger = [picture.resize(size, Image.Resampling.LANCZOS) for picture in pictures]
-        starts = [encoded(self._run, self._manifest.latents, picture) for picture in larger]
+        space = self._manifest.latents
+        starts = [Start(space=space, moments=encoded(self._run, picture), picture=picture) for picture in larger]
         self._run.components.release("vae_encoder")
         return [*starts]
 
@@ -177,25 +178,6 @@ class Generation:
         if tokens.truncated:
             logger.warning("the prompt is longer than %d tokens; cut: %s", tokenizer.length, tokens.truncated)
         return self._run(encoder.component, {"input_ids": tokens.ids})[encoder.output]  # (1, S, C)
-
-    def _start(self) -> Start | None:
-        """The request's picture, fitted and encoded."""
-        request = self.request
-        if request.image is None:
-            return None
-        size = given(request.width), given(request.height)
-        picture = fitted(opaque(request.image), size, request.fit)
-        mask = cells = None
-        if request.mask_image is not None:
-            mask = mask_of(fitted(mask_of(request.mask_image), size, request.fit))
-            cells = latent_mask(mask, self._manifest.latents.downscale, first_pixel=not request.paste)
-            if not cells.any():
-                raise RequestError(
-                    "at the size that is worked in, the mask has nothing to repaint; paint more of it white"
-                )
-        start = encoded(self._run, self._manifest.latents, picture, mask, cells)
-        self._run.components.release("vae_encoder")
-        return start
 
     def _sample(
         self,
@@ -266,12 +248,6 @@ class Generation:
     def _predict(self, inputs: Mapping[str, AnyArray]) -> Array:
         (output,) = self._run("unet", inputs).values()
         return output
-
-    def _pasted(self, made: Image.Image, start: Start) -> Image.Image:
-        """The picture with the kept part of the one that it started from."""
-        if start.mask is None or not self.request.paste:
-            return made
-        return Image.composite(made, start.picture, feathered(start.mask, self.request.mask_blur))
 
 
 def decode(run: Runner, manifest: Manifest, latents: Array) -> tuple[Image.Image, ...]:

@@ -35,7 +35,7 @@ def parameters_text(request: Request, model: str) -> str:
         "Size": f"{request.width}x{request.height}",
         **_varied(request),
         **_reworked(request),
-        **({} if request.mask_image is None else {"Mask blur": request.mask_blur}),
+        **_masked(request),
         "Model": json.dumps(model, ensure_ascii=False) if set(model) & set(',:"\n') else model,
         "Version": "sdonnx",
     }
@@ -51,6 +51,15 @@ def _varied(request: Request) -> dict[str, str]:
         return {}
     seed, strength = request.variation
     return {"Variation seed": str(seed), "Variation seed strength": f"{strength:g}"}
+
+
+def _masked(request: Request) -> dict[str, str | int]:
+    if request.mask_image is None:
+        return {}
+    settings: dict[str, str | int] = {"Mask blur": request.mask_blur}
+    if request.padding_mask_crop is not None:
+        settings |= {"Inpaint area": "Only masked", "Masked area padding": request.padding_mask_crop}
+    return settings
 
 
 def _reworked(request: Request) -> dict[str, str | int]:

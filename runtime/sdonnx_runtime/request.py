@@ -85,6 +85,10 @@ class Request:
     """Whether pixels that the mask keeps are the ``image``'s own, bit by bit, and not what the VAE makes of them.
 
     If so, latent cells are made anew that the mask touches; if not, those whose first pixel it has, as in diffusers."""
+    padding_mask_crop: int | None = None
+    """Pixels: works only in the mask and so many around it, at width and height, and puts that into the ``image``.
+
+    Width and height are then the model's where they are left out. None works in the whole ``image``."""
     hires_scale: float | None = None
     """1 to 8: makes the picture, enlarges it so many times, and goes over it once more at that size as img2img does."""
     hires_strength: float | None = None
@@ -254,7 +258,7 @@ def _check_pictures(request: Request, multiple: int, defaults: Defaults) -> Requ
         raise RequestError(f"paste is {request.paste!r}; give True or False")
     _whole("mask_blur", request.mask_blur, 0, 1024)
     if image is None:
-        for name in ("strength", "mask_image"):
+        for name in ("strength", "mask_image", "padding_mask_crop"):
             if getattr(request, name) is not None:
                 raise RequestError(f"{name} is given without an image; give the picture that it is about")
         return request
@@ -270,10 +274,23 @@ def _check_pictures(request: Request, multiple: int, defaults: Defaults) -> Requ
     if request.strength is None:
         request = replace(request, strength=0.75 if mask is None else 1.0)
     _number("strength", request.strength, 0, 1)
-    if request.width is None:
+    _check_region(request)
+    if request.width is None and request.padding_mask_crop is None:
         width, height = suitable_size(image, area=defaults.size**2, multiple=multiple)
         request = replace(request, width=width, height=height)
     return request
+
+
+def _check_region(request: Request) -> None:
+    if request.padding_mask_crop is None:
+        return
+    _whole("padding_mask_crop", request.padding_mask_crop, 0, MAX_SIDE)
+    if request.mask_image is None:
+        raise RequestError("padding_mask_crop is given without a mask_image; give the mask that it goes around")
+    if not request.paste:
+        raise RequestError(
+            "padding_mask_crop is given with paste off, but puts what it made into the picture; leave paste on"
+        )
 
 
 def _check_mask(mask: Image, image: Image) -> None:

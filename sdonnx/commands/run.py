@@ -143,6 +143,14 @@ def run(
             rich_help_panel=_FROM_A_PICTURE,
         ),
     ] = True,
+    only_masked: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PX",
+            help="Work only in the mask and so many pixels around it, and keep the picture's size; 32 is usual.",
+            rich_help_panel=_FROM_A_PICTURE,
+        ),
+    ] = None,
     outpaint: Annotated[
         str | None,
         typer.Option(
@@ -233,7 +241,9 @@ def run(
     with sdonnx.load(package, device=device, threads=threads) as pipe:
         manifest = pipe.package.manifest
         if outpaint is not None:
-            picture, stencil = _outpainted(picture, stencil, outpaint, manifest, sized=size is not None)
+            picture, stencil = _outpainted(
+                picture, stencil, outpaint, manifest, sized=size is not None or only_masked is not None
+            )
         request = pipe.check(
             prompt,
             negative_prompt=negative,
@@ -257,6 +267,7 @@ def run(
             mask_image=stencil,
             mask_blur=mask_blur,
             paste=paste,
+            padding_mask_crop=only_masked,
             **parse_hires(hires),
             hires_upscaler=hires_upscaler,
         )
@@ -267,7 +278,7 @@ def run(
             raise sdonnx.PackageError("the package has no preview; run 'sdonnx export' again, or leave out --preview")
         check_outputs(paths, preview, save_latents)
         result = _generate(pipe, request, preview, save_latents or unused(paths[0].with_suffix(".npz")))
-        factor = manifest.defaults.enlarge if enlarge else 1
+        factor = manifest.defaults.enlarge if enlarge and only_masked is None else 1
     try:
         for index, path in enumerate(paths):
             sdonnx.save_png(result, index, path, enlarge=factor)

@@ -18,18 +18,18 @@ Threads: TypeAlias = Annotated[
 ]
 
 
-def parse_size(size: str | None) -> tuple[int | None, int | None]:
-    """Width and height of "512x512".
+def parse_size(size: str | None) -> dict[str, int]:
+    """The request's fields of "512x512".
 
     Raises:
         RequestError: it is something else.
     """
     if size is None:
-        return None, None
-    parts = [_pixels(part) for part in size.lower().split("x")]
-    if len(parts) != 2 or None in parts:
+        return {}
+    parts = size.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
         raise sdonnx.RequestError(f"size is '{size}'; give width and height in pixels, such as 512x512")
-    return parts[0], parts[1]
+    return {"width": int(parts[0]), "height": int(parts[1])}
 
 
 def parse_variation(variation: str | None) -> tuple[int, float] | None:

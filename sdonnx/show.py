@@ -88,6 +88,13 @@ def described(result: sdonnx.Result, paths: list[Path]) -> dict[str, Any]:
     }
 
 
-def print_json(data: dict[str, Any]) -> None:
-    """Writes JSON to stdout."""
-    sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+def print_made(result: sdonnx.Result, paths: list[Path]) -> None:
+    """Says where pictures are."""
+    for path, seed in zip(paths, result.seeds, strict=True):
+        err.print(f"{path}  seed {seed}", highlight=False, soft_wrap=True)
+
+
+def print_json(data: dict[str, Any], *, indent: int | None = 2) -> None:
+    """Writes JSON to stdout; without an indent, on one line, and at once."""
+    sys.stdout.write(json.dumps(data, indent=indent, allow_nan=False) + "\n")
+    sys.stdout.flush()

@@ -1,28 +1,11 @@
 """``sdonnx run``."""
 
-import logging
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from PIL.Image import Image
-from rich.progress import MofNCompleteColumn, TextColumn
 from sdonnx_models import DEFAULT
-from sdonnx_runtime.images import save_preview
-from sdonnx_runtime.latents import save_latents as write_latents
-from sdonnx_runtime.manifest import Manifest
-from sdonnx_runtime.pictures import (
-    FITS,
-    UPSCALERS,
-    check_picture,
-    extended,
-    fitted,
-    in_whole_cells,
-    mask_of,
-    open_picture,
-)
-from sdonnx_runtime.request import given
+from sdonnx_runtime.pictures import FITS, UPSCALERS, open_picture
 from sdonnx_runtime.schedule import SPACINGS
 from sdonnx_runtime.sigmas import SCHEDULES
 
@@ -30,25 +13,22 @@ import sdonnx
 from sdonnx.arguments import (
     Device,
     Threads,
-    check_outputs,
-    output_paths,
     parse_hires,
     parse_margins,
     parse_numbers,
     parse_size,
     parse_variation,
-    unused,
 )
+from sdonnx.batch import make_batch, read_batch
+from sdonnx.making import Outputs, make
 from sdonnx.models import find_model
-from sdonnx.show import described, err, print_json, progress
-
-logger = logging.getLogger(__name__)
+from sdonnx.show import described, err, print_json, print_made
 
 _FROM_A_PICTURE, _SAMPLING = "From a picture", "Sampling"
 
 
 def run(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")],
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to draw.", show_default=False)] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -159,6 +139,14 @@ def run(
             rich_help_panel=_FROM_A_PICTURE,
         ),
     ] = None,
+    batch_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Make one picture for each line instead: of a .txt a prompt, of a .jsonl an object with a request's "
+            "fields, over what is asked for here.",
+        ),
+    ] = None,
     hires: Annotated[
         str | None,
         typer.Option(
@@ -235,61 +223,48 @@ def run(
     [dim]sdonnx run "a photograph of a cat" -m sd15-onnx --seed 7[/dim]
     [dim]sdonnx run "a tiger on a white background" --image cat.png --strength 0.6[/dim]
     """
-    width, height = parse_size(size)
-    picture, stencil = (None if path is None else open_picture(path) for path in (image, mask))
+    fields: dict[str, Any] = {
+        "negative_prompt": negative,
+        **parse_size(size),
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "seed": seed,
+        "variation": parse_variation(variation),
+        "num_images": count,
+        "sampler": sampler,
+        "schedule": schedule,
+        "spacing": spacing,
+        "eta": eta,
+        "sigmas": parse_numbers("sigmas", sigmas),
+        "timesteps": parse_numbers("timesteps", timesteps),
+        "guidance_rescale": guidance_rescale,
+        "image": None if image is None else open_picture(image),
+        "strength": strength,
+        "fit": fit,
+        "mask_image": None if mask is None else open_picture(mask),
+        "mask_blur": mask_blur,
+        "paste": paste,
+        "padding_mask_crop": only_masked,
+        **parse_hires(hires),
+        "hires_upscaler": hires_upscaler,
+    }
+    margins = None if outpaint is None else parse_margins(outpaint)
+    lines = None if batch_file is None else read_batch(batch_file)
+    if (prompt is None) == (lines is None):
+        raise sdonnx.RequestError("give a PROMPT, or a file of them with --batch-file")
     package = find_model(_bundled() if model is None else model)
-    with sdonnx.load(package, device=device, threads=threads) as pipe:
-        manifest = pipe.package.manifest
-        if outpaint is not None:
-            picture, stencil = _outpainted(
-                picture, stencil, outpaint, manifest, sized=size is not None or only_masked is not None
-            )
-        request = pipe.check(
-            prompt,
-            negative_prompt=negative,
-            width=width,
-            height=height,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            seed=seed,
-            variation=parse_variation(variation),
-            num_images=count,
-            sampler=sampler,
-            schedule=schedule,
-            spacing=spacing,
-            eta=eta,
-            sigmas=parse_numbers("sigmas", sigmas),
-            timesteps=parse_numbers("timesteps", timesteps),
-            guidance_rescale=guidance_rescale,
-            image=picture,
-            strength=strength,
-            fit=fit,
-            mask_image=stencil,
-            mask_blur=mask_blur,
-            paste=paste,
-            padding_mask_crop=only_masked,
-            **parse_hires(hires),
-            hires_upscaler=hires_upscaler,
-        )
-        if outpaint is not None and not paste:
-            request = _in_whole_cells(request, manifest)
-        paths = output_paths(output, request)
-        if preview is not None and manifest.latents.preview is None:
+    with sdonnx.load(package, device=device, threads=threads, keep_loaded=lines is not None) as pipe:
+        if preview is not None and pipe.package.manifest.latents.preview is None:
             raise sdonnx.PackageError("the package has no preview; run 'sdonnx export' again, or leave out --preview")
-        check_outputs(paths, preview, save_latents)
-        result = _generate(pipe, request, preview, save_latents or unused(paths[0].with_suffix(".npz")))
-        factor = manifest.defaults.enlarge if enlarge and only_masked is None else 1
-    try:
-        for index, path in enumerate(paths):
-            sdonnx.save_png(result, index, path, enlarge=factor)
-    finally:  # neither is lost for the other's failing
-        if save_latents is not None:
-            write_latents(save_latents, result.latents, result.request, result.model)
+        outputs = Outputs(pictures=output, preview=preview, latents=save_latents, enlarge=enlarge)
+        if batch_file is not None and lines is not None:
+            make_batch(pipe, batch_file, lines, fields, outputs, margins, as_json=as_json)
+            return
+        result, paths = make(pipe, {**fields, "prompt": prompt}, outputs, margins)
     if as_json:
         print_json(described(result, paths))
-        return
-    for path, made in zip(paths, result.seeds, strict=True):
-        err.print(f"{path}  seed {made}", highlight=False, soft_wrap=True)
+    else:
+        print_made(result, paths)
 
 
 def _bundled() -> str:
@@ -300,59 +275,3 @@ def _bundled() -> str:
         soft_wrap=True,
     )
     return DEFAULT
-
-
-def _outpainted(
-    picture: Image | None, stencil: Image | None, outpaint: str, manifest: Manifest, *, sized: bool
-) -> tuple[Image, Image]:
-    """The canvas and its mask; one that is to have another size anyway may have any."""
-    if picture is None or stencil is not None:
-        raise sdonnx.RequestError("--outpaint goes with --image and without --mask; it masks what is new by itself")
-    area = 0 if sized else manifest.defaults.size**2
-    check_picture("image", picture)
-    return extended(picture, parse_margins(outpaint), area=area, multiple=manifest.latents.downscale)
-
-
-def _in_whole_cells(request: sdonnx.Request, manifest: Manifest) -> sdonnx.Request:
-    """Without pasting, cells that are only partly new would stay as they are."""
-    size, fit = (given(request.width), given(request.height)), request.fit
-    mask = mask_of(fitted(given(request.mask_image), size, fit))
-    return replace(
-        request,
-        image=fitted(given(request.image), size, fit),
-        mask_image=in_whole_cells(mask, manifest.latents.downscale),
-    )
-
-
-def _generate(pipe: sdonnx.Pipeline, request: sdonnx.Request, preview: Path | None, rescue: Path) -> sdonnx.Result:
-    """The result; should decoding fail, what was sampled is in ``rescue``."""
-    stream = pipe.stream(request)
-    try:
-        _follow(stream, preview, pipe.package.manifest.latents.downscale)
-    except (sdonnx.SdonnxError, MemoryError) as error:
-        if stream.latents is None:
-            raise
-        kind = sdonnx.DeviceError if isinstance(error, MemoryError) else type(error)
-        said = "there is too little memory to go on" if isinstance(error, MemoryError) else str(error)
-        try:
-            write_latents(rescue, stream.latents, stream.latents_request, pipe.package.name)
-        except sdonnx.SdonnxError as other:
-            raise kind(f"{said}; what was sampled is lost too: {other}") from None
-        raise kind(f"{said}; what was sampled is kept: sdonnx decode {rescue} -m {pipe.package.root}") from None
-    return stream.result
-
-
-def _follow(stream: sdonnx.Stream, preview: Path | None, downscale: int) -> None:
-    with progress("{task.description}", MofNCompleteColumn(), TextColumn("{task.fields[pace]}")) as bar:
-        task = bar.add_task("encoding the prompt", total=None, pace="")
-        for done, step in enumerate(stream, 1):
-            total = step.num_steps * step.num_images
-            what = "decoding" if done == total else "denoising"
-            pace = f"{step.seconds:.2f} s/step"
-            bar.update(task, description=what, total=total, completed=done, pace=pace)
-            if preview is not None:
-                try:
-                    save_preview(preview, step.preview(), downscale)
-                except sdonnx.SdonnxError as error:
-                    logger.warning("going on without a preview: %s", error)
-                    preview = None

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from rich.markup import escape
 from sdonnx_runtime.pictures import open_picture
 
 import sdonnx
@@ -86,7 +85,7 @@ def make_batch(
                 print_made(result, paths)
     finally:
         for number, reason in failed.items():
-            err.print(f"line {number}: {escape(reason)}", highlight=False, soft_wrap=True)
+            err.print(f"line {number}: {reason}", highlight=False, soft_wrap=True)
     if failed:
         raise sdonnx.SdonnxError(f"of {len(lines)} lines of {path}, {len(failed)} were not made")
 

@@ -11,6 +11,7 @@ from PIL import Image
 from sd_parsers import ParserManager
 from sdonnx_export.export import export
 from sdonnx_runtime.errors import RequestError
+from sdonnx_runtime.latents import load_latents, save_latents
 from sdonnx_runtime.pictures import mask_of
 from sdonnx_runtime.regions import region_around
 from sdonnx_runtime.scheduler_config import CLASSES
@@ -131,6 +132,8 @@ def test_the_picture_keeps_its_size_and_its_pixels(pair, blur, tmp_path):
     assert not changed[~inside].any()
     assert changed[inside].mean() > 0.8
     assert made.latents.shape == (2, 4, 8, 8)
+    save_latents(tmp_path / "a.npz", made.latents, made.request, made.model)
+    assert load_latents(tmp_path / "a.npz")[1].padding_mask_crop == 16
     sdonnx.save_png(made, 0, tmp_path / "a.png")
     metadata = ParserManager().parse(tmp_path / "a.png").metadata
     assert (metadata["Inpaint area"], metadata["Masked area padding"]) == ("Only masked", "16")

@@ -226,7 +226,8 @@ def check_recipe(request: Request) -> None:
     for name in ("width", "height", "num_inference_steps", "guidance_scale", "seed", "sampler"):
         if getattr(request, name) is None:
             raise RequestError(f"{name} is missing")
-    check_request(replace(request, strength=None), multiple=1, defaults=Defaults(size=1), random_seed=0)
+    asked = replace(request, strength=None, padding_mask_crop=None)
+    check_request(asked, multiple=1, defaults=Defaults(size=1), random_seed=0)
     for name, value, known in (
         ("sampler", request.sampler, (*SAMPLERS,)),
         ("schedule", request.schedule, (None, *SCHEDULES)),
@@ -234,6 +235,8 @@ def check_recipe(request: Request) -> None:
     ):
         if value not in known:
             raise RequestError(f"there is no {name} {value!r}")
+    if request.padding_mask_crop is not None:
+        _whole("padding_mask_crop", request.padding_mask_crop, 0, MAX_SIDE)
     for name, most in (("strength", 1), ("eta", 1), ("s_churn", MAX_CHURN), ("s_noise", MAX_CHURN)):
         if getattr(request, name) is not None:
             _number(name, getattr(request, name), 0, most)

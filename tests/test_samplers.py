@@ -8,13 +8,7 @@ from sdonnx_runtime.noise import Noise
 from sdonnx_runtime.samplers import SAMPLERS, takes
 from sdonnx_runtime.schedule import make_schedule
 from sdonnx_runtime.scheduler_config import CLASSES, WHOLE_TIMESTEPS, SchedulerConfig
-from walks import IMAGE, RESPACED, SD15, distance, ours, theirs
-
-EPSILON_OR_V = ("dpm2", "dpm2_ancestral", "euler_ancestral", "pndm")  # diffusers refuses the third prediction type
-
-
-def predictions(sampler):
-    return ("epsilon", "v_prediction") if sampler in EPSILON_OR_V else ("epsilon", "v_prediction", "sample")
+from walks import IMAGE, RESPACED, SD15, distance, ours, predictions, theirs
 
 
 def schedules(sampler):

@@ -25,6 +25,12 @@ STOCHASTIC = ("ddim", "ddpm", "dpm2_ancestral", "dpmpp_2m_sde", "euler_ancestral
 RESPACED = ("deis", "dpm2", "dpm2_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "euler", "heun", "lms", "unipc")
 """Samplers whose classes read ``use_karras_sigmas`` and its like."""
 
+EPSILON_OR_V = ("dpm2", "dpm2_ancestral", "euler_ancestral", "pndm")  # diffusers refuses the third prediction type
+
+
+def predictions(sampler):
+    return ("epsilon", "v_prediction") if sampler in EPSILON_OR_V else ("epsilon", "v_prediction", "sample")
+
 
 def model(x, t):
     """A bounded stand-in for a U-Net: smooth in x, different at every timestep and place."""
@@ -35,7 +41,7 @@ def model(x, t):
 IMAGE = np.tanh(Noise(5)(SHAPE))
 
 
-def ours(sampler, config, steps, *, begin=None, rows=slice(None), request=None, **asked):
+def ours(sampler, config, steps, *, begin=None, rows=slice(None), request=None, network=model, **asked):
     """The latents: of noise, or of IMAGE noised to where step ``begin`` starts."""
     parsed = SchedulerConfig.from_dict(config)
     schedule = make_schedule(parsed, sampler, steps, **asked)
@@ -43,7 +49,7 @@ def ours(sampler, config, steps, *, begin=None, rows=slice(None), request=None, 
     limit = None if sampler == "ddim" else limit_x0(parsed, sampler)
 
     def run(inputs):
-        return model(inputs["sample"], float(inputs["timestep"]))
+        return network(inputs["sample"], float(inputs["timestep"]))
 
     text = np.zeros((1, 77, 8), np.float32)
     denoise = clean(predict(run, {"encoder_hidden_states": text}), parsed.prediction_type, limit)
@@ -63,7 +69,7 @@ def ours(sampler, config, steps, *, begin=None, rows=slice(None), request=None, 
     return x * np.float32(schedule.final_scale)
 
 
-def theirs(sampler, config, steps, *, begin=None, timesteps=None, sigmas=None, **options):
+def theirs(sampler, config, steps, *, begin=None, timesteps=None, sigmas=None, network=model, **options):
     if sampler == "dpmpp_2m_sde":
         config = {**config, "algorithm_type": "sde-dpmsolver++"}
     scheduler = getattr(diffusers, CLASSES[sampler]).from_config(config)
@@ -83,7 +89,7 @@ def theirs(sampler, config, steps, *, begin=None, timesteps=None, sigmas=None, *
         options["generator"] = generator
     for t in walk:
         scaled = scheduler.scale_model_input(x, t)
-        output = torch.from_numpy(model(scaled.numpy(), float(t)))
+        output = torch.from_numpy(network(scaled.numpy(), float(t)))
         x = scheduler.step(output, t, x, **options).prev_sample
     return x.numpy()
 

@@ -56,6 +56,7 @@ SETTINGS = [
     ("euler", {"timestep_type": "continuous", "prediction_type": "v_prediction", "use_karras_sigmas": True}, 8),
     ("ddpm", {"variance_type": "fixed_large"}, 8),
     ("ddpm", {"variance_type": "fixed_small_log"}, 8),
+    ("ddpm", {"variance_type": None}, 8),  # as DPMSolverMultistepScheduler's config has it
     ("lcm", {"original_inference_steps": 40, "timestep_scaling": 0.01}, 8),
     ("tcd", {"original_inference_steps": 40}, 8),
     *[

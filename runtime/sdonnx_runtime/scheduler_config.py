@@ -94,7 +94,7 @@ _DPM_SOLVER: Mapping[str, tuple[Any, ...]] = {
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),  # not learned
 }
 _ONLY: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
-    "ddpm": {"variance_type": ("fixed_small", "fixed_small_log", "fixed_large")},
+    "ddpm": {"variance_type": ("fixed_small", "fixed_small_log", "fixed_large", None)},
     "deis": {"lower_order_final": (True, False), "solver_order": (2, 1, 3), "use_flow_sigmas": _OFF},
     "dpmpp_2m": {**_DPM_SOLVER, "algorithm_type": ("dpmsolver++", "deis")},  # the latter belongs to another class
     "dpmpp_2m_sde": {**_DPM_SOLVER, "solver_order": (2, 1)},

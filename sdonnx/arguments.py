@@ -26,10 +26,10 @@ def parse_size(size: str | None) -> dict[str, int]:
     """
     if size is None:
         return {}
-    parts = size.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+    parts = [number for number in map(_pixels, size.lower().split("x")) if number is not None]
+    if len(parts) != 2 or size.lower().count("x") != 1:
         raise sdonnx.RequestError(f"size is '{size}'; give width and height in pixels, such as 512x512")
-    return {"width": int(parts[0]), "height": int(parts[1])}
+    return {"width": parts[0], "height": parts[1]}
 
 
 def parse_variation(variation: str | None) -> tuple[int, float] | None:

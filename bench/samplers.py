@@ -178,34 +178,35 @@ def tables(orders: dict[str, dict[str, Any]], deviations: dict[str, dict[str, fl
     return "\n".join(lines)
 
 
-def plot(orders: dict[str, dict[str, Any]], path: Path) -> None:
-    """Errors by steps on logarithmic axes."""
+def plot(curves: dict[str, dict[int, float]], path: Path, title: str, *, powers: bool) -> None:
+    """Values by steps for each sampler, steps on a logarithmic axis, and values too if they are ``powers`` of ten."""
     from PIL import Image, ImageDraw
 
     width, height, left, top, right, bottom = 900, 620, 70, 30, 200, 50
-    counts = list(next(iter(orders.values()))["errors"])
-    every = [error for row in orders.values() for error in row["errors"].values()]
-    low, high = math.floor(math.log10(min(every))), math.ceil(math.log10(max(every)))
+    counts = list(next(iter(curves.values())))
+    every = [value for row in curves.values() for value in row.values()]
+    low, high = (math.floor(math.log10(min(every))), math.ceil(math.log10(max(every)))) if powers else (0, 10)
     picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
 
-    def place(steps: float, error: float) -> tuple[float, float]:
+    def place(steps: float, value: float) -> tuple[float, float]:
         across = math.log(steps / counts[0]) / math.log(counts[-1] / counts[0])
-        up = (math.log10(error) - low) / (high - low)
+        up = ((math.log10(value) if powers else 10 * value) - low) / (high - low)
         return left + across * (width - left - right), height - bottom - up * (height - top - bottom)
 
-    for power in range(low, high + 1):
-        x, y = place(counts[0], 10.0**power)
-        draw.line([(x, y), place(counts[-1], 10.0**power)], fill="#dddddd")
-        draw.text((x - 45, y - 6), f"1e{power}", fill="black")
+    for line in range(low, high + 1):
+        value, said = (10.0**line, f"1e{line}") if powers else (line / 10, f"{line * 10} %")
+        x, y = place(counts[0], value)
+        draw.line([(x, y), place(counts[-1], value)], fill="#dddddd")
+        draw.text((x - 45, y - 6), said, fill="black")
     for steps in counts:
-        x, y = place(steps, 10.0**low)
-        draw.text((x - 8, y + 8), str(steps), fill="black")
-    draw.text((left, 8), "distance from the exact solution, by steps", fill="black")
-    labels = sorted(orders, key=lambda name: -orders[name]["errors"][counts[-1]])
+        x = place(steps, 1.0)[0]
+        draw.text((x - 8, height - bottom + 8), str(steps), fill="black")
+    draw.text((left, 8), title, fill="black")
+    labels = sorted(curves, key=lambda name: -curves[name][counts[-1 if powers else 0]])
     for i, name in enumerate(labels):
         color = f"hsl({360 * i // len(labels)}, 80%, 40%)"
-        points = [place(steps, error) for steps, error in orders[name]["errors"].items()]
+        points = [place(steps, value) for steps, value in curves[name].items()]
         draw.line(points, fill=color, width=2)
         row = (width - right + 30, top + 10 + i * 24)
         draw.line([points[-1], (row[0] - 4, row[1] + 6)], fill="#cccccc")
@@ -222,7 +223,8 @@ def main() -> None:
     orders, deviations = convergence(), moments(walks=args.walks)
     print(tables(orders, deviations))
     if args.plot is not None:
-        plot(orders, args.plot)
+        errors = {name: row["errors"] for name, row in orders.items()}
+        plot(errors, args.plot, "distance from the exact solution, by steps", powers=True)
     if args.json is not None:
         listed = [{"sampler": name, **row} for name, row in (orders | deviations).items()]
         args.json.write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")

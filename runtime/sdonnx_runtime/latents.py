@@ -10,9 +10,10 @@ from typing import Any, cast
 import numpy as np
 
 from sdonnx_runtime.arrays import Array
+from sdonnx_runtime.checks import check_recipe
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.images import replacing
-from sdonnx_runtime.request import Request, check_recipe, recipe
+from sdonnx_runtime.request import Request, recipe
 
 _DAMAGED = (
     AttributeError, EOFError, KeyError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError,

@@ -8,11 +8,12 @@ from typing import Any
 from PIL.Image import Image
 
 from sdonnx_runtime.arrays import Array
+from sdonnx_runtime.checks import check_request
 from sdonnx_runtime.components import Components, Runner
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.generation import Generation, Progress, decode, plan
 from sdonnx_runtime.package import Package
-from sdonnx_runtime.request import Request, Result, check_request, passes
+from sdonnx_runtime.request import Request, Result, passes
 from sdonnx_runtime.samplers import resolve_sampler
 from sdonnx_runtime.scheduler_config import SchedulerConfig, default_sampler
 from sdonnx_runtime.session import Cancelled, Session

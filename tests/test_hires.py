@@ -14,6 +14,7 @@ from sdonnx_export.export import export
 from sdonnx_runtime import components
 from sdonnx_runtime.errors import DeviceError, RequestError
 from sdonnx_runtime.latents import load_latents, save_latents
+from sdonnx_runtime.samplers import SAMPLERS
 from sdonnx_runtime.scheduler_config import CLASSES
 from sdonnx_runtime.starts import interpolated
 
@@ -198,6 +199,13 @@ def test_a_second_pass_that_can_not_be_served(opened, fields, message):
     with pytest.raises(RequestError) as error:
         opened.check(PROMPT, **{**FIRST, "sampler": "euler", **fields})
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_steps_that_are_announced_are_taken(opened, sampler):
+    small = {**FIRST, "height": 64, "num_inference_steps": 5, "guidance_scale": 1}
+    steps = list(opened.stream(PROMPT, sampler=sampler, hires_scale=1, hires_strength=0.6, **small))
+    assert [step.step for step in steps] == list(range(steps[0].num_steps))
 
 
 def test_given_levels_are_those_of_both_passes(opened):

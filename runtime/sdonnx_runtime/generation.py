@@ -39,13 +39,13 @@ class Progress:
     num_images: int
     """How many there will be."""
     step: int
-    """Which step of this image, from 0."""
+    """Which step of this image, from 0, counted over its passes."""
     num_steps: int
-    """How many steps each image takes."""
+    """How many steps each image takes, over its passes."""
     seconds: float
     """What the step took."""
     latents: Array
-    """(1, C, h, w): the state after the step, noise included."""
+    """(1, C, h, w): the state after the step, noise included; larger in a second pass."""
     denoised: Array
     """(1, C, h, w): what the model takes the clean latents to be."""
     projection: Array | None = field(default=None, repr=False)

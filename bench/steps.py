@@ -23,7 +23,7 @@ def main() -> None:
     """Parses the arguments, draws with every sampler, judges, prints as it goes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("package", nargs="?", default=DEFAULT)
-    parser.add_argument("--steps", default="3,5,10,20", help="comma-separated; default: %(default)s")
+    parser.add_argument("--steps", default="5,10,20", help="comma-separated; default: %(default)s")
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--limit", type=int, default=116, metavar="N", help="pictures for each point, of 580")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")

@@ -1,6 +1,7 @@
 """The command line: ``sdonnx export``, ``run``, ``decode``, ``bench``, ``info``, ``models`` and ``samplers``."""
 
 import logging
+import signal
 import sys
 
 import typer
@@ -37,6 +38,7 @@ def main() -> None:
     except MemoryError:
         _fail(MemoryError("there is too little memory for this; choose a smaller size"), 1)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second one would end in a traceback
         err.print("stopped")
         sys.exit(130)
 

@@ -26,7 +26,7 @@ from sdonnx_export.codes import Range
 from sdonnx_export.graph import COMPONENTS, build
 from sdonnx_export.operators import Operators, sizes
 from sdonnx_export.parts import Checkpoint, Weight
-from sdonnx_export.precision import PrecisionOf
+from sdonnx_export.precision import Choice, PrecisionOf
 from sdonnx_export.writing import Report, manifest_of, write_components
 
 Seen: TypeAlias = Mapping[str, Mapping[str, Range]]
@@ -110,12 +110,18 @@ class TappedOperators(Operators):
 
 
 def observe(
-    checkpoint: Checkpoint, calibration: Calibration, work: Path, defaults: Mapping[str, Any], report: Report
+    checkpoint: Checkpoint,
+    precision: Choice,
+    calibration: Calibration,
+    work: Path,
+    defaults: Mapping[str, Any],
+    report: Report,
 ) -> Seen:
     """What a checkpoint's activations are.
 
     Args:
         checkpoint: of which a package with taps is written to ``work`` first.
+        precision: of the package that it is for.
         calibration: what is denoised.
         work: a directory, made if absent; what is seen is kept there, and there already is not made again.
         defaults: fields of `Defaults`.
@@ -124,11 +130,11 @@ def observe(
     Raises:
         SdonnxError: a component can't be run.
     """
-    stamp = json.dumps([asdict(calibration), dict(defaults), _fingerprint(checkpoint)], sort_keys=True)
+    stamp = json.dumps([repr(precision), asdict(calibration), dict(defaults), _fingerprint(checkpoint)], sort_keys=True)
     mark = work / "calibration.json"
     if not mark.is_file() or mark.read_text(encoding="utf-8") != stamp:
         shutil.rmtree(work, ignore_errors=True)
-        _write_tapped(checkpoint, work / "package", defaults, report)
+        _write_tapped(checkpoint, precision, work / "package", defaults, report)
         mark.write_text(stamp, encoding="utf-8")
     package = Package.open(work / "package")
     pipeline, scheduler = Pipeline(package, device="cpu"), SchedulerConfig.from_dict(package.manifest.scheduler)
@@ -146,9 +152,11 @@ def observe(
     return observer.seen()
 
 
-def _write_tapped(checkpoint: Checkpoint, directory: Path, defaults: Mapping[str, Any], report: Report) -> None:
+def _write_tapped(
+    checkpoint: Checkpoint, precision: Choice, directory: Path, defaults: Mapping[str, Any], report: Report
+) -> None:
     def make(name: str) -> ir.Model:
-        return build(name, checkpoint.parts[COMPONENTS[name].part], "int8", TappedOperators)
+        return build(name, checkpoint.parts[COMPONENTS[name].part], precision, TappedOperators)
 
     directory.mkdir(parents=True)
     files = write_components(directory, checkpoint, make, lambda what, done: report(f"for calibration: {what}", done))

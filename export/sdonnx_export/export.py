@@ -17,10 +17,10 @@ from sdonnx_runtime.manifest import Manifest, Source, write_manifest
 
 from sdonnx_export.calibration import Calibration, Seen, observe
 from sdonnx_export.checkpoint import open_checkpoint, open_vae
-from sdonnx_export.graph import COMPONENTS, build
+from sdonnx_export.graph import COMPONENTS, build, layers
 from sdonnx_export.int8 import Int8Operators
 from sdonnx_export.parts import Checkpoint
-from sdonnx_export.precision import PRECISIONS, Precision
+from sdonnx_export.precision import Choice, Mix, Precision, named, precision_of
 from sdonnx_export.preview import fit_preview
 from sdonnx_export.verify import verify
 from sdonnx_export.writing import GRAPH, Report, files_of, manifest_of, write_components
@@ -34,7 +34,7 @@ def export(
     source: str,
     output: Path | None = None,
     *,
-    precision: Precision = "fp32",
+    precision: str | Mix = "fp32",
     vae: str | None = None,
     revision: str | None = None,
     via: str = "native",
@@ -49,7 +49,7 @@ def export(
         source: a diffusers directory, a Hub id, or a single ``.safetensors`` or ``.ckpt`` file.
         output: the package's directory; None is the source's name with ``-onnx`` in the working directory.
         precision: fp32; fp16, int8-weights or int4 for smaller weights (the arithmetic stays float32); int8 computes
-            in 8 bits.
+            in 8 bits; mixed:FILE, or a `Mix`, chooses for each layer.
         vae: where to take the VAE from instead of ``source``.
         revision: branch, tag or commit of a Hub id.
         via: ``native`` (written graphs, no torch) or ``optimum`` (traced by optimum-onnx).
@@ -61,21 +61,21 @@ def export(
         report: told of the progress.
 
     Raises:
-        ExportError: the source can't be read or honoured, or the output can't be written.
+        RequestError: the precision is unknown.
+        ExportError: the source or the mix can't be read or honoured, or the output can't be written.
     """
-    if precision not in PRECISIONS:
-        raise ExportError(f"precision '{precision}' is unknown; choose {' or '.join(PRECISIONS)}")
+    chosen = named(precision) if isinstance(precision, str) else precision
     output = output if output is not None else Path(f"{Path(source.rstrip('/')).stem}-onnx")
     with _finished_at(output, replacing=force) as directory:
         if via == "native":
             checkpoint = _opened(source, vae, revision, report)
             seen = None
-            if precision == "int8":
-                seen = _observed(checkpoint, Calibration.named(calibration), output, defaults, report)
-            files = write_components(directory, checkpoint, partial(_model, checkpoint, precision, seen), report)
-            manifest = manifest_of(directory, files, precision, _source(checkpoint))
+            if "int8" in _precisions(checkpoint, chosen):
+                seen = _observed(checkpoint, chosen, Calibration.named(calibration), output, defaults, report)
+            files = write_components(directory, checkpoint, partial(model_of, checkpoint, chosen, seen), report)
+            manifest = manifest_of(directory, files, chosen, _source(checkpoint))
         elif via == "optimum":
-            manifest = _export_optimum(source, directory, precision, vae, revision, report)
+            manifest = _export_optimum(source, directory, chosen, vae, revision, report)
         else:
             raise ExportError(f"via '{via}' is unknown; choose native or optimum")
         manifest = replace(
@@ -96,25 +96,41 @@ def _opened(source: str, vae: str | None, revision: str | None, report: Report) 
     return replace(checkpoint, parts={**checkpoint.parts, "vae": open_vae(vae)})
 
 
-def _model(checkpoint: Checkpoint, precision: Precision, seen: Seen | None, name: str) -> ir.Model:
-    """The model of a component, in 8 bits where it has been observed."""
+def _precisions(checkpoint: Checkpoint, chosen: Choice) -> set[Precision]:
+    """Those that layers have.
+
+    Raises:
+        ExportError: the mix is of layers that there are not.
+    """
+    known = {name: layers(name, checkpoint.parts[each.part].config) for name, each in COMPONENTS.items()}
+    if isinstance(chosen, Mix):
+        chosen.check(known)
+    return {precision_of(chosen, name)(layer) for name, mine in known.items() for layer in mine}
+
+
+def model_of(checkpoint: Checkpoint, chosen: Choice, seen: Seen | None, name: str) -> ir.Model:
+    """The model of a component; kernels compute in 8 bits where they have been observed."""
     part = checkpoint.parts[COMPONENTS[name].part]
-    if precision != "int8" or name == "text_encoder":
-        return build(name, part, precision)
-    if seen is None:
-        return build(name, part, precision, Int8Operators)
-    return build(name, part, precision, partial(Int8Operators, ranges=seen[name]))
+    find = precision_of(chosen, name)
+    if not any(find(layer) == "int8" for layer in layers(name, part.config)):
+        return build(name, part, chosen)
+    return build(name, part, chosen, partial(Int8Operators, ranges={} if seen is None else seen.get(name, {})))
 
 
 def _observed(
-    checkpoint: Checkpoint, calibration: Calibration | None, output: Path, defaults: Mapping[str, Any], report: Report
+    checkpoint: Checkpoint,
+    chosen: Choice,
+    calibration: Calibration | None,
+    output: Path,
+    defaults: Mapping[str, Any],
+    report: Report,
 ) -> Seen | None:
     """What `calibrate` saw; should it be stopped, the same export goes on where it was."""
     if calibration is None:
         return None
     work = output.with_name(f".{output.name}.calibration")
     try:
-        seen = observe(checkpoint, calibration, work, defaults, report)
+        seen = observe(checkpoint, chosen, calibration, work, defaults, report)
     except KeyboardInterrupt:
         logger.warning("the calibration so far is kept in %s; the same command goes on from there", work)
         raise
@@ -123,7 +139,7 @@ def _observed(
 
 
 def _export_optimum(
-    source: str, directory: Path, precision: Precision, vae: str | None, revision: str | None, report: Report
+    source: str, directory: Path, precision: Choice, vae: str | None, revision: str | None, report: Report
 ) -> Manifest:
     from sdonnx_export.torch_bridge import export_with_optimum
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnxscript.nn import Module
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import ExportError
 
@@ -19,9 +20,10 @@ from sdonnx_export.operators import (
     OPSET_4_BITS,
     Matrix,
     Operators,
+    sizes,
 )  # fmt: skip
 from sdonnx_export.parts import Part, Weight
-from sdonnx_export.precision import Precision, precision_of
+from sdonnx_export.precision import Choice, precision_of
 from sdonnx_export.stages import name_edges
 from sdonnx_export.unet import UNet
 from sdonnx_export.vae import VaeDecoder, VaeEncoder
@@ -92,7 +94,20 @@ COMPONENTS = {
 """Input and output names are those of optimum's exports, so that a package opens there."""
 
 
-def build(name: str, part: Part, precision: Precision, operators: Callable[..., Operators] = Operators) -> ir.Model:
+def layers(name: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The weights of component ``name`` that have a precision: their names, and their shapes in the graph.
+
+    Raises:
+        ExportError: the config has a value without a written graph.
+    """
+    return _layers(COMPONENTS[name].module(config)[0])
+
+
+def _layers(module: Module) -> dict[str, tuple[int, ...]]:
+    return {key: sizes(weight) for key, weight in module.named_parameters() if len(sizes(weight)) > 1}
+
+
+def build(name: str, part: Part, precision: Choice, operators: Callable[..., Operators] = Operators) -> ir.Model:
     """The model of component ``name`` (a key of COMPONENTS); its weights are read when it is saved.
 
     Args:
@@ -107,14 +122,16 @@ def build(name: str, part: Part, precision: Precision, operators: Callable[..., 
     """
     component = COMPONENTS[name]
     module, ports = component.module(part.config)
-    opset, version = (OPSET_4_BITS, IR_VERSION_4_BITS) if precision == "int4" else (OPSET, IR_VERSION)
+    find = precision_of(precision, name)
+    in_4_bits = any(find(layer) == "int4" for layer in _layers(module))
+    opset, version = (OPSET_4_BITS, IR_VERSION_4_BITS) if in_4_bits else (OPSET, IR_VERSION)
     graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": opset, CONTRIB: 1})
     mine = {
         key: weight
         for key, weight in part.weights.items()
         if not component.prefixes or key.startswith(component.prefixes)
     }
-    op = operators(graph, mine, precision_of(precision))
+    op = operators(graph, mine, find)
     inputs = [op.builder.input(port.name, port.dtype, port.shape) for port in ports]
     results = module(op, *inputs)
     for value, output in zip(results if isinstance(results, tuple) else (results,), component.outputs, strict=True):

@@ -16,6 +16,7 @@ from sdonnx_runtime.optimum_layout import manifest_of_layout
 from sdonnx_export.clip_vocabulary import write_clip_tokenizer
 from sdonnx_export.graph import COMPONENTS
 from sdonnx_export.parts import Checkpoint
+from sdonnx_export.precision import Choice, label
 
 Report = Callable[[str, float], None]
 """Told what is being done and how much of it is, 0 to 1."""
@@ -41,10 +42,10 @@ def write_components(
         return {name: digest.result() for name, digest in digests.items()}
 
 
-def manifest_of(directory: Path, files: Mapping[str, dict[str, File]], precision: str, source: Source) -> Manifest:
+def manifest_of(directory: Path, files: Mapping[str, dict[str, File]], precision: Choice, source: Source) -> Manifest:
     """The manifest of what is written in ``directory``."""
     components = {
-        name: Component(graphs={"plain": f"{name}/{GRAPH}"}, files=listed, precision=precision)
+        name: Component(graphs={"plain": f"{name}/{GRAPH}"}, files=listed, precision=label(precision, name))
         for name, listed in files.items()
     }
     return replace(manifest_of_layout(directory, source=source), components=components)

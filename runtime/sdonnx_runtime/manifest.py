@@ -35,7 +35,7 @@ class Component:
     files: Mapping[str, File]
     """Every file of the component by its path: graphs and weights."""
     precision: str
-    """How the weights are stored: fp32 or fp16; ``unknown`` for what others exported."""
+    """Its layers': one of `sdonnx export`'s, or ``mixed``; ``unknown`` for what others exported."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ from sdonnx_models import recipes
 import sdonnx
 from sdonnx.show import err, progress
 
-Precision: TypeAlias = Literal["fp32", "fp16", "int8", "int8-weights", "int4"]
 Via: TypeAlias = Literal["native", "optimum"]
 
 
@@ -26,8 +25,12 @@ def export(
         typer.Option("--output", "-o", metavar="DIR", help="The package. Default: SRC's name + -onnx."),
     ] = None,
     precision: Annotated[
-        Precision,
-        typer.Option(help="int8 is fastest on a CPU; fp16, int8-weights and int4 are smaller, no faster."),
+        str,
+        typer.Option(
+            metavar="fp32|fp16|int8|int8-weights|int4|mixed:FILE",
+            help="int8 is fastest on a CPU; fp16, int8-weights and int4 are smaller, no faster; "
+            "a TOML file chooses for each layer.",
+        ),
     ] = "fp32",
     calibration: Annotated[
         str,

@@ -1,4 +1,4 @@
-"""The command line: ``sdonnx export``, ``run``, ``decode``, ``bench``, ``info``, ``models`` and ``samplers``."""
+"""The command line: ``sdonnx`` and its commands."""
 
 import logging
 import signal
@@ -13,6 +13,7 @@ from sdonnx.commands.decode import decode
 from sdonnx.commands.export import export
 from sdonnx.commands.listings import info, models, samplers
 from sdonnx.commands.run import run
+from sdonnx.commands.sensitivity import sensitivity
 from sdonnx.show import err, log_handler
 
 app = typer.Typer(
@@ -22,7 +23,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Stable Diffusion on ONNX Runtime, without PyTorch: export a checkpoint once, then run it anywhere.",
 )
-for command in (export, run, decode, bench, info, models, samplers):
+for command in (export, sensitivity, run, decode, bench, info, models, samplers):
     app.command()(command)
 
 

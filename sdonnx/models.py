@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from sdonnx_models import bundled, recipes
+from sdonnx_models import Recipe, bundled, recipes
 from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.pipeline import Pipeline
@@ -60,6 +60,15 @@ def find_model(model: str | Path) -> Path:
     if name in recipes():
         raise PackageError(f"there is no package '{name}' here yet; make it: sdonnx export {name}, then -m {name}-onnx")
     raise PackageError(f"there is no model '{name}': no such directory, bundled model or Hub id; check its spelling")
+
+
+def find_source(source: str) -> tuple[str, Recipe | None]:
+    """What an export is of: a path or a Hub id, and the recipe if one was named; a bundled model is its package."""
+    if Path(source).exists():
+        return source, None
+    recipe, package = recipes().get(source), bundled().get(source)
+    found = source if package is None else str(package)
+    return (found, None) if recipe is None else (recipe.source, recipe)
 
 
 def _from_hub(name: str) -> Path:

@@ -146,6 +146,10 @@ def test_without_a_name_pictures_do_not_overwrite_one_another(package, tmp_path)
         (["export", "nowhere"], 1, "nowhere"),
         (["export", "CHECKPOINT", "-o", "PACKAGE"], 1, "--force"),
         (["export", "CHECKPOINT", "--precision", "int3"], 2, "fp16"),
+        (["sensitivity", "CHECKPOINT", "--precision", "fp16"], 2, "int8"),
+        (["sensitivity", "CHECKPOINT", "--budget", "1"], 2, "budget is 1; give 0 or more, in MB, and with it --write"),
+        (["sensitivity", "CHECKPOINT", "--budget", "inf", "--write", "x"], 2, "budget is inf; give 0 or more"),
+        (["sensitivity", "CHECKPOINT", "--write", "no/such/place.toml"], 1, "can't be written"),
         (["info", "nowhere"], 1, "nowhere"),
     ],
 )

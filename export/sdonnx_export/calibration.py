@@ -34,7 +34,7 @@ Seen: TypeAlias = Mapping[str, Mapping[str, Range]]
 
 _PROMPTS = Path(__file__).parent / "data" / "calibration_prompts.txt"
 _STEPS = 8
-_TAP = "range:"
+_TAP, _GIVEN = "range:", "given:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +152,15 @@ def observe(
     return observer.seen()
 
 
+def given_to(component: str, work: Path) -> list[dict[str, AnyArray]]:
+    """The inputs of each of a component's runs that `observe` kept in ``work``, in their order."""
+    found = []
+    for path in sorted((work / "seen").glob(f"{component}-*.npz")):
+        with np.load(path) as saved:
+            found.append({key.removeprefix(_GIVEN): saved[key] for key in saved.files if key.startswith(_GIVEN)})
+    return found
+
+
 def _write_tapped(
     checkpoint: Checkpoint, precision: Choice, directory: Path, defaults: Mapping[str, Any], report: Report
 ) -> None:
@@ -190,7 +199,7 @@ class _Observer(Runner):
         self._done[name] = number + 1
         path = self._work / f"{name}-{number:03}.npz"
         if not path.exists():
-            values = super().__call__(name, feeds)
+            values = super().__call__(name, feeds) | {f"{_GIVEN}{key}": value for key, value in feeds.items()}
             partial = path.with_suffix(".partial")
             with partial.open("wb") as stream:
                 np.savez(stream, allow_pickle=False, **values)
@@ -198,7 +207,7 @@ class _Observer(Runner):
         if name == "unet":
             self._report("calibrating", min((number + 1) / self._total, 1.0))
         with np.load(path) as saved:
-            return {key: saved[key] for key in saved.files if not key.startswith(_TAP)}
+            return {key: saved[key] for key in saved.files if not key.startswith((_TAP, _GIVEN))}
 
     def seen(self) -> Seen:
         """From the least to the greatest: clipping was measured, and costs more than coarser steps do."""

@@ -1,4 +1,4 @@
-"""Opening a checkpoint in any layout that it is published in: a diffusers directory, a Hub id, a single file."""
+"""Opening a checkpoint in any layout that it is kept in: a diffusers directory, a Hub id, a single file, a package."""
 
 import json
 import re
@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from sdonnx_runtime.errors import ExportError
+from sdonnx_runtime.manifest import MANIFEST
 
 from sdonnx_export.ldm import split_checkpoint, split_vae
 from sdonnx_export.parts import Checkpoint, Part, Weight, current_name, is_needed, open_file
+from sdonnx_export.repackage import open_package
 
 PARTS = {
     "text_encoder": ("model", "pytorch_model"),
@@ -36,14 +38,17 @@ _HUB_WEIGHTS = (
 
 
 def open_checkpoint(source: str, *, revision: str | None = None) -> Checkpoint:
-    """Opens a diffusers directory, a Hub id, or one file in the original LDM layout.
+    """Opens a diffusers directory, a Hub id, one file in the original LDM layout, or a package of fp32 or fp16.
 
     Raises:
         ExportError: there is none, it is damaged, or it is not of a family that can be exported.
+        PackageError: the package is damaged.
     """
     path = Path(source)
     if path.is_file():
         return split_checkpoint(path, open_file(path))
+    if (path / MANIFEST).is_file():
+        return open_package(path)
     if path.is_dir():
         return _from_directory(path, path.resolve().name, None)
     return _from_directory(_from_hub(source, revision, tuple(PARTS)), source, revision)

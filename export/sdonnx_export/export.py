@@ -46,7 +46,8 @@ def export(
     """Turns a checkpoint into a package and returns its directory.
 
     Args:
-        source: a diffusers directory, a Hub id, or a single ``.safetensors`` or ``.ckpt`` file.
+        source: a diffusers directory, a Hub id, a single ``.safetensors`` or ``.ckpt`` file, or a package of fp32 or
+            fp16.
         output: the package's directory; None is the source's name with ``-onnx`` in the working directory.
         precision: fp32; fp16, int8-weights or int4 for smaller weights (the arithmetic stays float32); int8 computes
             in 8 bits; mixed:FILE, or a `Mix`, chooses for each layer.
@@ -68,11 +69,12 @@ def export(
     output = output if output is not None else Path(f"{Path(source.rstrip('/')).stem}-onnx")
     with _finished_at(output, replacing=force) as directory:
         if via == "native":
-            checkpoint = _opened(source, vae, revision, report)
+            checkpoint = opened(source, vae, revision, report)
+            defaults = {**checkpoint.defaults, **defaults}
             seen = None
             if "int8" in _precisions(checkpoint, chosen):
                 seen = _observed(checkpoint, chosen, Calibration.named(calibration), output, defaults, report)
-            files = write_components(directory, checkpoint, partial(model_of, checkpoint, chosen, seen), report)
+            files = write_components(directory, checkpoint, partial(_model, checkpoint, chosen, seen), report)
             manifest = manifest_of(directory, files, chosen, _source(checkpoint))
         elif via == "optimum":
             manifest = _export_optimum(source, directory, chosen, vae, revision, report)
@@ -88,7 +90,8 @@ def export(
     return output
 
 
-def _opened(source: str, vae: str | None, revision: str | None, report: Report) -> Checkpoint:
+def opened(source: str, vae: str | None, revision: str | None, report: Report) -> Checkpoint:
+    """A checkpoint, with another VAE where one is named; arguments and errors are those of `export`."""
     report("reading the checkpoint", 0.0)
     checkpoint = open_checkpoint(source, revision=revision)
     if vae is None:
@@ -108,7 +111,7 @@ def _precisions(checkpoint: Checkpoint, chosen: Choice) -> set[Precision]:
     return {precision_of(chosen, name)(layer) for name, mine in known.items() for layer in mine}
 
 
-def model_of(checkpoint: Checkpoint, chosen: Choice, seen: Seen | None, name: str) -> ir.Model:
+def _model(checkpoint: Checkpoint, chosen: Choice, seen: Seen | None, name: str) -> ir.Model:
     """The model of a component; kernels compute in 8 bits where they have been observed."""
     part = checkpoint.parts[COMPONENTS[name].part]
     find = precision_of(chosen, name)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class Checkpoint:
     """scheduler_config.json as published."""
     tokenizer: Path | None
     """Directory with the tokenizer's files; None stands for CLIP's own."""
+    defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Fields of `Defaults` that are known of it; those of a package."""
 
 
 def open_file(path: Path) -> dict[str, Weight]:

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 import typer
-from sdonnx_models import recipes
 
 import sdonnx
+from sdonnx.models import find_source
 from sdonnx.show import err, progress
 
 Via: TypeAlias = Literal["native", "optimum"]
@@ -61,11 +61,11 @@ def export(
         raise sdonnx.ExportError(
             f"""exporting needs {error.name}, which is not installed; pip install "sdonnx[export]\""""
         ) from None
-    recipe = None if Path(source).exists() else recipes().get(source)
+    source, recipe = find_source(source)
     with progress("{task.description}") as bar:
         task = bar.add_task("starting", total=1.0)
         directory = export_package(
-            source if recipe is None else recipe.source,
+            source,
             Path(f"{recipe.name}-onnx") if output is None and recipe is not None else output,
             precision=precision,
             vae=recipe.vae if vae is None and recipe is not None else vae,

@@ -143,8 +143,8 @@ class _Recorder(Runner):
         super().__init__(components)
         self.calls: dict[str, tuple[Call, ...]] = {}
 
-    def __call__(self, name: str, feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
-        outputs = super().__call__(name, feeds)
+    def __call__(self, name: str, feeds: Mapping[str, AnyArray], variant: str = "plain") -> dict[str, AnyArray]:
+        outputs = super().__call__(name, feeds, variant)
         self.calls[name] = (*self.calls.get(name, ()), Call(inputs=dict(feeds), outputs=outputs))
         return outputs
 

@@ -164,8 +164,8 @@ def given_to(component: str, work: Path) -> list[dict[str, AnyArray]]:
 def _write_tapped(
     checkpoint: Checkpoint, precision: Choice, directory: Path, defaults: Mapping[str, Any], report: Report
 ) -> None:
-    def make(name: str) -> ir.Model:
-        return build(name, checkpoint.parts[COMPONENTS[name].part], precision, TappedOperators)
+    def make(name: str) -> dict[str, ir.Model]:
+        return {"plain": build(name, checkpoint.parts[COMPONENTS[name].part], precision, TappedOperators)}
 
     directory.mkdir(parents=True)
     files = write_components(directory, checkpoint, make, lambda what, done: report(f"for calibration: {what}", done))
@@ -193,13 +193,13 @@ class _Observer(Runner):
         self._done: dict[str, int] = {}
         work.mkdir(parents=True, exist_ok=True)
 
-    def __call__(self, name: str, feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+    def __call__(self, name: str, feeds: Mapping[str, AnyArray], variant: str = "plain") -> dict[str, AnyArray]:
         """As `Runner`, without the taps."""
         number = self._done.get(name, 0)
         self._done[name] = number + 1
         path = self._work / f"{name}-{number:03}.npz"
         if not path.exists():
-            values = super().__call__(name, feeds) | {f"{_GIVEN}{key}": value for key, value in feeds.items()}
+            values = super().__call__(name, feeds, variant) | {f"{_GIVEN}{key}": value for key, value in feeds.items()}
             partial = path.with_suffix(".partial")
             with partial.open("wb") as stream:
                 np.savez(stream, allow_pickle=False, **values)

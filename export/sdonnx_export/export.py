@@ -17,11 +17,14 @@ from sdonnx_runtime.manifest import Manifest, Source, write_manifest
 
 from sdonnx_export.calibration import Calibration, Seen, observe
 from sdonnx_export.checkpoint import open_checkpoint, open_vae
+from sdonnx_export.config import UNetConfig
 from sdonnx_export.graph import COMPONENTS, build, layers
 from sdonnx_export.int8 import Int8Operators
 from sdonnx_export.parts import Checkpoint
 from sdonnx_export.precision import Choice, Mix, Precision, named, precision_of
 from sdonnx_export.preview import fit_preview
+from sdonnx_export.stages import reuse_graphs
+from sdonnx_export.unet import kept_stage
 from sdonnx_export.verify import verify
 from sdonnx_export.writing import GRAPH, Report, files_of, manifest_of, write_components
 
@@ -74,7 +77,7 @@ def export(
             seen = None
             if "int8" in _precisions(checkpoint, chosen):
                 seen = _observed(checkpoint, chosen, Calibration.named(calibration), output, defaults, report)
-            files = write_components(directory, checkpoint, partial(_model, checkpoint, chosen, seen), report)
+            files = write_components(directory, checkpoint, partial(_graphs, checkpoint, chosen, seen), report)
             manifest = manifest_of(directory, files, chosen, _source(checkpoint))
         elif via == "optimum":
             manifest = _export_optimum(source, directory, chosen, vae, revision, report)
@@ -109,6 +112,14 @@ def _precisions(checkpoint: Checkpoint, chosen: Choice) -> set[Precision]:
     if isinstance(chosen, Mix):
         chosen.check(known)
     return {precision_of(chosen, name)(layer) for name, mine in known.items() for layer in mine}
+
+
+def _graphs(checkpoint: Checkpoint, chosen: Choice, seen: Seen | None, name: str) -> dict[str, ir.Model]:
+    """A component's variants."""
+    plain = _model(checkpoint, chosen, seen, name)
+    if name != "unet":
+        return {"plain": plain}
+    return {"plain": plain, **reuse_graphs(plain, kept_stage(UNetConfig.from_dict(checkpoint.parts["unet"].config)))}
 
 
 def _model(checkpoint: Checkpoint, chosen: Choice, seen: Seen | None, name: str) -> ir.Model:

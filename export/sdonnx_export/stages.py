@@ -7,6 +7,7 @@ points into the same weights file, so a chain runs through little memory, or fro
 from itertools import groupby
 
 import onnx_ir as ir
+from sdonnx_runtime.manifest import KEPT
 
 
 def stage_of(node: ir.Node) -> str:
@@ -39,6 +40,21 @@ def cut(model: ir.Model) -> list[ir.Model]:
         piece = ir.convenience.extract(graph, inputs, outputs)
         pieces.append(ir.Model(piece, ir_version=model.ir_version))
     return pieces
+
+
+def reuse_graphs(model: ir.Model, stage: str) -> dict[str, ir.Model]:
+    """The two graphs of step reuse (DeepCache, arXiv:2312.00858), by the names of their variants.
+
+    ``keeping`` is the whole, which also gives as KEPT what ``stage`` gives; ``reusing`` takes KEPT in its place, and
+    has only what the outputs need besides.
+    """
+    graph = model.graph
+    edge = next(value for node in graph for value in node.outputs if value.name == stage)
+    keeping = ir.convenience.extract(graph, graph.inputs, [*graph.outputs, edge])
+    reusing = ir.convenience.extract(graph, [*graph.inputs, edge], graph.outputs)
+    keeping.outputs[-1].name = reusing.inputs[-1].name = KEPT
+    pieces = {"keeping": keeping, "reusing": reusing}
+    return {name: ir.Model(piece, ir_version=model.ir_version) for name, piece in pieces.items()}
 
 
 def _crosses(value: ir.Value, stage: str) -> bool:

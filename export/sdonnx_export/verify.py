@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import ExportError
-from sdonnx_runtime.manifest import Manifest
+from sdonnx_runtime.manifest import KEPT, Manifest
 from sdonnx_runtime.session import Port, Session
 
 from sdonnx_export.stages import cut
@@ -17,7 +17,7 @@ _CELLS = 8
 
 
 def verify(directory: Path, manifest: Manifest, report: Callable[[str, float], None]) -> None:
-    """Runs each component of a package just written, on the CPU, each on what the one before gave.
+    """Runs each component of a package just written, on the CPU, each on what the one before gave, by all its graphs.
 
     A graph of several stages runs a stage at a time, so that no more than one stage's weights are in memory.
 
@@ -32,7 +32,13 @@ def verify(directory: Path, manifest: Manifest, report: Callable[[str, float], N
 
     def run(component: str) -> AnyArray:
         report(f"checking {component}", 0.0)
-        return next(iter(_run(directory / manifest.components[component].graphs["plain"], feeds).values()))
+        found: dict[str, AnyArray] = {}
+        for variant, path in sorted(manifest.components[component].graphs.items()):  # what keeps, then what reuses
+            outputs = _run(directory / path, feeds)
+            feeds.update({KEPT: outputs.pop(KEPT)} if KEPT in outputs else {})
+            found[variant] = next(iter(outputs.values()))
+            _expect(f"{component} ({variant})", found[variant], next(iter(found.values())).shape)
+        return found["plain"]
 
     for encoder in manifest.text_encoders:
         feeds["encoder_hidden_states"] = run(encoder.component)
@@ -52,17 +58,16 @@ def _expect(component: str, found: AnyArray, expected: tuple[int, ...]) -> None:
 def _run(path: Path, feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
     """The outputs of a graph that is run stage by stage; inputs that ``feeds`` lacks are zeros."""
     values = dict(feeds)
-    outputs: dict[str, AnyArray] = {}
+    model = ir.load(path)
     stage = path.with_name("stage.onnx")  # beside the weights that it points into
     try:
-        for piece in cut(ir.load(path)):
+        for piece in cut(model):
             ir.save(piece, stage)
             session = Session(stage, device="cpu")
-            outputs = session.run({port.name: _zeros(port) for port in session.inputs} | values)
-            values.update(outputs)
+            values.update(session.run({port.name: _zeros(port) for port in session.inputs} | values))
     finally:
         stage.unlink(missing_ok=True)
-    return outputs
+    return {str(output.name): values[str(output.name)] for output in model.graph.outputs}
 
 
 def _zeros(port: Port) -> AnyArray:

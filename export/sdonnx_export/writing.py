@@ -29,14 +29,16 @@ _ALIGNMENT = 65536
 
 
 def write_components(
-    directory: Path, checkpoint: Checkpoint, make: Callable[[str], ir.Model], report: Report
+    directory: Path, checkpoint: Checkpoint, make: Callable[[str], Mapping[str, ir.Model]], report: Report
 ) -> dict[str, dict[str, File]]:
-    """Writes all of a package but its manifest; ``make`` gives a component's model when its turn has come."""
+    """Writes all of a package but its manifest; ``make`` gives a component's variants when its turn has come."""
     _write_configs(directory, checkpoint)
     with ThreadPoolExecutor(max_workers=1) as pool:
         digests: dict[str, Future[dict[str, File]]] = {}
         for name in COMPONENTS:
-            _save(make(name), directory / name, lambda done, name=name: report(f"writing {name}", done))
+            graphs = dict(make(name))
+            _save(graphs.pop("plain"), directory / name, lambda done, name=name: report(f"writing {name}", done))
+            _save_variants(graphs, directory / name)
             digests[name] = pool.submit(files_of, directory, name)
         report("checksums", 1.0)
         return {name: digest.result() for name, digest in digests.items()}
@@ -45,10 +47,15 @@ def write_components(
 def manifest_of(directory: Path, files: Mapping[str, dict[str, File]], precision: Choice, source: Source) -> Manifest:
     """The manifest of what is written in ``directory``."""
     components = {
-        name: Component(graphs={"plain": f"{name}/{GRAPH}"}, files=listed, precision=label(precision, name))
+        name: Component(graphs=_graphs_among(listed), files=listed, precision=label(precision, name))
         for name, listed in files.items()
     }
     return replace(manifest_of_layout(directory, source=source), components=components)
+
+
+def _graphs_among(files: Mapping[str, File]) -> dict[str, str]:
+    paths = [Path(file) for file in files if file.endswith(".onnx")]
+    return {"plain" if path.name == GRAPH else path.stem: path.as_posix() for path in paths}
 
 
 def _write_configs(directory: Path, checkpoint: Checkpoint) -> None:
@@ -106,10 +113,20 @@ def _save(model: ir.Model, folder: Path, done: Callable[[float], None]) -> None:
     ir.save(model, folder / GRAPH, external_data=WEIGHTS, alignment=_ALIGNMENT, callback=count)
 
 
+def _save_variants(graphs: Mapping[str, ir.Model], folder: Path) -> None:
+    """Writes more graphs beside a component's plain one, over the same weights file."""
+    stored = ir.load(folder / GRAPH).graph.initializers
+    for variant, model in graphs.items():
+        for name, value in model.graph.initializers.items():
+            if name in stored and isinstance(stored[name].const_value, ir.ExternalTensor):
+                value.const_value = stored[name].const_value
+        ir.save(model, folder / f"{variant}.onnx")
+
+
 def files_of(directory: Path, component: str) -> dict[str, File]:
     """Size and SHA-256 of a component's graphs and weights."""
     found = {}
-    for path in sorted((directory / component).glob(f"{GRAPH}*")):
+    for path in sorted((directory / component).glob("*.onnx*")):
         with path.open("rb") as stream:
             digest = hashlib.sha256()
             while block := stream.read(1 << 20):

@@ -57,6 +57,7 @@ def check_request(request: Request, *, multiple: int, defaults: Defaults, random
     _whole("seed", request.seed, 0, MAX_SEED - request.num_images + 1)
     _number("guidance_scale", request.guidance_scale, -MAX_GUIDANCE, MAX_GUIDANCE)
     _number("guidance_rescale", request.guidance_rescale, 0, 1)
+    _whole("reuse", request.reuse, 1, 1000)
     _check_variation(request)
     return _check_hires(request, multiple)
 

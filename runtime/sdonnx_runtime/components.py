@@ -26,18 +26,19 @@ class Components:
     def __init__(self, package: Package, open_session: Callable[[Path], Session], *, keep_loaded: bool) -> None:
         self._busy = threading.Lock()
         self._package, self._open_session, self._keep_loaded = package, open_session, keep_loaded
-        self._sessions: dict[str, Session] = {}
+        self._sessions: dict[tuple[str, str], Session] = {}
 
-    def session(self, name: str) -> Session:
-        """A component's session, opened if it is not."""
-        if name not in self._sessions:
-            self._sessions[name] = self._open_session(self._package.graph(name))
-        return self._sessions[name]
+    def session(self, name: str, variant: str = "plain") -> Session:
+        """The session of a component's variant, opened if it is not."""
+        key = name, variant
+        if key not in self._sessions:
+            self._sessions[key] = self._open_session(self._package.graph(name, variant))
+        return self._sessions[key]
 
     def release(self, name: str) -> None:
         """Unloads a component, unless components are kept."""
         if not self._keep_loaded:
-            self._sessions.pop(name, None)
+            self._sessions = {key: session for key, session in self._sessions.items() if key[0] != name}
 
     @contextmanager
     def reserved(self) -> Generator[None, None, None]:
@@ -51,7 +52,7 @@ class Components:
         try:
             yield
         finally:
-            for name in list(self._sessions):
+            for name, _ in list(self._sessions):
                 self.release(name)
             self._busy.release()
 
@@ -70,7 +71,7 @@ class Runner:
         self._load: dict[str, float] = defaultdict(float)
         self._run: dict[str, float] = defaultdict(float)
 
-    def __call__(self, name: str, feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+    def __call__(self, name: str, feeds: Mapping[str, AnyArray], variant: str = "plain") -> dict[str, AnyArray]:
         """Outputs of a component by name.
 
         Raises:
@@ -78,7 +79,7 @@ class Runner:
             PackageError, DeviceError: as `Session` and `Session.run` do.
         """
         start = time.perf_counter()
-        session = self.components.session(name)
+        session = self.components.session(name, variant)
         loaded = time.perf_counter()
         self._load[name] += loaded - start
         self._active = session

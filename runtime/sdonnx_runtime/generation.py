@@ -13,7 +13,7 @@ from PIL import Image
 from sdonnx_runtime.arrays import AnyArray, Array
 from sdonnx_runtime.components import Runner
 from sdonnx_runtime.conditioning import CONDITIONING
-from sdonnx_runtime.denoise import clean, guide, masked, predict
+from sdonnx_runtime.denoise import Run, StepReuse, clean, guide, masked, predict
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.images import to_images
 from sdonnx_runtime.manifest import Manifest, TextEncoder
@@ -192,7 +192,8 @@ class Generation:
         preview = self._manifest.latents.preview
         projection = None if preview is None else np.array(preview, np.float32)
         unit = noise(self._latent_shape(request))
-        x, denoise = self._begin(schedule, noise, unit, self._denoiser(conditioning), original)
+        unet = StepReuse(self._unet, request.reuse)
+        x, denoise = self._begin(schedule, noise, unit, self._denoiser(unet, conditioning), original)
         before = time.perf_counter()
         for step in SAMPLERS[str(request.sampler)](denoise, x, schedule, noise, **options):
             now = time.perf_counter()
@@ -210,6 +211,7 @@ class Generation:
                 denoised=step.x0,
                 projection=projection,
             )
+            unet.next_step(last=step.index + 2 == step.total)
             before = time.perf_counter()
 
     def _begin(
@@ -232,9 +234,9 @@ class Generation:
         own = Noise(given(request.seed))
         return own if request.variation is None else between(own, Noise(request.variation[0]), request.variation[1])
 
-    def _denoiser(self, conditioning: Mapping[str, AnyArray]) -> Denoise:
+    def _denoiser(self, unet: Run, conditioning: Mapping[str, AnyArray]) -> Denoise:
         request, sampler = self.request, str(self.request.sampler)
-        model = predict(self._predict, conditioning)
+        model = predict(unet, conditioning)
         if request.guidance_scale != 1:
             model = guide(model, given(request.guidance_scale), request.guidance_rescale)
         limit = None if sampler == "ddim" else limit_x0(self._scheduler, sampler)
@@ -245,9 +247,8 @@ class Generation:
         height, width = given(request.height), given(request.width)
         return (1, latents.channels, height // latents.downscale, width // latents.downscale)
 
-    def _predict(self, inputs: Mapping[str, AnyArray]) -> Array:
-        (output,) = self._run("unet", inputs).values()
-        return output
+    def _unet(self, inputs: Mapping[str, AnyArray], variant: str) -> dict[str, AnyArray]:
+        return self._run("unet", inputs, variant)
 
 
 def decode(run: Runner, manifest: Manifest, latents: Array) -> tuple[Image.Image, ...]:

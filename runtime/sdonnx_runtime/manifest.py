@@ -15,6 +15,9 @@ FORMAT = 1
 FAMILIES = ("sd1",)
 MAX_ENLARGE = 16
 
+KEPT = "kept"
+"""What a U-Net's graph ``keeping`` gives besides its prediction, and its graph ``reusing`` takes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class File:
@@ -31,7 +34,9 @@ class Component:
     """One component: a weights file and the graphs that point into it."""
 
     graphs: Mapping[str, str]
-    """Path of each variant; every component has ``plain``."""
+    """Path of each variant; every component has ``plain``.
+
+    A U-Net that steps can be reused of has ``keeping`` and ``reusing``, see `denoise.StepReuse`."""
     files: Mapping[str, File]
     """Every file of the component by its path: graphs and weights."""
     precision: str

@@ -124,6 +124,11 @@ class Pipeline:
             raise RequestError(
                 f"{self.package.name} has no VAE encoder, so it can't start from a picture; export again"
             )
+        if checked.reuse > 1 and not {"keeping", "reusing"} <= set(manifest.components["unet"].graphs):
+            raise RequestError(
+                f"{self.package.name} has no graphs that reuse steps; export its checkpoint again, not --via optimum, "
+                "or leave reuse at 1"
+            )
         return checked
 
     def close(self) -> None:

@@ -57,6 +57,10 @@ class Request:
     """0 to 1000: what the noise that comes in is multiplied by."""
     guidance_rescale: float = 0.0
     """0 to 1: how much of the spread that guidance adds is taken back, arXiv:2305.08891, section 3.4."""
+    reuse: int = 1
+    """1 to 1000: of so many steps one runs the whole U-Net, the others its outermost part; DeepCache, arXiv:2312.00858.
+
+    1 is without. The first step and the last are whole."""
     image: Image | None = field(default=None, repr=False)
     """A picture to start from; transparent parts lie on white."""
     strength: float | None = None

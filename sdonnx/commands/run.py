@@ -24,7 +24,7 @@ from sdonnx.making import Outputs, make
 from sdonnx.models import find_model
 from sdonnx.show import described, err, print_json, print_made
 
-_FROM_A_PICTURE, _SAMPLING = "From a picture", "Sampling"
+_FROM_A_PICTURE, _SAMPLING, _FASTER = "From a picture", "Sampling", "Faster, at some loss"
 
 
 def run(
@@ -207,6 +207,14 @@ def run(
             rich_help_panel=_SAMPLING,
         ),
     ] = 0.0,
+    reuse: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Run the whole U-Net in one of N steps only, and its outermost part in the others.",
+            rich_help_panel=_FASTER,
+        ),
+    ] = 1,
     device: Device = "auto",
     threads: Threads = None,
     preview: Annotated[
@@ -238,6 +246,7 @@ def run(
         "sigmas": parse_numbers("sigmas", sigmas),
         "timesteps": parse_numbers("timesteps", timesteps),
         "guidance_rescale": guidance_rescale,
+        "reuse": reuse,
         "image": None if image is None else open_picture(image),
         "strength": strength,
         "fit": fit,

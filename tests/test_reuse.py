@@ -1,0 +1,234 @@
+"""Step reuse: its two graphs are the whole U-Net cut in two, and a walk with them is DeepCache on diffusers' U-Net."""
+
+import json
+import shutil
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+from ldm_fixture import VARIATIONS, tiny_pipeline
+from PIL import Image
+from sdonnx_export.config import UNetConfig
+from sdonnx_export.export import export
+from sdonnx_export.graph import build
+from sdonnx_export.int8 import Int8Operators
+from sdonnx_export.operators import Operators
+from sdonnx_export.precision import PRECISIONS
+from sdonnx_export.stages import reuse_graphs
+from sdonnx_export.unet import kept_stage
+from sdonnx_runtime.denoise import StepReuse
+from sdonnx_runtime.manifest import KEPT, MANIFEST
+from sdonnx_runtime.noise import Noise
+from sdonnx_runtime.samplers import SAMPLERS, sampler_options
+from sdonnx_runtime.schedule import make_schedule
+from sdonnx_runtime.scheduler_config import SchedulerConfig
+from test_graphs import UNET, UNET_VARIATIONS, part_of, run, unet_feeds
+from typer.testing import CliRunner
+from walks import SD15
+
+import sdonnx
+from sdonnx.cli import app
+
+SMALL = {"width": 64, "height": 64}
+REUSABLE = {
+    **UNET_VARIATIONS,
+    "one level": {
+        "block_out_channels": (32,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+    },
+    "one level, one layer, no mid block, no attention on the way up": {
+        "block_out_channels": (32,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+        "layers_per_block": 1,
+        "mid_block_type": None,
+    },
+}
+
+
+def outputs_of_all(unet, precision, directory, feeds):
+    """What the plain graph gives, then the one that keeps, then the one that reuses what was kept."""
+    operators = Int8Operators if precision == "int8" else Operators
+    plain = build("unet", part_of(unet), precision, operators)
+    stage = kept_stage(UNetConfig.from_dict(dict(unet.config)))
+    graphs = {"plain": plain, **reuse_graphs(plain, stage)}
+    found = {}
+    for name, graph in graphs.items():
+        place = directory / name
+        place.mkdir()
+        found[name] = run(graph, place, **feeds)
+        feeds = {**feeds, KEPT: found[name].get(KEPT)}
+    return found
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("variation", REUSABLE)
+def test_keeping_and_reusing_in_one_step_are_the_whole(variation, tmp_path):
+    unet = UNet2DConditionModel(**{**UNET, **REUSABLE[variation]})
+    feeds = unet_feeds(unet.config, height=10)
+    found = outputs_of_all(unet, "fp32", tmp_path, {**feeds, "sample": feeds["sample"][:1]})
+    np.testing.assert_array_equal(found["keeping"]["out_sample"], found["plain"]["out_sample"])
+    np.testing.assert_allclose(found["reusing"]["out_sample"], found["plain"]["out_sample"], atol=1e-6)
+    inner = (tmp_path / "reusing" / "model.onnx_data").stat().st_size
+    assert inner < 0.7 * (tmp_path / "plain" / "model.onnx_data").stat().st_size
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_precision_is_cut_in_two(precision, tmp_path):
+    unet = UNet2DConditionModel(**UNET)
+    found = outputs_of_all(unet, precision, tmp_path, unet_feeds(unet.config))
+    np.testing.assert_array_equal(found["keeping"]["out_sample"], found["plain"]["out_sample"])
+    np.testing.assert_allclose(found["reusing"]["out_sample"], found["plain"]["out_sample"], atol=1e-6)
+
+
+@pytest.fixture(scope="module", params=VARIATIONS)
+def pair(request, tmp_path_factory):
+    """A diffusers pipeline and our package of it."""
+    directory = tmp_path_factory.mktemp("reuse")
+    pipe = tiny_pipeline(**VARIATIONS[request.param])
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(directory / "diffusers")
+    return pipe, export(str(directory / "diffusers"), directory / "package")
+
+
+def caching(unet, whole):
+    """Lets the block before diffusers' last residual block repeat, where ``whole`` is empty, what it gave before.
+
+    What comes before it is computed all the same and thrown away, so that nothing of ours is needed.
+    """
+    block, kept = unet.up_blocks[-1], []
+
+    def hook(_module, _inputs, output):
+        if whole:
+            kept[:] = [output]
+        return kept[0]
+
+    layers = block.attentions if hasattr(block, "attentions") else block.resnets
+    return layers[-2].register_forward_hook(hook)
+
+
+@pytest.mark.parametrize(("reuse", "guidance"), [(2, 7.5), (3, 1.0), (3, 4.0)])
+def test_a_walk_is_deepcache_on_diffusers_unet(pair, reuse, guidance):
+    pipe, package = pair
+    steps, whole = 8, [True]
+    scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading", steps_offset=1)
+    scheduler.set_timesteps(steps)
+    prompts = ["a cat"] if guidance == 1 else ["", "a cat"]
+    ids = pipe.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
+    x = torch.from_numpy(Noise(5)((1, 4, 8, 8))) * scheduler.init_noise_sigma
+    handle = caching(pipe.unet, whole)
+    with torch.no_grad():
+        text = pipe.text_encoder(ids)[0]
+        for index, t in enumerate(scheduler.timesteps):
+            whole[:] = [True] * (index % reuse == 0 or index == steps - 1)
+            rows = torch.cat([scheduler.scale_model_input(x, t)] * len(prompts))
+            output = pipe.unet(rows, t, text).sample
+            output = output if guidance == 1 else output[:1] + guidance * (output[1:] - output[:1])
+            x = scheduler.step(output, t, x).prev_sample
+    handle.remove()
+    settings = {"sampler": "euler", "num_inference_steps": steps, "seed": 5, "guidance_scale": guidance, **SMALL}
+    with sdonnx.load(package, keep_loaded=True) as ours:
+        found = ours.generate("a cat", reuse=reuse, **settings).latents
+        without = ours.generate("a cat", **settings).latents
+        np.testing.assert_array_equal(ours.generate("a cat", reuse=1, **settings).latents, without)
+    scale = np.abs(x.numpy()).max()
+    assert np.abs(found - x.numpy()).max() < 1e-4 * scale
+    assert np.abs(without - x.numpy()).max() > 1e-3 * scale
+
+
+def walk(sampler, reuse, steps, begin=0):
+    """Which graph each run of a walk takes, a list for each step."""
+    config = SchedulerConfig.from_dict(SD15)
+    schedule = make_schedule(config, sampler, steps).starting_at(begin)
+    taken = [[]]
+
+    def unet(inputs, variant):
+        taken[-1].append(variant)
+        return {"out_sample": inputs["sample"] * 0.1, **({KEPT: np.zeros((1, 2))} if variant == "keeping" else {})}
+
+    run = StepReuse(unet, reuse)
+
+    def denoise(x, sigma, t):
+        return x - sigma * run({"sample": x, "timestep": np.array(t)})
+
+    noise = partial(np.ones, dtype=np.float32)
+    for step in SAMPLERS[sampler](denoise, noise((1, 4, 2, 2)), schedule, noise, **sampler_options(config, sampler)):
+        run.next_step(last=step.index + 2 == step.total)
+        taken.append([])
+    return taken[:-1]
+
+
+K, R = "keeping", "reusing"
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (("euler", 3, 8), [[K], [R], [R], [K], [R], [R], [K], [K]]),
+        (("euler", 3, 8, 3), [[K], [R], [R], [K], [K]]),
+        (("euler", 1000, 4), [[K], [R], [R], [K]]),
+        (("euler", 2, 1), [[K]]),
+        (("dpmpp_2m", 2, 5), [[K], [R], [K], [R], [K]]),
+        (("heun", 2, 6), [[K, K], [R, R], [K, K], [R, R], [K, K], [K]]),
+        (("dpm2", 3, 5), [[K, K], [R, R], [R, R], [K, K], [K]]),
+        (("dpm2_ancestral", 3, 5), [[K, K], [R, R], [R, R], [K, K], [K]]),
+        (("euler", 1, 3), [["plain"]] * 3),
+    ],
+)
+def test_steps_are_counted_and_the_first_and_last_are_whole(asked, expected):
+    assert walk(*asked) == expected
+
+
+def test_a_step_back_to_more_noise_is_whole():
+    """Restart sampling lifts the state from 0.1 or more to 2 or less, half-way through."""
+    config = SchedulerConfig.from_dict(SD15)
+    sigmas = make_schedule(config, "restart", 16).sigmas[:-1]
+    inside = [index for index, sigma in enumerate(sigmas) if 0.1 <= sigma <= 2]
+    first_again = inside[-1]
+    taken = walk("restart", 1000, 16)
+    assert [index for index, step in enumerate(taken) if K in step] == [0, first_again, len(taken) - 1]
+
+
+def test_more_rows_than_are_kept_are_computed_whole():
+    """As where guidance begins; the conditional row alone, where it ends, is the last of what is kept."""
+    taken = []
+
+    def unet(inputs, variant):
+        taken.append((variant, inputs.get(KEPT)))
+        rows = len(inputs["text"])
+        return {"out": np.zeros((rows, 1)), **({KEPT: np.arange(rows)} if variant == K else {})}
+
+    run = StepReuse(unet, 10)
+    for rows in (1, 1, 2, 2, 1):
+        run({"sample": np.zeros((1, 1)), "timestep": np.array(5.0), "text": np.zeros((rows, 3))})
+        run.next_step(last=False)
+    assert [variant for variant, _ in taken] == [K, R, K, R, R]
+    assert [None if kept is None else kept.tolist() for _, kept in taken] == [None, [0], None, [0, 1], [1]]
+
+
+def test_pictures_of_every_kind_reuse_steps(package):
+    """From noise, from a picture, with a mask; several at once are those made alone."""
+    picture = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+    with sdonnx.load(package, keep_loaded=True) as pipe:
+        for start in ({}, {"image": picture}, {"image": picture, "mask_image": picture}):
+            settings = {**SMALL, "num_inference_steps": 7, **start}
+            both = pipe.generate("a cat", seed=3, num_images=2, reuse=3, **settings)
+            alone = pipe.generate("a cat", seed=4, reuse=3, **settings)
+            np.testing.assert_array_equal(both.latents[1], alone.latents[0])
+            whole = pipe.generate("a cat", seed=4, **settings)
+            assert np.abs(whole.latents - alone.latents).max() > 1e-4
+
+
+def test_a_package_without_its_graphs_says_so(package, tmp_path):
+    old = shutil.copytree(package, tmp_path / "old")
+    manifest = json.loads((old / MANIFEST).read_text())
+    manifest["components"]["unet"]["graphs"] = {"plain": "unet/model.onnx"}
+    (old / MANIFEST).write_text(json.dumps(manifest))
+    ran = CliRunner().invoke(app, ["run", "a cat", "-m", str(old), "--reuse", "2"])
+    assert isinstance(ran.exception, sdonnx.RequestError)
+    assert "has no graphs that reuse steps; export its checkpoint again" in str(ran.exception)
+    with pytest.raises(sdonnx.RequestError, match="reuse is 0; give a whole number from 1 to 1000"):
+        sdonnx.load(package).check("a cat", reuse=0)

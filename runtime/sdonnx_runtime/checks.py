@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import cast
 
 from PIL.Image import Image
 
@@ -10,7 +11,7 @@ from sdonnx_runtime.manifest import Defaults
 from sdonnx_runtime.pictures import FITS, MAX_SIDE, UPSCALERS, check_picture, mask_of, suitable_size
 from sdonnx_runtime.request import Request, passes
 from sdonnx_runtime.samplers import MAX_CHURN, SAMPLERS
-from sdonnx_runtime.schedule import SPACINGS, listed
+from sdonnx_runtime.schedule import MAX_SIGMA, SPACINGS, listed
 from sdonnx_runtime.sigmas import SCHEDULES
 
 MAX_SEED = 2**63 - 1
@@ -57,6 +58,7 @@ def check_request(request: Request, *, multiple: int, defaults: Defaults, random
     _whole("seed", request.seed, 0, MAX_SEED - request.num_images + 1)
     _number("guidance_scale", request.guidance_scale, -MAX_GUIDANCE, MAX_GUIDANCE)
     _number("guidance_rescale", request.guidance_rescale, 0, 1)
+    _check_interval(request.guidance_interval)
     _whole("reuse", request.reuse, 1, 1000)
     _check_variation(request)
     return _check_hires(request, multiple)
@@ -110,6 +112,18 @@ def _check_hires(request: Request, multiple: int) -> Request:
     _size("the second pass' width", second.width, multiple)
     _size("the second pass' height", second.height, multiple)
     return request
+
+
+def _check_interval(interval: object) -> None:
+    if interval is None:
+        return
+    if not isinstance(interval, tuple) or len(cast("tuple[object, ...]", interval)) != 2:
+        raise RequestError(f"guidance_interval is {interval!r}; give two noise levels, such as (0.3, 5.4)")
+    low, high = cast("tuple[float, float]", interval)
+    for value in (low, high):
+        _number("guidance_interval's noise level", value, 0, MAX_SIGMA)
+    if low >= high:
+        raise RequestError(f"guidance_interval is {interval!r}; give the lower noise level first")
 
 
 def _check_variation(request: Request) -> None:

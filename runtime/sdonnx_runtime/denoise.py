@@ -86,6 +86,19 @@ def guide(model: Model, scale: float, rescale: float = 0.0) -> Model:
     return guided
 
 
+def within(interval: tuple[float, float], guided: Model, conditional: Model) -> Model:
+    """``guided`` at noise levels above the interval's first and up to its second, elsewhere ``conditional``.
+
+    A guidance interval, arXiv:2404.07724.
+    """
+    low, high = interval
+
+    def model(x: Array, sigma: float, t: float) -> Array:
+        return guided(x, sigma, t) if low < sigma <= high else conditional(x, sigma, t)
+
+    return model
+
+
 def clean(model: Model, prediction_type: str, limit: Callable[[Array], Array] | None = None) -> Denoise:
     """What a model's output says of x0; ``limit`` is applied to it."""
     to_x0 = _PREDICTIONS[prediction_type]

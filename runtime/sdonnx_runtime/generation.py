@@ -13,7 +13,7 @@ from PIL import Image
 from sdonnx_runtime.arrays import AnyArray, Array
 from sdonnx_runtime.components import Runner
 from sdonnx_runtime.conditioning import CONDITIONING
-from sdonnx_runtime.denoise import Run, StepReuse, clean, guide, masked, predict
+from sdonnx_runtime.denoise import Run, StepReuse, clean, guide, masked, predict, within
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.images import to_images
 from sdonnx_runtime.manifest import Manifest, TextEncoder
@@ -239,6 +239,9 @@ class Generation:
         model = predict(unet, conditioning)
         if request.guidance_scale != 1:
             model = guide(model, given(request.guidance_scale), request.guidance_rescale)
+        if request.guidance_scale != 1 and request.guidance_interval is not None:
+            alone = {name: rows[-1:] for name, rows in conditioning.items()}
+            model = within(request.guidance_interval, model, predict(unet, alone))
         limit = None if sampler == "ddim" else limit_x0(self._scheduler, sampler)
         return clean(model, self._scheduler.prediction_type, limit)
 

@@ -57,6 +57,10 @@ class Request:
     """0 to 1000: what the noise that comes in is multiplied by."""
     guidance_rescale: float = 0.0
     """0 to 1: how much of the spread that guidance adds is taken back, arXiv:2305.08891, section 3.4."""
+    guidance_interval: tuple[float, float] | None = None
+    """(low, high), 0 to 1e6: guidance where low < sigma <= high, the noise level, and none elsewhere, at half the work.
+
+    arXiv:2404.07724. None is everywhere."""
     reuse: int = 1
     """1 to 1000: of so many steps one runs the whole U-Net, the others its outermost part; DeepCache, arXiv:2312.00858.
 

@@ -40,7 +40,6 @@ def bench(
 
     [dim]sdonnx bench pictogram[/dim] or [dim]sdonnx bench sd15-int8 --reference sd15-onnx --steps 5[/dim]
     """
-    width, height = parse_size(size)
     opened = sdonnx.Package.open(find_model(package))
     compared = None if reference is None else sdonnx.Package.open(find_model(reference))
     with progress("{task.description}") as bar:
@@ -49,8 +48,7 @@ def bench(
             opened,
             reference=compared,
             steps=steps,
-            width=width,
-            height=height,
+            **parse_size(size),
             batch=batch,
             repeat=repeat,
             device=device,

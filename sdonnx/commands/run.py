@@ -14,6 +14,7 @@ from sdonnx.arguments import (
     Device,
     Threads,
     parse_hires,
+    parse_interval,
     parse_margins,
     parse_numbers,
     parse_size,
@@ -215,6 +216,14 @@ def run(
             rich_help_panel=_FASTER,
         ),
     ] = 1,
+    guidance_interval: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOW,HIGH",
+            help="Guide only between these noise levels; elsewhere a step is half the work.",
+            rich_help_panel=_FASTER,
+        ),
+    ] = None,
     device: Device = "auto",
     threads: Threads = None,
     preview: Annotated[
@@ -246,6 +255,7 @@ def run(
         "sigmas": parse_numbers("sigmas", sigmas),
         "timesteps": parse_numbers("timesteps", timesteps),
         "guidance_rescale": guidance_rescale,
+        "guidance_interval": parse_interval(guidance_interval),
         "reuse": reuse,
         "image": None if image is None else open_picture(image),
         "strength": strength,

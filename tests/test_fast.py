@@ -1,4 +1,4 @@
-"""Step reuse: its two graphs are the whole U-Net cut in two, and a walk with them is DeepCache on diffusers' U-Net."""
+"""What is faster at some loss does what its paper says, on diffusers' U-Net in loops written here."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from sdonnx_export.operators import Operators
 from sdonnx_export.precision import PRECISIONS
 from sdonnx_export.stages import reuse_graphs
 from sdonnx_export.unet import kept_stage
-from sdonnx_runtime.denoise import StepReuse
+from sdonnx_runtime.denoise import StepReuse, within
 from sdonnx_runtime.manifest import KEPT, MANIFEST
 from sdonnx_runtime.noise import Noise
 from sdonnx_runtime.samplers import SAMPLERS, sampler_options
@@ -87,56 +87,114 @@ def test_every_precision_is_cut_in_two(precision, tmp_path):
 @pytest.fixture(scope="module", params=VARIATIONS)
 def pair(request, tmp_path_factory):
     """A diffusers pipeline and our package of it."""
-    directory = tmp_path_factory.mktemp("reuse")
+    directory = tmp_path_factory.mktemp("fast")
     pipe = tiny_pipeline(**VARIATIONS[request.param])
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(directory / "diffusers")
     return pipe, export(str(directory / "diffusers"), directory / "package")
 
 
-def caching(unet, whole):
-    """Lets the block before diffusers' last residual block repeat, where ``whole`` is empty, what it gave before.
+def repeating(unet, whole):
+    """Lets the block before diffusers' last residual block repeat, unless ``whole`` holds, what it gave before.
 
     What comes before it is computed all the same and thrown away, so that nothing of ours is needed.
     """
     block, kept = unet.up_blocks[-1], []
 
     def hook(_module, _inputs, output):
-        if whole:
+        if whole[0]:
             kept[:] = [output]
-        return kept[0]
+            return output
+        rows = len(_inputs[0])
+        return (kept[0][0][-rows:],) if isinstance(output, tuple) else kept[0][-rows:]
 
     layers = block.attentions if hasattr(block, "attentions") else block.resnets
     return layers[-2].register_forward_hook(hook)
 
 
-@pytest.mark.parametrize(("reuse", "guidance"), [(2, 7.5), (3, 1.0), (3, 4.0)])
-def test_a_walk_is_deepcache_on_diffusers_unet(pair, reuse, guidance):
-    pipe, package = pair
-    steps, whole = 8, [True]
+def diffusers_walk(pipe, *, guidance, reuse=1, interval=(0, np.inf), steps=8):
+    """Euler's method over diffusers' U-Net; latents, and how many rows each step took."""
     scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading", steps_offset=1)
     scheduler.set_timesteps(steps)
-    prompts = ["a cat"] if guidance == 1 else ["", "a cat"]
-    ids = pipe.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
+    ids = pipe.tokenizer(["", "a cat"], padding="max_length", return_tensors="pt").input_ids
     x = torch.from_numpy(Noise(5)((1, 4, 8, 8))) * scheduler.init_noise_sigma
-    handle = caching(pipe.unet, whole)
+    whole, age, before, taken = [True], 0, 0, []
+    handle = repeating(pipe.unet, whole)
     with torch.no_grad():
         text = pipe.text_encoder(ids)[0]
         for index, t in enumerate(scheduler.timesteps):
-            whole[:] = [True] * (index % reuse == 0 or index == steps - 1)
-            rows = torch.cat([scheduler.scale_model_input(x, t)] * len(prompts))
-            output = pipe.unet(rows, t, text).sample
-            output = output if guidance == 1 else output[:1] + guidance * (output[1:] - output[:1])
+            guided = guidance != 1 and interval[0] < scheduler.sigmas[index] <= interval[1]
+            rows = 2 if guided else 1
+            whole[0] = age % reuse == 0 or index == steps - 1 or rows > before
+            age, before = (1 if whole[0] else age + 1), (rows if whole[0] else before)
+            scaled = torch.cat([scheduler.scale_model_input(x, t)] * rows)
+            output = pipe.unet(scaled, t, text[-rows:]).sample
+            output = output[:1] + guidance * (output[1:] - output[:1]) if guided else output
             x = scheduler.step(output, t, x).prev_sample
+            taken.append(rows)
     handle.remove()
-    settings = {"sampler": "euler", "num_inference_steps": steps, "seed": 5, "guidance_scale": guidance, **SMALL}
+    return x.numpy(), taken
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reuse": 2, "guidance": 7.5},
+        {"reuse": 3, "guidance": 1.0},
+        {"reuse": 3, "guidance": 4.0},
+        {"interval": (0.5, 3.0), "guidance": 4.0},
+        {"interval": (1.7, np.inf), "guidance": 4.0, "reuse": 2},
+        {"interval": (0.5, 3.0), "guidance": 4.0, "reuse": 4},
+    ],
+)
+def test_a_walk_equals_one_over_diffusers_unet(pair, settings):
+    pipe, package = pair
+    wanted, rows = diffusers_walk(pipe, **settings)
+    low, high = settings.get("interval", (None, None))
+    asked = {"sampler": "euler", "num_inference_steps": 8, "seed": 5, "guidance_scale": settings["guidance"], **SMALL}
+    lossy = {"reuse": settings.get("reuse", 1)}
+    if low is not None:
+        lossy["guidance_interval"] = (low, min(high, 1e6))
+        assert set(rows) == {1, 2}
     with sdonnx.load(package, keep_loaded=True) as ours:
-        found = ours.generate("a cat", reuse=reuse, **settings).latents
-        without = ours.generate("a cat", **settings).latents
-        np.testing.assert_array_equal(ours.generate("a cat", reuse=1, **settings).latents, without)
-    scale = np.abs(x.numpy()).max()
-    assert np.abs(found - x.numpy()).max() < 1e-4 * scale
-    assert np.abs(without - x.numpy()).max() > 1e-3 * scale
+        found = ours.generate("a cat", **asked, **lossy).latents
+        without = ours.generate("a cat", **asked).latents
+    scale = np.abs(wanted).max()
+    assert np.abs(found - wanted).max() < 1e-4 * scale
+    assert np.abs(without - wanted).max() > 1e-3 * scale
+
+
+def test_none_of_it_is_the_plain_loop(package):
+    settings = {"num_inference_steps": 5, "seed": 5, **SMALL}
+    with sdonnx.load(package, keep_loaded=True) as pipe:
+        plain = pipe.generate("a cat", **settings).latents
+        same = pipe.generate("a cat", reuse=1, guidance_interval=(0, 1e6), **settings).latents
+        np.testing.assert_array_equal(same, plain)
+        alone = pipe.generate("a cat", guidance_interval=(1e5, 1e6), **settings).latents
+        np.testing.assert_array_equal(alone, pipe.generate("a cat", guidance_scale=1, **settings).latents)
+
+
+def test_the_interval_is_open_below_and_closed_above():
+    """As in the paper: sigma_lo < sigma <= sigma_hi."""
+    model = within((1.0, 2.0), lambda x, _sigma, _t: x + 1, lambda x, _sigma, _t: x)
+    assert [model(0, sigma, 0) for sigma in (0.5, 1.0, 1.1, 2.0, 2.1)] == [0, 0, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reuse": 0}, "reuse is 0; give a whole number from 1 to 1000"),
+        ({"reuse": True}, "reuse is True; give a whole number"),
+        ({"guidance_interval": 3}, "guidance_interval is 3; give two noise levels, such as (0.3, 5.4)"),
+        ({"guidance_interval": (2, 1)}, "guidance_interval is (2, 1); give the lower noise level first"),
+        ({"guidance_interval": (-1, 1)}, "noise level is -1; give a number from 0 to 1000000.0"),
+        ({"guidance_interval": (0, float("inf"))}, "noise level is inf"),
+    ],
+)
+def test_values_out_of_range(package, change, message):
+    with pytest.raises(sdonnx.RequestError) as error:
+        sdonnx.load(package).check("a cat", **change)
+    assert message in str(error.value)
 
 
 def walk(sampler, reuse, steps, begin=0):
@@ -230,5 +288,3 @@ def test_a_package_without_its_graphs_says_so(package, tmp_path):
     ran = CliRunner().invoke(app, ["run", "a cat", "-m", str(old), "--reuse", "2"])
     assert isinstance(ran.exception, sdonnx.RequestError)
     assert "has no graphs that reuse steps; export its checkpoint again" in str(ran.exception)
-    with pytest.raises(sdonnx.RequestError, match="reuse is 0; give a whole number from 1 to 1000"):
-        sdonnx.load(package).check("a cat", reuse=0)

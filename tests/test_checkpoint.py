@@ -11,6 +11,7 @@ from ldm_fixture import VARIATIONS, save_ldm, tiny_pipeline
 from safetensors.torch import load_file, save_file
 from sdonnx_export.checkpoint import open_checkpoint, open_vae
 from sdonnx_export.config import ClipTextConfig, UNetConfig, VaeConfig
+from sdonnx_export.export import export
 from sdonnx_export.torch_bridge import load_pickled
 from sdonnx_runtime.errors import ExportError
 
@@ -64,6 +65,24 @@ def test_the_single_file_is_one_that_diffusers_reads(published):
         expected, found = state(pipe, part), state(loaded, part)
         assert set(found) == set(expected)
         assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_package_is_the_checkpoint_that_it_was_made_of(precision, plain, tmp_path):
+    pipe, directory = plain
+    defaults = {"size": 64, "enlarge": 2}
+    root = export(str(directory / "diffusers"), tmp_path / "package", precision=precision, defaults=defaults)
+    checkpoint = open_checkpoint(str(root))
+    assert checkpoint.source == "diffusers"
+    assert checkpoint.defaults.items() >= defaults.items()
+    for part in PARTS:
+        found, expected = checkpoint.parts[part].weights, state(pipe, part)
+        assert found.keys() == expected.keys()
+        for name, data in expected.items():
+            half = precision == "fp16" and data.ndim > 1
+            np.testing.assert_array_equal(found[name].read(), data.astype(np.float16) if half else data)
+            assert found[name].shape == data.shape
+            assert found[name].dtype == ("F16" if half else "F32")
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "single.safetensors"])

@@ -90,6 +90,7 @@ def export(
         )
         write_manifest(directory, manifest)
         verify(directory, manifest, report)
+    shutil.rmtree(_kept_at(output), ignore_errors=True)
     return output
 
 
@@ -142,14 +143,17 @@ def _observed(
     """What `calibrate` saw; should it be stopped, the same export goes on where it was."""
     if calibration is None:
         return None
-    work = output.with_name(f".{output.name}.calibration")
+    work = _kept_at(output)
     try:
-        seen = observe(checkpoint, chosen, calibration, work, defaults, report)
+        return observe(checkpoint, chosen, calibration, work, defaults, report)
     except KeyboardInterrupt:
         logger.warning("the calibration so far is kept in %s; the same command goes on from there", work)
         raise
-    shutil.rmtree(work)
-    return seen
+
+
+def _kept_at(output: Path) -> Path:
+    """Where a calibration keeps what it has seen, until the package is whole."""
+    return output.with_name(f".{output.name}.calibration")
 
 
 def _export_optimum(

@@ -194,7 +194,7 @@ def test_weights_alone_in_codes(precision, tmp_path):
     directory = tmp_path / precision
     directory.mkdir()
     found = run(build("unet", part, precision), directory, **feeds)["out_sample"]
-    chosen = precision_of(precision)
+    chosen = precision_of(precision, "unet")
     state = {
         name: value if chosen(name) == "fp32" or value.ndim == 1 else rounded_by_onnx(value.numpy(), chosen(name))
         for name, value in unet.state_dict().items()

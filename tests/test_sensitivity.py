@@ -12,11 +12,12 @@ from sdonnx_export.graph import build
 from sdonnx_export.sensitivity import measure, sensitivity, write_mix
 from sdonnx_runtime.errors import RequestError
 from test_cli import sdonnx
-from test_graphs import UNET, part_of, saved, unet_feeds, unet_reference
+from test_graphs import UNET, part_of, saved, unet_reference
 from torch.nn.functional import conv2d, linear
 
 UNET_3 = {**UNET, "layers_per_block": 1}
-UP = "up_blocks.1.resnets.0"  # reads a skip connection's channels beside its own
+SKIPPED = {"up_blocks.0.resnets.0": 64, "up_blocks.0.resnets.1": 32, "up_blocks.1": 32}
+"""Channels that blocks read of a skip connection, beside others, which have a range of their own."""
 
 
 def rounded(x, low, high):
@@ -39,7 +40,8 @@ def fake(name, module, ends):
         return rounded(y, *ends[f"{name}.output"]) + module.bias[:, None, None]
 
     def pointwise(x):
-        parts = x.split(x.shape[1] - (32 if name.startswith(UP) else 0), dim=1)
+        skipped = next((n for block, n in SKIPPED.items() if name.startswith(block) and "shortcut" in name), 0)
+        parts = x.split([x.shape[1] - skipped, skipped], dim=1) if skipped else [x]
         weights = module.weight.split([part.shape[1] for part in parts], dim=1)
         made = [conv2d(rounded(p, p.min(), p.max()), by_channel(w)) for p, w in zip(parts, weights, strict=True)]
         return sum(made) + module.bias[:, None, None]
@@ -103,7 +105,10 @@ def measured(tmp_path_factory):
     torch.manual_seed(0)
     unet = UNet2DConditionModel(**UNET_3)
     part = part_of(unet)
-    moments = [{**unet_feeds(unet.config, 24, 32), "timestep": np.array(t, np.float32)} for t in (800, 100)]
+    rng = np.random.default_rng(0)
+    shapes = {"sample": (2, 4, 24, 32), "encoder_hidden_states": (2, 77, 48)}
+    drawn = [{name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()} for _ in range(2)]
+    moments = [{**each, "timestep": np.array(t, np.float32)} for each, t in zip(drawn, (800, 100), strict=True)]
     ends = observed(unet, moments)
     ranges = {name: Range.spanning(*pair) for name, pair in ends.items()}
     weights = saved(build("unet", part, "fp32"), tmp_path_factory.mktemp("unet"))
@@ -111,24 +116,11 @@ def measured(tmp_path_factory):
     return unet, moments, ends, error, {group.name: group for group in groups}
 
 
-@pytest.mark.parametrize(
-    "group",
-    [
-        "time_embedding",
-        "down_blocks.0.resnets.0",
-        "down_blocks.0.attentions.0.proj_in",
-        "down_blocks.0.attentions.0.transformer_blocks.0.attn1",
-        "down_blocks.0.attentions.0.transformer_blocks.0.attn2",
-        "down_blocks.0.attentions.0.transformer_blocks.0.ff",
-        "down_blocks.0.downsamplers.0",
-        "mid_block.resnets.1",
-        "up_blocks.0.upsamplers.0",
-        UP,
-    ],
-)
-def test_the_error_of_a_group_is_that_of_fake_quantization(group, measured):
+def test_the_error_of_each_group_is_that_of_fake_quantization(measured):
+    """But for values and zero points halfway between two codes, which fall to either and move what comes later."""
     unet, moments, ends, _, groups = measured
-    assert groups[group].error == pytest.approx(fake_error(unet, group, ends, moments), rel=0.002)
+    found = {name: group.error for name, group in groups.items()}
+    assert found == pytest.approx({name: fake_error(unet, name, ends, moments) for name in groups}, rel=0.01)
 
 
 def test_the_groups_are_all_that_int8_narrows_and_the_costliest_come_first(measured):
@@ -139,8 +131,7 @@ def test_the_groups_are_all_that_int8_narrows_and_the_costliest_come_first(measu
     resnet = groups["down_blocks.0.resnets.0"]
     assert resnet.saved == pytest.approx(3 * kernels, rel=0.02)  # scales are what is missing
     assert resnet.kept == pytest.approx(kernels, rel=0.03)
-    expected = fake_error(unet, "", ends, moments)
-    assert error == pytest.approx(expected, rel=0.05)  # one value rounded otherwise, and many after it are
+    assert error == pytest.approx(fake_error(unet, "", ends, moments), rel=0.03)
     costs = [group.cost for group in groups.values()]
     assert costs == sorted(costs, reverse=True)
     share = sum(group.cost * group.saved for group in groups.values()) / sum(group.saved for group in groups.values())

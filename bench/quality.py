@@ -2,6 +2,7 @@
 
     python bench/quality.py                                       # the bundled package
     python bench/quality.py PACKAGE --reference OTHER --steps 12 --sampler euler --json FILE
+    python bench/quality.py pictogram --reference pictogram --fast  # what --fast costs
     python bench/quality.py --unet unet.xml --reference pictogram # OpenVINO's U-Net, as openvino_models.py makes it
 
 Each of the 290 subjects is drawn twice: on a background that training showed it on and on the one it was kept from.
@@ -163,6 +164,13 @@ def compared(verdict: Verdict, reference: Verdict) -> dict[str, float]:
     }
 
 
+def chosen(args: argparse.Namespace) -> dict:
+    """The fields of a request that make it faster at some loss."""
+    interval = None if args.guidance_interval is None else tuple(args.guidance_interval)
+    given = {"reuse": args.reuse, "token_downsampling": args.token_downsampling, "guidance_interval": interval}
+    return {**(sdonnx.FAST if args.fast else {}), **{name: value for name, value in given.items() if value is not None}}
+
+
 def main() -> None:
     """Parses the arguments, draws, judges, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -172,6 +180,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--sampler", help="default: the package's own")
+    parser.add_argument("--reuse", type=int, help="the package's request has it, not the reference's")
+    parser.add_argument("--token-downsampling", action=argparse.BooleanOptionalAction, help="so too")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="so too")
+    parser.add_argument("--fast", action="store_true", help="sdonnx.FAST, so too; the options above change it")
     parser.add_argument("--limit", type=int, metavar="N", help="make N pictures instead of 580")
     parser.add_argument("--empty", action="store_true", help="give no prompt, to see what the prompts do")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -180,8 +192,10 @@ def main() -> None:
     judge = Judge()
     cases = judge.cases(args.limit)
     settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance, "sampler": args.sampler}
-    verdict = judge.look(draw(args.package, cases, settings, empty=args.empty, unet=args.unet), cases)
-    found = {"pictures": len(cases), **settings, "empty": args.empty, **summary(judge, verdict, cases)}
+    lossy = chosen(args)
+    made = draw(args.package, cases, {**settings, **lossy}, empty=args.empty, unet=args.unet)
+    verdict = judge.look(made, cases)
+    found = {"pictures": len(cases), **settings, **lossy, "empty": args.empty, **summary(judge, verdict, cases)}
     found |= {"vae_psnr": reconstruction(args.package), "judge_accuracy": judge.facts["accuracy"]}
     if args.reference is not None:
         found |= compared(verdict, judge.look(draw(args.reference, cases, settings, empty=args.empty), cases))

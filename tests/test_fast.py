@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from ldm_fixture import VARIATIONS, tiny_pipeline
 from PIL import Image
 from sdonnx_export.config import UNetConfig
@@ -18,13 +19,13 @@ from sdonnx_export.operators import Operators
 from sdonnx_export.precision import PRECISIONS
 from sdonnx_export.stages import reuse_graphs
 from sdonnx_export.unet import kept_stage
-from sdonnx_runtime.denoise import StepReuse, within
+from sdonnx_runtime.denoise import StepReuse, unet_graphs, within
 from sdonnx_runtime.manifest import KEPT, MANIFEST
 from sdonnx_runtime.noise import Noise
 from sdonnx_runtime.samplers import SAMPLERS, sampler_options
 from sdonnx_runtime.schedule import make_schedule
 from sdonnx_runtime.scheduler_config import SchedulerConfig
-from test_graphs import UNET, UNET_VARIATIONS, part_of, run, unet_feeds
+from test_graphs import UNET, UNET_VARIATIONS, part_of, run, unet_feeds, unet_reference
 from typer.testing import CliRunner
 from walks import SD15
 
@@ -82,6 +83,71 @@ def test_every_precision_is_cut_in_two(precision, tmp_path):
     found = outputs_of_all(unet, precision, tmp_path, unet_feeds(unet.config))
     np.testing.assert_array_equal(found["keeping"]["out_sample"], found["plain"]["out_sample"])
     np.testing.assert_allclose(found["reusing"]["out_sample"], found["plain"]["out_sample"], atol=1e-6)
+
+
+class EveryOther:
+    """Attention of diffusers whose keys and values come from every other row and column of pictures of known sizes."""
+
+    def __init__(self, sizes):
+        self._sizes = {height * width: (height, width) for height, width in sizes}
+
+    def __call__(self, attention, hidden_states, encoder_hidden_states=None, **_):
+        assert encoder_hidden_states is None
+        picture = hidden_states.unflatten(1, self._sizes[hidden_states.shape[1]])
+        return AttnProcessor()(attention, hidden_states, picture[:, ::2, ::2].flatten(1, 2))
+
+
+def downsample_tokens(unet, height, width):
+    """Lets the self-attention of the highest resolution that has any, up, down or in the middle, be `EveryOther`."""
+    down, up = unet.config.down_block_types, unet.config.up_block_types[::-1]
+    levels = [level for level, types in enumerate(zip(down, up, strict=True)) if "CrossAttn" in "".join(types)]
+    lowest = len(down) - 1
+    level = levels[0] if levels else lowest
+    places = [f"down_blocks.{level}.", f"up_blocks.{lowest - level}.", *(["mid_block."] if level == lowest else [])]
+    size = [(-(-height // 2**level), -(-width // 2**level))]
+    chosen = [
+        module for name, module in unet.named_modules() if name.startswith(tuple(places)) and name.endswith("attn1")
+    ]
+    for module in chosen:
+        module.set_processor(EveryOther(size))
+    assert chosen
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("operators", [Operators, Int8Operators], ids=["channels first", "channels last"])
+@pytest.mark.parametrize("variation", REUSABLE)
+def test_token_downsampling_equals_diffusers_with_such_an_attention(variation, operators, tmp_path):
+    unet = UNet2DConditionModel(**{**UNET, **REUSABLE[variation]})
+    part, size = part_of(unet), (10, 12)
+    feeds = unet_feeds(unet.config, *size)
+    model = build("unet", part, "fp32", operators, token_downsampling=True)
+    found = run(model, tmp_path, **feeds)["out_sample"]
+    without = unet_reference(unet, feeds)
+    downsample_tokens(unet, *size)
+    np.testing.assert_allclose(found, unet_reference(unet, feeds), atol=2e-5)
+    assert np.abs(found - without).max() > 1e-3
+
+
+def test_token_downsampling_of_odd_sizes_keeps_the_last_row_and_column(tmp_path):
+    unet = UNet2DConditionModel(**UNET)
+    model = build("unet", part_of(unet), "fp32", token_downsampling=True)
+    feeds = unet_feeds(unet.config, 9, 13)
+    downsample_tokens(unet, 9, 13)
+    np.testing.assert_allclose(run(model, tmp_path, **feeds)["out_sample"], unet_reference(unet, feeds), atol=2e-5)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_all_graphs_point_into_one_weights_file(checkpoint, precision, tmp_path):
+    package = export(str(checkpoint), tmp_path / "package", precision=precision, calibration="none")
+    files = {path.name: path.stat().st_size for path in (package / "unet").glob("*.onnx*")}
+    files.pop("model.onnx_data")
+    graphs = {"model", *(f"{name}{end}" for name in ("keeping", "reusing") for end in ("", "-downsampled"))}
+    assert set(files) == {f"{name}.onnx" for name in (*graphs, "downsampled")}
+    assert max(files.values()) < 1.05 * files["model.onnx"]  # no weights in any of them
+    settings = {"num_inference_steps": 4, "seed": 1, **SMALL}
+    with sdonnx.load(package, keep_loaded=True) as pipe:
+        plain, fast = pipe.generate("a cat", **settings), pipe.generate("a cat", **settings, **sdonnx.FAST)
+    assert 1e-4 < np.abs(plain.latents - fast.latents).max() < 2 * np.abs(plain.latents).max()
 
 
 @pytest.fixture(scope="module", params=VARIATIONS)
@@ -168,7 +234,8 @@ def test_none_of_it_is_the_plain_loop(package):
     settings = {"num_inference_steps": 5, "seed": 5, **SMALL}
     with sdonnx.load(package, keep_loaded=True) as pipe:
         plain = pipe.generate("a cat", **settings).latents
-        same = pipe.generate("a cat", reuse=1, guidance_interval=(0, 1e6), **settings).latents
+        none = {"reuse": 1, "token_downsampling": False, "guidance_interval": (0, 1e6)}
+        same = pipe.generate("a cat", **none, **settings).latents
         np.testing.assert_array_equal(same, plain)
         alone = pipe.generate("a cat", guidance_interval=(1e5, 1e6), **settings).latents
         np.testing.assert_array_equal(alone, pipe.generate("a cat", guidance_scale=1, **settings).latents)
@@ -207,7 +274,7 @@ def walk(sampler, reuse, steps, begin=0):
         taken[-1].append(variant)
         return {"out_sample": inputs["sample"] * 0.1, **({KEPT: np.zeros((1, 2))} if variant == "keeping" else {})}
 
-    run = StepReuse(unet, reuse)
+    run = StepReuse(unet, unet_graphs(reuse, token_downsampling=False), reuse)
 
     def denoise(x, sigma, t):
         return x - sigma * run({"sample": x, "timestep": np.array(t)})
@@ -259,7 +326,7 @@ def test_more_rows_than_are_kept_are_computed_whole():
         rows = len(inputs["text"])
         return {"out": np.zeros((rows, 1)), **({KEPT: np.arange(rows)} if variant == K else {})}
 
-    run = StepReuse(unet, 10)
+    run = StepReuse(unet, (K, R), 10)
     for rows in (1, 1, 2, 2, 1):
         run({"sample": np.zeros((1, 1)), "timestep": np.array(5.0), "text": np.zeros((rows, 3))})
         run.next_step(last=False)
@@ -287,4 +354,25 @@ def test_a_package_without_its_graphs_says_so(package, tmp_path):
     (old / MANIFEST).write_text(json.dumps(manifest))
     ran = CliRunner().invoke(app, ["run", "a cat", "-m", str(old), "--reuse", "2"])
     assert isinstance(ran.exception, sdonnx.RequestError)
-    assert "has no graphs that reuse steps; export its checkpoint again" in str(ran.exception)
+    assert "has no U-Net graph 'keeping', which reuse or token_downsampling needs; export" in str(ran.exception)
+
+
+def test_fast_is_a_preset_whose_parts_can_be_chosen_otherwise(package, tmp_path):
+    def asked(*options):
+        command = ["run", "a cat", "-m", str(package), "--size", "64x64", "--steps", "2", "--seed", "1", "--json"]
+        ran = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "cat.png"), *options])
+        assert ran.exit_code == 0, ran.output
+        return json.loads(ran.stdout)["request"]
+
+    assert sdonnx.FAST.items() <= asked("--fast").items()
+    changed = asked("--fast", "--reuse", "1", "--no-token-downsampling", "--guidance-interval", "0.3,5.4")
+    assert {"reuse": 1, "token_downsampling": False, "guidance_interval": [0.3, 5.4]}.items() <= changed.items()
+    plain = asked()
+    assert {"reuse": 1, "token_downsampling": False, "guidance_interval": None}.items() <= plain.items()
+
+
+@pytest.mark.parametrize("text", ["3", "1,2,3", "low,high"])
+def test_an_interval_is_two_numbers(package, text):
+    ran = CliRunner().invoke(app, ["run", "a cat", "-m", str(package), "--guidance-interval", text])
+    assert isinstance(ran.exception, sdonnx.RequestError)
+    assert f"'{text}'" in str(ran.exception)

@@ -156,6 +156,15 @@ class UNetConfig:
     cosine_first: bool
     """Time embedding order: cosines before sines."""
     frequency_shift: float
+    token_downsampling: bool = False
+    """Whether the self-attention of the highest resolution that has one reads every other row and column alone."""
+
+    @property
+    def downsampled_level(self) -> int | None:
+        """The level whose tokens are downsampled."""
+        attends = [down or up for down, up in zip(self.down_attention, self.up_attention[::-1], strict=True)]
+        highest = attends.index(True) if True in attends else len(attends) - 1
+        return highest if self.token_downsampling else None
 
     @property
     def first_attention(self) -> int | None:

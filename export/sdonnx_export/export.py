@@ -120,16 +120,26 @@ def _graphs(checkpoint: Checkpoint, chosen: Choice, seen: Seen | None, name: str
     plain = _model(checkpoint, chosen, seen, name)
     if name != "unet":
         return {"plain": plain}
-    return {"plain": plain, **reuse_graphs(plain, kept_stage(UNetConfig.from_dict(checkpoint.parts["unet"].config)))}
+    downsampled = _model(checkpoint, chosen, seen, name, token_downsampling=True)
+    stage = kept_stage(UNetConfig.from_dict(checkpoint.parts["unet"].config))
+    return {
+        "plain": plain,
+        "downsampled": downsampled,
+        **reuse_graphs(plain, stage),
+        **{f"{variant}-downsampled": graph for variant, graph in reuse_graphs(downsampled, stage).items()},
+    }
 
 
-def _model(checkpoint: Checkpoint, chosen: Choice, seen: Seen | None, name: str) -> ir.Model:
+def _model(
+    checkpoint: Checkpoint, chosen: Choice, seen: Seen | None, name: str, *, token_downsampling: bool = False
+) -> ir.Model:
     """The model of a component; kernels compute in 8 bits where they have been observed."""
     part = checkpoint.parts[COMPONENTS[name].part]
     find = precision_of(chosen, name)
+    make = partial(build, name, part, chosen, token_downsampling=token_downsampling)
     if not any(find(layer) == "int8" for layer in layers(name, part.config)):
-        return build(name, part, chosen)
-    return build(name, part, chosen, partial(Int8Operators, ranges={} if seen is None else seen.get(name, {})))
+        return make()
+    return make(partial(Int8Operators, ranges={} if seen is None else seen.get(name, {})))
 
 
 def _observed(

@@ -1,7 +1,7 @@
 """Builds a component's graph from its config and binds the checkpoint's weights to it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,8 @@ class Component:
     """The part of a checkpoint that holds its config and weights."""
     prefixes: tuple[str, ...]
     """What the names of its weights in that part begin with; empty: all of them are its."""
-    module: Callable[[Mapping[str, Any]], tuple[Any, tuple[Port, ...]]]
+    module: Callable[..., tuple[Any, tuple[Port, ...]]]
+    """Makes it of its config and of what may be chosen."""
     outputs: tuple[str, ...]
 
 
@@ -58,8 +59,8 @@ def _text_encoder(config: Mapping[str, Any]) -> tuple[ClipTextEncoder, tuple[Por
     return ClipTextEncoder(parsed), (Port(name="input_ids", dtype=_INT64, shape=("batch", parsed.positions)),)
 
 
-def _unet(config: Mapping[str, Any]) -> tuple[UNet, tuple[Port, ...]]:
-    parsed = UNetConfig.from_dict(config)
+def _unet(config: Mapping[str, Any], *, token_downsampling: bool = False) -> tuple[UNet, tuple[Port, ...]]:
+    parsed = replace(UNetConfig.from_dict(config), token_downsampling=token_downsampling)
     return UNet(parsed), (
         Port(name="sample", dtype=_FLOAT, shape=("states", parsed.in_channels, "height", "width")),
         Port(name="timestep", dtype=_FLOAT, shape=()),
@@ -107,7 +108,14 @@ def _layers(module: Module) -> dict[str, tuple[int, ...]]:
     return {key: sizes(weight) for key, weight in module.named_parameters() if len(sizes(weight)) > 1}
 
 
-def build(name: str, part: Part, precision: Choice, operators: Callable[..., Operators] = Operators) -> ir.Model:
+def build(
+    name: str,
+    part: Part,
+    precision: Choice,
+    operators: Callable[..., Operators] = Operators,
+    *,
+    token_downsampling: bool = False,
+) -> ir.Model:
     """The model of component ``name`` (a key of COMPONENTS); its weights are read when it is saved.
 
     Args:
@@ -115,13 +123,15 @@ def build(name: str, part: Part, precision: Choice, operators: Callable[..., Ope
         part: its config and weights.
         precision: of the package.
         operators: what the graph is written in; called as `Operators` is.
+        token_downsampling: of the U-Net.
 
     Raises:
         ExportError: the config has a value without a written graph; a weight is missing, is left over, or has
             another shape than the config says.
     """
     component = COMPONENTS[name]
-    module, ports = component.module(part.config)
+    choices = {"token_downsampling": True} if token_downsampling else {}
+    module, ports = component.module(part.config, **choices)
     find = precision_of(precision, name)
     in_4_bits = any(find(layer) == "int4" for layer in _layers(module))
     opset, version = (OPSET_4_BITS, IR_VERSION_4_BITS) if in_4_bits else (OPSET, IR_VERSION)

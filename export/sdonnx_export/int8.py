@@ -118,6 +118,10 @@ class Int8Operators(Operators):
         scale, shift = (self.Reshape(each, [0, 1, 1, channels]) for each in (scale, shift))
         return self.Add(self.Mul(x, scale), shift)
 
+    def _extent(self, picture: ir.Value) -> ir.Value:
+        """Its height and width."""
+        return self.Shape(picture, start=1, end=3)
+
     def from_input(self, x: ir.Value) -> ir.Value:
         """(N, C, H, W) to (N, H, W, C)."""
         return self.Transpose(x, perm=[0, 2, 3, 1])

@@ -191,6 +191,15 @@ class Operators(OpBuilder):
         """(N, H * W, C) to (N, C, H, W), with the shape of ``like``."""
         return self.Reshape(self.Transpose(x, perm=[0, 2, 1]), self.Shape(like))
 
+    def every_other(self, x: ir.Value, like: ir.Value, channels: int) -> ir.Value:
+        """Of the places (N, H * W, C) of the picture ``like``, those in every other row and column, from the first."""
+        grid = self.Reshape(x, self.Concat([0], self._extent(like), [channels], axis=0))  # (N, H, W, C)
+        return self.Reshape(self.Slice(grid, [0, 0], [2**31, 2**31], [1, 2], [2, 2]), [0, -1, channels])
+
+    def _extent(self, picture: ir.Value) -> ir.Value:
+        """Its height and width."""
+        return self.Shape(picture, start=2)
+
     def from_input(self, x: ir.Value) -> ir.Value:
         """A picture (N, C, H, W) that comes into the graph."""
         return x

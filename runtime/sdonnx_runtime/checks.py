@@ -60,6 +60,7 @@ def check_request(request: Request, *, multiple: int, defaults: Defaults, random
     _number("guidance_rescale", request.guidance_rescale, 0, 1)
     _check_interval(request.guidance_interval)
     _whole("reuse", request.reuse, 1, 1000)
+    _flag("token_downsampling", request.token_downsampling)
     _check_variation(request)
     return _check_hires(request, multiple)
 
@@ -141,8 +142,7 @@ def _check_pictures(request: Request, multiple: int, defaults: Defaults) -> Requ
     image, mask = request.image, request.mask_image
     if request.fit not in FITS:
         raise RequestError(f"fit is {request.fit!r}; choose {', '.join(FITS)}")
-    if not isinstance(request.paste, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise RequestError(f"paste is {request.paste!r}; give True or False")
+    _flag("paste", request.paste)
     _whole("mask_blur", request.mask_blur, 0, 1024)
     if image is None:
         for name in ("strength", "mask_image", "padding_mask_crop"):
@@ -195,6 +195,11 @@ def _text(name: str, value: object) -> None:
         value.encode()
     except UnicodeEncodeError:  # bytes that were no UTF-8 on the command line, say
         raise RequestError(f"{name} is {value!r:.80}, which is no Unicode text; give one, as UTF-8") from None
+
+
+def _flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} is {value!r}; give True or False")
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:

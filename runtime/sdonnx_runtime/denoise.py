@@ -17,6 +17,15 @@ Model: TypeAlias = Callable[[Array, float, float], Array]
 """``model(x, sigma, t)``: what the U-Net gives for a state x (1, C, h, w), a row for each row of the text."""
 
 
+def unet_graphs(reuse: int, *, token_downsampling: bool) -> tuple[str, str]:
+    """The U-Net's graphs for a whole step and for one that reuses it."""
+    names = ("plain", "plain") if reuse == 1 else ("keeping", "reusing")
+    if not token_downsampling:
+        return names
+    whole, outside = ("downsampled" if name == "plain" else f"{name}-downsampled" for name in names)
+    return whole, outside
+
+
 class StepReuse:
     """A U-Net of which every ``reuse`` steps one runs the whole, and the others its outermost part alone.
 
@@ -25,9 +34,14 @@ class StepReuse:
     that starts from more noise than the one before it.
     """
 
-    def __init__(self, run: Callable[[Mapping[str, AnyArray], str], Mapping[str, AnyArray]], reuse: int) -> None:
-        """``run(inputs, variant)`` gives the outputs of one of the U-Net's graphs; ``reuse`` 1 takes ``plain``."""
-        self._run, self._reuse = run, reuse
+    def __init__(
+        self,
+        run: Callable[[Mapping[str, AnyArray], str], Mapping[str, AnyArray]],
+        graphs: tuple[str, str],
+        reuse: int,
+    ) -> None:
+        """``run(inputs, graph)`` gives the outputs of one of ``graphs``, see `unet_graphs`."""
+        self._run, self._graphs, self._reuse = run, graphs, reuse
         self._age, self._begins, self._before = 0, True, math.inf
         self._kept: AnyArray = np.empty(0)
 
@@ -43,10 +57,10 @@ class StepReuse:
             self._age = 0 if timestep > self._before else self._age
             self._begins, self._before = False, timestep
         if self._age > 0 and rows <= len(self._kept):  # the conditional row, which may go on alone, is the last
-            (output,) = self._run({**inputs, KEPT: self._kept[-rows:]}, "reusing").values()
+            (output,) = self._run({**inputs, KEPT: self._kept[-rows:]}, self._graphs[1]).values()
             return output
         self._age = 0
-        outputs = dict(self._run(inputs, "plain" if self._reuse == 1 else "keeping"))
+        outputs = dict(self._run(inputs, self._graphs[0]))
         self._kept = outputs.pop(KEPT, self._kept)
         (output,) = outputs.values()
         return output

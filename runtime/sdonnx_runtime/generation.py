@@ -13,7 +13,7 @@ from PIL import Image
 from sdonnx_runtime.arrays import AnyArray, Array
 from sdonnx_runtime.components import Runner
 from sdonnx_runtime.conditioning import CONDITIONING
-from sdonnx_runtime.denoise import Run, StepReuse, clean, guide, masked, predict, within
+from sdonnx_runtime.denoise import Run, StepReuse, clean, guide, masked, predict, unet_graphs, within
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.images import to_images
 from sdonnx_runtime.manifest import Manifest, TextEncoder
@@ -192,7 +192,8 @@ class Generation:
         preview = self._manifest.latents.preview
         projection = None if preview is None else np.array(preview, np.float32)
         unit = noise(self._latent_shape(request))
-        unet = StepReuse(self._unet, request.reuse)
+        graphs = unet_graphs(request.reuse, token_downsampling=request.token_downsampling)
+        unet = StepReuse(self._unet, graphs, request.reuse)
         x, denoise = self._begin(schedule, noise, unit, self._denoiser(unet, conditioning), original)
         before = time.perf_counter()
         for step in SAMPLERS[str(request.sampler)](denoise, x, schedule, noise, **options):

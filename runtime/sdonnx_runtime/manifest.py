@@ -36,7 +36,8 @@ class Component:
     graphs: Mapping[str, str]
     """Path of each variant; every component has ``plain``.
 
-    A U-Net that steps can be reused of has ``keeping`` and ``reusing``, see `denoise.StepReuse`."""
+    A U-Net has ``keeping`` and ``reusing`` too, see `denoise.StepReuse`; ``downsampled``, plain with token
+    downsampling; and ``keeping-downsampled`` and ``reusing-downsampled``."""
     files: Mapping[str, File]
     """Every file of the component by its path: graphs and weights."""
     precision: str

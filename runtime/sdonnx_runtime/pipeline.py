@@ -10,6 +10,7 @@ from PIL.Image import Image
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.checks import check_request
 from sdonnx_runtime.components import Components, Runner
+from sdonnx_runtime.denoise import unet_graphs
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.generation import Generation, Progress, decode, plan
 from sdonnx_runtime.package import Package
@@ -124,11 +125,12 @@ class Pipeline:
             raise RequestError(
                 f"{self.package.name} has no VAE encoder, so it can't start from a picture; export again"
             )
-        if checked.reuse > 1 and not {"keeping", "reusing"} <= set(manifest.components["unet"].graphs):
-            raise RequestError(
-                f"{self.package.name} has no graphs that reuse steps; export its checkpoint again, not --via optimum, "
-                "or leave reuse at 1"
-            )
+        for graph in unet_graphs(checked.reuse, token_downsampling=checked.token_downsampling):
+            if graph not in manifest.components["unet"].graphs:
+                raise RequestError(
+                    f"{self.package.name} has no U-Net graph '{graph}', which reuse or token_downsampling needs; "
+                    "export its checkpoint again, not --via optimum, or leave them out"
+                )
         return checked
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from PIL.Image import Image
@@ -65,6 +66,10 @@ class Request:
     """1 to 1000: of so many steps one runs the whole U-Net, the others its outermost part; DeepCache, arXiv:2312.00858.
 
     1 is without. The first step and the last are whole."""
+    token_downsampling: bool = False
+    """Whether keys and values of the highest resolution's self-attention come from every other row and column.
+
+    ToDo, arXiv:2402.13573."""
     image: Image | None = field(default=None, repr=False)
     """A picture to start from; transparent parts lie on white."""
     strength: float | None = None
@@ -95,6 +100,10 @@ class Request:
     """One of UPSCALERS: latent interpolates the latents bilinearly; lanczos decodes, enlarges the pixels, and encodes.
 
     None is latent."""
+
+
+FAST: Mapping[str, Any] = MappingProxyType({"reuse": 3, "token_downsampling": True})
+"""Fields of a request that make it fast at some loss: the preset ``--fast``."""
 
 
 @dataclass(frozen=True, kw_only=True)

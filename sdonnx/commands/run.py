@@ -208,14 +208,30 @@ def run(
             rich_help_panel=_SAMPLING,
         ),
     ] = 0.0,
+    fast: Annotated[
+        bool,
+        typer.Option(
+            "--fast",
+            help=f"A preset: one of {sdonnx.FAST['reuse']} steps whole, tokens downsampled.",
+            rich_help_panel=_FASTER,
+        ),
+    ] = False,
     reuse: Annotated[
-        int,
+        int | None,
         typer.Option(
             metavar="N",
             help="Run the whole U-Net in one of N steps only, and its outermost part in the others.",
             rich_help_panel=_FASTER,
         ),
-    ] = 1,
+    ] = None,
+    token_downsampling: Annotated[
+        bool | None,
+        typer.Option(
+            "--token-downsampling/--no-token-downsampling",
+            help="Attend to every other row and column at the highest resolution.",
+            rich_help_panel=_FASTER,
+        ),
+    ] = None,
     guidance_interval: Annotated[
         str | None,
         typer.Option(
@@ -240,6 +256,11 @@ def run(
     [dim]sdonnx run "a photograph of a cat" -m sd15-onnx --seed 7[/dim]
     [dim]sdonnx run "a tiger on a white background" --image cat.png --strength 0.6[/dim]
     """
+    lossy = {
+        "reuse": reuse,
+        "token_downsampling": token_downsampling,
+        "guidance_interval": parse_interval(guidance_interval),
+    }
     fields: dict[str, Any] = {
         "negative_prompt": negative,
         **parse_size(size),
@@ -255,8 +276,6 @@ def run(
         "sigmas": parse_numbers("sigmas", sigmas),
         "timesteps": parse_numbers("timesteps", timesteps),
         "guidance_rescale": guidance_rescale,
-        "guidance_interval": parse_interval(guidance_interval),
-        "reuse": reuse,
         "image": None if image is None else open_picture(image),
         "strength": strength,
         "fit": fit,
@@ -266,6 +285,8 @@ def run(
         "padding_mask_crop": only_masked,
         **parse_hires(hires),
         "hires_upscaler": hires_upscaler,
+        **(sdonnx.FAST if fast else {}),
+        **{name: value for name, value in lossy.items() if value is not None},
     }
     margins = None if outpaint is None else parse_margins(outpaint)
     lines = None if batch_file is None else read_batch(batch_file)

@@ -1,10 +1,14 @@
 """Shared fixtures: a tiny random checkpoint and the package made from it."""
 
+import signal
 from pathlib import Path
 
 import pytest
 import random_checkpoint
 from sdonnx_export.export import export
+
+# A shell that starts the tests in the background ignores Ctrl-C, and what they start would do so too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

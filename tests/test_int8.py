@@ -154,7 +154,8 @@ def test_each_layer_rounds_as_torch_does(layer, tmp_path):
     module = unet.get_submodule(layer)
     module.forward = in_8_bits(module, layer, ranges, LAYERS[layer])
     expected = unet_reference(unet, feeds)
-    assert relative(found, expected) < relative(expected, exact) / 20  # a code or two may fall the other way
+    # One code of the smallest picture's 1536 that falls the other way is 9 % of the rounding's own error.
+    assert relative(found, expected) < relative(expected, exact) / 4
 
 
 @pytest.mark.core

@@ -144,7 +144,7 @@ LAYERS = {
 def test_each_layer_rounds_as_torch_does(layer, tmp_path):
     """One alone: where many round, a code that falls the other way moves others, and nothing can be compared."""
     unet = UNet2DConditionModel(**UNET)
-    part, feeds = part_of(unet), unet_feeds(unet.config)
+    part, feeds = part_of(unet), unet_feeds(unet.config, height=32, width=48)
     ranges, exact = ranges_of(part, tmp_path, feeds), unet_reference(unet, feeds)
 
     def operators(graph, weights, _precisions):
@@ -154,8 +154,8 @@ def test_each_layer_rounds_as_torch_does(layer, tmp_path):
     module = unet.get_submodule(layer)
     module.forward = in_8_bits(module, layer, ranges, LAYERS[layer])
     expected = unet_reference(unet, feeds)
-    # One code of the smallest picture's 1536 that falls the other way is 9 % of the rounding's own error.
-    assert relative(found, expected) < relative(expected, exact) / 4
+    # A picture large enough: one code of the least layer's 24,576 that falls the other way is 2 % of rounding's error.
+    assert relative(found, expected) < relative(expected, exact) / 20
 
 
 @pytest.mark.core

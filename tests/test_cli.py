@@ -203,7 +203,7 @@ def test_outpainting_without_pasting_makes_every_cell_anew_that_is_partly_new(tm
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends Ctrl-C to the whole console")
-@pytest.mark.parametrize("impatience", [0, 0.01, 0.1])
+@pytest.mark.parametrize("impatience", [0, 0.01, 0.1, 0.3])
 def test_ctrl_c_stops_inside_the_step_and_leaves_nothing(impatience, package, tmp_path):
     command = ["run", "a cat", "-m", package, "--size", "1024x1024", "--steps", "500", "-o", "cat.png"]
     process = subprocess.Popen(
@@ -212,11 +212,12 @@ def test_ctrl_c_stops_inside_the_step_and_leaves_nothing(impatience, package, tm
     time.sleep(4)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    if impatience:
+    for _ in range(4 if impatience else 0):
         time.sleep(impatience)
         process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == 130
+    assert stderr.endswith(b"stopped\n")
     assert b"Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -54,10 +54,10 @@ def work(runtime: Runtime, what: str, runs: int) -> None:
     """One thing in this process; prints its figures."""
     if what == "make":
         runtime.prepare()
-    elif what == "image":
+    elif what in runtime.pictures:
         start = time.perf_counter()
-        runtime.picture()
-        print(json.dumps({"image_s": time.perf_counter() - start}))
+        runtime.fast() if what == "fast" else runtime.picture()
+        print(json.dumps({f"{what}_s": time.perf_counter() - start}))
     else:
         print(json.dumps(runtime.figures(what, runs)))
 
@@ -101,7 +101,7 @@ class Run:
         for runtime in list(self.rounds):
             found: Figures = {}
             try:
-                for part in [*runtime.parts, *(["image"] if self.args.image else [])]:
+                for part in [*runtime.parts, *(runtime.pictures if self.args.image else [])]:
                     printed, _, peak = self.apart(runtime, part)
                     found |= {**json.loads(printed), PEAKS[part]: peak}
             except Failed as error:
@@ -120,7 +120,12 @@ class Run:
         ]
 
 
-PEAKS = {"unet": "peak_rss_mb", "vae_decoder": "decode_peak_rss_mb", "image": "image_peak_rss_mb"}
+PEAKS = {
+    "unet": "peak_rss_mb",
+    "vae_decoder": "decode_peak_rss_mb",
+    "image": "image_peak_rss_mb",
+    "fast": "fast_peak_rss_mb",
+}
 COLUMNS = {
     "export_s": "export s",
     "export_peak_rss_mb": "export MB",
@@ -132,8 +137,10 @@ COLUMNS = {
     "decode_peak_rss_mb": "decode MB",
     "image_s": "picture s",
     "image_peak_rss_mb": "picture MB",
+    "fast_s": "--fast s",
+    "fast_peak_rss_mb": "--fast MB",
 }
-RATIOS = ("step_s", "peak_rss_mb", "decode_s", "image_s")
+RATIOS = ("step_s", "peak_rss_mb", "decode_s", "image_s", "fast_s")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -143,7 +150,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         cells = [row["runtime"], row["precision"]]
         for key in columns:
-            value, base = row.get(key), rows[0].get(key)
+            value, base = row.get(key), rows[0].get("image_s" if key == "fast_s" else key)
             cell = "" if value is None else f"{value:,.0f}" if key.endswith("mb") else f"{value:.3g}"
             cells.append(f"{cell} ({value / base:.2f})" if key in RATIOS and value and base else cell)
         lines.append(f"| {' | '.join(cells)} |")
@@ -179,7 +186,7 @@ def main() -> None:
     parser.add_argument("--only", help=f"which of {','.join(names)}")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each runtime")
     parser.add_argument("--steps", type=int, default=5, help="timed runs in each process, after one that is not")
-    parser.add_argument("--image", action="store_true", help="a whole picture of 20 steps too")
+    parser.add_argument("--image", action="store_true", help="a whole picture of 20 steps too, and sdonnx' --fast")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -27,6 +27,8 @@ class Runtime:
     """Modules."""
     parts: tuple[str, ...] = ("unet", "vae_decoder")
     """What is measured in a process of its own."""
+    pictures: tuple[str, ...] = ("image",)
+    """Whole pictures, the same way."""
 
     def __init__(self, work: Path, size: str) -> None:
         self.checkpoint, self.work, self.size = work / "checkpoint", work, size
@@ -58,6 +60,10 @@ class Runtime:
 
     def picture(self) -> Any:
         """From files to a picture."""
+        raise NotImplementedError
+
+    def fast(self) -> Any:
+        """The same at some loss; for those that have it among their ``pictures``."""
         raise NotImplementedError
 
     def feeds(self, part: str) -> Feeds:
@@ -118,16 +124,22 @@ class SdonnxInt8(Sdonnx):
     """Weights and activations in int8, as ``--precision int8`` exports them."""
 
     precision = "int8"
+    pictures = ("image", "fast")
+
+    def fast(self) -> Any:
+        from sdonnx import FAST
+
+        return ours(self, self.folder, {}, **FAST)
 
 
-def ours(runtime: Runtime, package: Path, models: dict[str, Path]) -> Any:
+def ours(runtime: Runtime, package: Path, models: dict[str, Path], **options: Any) -> Any:
     """A picture in our loop, with OpenVINO for the ``models``."""
     import sdonnx
 
     pixels = runtime.pixels
     with sdonnx.load(package, device="cpu") as pipe:
         openvino_models.attach(pipe, models)
-        request = pipe.check(PROMPT, seed=SEED, num_inference_steps=PICTURE_STEPS, sampler="euler")
+        request = pipe.check(PROMPT, seed=SEED, num_inference_steps=PICTURE_STEPS, sampler="euler", **options)
         return pipe.generate(request, width=pixels, height=pixels).images[0]
 
 

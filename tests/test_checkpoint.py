@@ -232,7 +232,7 @@ def test_another_vocabulary_needs_its_tokenizer(copy):
         open_checkpoint(str(copy / "single.safetensors"))
     (copy / "vocab.json").write_text("{}")
     (copy / "merges.txt").write_text("")
-    assert open_checkpoint(str(copy / "single.safetensors")).tokenizer == copy
+    assert open_checkpoint(str(copy / "single.safetensors")).tokenizers == {"tokenizer": copy}
 
 
 @pytest.mark.parametrize("text", ["model: 3", "{", "[]", "model: {params: {}}"])

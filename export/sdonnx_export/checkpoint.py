@@ -8,6 +8,7 @@ from typing import Any
 
 from sdonnx_runtime.errors import ExportError
 from sdonnx_runtime.manifest import MANIFEST
+from sdonnx_runtime.optimum_layout import PIPELINES
 
 from sdonnx_export.ldm import split_checkpoint, split_vae
 from sdonnx_export.parts import Checkpoint, Part, Weight, current_name, is_needed, open_file
@@ -15,14 +16,14 @@ from sdonnx_export.repackage import open_package
 
 PARTS = {
     "text_encoder": ("model", "pytorch_model"),
+    "text_encoder_2": ("model", "pytorch_model"),
     "unet": ("diffusion_pytorch_model",) * 2,
     "vae": ("diffusion_pytorch_model",) * 2,
 }
 """Each part's directory, and how its safetensors and its pickled files are called."""
 
-_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_SMALL = ("model_index.json", "config.json", "*/config.json", "scheduler/*.json", "tokenizer/*")
+_HUB_SMALL = ("model_index.json", "config.json", "*/config.json", "scheduler/*.json", "tokenizer/*", "tokenizer_2/*")
 _HUB_WEIGHTS = (
     (
         "*/model.safetensors",
@@ -70,18 +71,28 @@ def open_vae(source: str) -> Part:
 def _from_directory(root: Path, name: str, revision: str | None) -> Checkpoint:
     index = _json(root / "model_index.json", "expected a diffusers directory, a Hub id or a single file")
     pipeline = index.get("_class_name")
-    if pipeline not in _PIPELINES:
-        raise ExportError(f"{name} holds a {pipeline}; what can be exported is {', '.join(_PIPELINES)}")
-    tokenizer = root / "tokenizer"
-    if not tokenizer.is_dir():
-        raise ExportError(f"{tokenizer} is missing; download the checkpoint again")
+    if pipeline not in PIPELINES:
+        raise ExportError(f"{name} holds a {pipeline}; what can be exported is {', '.join(PIPELINES)}")
+    parts = [part for part in PARTS if part in ("unet", "vae") or _names_one(index.get(part))]
+    tokenizers = {part.replace("text_encoder", "tokenizer"): part for part in parts if part.startswith("text_encoder")}
+    if not tokenizers:
+        raise ExportError(f"{name} has no text encoder; download the checkpoint again")
+    for tokenizer in tokenizers:
+        if not (root / tokenizer).is_dir():
+            raise ExportError(f"{root / tokenizer} is missing; download the checkpoint again")
     return Checkpoint(
         source=name,
         revision=revision,
-        parts={part: _part(root / part, part) for part in PARTS},
+        parts={part: _part(root / part, part) for part in parts},
         scheduler=_json(root / "scheduler" / "scheduler_config.json", "download the checkpoint again"),
-        tokenizer=tokenizer,
+        tokenizers={tokenizer: root / tokenizer for tokenizer in tokenizers},
+        settings={key: value for key, value in index.items() if not isinstance(value, list)},
     )
+
+
+def _names_one(entry: Any) -> bool:
+    """Whether model_index.json names a component's library and class; [null, null] is none."""
+    return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
 
 
 def _part(directory: Path, part: str) -> Part:
@@ -90,7 +101,7 @@ def _part(directory: Path, part: str) -> Part:
     for path in weight_files(directory, part):
         weights.update(open_file(path))
     return Part(
-        config=config, weights={current_name(name): weight for name, weight in weights.items() if is_needed(name)}
+        config=config, weights={current_name(name): weight for name, weight in weights.items() if is_needed(name, part)}
     )
 
 

@@ -12,11 +12,12 @@ _MERGES = 49152 - 256 - 2
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
-def write_clip_tokenizer(directory: Path) -> None:
+def write_clip_tokenizer(directory: Path, pad: str = _END) -> None:
     """Write vocab.json (49408 tokens), merges.txt, special_tokens_map.json and tokenizer_config.json.
 
-    They equal, byte for byte, those in the tokenizer/ directory of stable-diffusion-v1-5. The directory is
-    made if it is not there; files of these names in it are replaced.
+    They equal, byte for byte, those in the tokenizer/ directory of stable-diffusion-v1-5, but for ``pad``, the token
+    after a prompt's end: Stable Diffusion 2 and the second encoder of SDXL have "!". The directory is made if it is
+    not there; files of these names in it are replaced.
     """
     merges = _merges()
     tokens = {"bos_token": _special(_START), "eos_token": _special(_END), "unk_token": _special(_END)}
@@ -27,14 +28,14 @@ def write_clip_tokenizer(directory: Path) -> None:
         "errors": "replace",
         "model_max_length": 77,
         "name_or_path": "openai/clip-vit-large-patch14",
-        "pad_token": _END,
+        "pad_token": pad,
         "special_tokens_map_file": "./special_tokens_map.json",
         "tokenizer_class": "CLIPTokenizer",
     }
     directory.mkdir(parents=True, exist_ok=True)
     _write(directory / "vocab.json", _json(_vocabulary(merges)))
     _write(directory / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
-    _write(directory / "special_tokens_map.json", _json(tokens | {"pad_token": _END}))
+    _write(directory / "special_tokens_map.json", _json(tokens | {"pad_token": pad}))
     _write(directory / "tokenizer_config.json", _json(config | typed))
 
 

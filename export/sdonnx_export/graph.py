@@ -22,7 +22,7 @@ from sdonnx_export.operators import (
     Operators,
     sizes,
 )  # fmt: skip
-from sdonnx_export.parts import Part, Weight
+from sdonnx_export.parts import Checkpoint, Part, Weight
 from sdonnx_export.precision import Choice, precision_of
 from sdonnx_export.stages import name_edges
 from sdonnx_export.unet import UNet
@@ -93,6 +93,11 @@ COMPONENTS = {
     ),
 }
 """Input and output names are those of optimum's exports, so that a package opens there."""
+
+
+def components_of(checkpoint: Checkpoint) -> dict[str, Component]:
+    """Those that a checkpoint has the parts for."""
+    return {name: component for name, component in COMPONENTS.items() if component.part in checkpoint.parts}
 
 
 def layers(name: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

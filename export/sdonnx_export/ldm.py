@@ -59,7 +59,8 @@ def split_checkpoint(path: Path, weights: Weights) -> Checkpoint:
         revision=None,
         parts=parts,
         scheduler=_scheduler(original),
-        tokenizer=_tokenizer(path, parts["text_encoder"].config["vocab_size"]),
+        tokenizers={"tokenizer": _tokenizer(path, parts["text_encoder"].config["vocab_size"])},
+        settings={"_class_name": "StableDiffusionPipeline"},
     )
 
 
@@ -271,7 +272,7 @@ def _flat(weight: Weight) -> Weight:
 
 
 def _text_encoder(weights: Weights) -> Part:
-    renamed = {current_name(name): w for name, w in weights.items() if is_needed(name)}
+    renamed = {current_name(name): w for name, w in weights.items() if is_needed(name, "text_encoder")}
     shapes = {name: weight.shape for name, weight in renamed.items()}
     vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
     config = {
@@ -303,12 +304,12 @@ def _scheduler(original: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _tokenizer(path: Path, vocabulary: int) -> Path | None:
-    """Where the tokenizer's files are: beside the checkpoint if it has a vocabulary of its own."""
+def _tokenizer(path: Path, vocabulary: int) -> Path | str:
+    """Where the tokenizer's files are: beside the checkpoint if it has a vocabulary of its own; or the pad token."""
     if all((path.parent / name).is_file() for name in ("vocab.json", "merges.txt")):
         return path.parent
     if vocabulary == 49408:
-        return None
+        return "<|endoftext|>"
     raise ExportError(
         f"{path} has a vocabulary of {vocabulary} tokens, CLIP's has 49408; put its vocab.json and merges.txt beside it"
     )

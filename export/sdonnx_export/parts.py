@@ -43,11 +43,13 @@ class Checkpoint:
     """Hub id, or the name (without the path) of a file or directory."""
     revision: str | None
     parts: Mapping[str, Part]
-    """``text_encoder``, ``unet`` and ``vae``."""
+    """``unet``, ``vae``, ``text_encoder`` and, in SDXL, ``text_encoder_2``; the refiner has the second alone."""
     scheduler: Mapping[str, Any]
     """scheduler_config.json as published."""
-    tokenizer: Path | None
-    """Directory with the tokenizer's files; None stands for CLIP's own."""
+    tokenizers: Mapping[str, Path | str]
+    """``tokenizer`` and ``tokenizer_2``: a directory with its files; or, for CLIP's own vocabulary, the pad token."""
+    settings: Mapping[str, Any]
+    """model_index.json without its components: ``_class_name``, and what a pipeline of that class is told."""
     defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Fields of `Defaults` that are known of it; those of a package."""
 
@@ -92,12 +94,16 @@ def _plain(data: AnyArray) -> AnyArray:
     return data if data.dtype.kind in "iub" or data.dtype in (np.float16, np.float32) else data.astype(np.float32)
 
 
-def is_needed(name: str) -> bool:
-    """Whether a weight is one; old transformers wrote positions among them, and whole CLIP models have more parts."""
-    return not name.endswith("position_ids") and not name.startswith(_CLIP_REST)
+def is_needed(name: str, part: str) -> bool:
+    """Whether a weight is one; old transformers wrote positions among them, and whole CLIP models have more parts.
+
+    Of the text's projection only ``text_encoder_2`` is read.
+    """
+    rest = _CLIP_REST if part == "text_encoder_2" else (*_CLIP_REST, "text_projection.")
+    return not name.endswith("position_ids") and not name.startswith(rest)
 
 
-_CLIP_REST = ("logit_scale", "text_projection.", "vision_model.", "visual_projection.")
+_CLIP_REST = ("logit_scale", "vision_model.", "visual_projection.")
 
 
 def current_name(name: str) -> str:

@@ -26,7 +26,8 @@ def open_package(root: Path) -> Checkpoint:
     """
     package = Package.open(root)
     parts: dict[str, Part] = {}
-    for name, component in COMPONENTS.items():
+    for name in package.manifest.components:
+        component = COMPONENTS[name]
         graph, precision = package.graph(name), package.manifest.components[name].precision
         if precision not in ("fp32", "fp16"):
             raise ExportError(f"{root} has a {name} of {precision}; give the checkpoint, or a package of fp32 or fp16")
@@ -34,13 +35,14 @@ def open_package(root: Path) -> Checkpoint:
         before = parts[component.part].weights if component.part in parts else {}
         weights = {**before, **_weights(graph, name, config)}
         parts[component.part] = Part(config=config, weights=weights)
-    manifest = package.manifest
+    manifest, index = package.manifest, read_json(root / "model_index.json")
     return Checkpoint(
         source=package.name,
         revision=manifest.source.revision,
         parts=parts,
         scheduler=manifest.scheduler,
-        tokenizer=root / manifest.text_encoders[0].tokenizer,
+        tokenizers={encoder.tokenizer: root / encoder.tokenizer for encoder in manifest.text_encoders},
+        settings={key: value for key, value in index.items() if not isinstance(value, list)},
         defaults=asdict(manifest.defaults),
     )
 

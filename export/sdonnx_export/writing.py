@@ -14,7 +14,7 @@ from sdonnx_runtime.manifest import Component, File, Manifest, Source, finite
 from sdonnx_runtime.optimum_layout import manifest_of_layout
 
 from sdonnx_export.clip_vocabulary import write_clip_tokenizer
-from sdonnx_export.graph import COMPONENTS
+from sdonnx_export.graph import components_of
 from sdonnx_export.parts import Checkpoint
 from sdonnx_export.precision import Choice, label
 
@@ -35,7 +35,7 @@ def write_components(
     _write_configs(directory, checkpoint)
     with ThreadPoolExecutor(max_workers=1) as pool:
         digests: dict[str, Future[dict[str, File]]] = {}
-        for name in COMPONENTS:
+        for name in components_of(checkpoint):
             graphs = dict(make(name))
             _save(graphs.pop("plain"), directory / name, lambda done, name=name: report(f"writing {name}", done))
             _save_variants(graphs, directory / name)
@@ -60,34 +60,39 @@ def _graphs_among(files: Mapping[str, File]) -> dict[str, str]:
 
 def _write_configs(directory: Path, checkpoint: Checkpoint) -> None:
     """The small files of optimum's layout, without the names and paths that configs collect."""
-    for name, component in COMPONENTS.items():
+    for name, component in components_of(checkpoint).items():
         _write_json(directory / name / "config.json", checkpoint.parts[component.part].config)
     _write_json(directory / "scheduler" / "scheduler_config.json", checkpoint.scheduler)
-    scheduler = checkpoint.scheduler.get("_class_name", "PNDMScheduler")
-    _write_json(
-        directory / "model_index.json",
-        {
-            "_class_name": "StableDiffusionPipeline",
-            "feature_extractor": [None, None],
-            "image_encoder": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
-            "scheduler": ["diffusers", scheduler],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        },
-    )
-    tokenizer = directory / "tokenizer"
-    if checkpoint.tokenizer is None:
-        tokenizer.mkdir()
-        write_clip_tokenizer(tokenizer)
-        return
-    tokenizer.mkdir()
-    for path in checkpoint.tokenizer.iterdir():
-        if path.name in _TOKENIZER_FILES:
-            shutil.copyfile(path, tokenizer / path.name)
+    _write_json(directory / "model_index.json", _model_index(checkpoint))
+    for name, tokenizer in checkpoint.tokenizers.items():
+        (directory / name).mkdir()
+        if isinstance(tokenizer, str):
+            write_clip_tokenizer(directory / name, tokenizer)
+            continue
+        for path in tokenizer.iterdir():
+            if path.name in _TOKENIZER_FILES:
+                shutil.copyfile(path, directory / name / path.name)
+
+
+def _model_index(checkpoint: Checkpoint) -> dict[str, Any]:
+    """As diffusers has it, for whoever opens the package with optimum."""
+    components = {
+        "scheduler": ("diffusers", checkpoint.scheduler.get("_class_name", "PNDMScheduler")),
+        "text_encoder": ("transformers", "CLIPTextModel"),
+        "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+        "tokenizer": ("transformers", "CLIPTokenizer"),
+        "tokenizer_2": ("transformers", "CLIPTokenizer"),
+        "unet": ("diffusers", "UNet2DConditionModel"),
+        "vae": ("diffusers", checkpoint.parts["vae"].config.get("_class_name", "AutoencoderKL")),
+    }
+    optional = ("feature_extractor", "image_encoder", "safety_checker", "text_encoder", "tokenizer")
+    there = {"scheduler", *checkpoint.parts, *checkpoint.tokenizers}
+    return {
+        **checkpoint.settings,
+        **{name: [None, None] for name in optional},
+        **{name: list(kind) for name, kind in components.items() if name in there},
+        **({} if "text_encoder_2" in checkpoint.parts else {"requires_safety_checker": False}),
+    }
 
 
 _TOKENIZER_FILES = (

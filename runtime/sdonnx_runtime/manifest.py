@@ -12,7 +12,7 @@ from sdonnx_runtime.parsing import parse
 
 MANIFEST = "sdonnx.json"
 FORMAT = 1
-FAMILIES = ("sd1",)
+FAMILIES = ("sd1", "sd2", "sdxl", "sdxl-refiner")
 MAX_ENLARGE = 16
 
 KEPT = "kept"
@@ -69,6 +69,28 @@ class TextEncoder:
     """Tokens of a prompt, start and end included: S."""
     output: str
     """Name of the output with the hidden states, (N, S, C)."""
+    pooled: str | None = None
+    """Name of the output with one projected state for the whole text, (N, P); None where the U-Net reads none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What the U-Net is given besides noised latents, time and text."""
+
+    beside: str | None = None
+    """What follows the latents' channels: a key of BESIDE; None is nothing."""
+    guidance_width: int | None = None
+    """Numbers in which the guidance scale is told, for a model that was distilled to be guided by itself."""
+    zero_negative: bool = False
+    """Whether an empty negative prompt is all zeros instead of an encoded empty text."""
+
+
+BESIDE: Mapping[str, str] = {
+    "mask": "the mask, 1 where it is painted anew, and the latents of the picture without what is under it",
+    "picture": "the latents of the picture that is edited",
+    "depth": "how near each place is, from -1 to 1",
+}
+"""What a U-Net may be given beside the latents of a picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +130,7 @@ class Manifest:
     scheduler: Mapping[str, Any]
     """diffusers' scheduler_config.json as published: prediction type, betas, spacing, the default sampler."""
     latents: Latents
+    conditions: Conditions = Conditions()
     text_encoders: tuple[TextEncoder, ...]
     components: Mapping[str, Component]
     source: Source

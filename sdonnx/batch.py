@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from sdonnx_runtime.pictures import open_picture
+from sdonnx_runtime.request import PICTURES
 
 import sdonnx
 from sdonnx.arguments import unused
@@ -107,7 +108,7 @@ def _fields(line: Line, path: Path) -> dict[str, Any]:
 
 
 def _value(name: str, value: Any, path: Path) -> Any:
-    if name in ("image", "mask_image") and value is not None:
+    if name in PICTURES and value is not None:
         if not isinstance(value, str):
             raise sdonnx.RequestError(f"{name} is {value!r}; give the name of a picture's file")
         return open_picture(path.parent / value)

@@ -109,7 +109,7 @@ def random(module, seed):
 def scheduler(kind=PNDMScheduler, **changes):
     """Stable Diffusion's betas."""
     config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-    config |= {"skip_prk_steps": True} if kind is PNDMScheduler else {}
+    config |= {"skip_prk_steps": True, "set_alpha_to_one": False} if kind is PNDMScheduler else {}
     return kind(**{**config, **changes})
 
 

@@ -57,8 +57,8 @@ def test_zero_is_a_seed_and_a_guidance_scale(pipe):
     zero = pipe.generate("a cat", seed=0, guidance_scale=0, **SMALL)
     assert zero.seeds == (0,)
     assert zero.request.guidance_scale == 0
-    again = pipe.generate("another prompt altogether", seed=0, guidance_scale=0, **SMALL)
-    np.testing.assert_allclose(zero.latents, again.latents, atol=1e-5)  # without guidance the prompt is nothing
+    none = pipe.generate("a cat", seed=0, guidance_scale=1, **SMALL)
+    np.testing.assert_array_equal(zero.latents, none.latents)  # as diffusers has it, and as Turbo models are told
     other = pipe.generate("a cat", seed=0, guidance_scale=7.5, **SMALL)
     assert np.abs(zero.latents - other.latents).max() > 1e-2
 

@@ -10,14 +10,22 @@ from sdonnx_export.operators import Operators
 
 
 class ClipTextEncoder(Module):
-    """Token ids (N, 77) to last_hidden_state (N, 77, C) and pooler_output (N, C)."""
+    """Token ids (N, 77) to last_hidden_state (N, 77, C) and pooler_output (N, C), or text_embeds (N, P) if projected.
+
+    Then come the hidden states (N, 77, C): what goes into each layer, and what comes out of the last.
+    """
 
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__("")
         self.text_model = ClipTextTransformer(config)
+        self.text_projection = (
+            Linear(config.width, config.projection, bias=False) if config.projection is not None else None
+        )
 
-    def forward(self, op: Operators, input_ids: ir.Value) -> tuple[ir.Value, ir.Value]:
-        return self.text_model(op, input_ids)
+    def forward(self, op: Operators, input_ids: ir.Value) -> tuple[ir.Value, ...]:
+        hidden, pooled, states = self.text_model(op, input_ids)
+        pooled = pooled if self.text_projection is None else self.text_projection(op, pooled)
+        return hidden, pooled, *states
 
 
 class ClipTextTransformer(Module):
@@ -30,11 +38,11 @@ class ClipTextTransformer(Module):
         self.final_layer_norm = LayerNorm(config.width, config.eps)
         self._config = config
 
-    def forward(self, op: Operators, input_ids: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def forward(self, op: Operators, input_ids: ir.Value) -> tuple[ir.Value, ir.Value, list[ir.Value]]:
         x = self.embeddings(op, input_ids)  # (N, 77, C)
-        x = self.encoder(op, x, causal_bias(op, self._config.positions))
-        hidden = self.final_layer_norm(op, x)
-        return hidden, self._pool(op, hidden, input_ids)
+        states = self.encoder(op, x, causal_bias(op, self._config.positions))
+        hidden = self.final_layer_norm(op, states[-1])
+        return hidden, self._pool(op, hidden, input_ids), states
 
     def _pool(self, op: Operators, hidden: ir.Value, input_ids: ir.Value) -> ir.Value:
         """The hidden state at the end-of-text token, the first where there are several."""
@@ -82,10 +90,11 @@ class ClipEncoder(Module):
         super().__init__()
         self.layers = ModuleList([ClipLayer(config) for _ in range(config.layers)])
 
-    def forward(self, op: Operators, x: ir.Value, bias: ir.Value) -> ir.Value:
+    def forward(self, op: Operators, x: ir.Value, bias: ir.Value) -> list[ir.Value]:
+        states = [x]
         for layer in self.layers:
-            x = layer(op, x, bias)
-        return x
+            states.append(layer(op, states[-1], bias))
+        return states
 
 
 class ClipLayer(Module):

@@ -111,11 +111,13 @@ class ClipTextConfig:
     eps: float
     eos_token_id: int
     """2 stands for "the largest id", as in configs written before transformers 4.30."""
+    projection: int | None
+    """Width of the projected state of the whole text; None where there is no projection."""
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "ClipTextConfig":
-        """Parse a transformers config.json; raises ExportError."""
-        read = ConfigReader("text_encoder", config)
+    def from_dict(cls, config: Mapping[str, Any], *, projected: bool = False) -> "ClipTextConfig":
+        """Parse a transformers config.json, with ``projected`` of an encoder that projects; raises ExportError."""
+        read = ConfigReader("text_encoder_2" if projected else "text_encoder", config)
         read.fixed("model_type", "clip_text_model")
         # No finish(): transformers writes its general settings here too, and none of them is the encoder's.
         parsed = cls(
@@ -128,6 +130,7 @@ class ClipTextConfig:
             activation=read.one_of("hidden_act", ("quick_gelu", "gelu"), "quick_gelu"),
             eps=read.number("layer_norm_eps", 1e-5),
             eos_token_id=read.integer("eos_token_id", 49407, low=0),
+            projection=read.integer("projection_dim", 512) if projected else None,
         )
         if parsed.width % parsed.heads != 0:
             raise read.refusal("num_attention_heads", parsed.heads, f"a divisor of hidden_size {parsed.width}")
@@ -145,9 +148,14 @@ class UNetConfig:
     up_attention: tuple[bool, ...]
     """In the order of the up path: the lowest resolution first."""
     mid_block: str | None
+    """UNetMidBlock2DCrossAttn; UNetMidBlock2D is one residual block alone."""
     layers: tuple[int, ...]
     heads: tuple[int, ...]
-    transformer_layers: tuple[int, ...]
+    down_transformers: tuple[tuple[int, ...], ...]
+    """How many layers each block's attention to the text has."""
+    mid_transformer: int
+    up_transformers: tuple[tuple[int, ...], ...]
+    """In the order of the up path."""
     context_width: int
     groups: int
     eps: float
@@ -156,6 +164,12 @@ class UNetConfig:
     cosine_first: bool
     """Time embedding order: cosines before sines."""
     frequency_shift: float
+    added_width: int | None
+    """SDXL's: the width of the text's pooled state and of the sinusoids of sizes, which are added to the time."""
+    id_width: int
+    """Numbers in the sinusoids of each size."""
+    guidance_width: int | None
+    """Numbers in which the guidance scale is told beside the time, arXiv:2310.04378."""
     token_downsampling: bool = False
     """Whether the self-attention of the highest resolution that has one reads every other row and column alone."""
 
@@ -168,11 +182,23 @@ class UNetConfig:
 
     @property
     def first_attention(self) -> int | None:
-        """The first level of the down path that attends to the text; None leaves it to the mid block."""
+        """The first level of the down path that attends to the text; None leaves it to the mid block or the up path."""
         return self.down_attention.index(True) if True in self.down_attention else None
 
+    @property
+    def shares_rows(self) -> bool:
+        """Whether rows that differ in their text alone are equal up to the first attention to it."""
+        return self.added_width is None and (self.first_attention is not None or self.attends_in_the_middle)
+
+    @property
+    def attends_in_the_middle(self) -> bool:
+        """Whether the mid block attends to the text."""
+        return self.mid_block == "UNetMidBlock2DCrossAttn"
+
     def skips_before_text(self, count: int) -> int:
-        """How many of ``count`` skip connections come before the first cross-attention."""
+        """How many of ``count`` skip connections have the rows of the states, and not yet those of the text."""
+        if not self.shares_rows:
+            return 0
         if self.first_attention is None:
             return count
         return 1 + sum(layers + 1 for layers in self.layers[: self.first_attention])
@@ -187,6 +213,9 @@ class UNetConfig:
         _refuse_other_unets(read)
         down = read.names("down_block_types", ("CrossAttnDownBlock2D", "DownBlock2D"), levels)
         up = read.names("up_block_types", ("CrossAttnUpBlock2D", "UpBlock2D"), levels)
+        layers = read.integers("layers_per_block", levels, 2)
+        down_transformers, mid_transformer, up_transformers = _transformers(read, layers)
+        added = read.one_of("addition_embed_type", ("text_time", None), None) is not None
         parsed = cls(
             in_channels=read.integer("in_channels", 4),
             out_channels=read.integer("out_channels", 4),
@@ -194,9 +223,11 @@ class UNetConfig:
             down_attention=tuple(name.startswith("CrossAttn") for name in down),
             up_attention=tuple(name.startswith("CrossAttn") for name in up),
             mid_block=_mid_block(read, config),
-            layers=read.integers("layers_per_block", levels, 2),
+            layers=layers,
             heads=read.integers("attention_head_dim", levels, 8),  # head counts, whatever the name says
-            transformer_layers=read.integers("transformer_layers_per_block", levels, 1),
+            down_transformers=down_transformers,
+            mid_transformer=mid_transformer,
+            up_transformers=up_transformers,
             context_width=read.integer("cross_attention_dim", 1280),
             groups=read.integer("norm_num_groups", 32),
             eps=read.number("norm_eps", 1e-5),
@@ -204,23 +235,55 @@ class UNetConfig:
             downsample_padding=read.one_of("downsample_padding", (0, 1), 1),
             cosine_first=read.boolean("flip_sin_to_cos", True),
             frequency_shift=read.number("freq_shift", 0),
+            added_width=read.integer("projection_class_embeddings_input_dim") if added else None,
+            id_width=read.integer("addition_time_embed_dim") if added else 0,
+            guidance_width=None if config.get("time_cond_proj_dim") is None else read.integer("time_cond_proj_dim"),
         )
-        if parsed.first_attention is None and parsed.mid_block is None:
+        if not (any(parsed.down_attention) or any(parsed.up_attention) or parsed.attends_in_the_middle):
             raise read.refusal("down_block_types", down, "one with a CrossAttnDownBlock2D, or a mid block")
         for level, (width, heads) in enumerate(zip(channels, parsed.heads, strict=True)):
             if width % parsed.groups != 0:
                 raise read.refusal("norm_num_groups", parsed.groups, f"a divisor of {width} channels")
-            if parsed.down_attention[level] and width % heads != 0:
+            attends = parsed.down_attention[level] or parsed.up_attention[levels - 1 - level]
+            attends = attends or (parsed.attends_in_the_middle and level == levels - 1)
+            if attends and width % heads != 0:
                 raise read.refusal("attention_head_dim", heads, f"a divisor of {width} channels")
         read.finish()
         return parsed
+
+
+def _transformers(
+    read: ConfigReader, layers: tuple[int, ...]
+) -> tuple[tuple[tuple[int, ...], ...], int, tuple[tuple[int, ...], ...]]:
+    """Layers of each block's attention on the way down, in the middle, and on the way up."""
+    key, reverse = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
+    given, turned = read.value(key, 1), read.value(reverse, None)
+    given = [given] * len(layers) if type(given) is int else given
+    turned = turned if turned is not None else given[::-1] if isinstance(given, (list, tuple)) else given
+    down = _per_block(read, key, given, layers)
+    up = _per_block(read, reverse, turned, [count + 1 for count in layers[::-1]])
+    if len(set(down[-1])) > 1:
+        raise read.refusal(key, given, "one number for the lowest level, which the mid block has too")
+    return down, down[-1][0], up
+
+
+def _per_block(read: ConfigReader, key: str, found: Any, counts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """For each level a number for each of its blocks; one number stands for all."""
+    levels: list[tuple[int, ...]] = []
+    for each, count in zip(found, counts, strict=False) if isinstance(found, (list, tuple)) else ():
+        blocks = [each] * count if type(each) is int else each
+        if isinstance(blocks, (list, tuple)) and all(type(item) is int and item > 0 for item in blocks):
+            levels += [tuple(blocks)] if len(blocks) == count else []
+    if len(levels) != len(counts) or len(found) != len(counts):
+        raise read.refusal(key, found, f"a whole number, or a list of {len(counts)}: numbers, or lists for the blocks")
+    return tuple(levels)
 
 
 def _mid_block(read: ConfigReader, config: Mapping[str, Any]) -> str | None:
     """Null is a value here: distilled models leave the middle out."""
     if "mid_block_type" in config and config["mid_block_type"] is None:
         return read.value("mid_block_type", None)
-    return read.one_of("mid_block_type", ("UNetMidBlock2DCrossAttn",), "UNetMidBlock2DCrossAttn")
+    return read.one_of("mid_block_type", ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"), "UNetMidBlock2DCrossAttn")
 
 
 def _refuse_other_unets(read: ConfigReader) -> None:

@@ -18,7 +18,7 @@ from sdonnx_runtime.manifest import Manifest, Source, write_manifest
 from sdonnx_export.calibration import Calibration, Seen, observe
 from sdonnx_export.checkpoint import open_checkpoint, open_vae
 from sdonnx_export.config import UNetConfig
-from sdonnx_export.graph import COMPONENTS, build, layers
+from sdonnx_export.graph import COMPONENTS, build, components_of, layers
 from sdonnx_export.int8 import Int8Operators
 from sdonnx_export.parts import Checkpoint
 from sdonnx_export.precision import Choice, Mix, Precision, named, precision_of
@@ -109,7 +109,7 @@ def _precisions(checkpoint: Checkpoint, chosen: Choice) -> set[Precision]:
     Raises:
         ExportError: the mix is of layers that there are not.
     """
-    known = {name: layers(name, checkpoint.parts[each.part].config) for name, each in COMPONENTS.items()}
+    known = {name: layers(name, checkpoint.parts[each.part].config) for name, each in components_of(checkpoint).items()}
     if isinstance(chosen, Mix):
         chosen.check(known)
     return {precision_of(chosen, name)(layer) for name, mine in known.items() for layer in mine}

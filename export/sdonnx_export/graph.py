@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,20 +53,26 @@ class Component:
     module: Callable[..., tuple[Any, tuple[Port, ...]]]
     """Makes it of its config and of what may be chosen."""
     outputs: tuple[str, ...]
+    """Of its first outputs; what more there is is called ``hidden_states.0`` and so on."""
 
 
-def _text_encoder(config: Mapping[str, Any]) -> tuple[ClipTextEncoder, tuple[Port, ...]]:
-    parsed = ClipTextConfig.from_dict(config)
+def _text_encoder(config: Mapping[str, Any], *, projected: bool = False) -> tuple[ClipTextEncoder, tuple[Port, ...]]:
+    parsed = ClipTextConfig.from_dict(config, projected=projected)
     return ClipTextEncoder(parsed), (Port(name="input_ids", dtype=_INT64, shape=("batch", parsed.positions)),)
 
 
 def _unet(config: Mapping[str, Any], *, token_downsampling: bool = False) -> tuple[UNet, tuple[Port, ...]]:
     parsed = replace(UNetConfig.from_dict(config), token_downsampling=token_downsampling)
-    return UNet(parsed), (
-        Port(name="sample", dtype=_FLOAT, shape=("states", parsed.in_channels, "height", "width")),
-        Port(name="timestep", dtype=_FLOAT, shape=()),
-        Port(name="encoder_hidden_states", dtype=_FLOAT, shape=("batch", "tokens", parsed.context_width)),
-    )
+    ports: dict[str, tuple[int | str, ...]] = {
+        "sample": ("states", parsed.in_channels, "height", "width"),
+        "timestep": (),
+        "encoder_hidden_states": ("batch", "tokens", parsed.context_width),
+    }
+    if parsed.added_width is not None:
+        ports |= {"text_embeds": ("batch", "pooled"), "time_ids": ("batch", "ids")}
+    if parsed.guidance_width is not None:
+        ports |= {"timestep_cond": ("batch", parsed.guidance_width)}
+    return UNet(parsed), tuple(Port(name=name, dtype=_FLOAT, shape=shape) for name, shape in ports.items())
 
 
 def _vae_decoder(config: Mapping[str, Any]) -> tuple[VaeDecoder, tuple[Port, ...]]:
@@ -83,6 +90,12 @@ def _vae_encoder(config: Mapping[str, Any]) -> tuple[VaeEncoder, tuple[Port, ...
 COMPONENTS = {
     "text_encoder": Component(
         part="text_encoder", prefixes=(), module=_text_encoder, outputs=("last_hidden_state", "pooler_output")
+    ),
+    "text_encoder_2": Component(
+        part="text_encoder_2",
+        prefixes=(),
+        module=partial(_text_encoder, projected=True),
+        outputs=("last_hidden_state", "text_embeds"),
     ),
     "unet": Component(part="unet", prefixes=(), module=_unet, outputs=("out_sample",)),
     "vae_decoder": Component(
@@ -149,7 +162,9 @@ def build(
     op = operators(graph, mine, find)
     inputs = [op.builder.input(port.name, port.dtype, port.shape) for port in ports]
     results = module(op, *inputs)
-    for value, output in zip(results if isinstance(results, tuple) else (results,), component.outputs, strict=True):
+    results = results if isinstance(results, tuple) else (results,)
+    more = (f"hidden_states.{index}" for index in range(len(results) - len(component.outputs)))
+    for value, output in zip(results, (*component.outputs, *more), strict=True):
         op.builder.add_output(value, output)
     name_edges(graph)
     _bind(graph, name, mine)

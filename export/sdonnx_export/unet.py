@@ -4,7 +4,7 @@ The forward pass is a chain of stages, one for each residual block with its atte
 marks where one ends and the next begins, and what crosses a border is a named edge.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import numpy as np
@@ -20,7 +20,8 @@ class UNet(Module):
     """Latents (n, 4, h, w), timestep () and text (N, S, C) to the model's prediction (N, 4, h, w).
 
     N is a multiple of n: where rows differ in their text alone, as in classifier-free guidance, all that comes before
-    the first cross-attention is computed for one of them.
+    the first cross-attention is computed for one of them. ``more`` are SDXL's pooled text (N, P) and sizes (N, I), with
+    which rows differ from the first block on; and the embedded guidance scale (N, G) of a model that takes one.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -28,7 +29,8 @@ class UNet(Module):
         channels, top = config.channels, len(config.channels) - 1
         temb = 4 * channels[0]
         self.conv_in = Conv2d(config.in_channels, channels[0])
-        self.time_embedding = TimeEmbedding(channels[0], temb)
+        self.time_embedding = TimeEmbedding(channels[0], temb, config.guidance_width)
+        self.add_embedding = TimeEmbedding(config.added_width, temb) if config.added_width is not None else None
         self.down_blocks = ModuleList([DownBlock(config, level) for level in range(top + 1)])
         self.mid_block = MidBlock(config) if config.mid_block is not None else None
         self.up_blocks = ModuleList([UpBlock(config, level) for level in range(top, -1, -1)])
@@ -36,10 +38,19 @@ class UNet(Module):
         self.conv_out = Conv2d(channels[0], config.out_channels)
         self._config = config
 
-    def forward(self, op: Operators, sample: ir.Value, timestep: ir.Value, context: ir.Value) -> ir.Value:
+    def forward(
+        self,
+        op: Operators,
+        sample: ir.Value,
+        timestep: ir.Value,
+        context: ir.Value,
+        *more: ir.Value,
+    ) -> ir.Value:
         op.begin_stage("conv_in")
-        temb = op.silu(self.time_embedding(op, sinusoids(op, timestep, self._config)))  # (1, T)
+        added, guidance = (more[:2], more[2:]) if self.add_embedding is not None else ((), more)
+        temb = self._time(op, timestep, added, guidance)  # (1, T), or (N, T)
         x = self.conv_in(op, op.from_input(sample))
+        x = x if self._config.shares_rows else op.match_rows(x, context, rank=4)
         skips = [x]
         for block in cast("Iterable[DownBlock]", self.down_blocks):
             for layer in block.layers():
@@ -61,6 +72,19 @@ class UNet(Module):
         op.begin_stage("conv_out")
         return op.to_output(self.conv_out(op, op.silu(self.conv_norm_out(op, x))))
 
+    def _time(
+        self, op: Operators, timestep: ir.Value, added: Sequence[ir.Value], guidance: Sequence[ir.Value]
+    ) -> ir.Value:
+        """The embedding of the time and of what is told beside it, through the SiLU that every block begins with."""
+        config = self._config
+        waves = sinusoids(op, op.Reshape(timestep, [1, 1]), config.channels[0], config)  # (1, C)
+        temb = self.time_embedding(op, waves, *guidance)
+        if self.add_embedding is not None:
+            pooled, sizes = added
+            waves = sinusoids(op, op.Unsqueeze(sizes, [-1]), config.id_width, config)  # (N, I, id_width)
+            temb = op.Add(temb, self.add_embedding(op, op.Concat(pooled, op.Reshape(waves, [0, -1]), axis=-1)))
+        return op.silu(temb)
+
 
 def kept_stage(config: UNetConfig) -> str:
     """The stage whose output step reuse keeps: all but the last on the way up is skipped, branch 0 of arXiv:2312.00858.
@@ -71,24 +95,27 @@ def kept_stage(config: UNetConfig) -> str:
     return f"up_blocks.{len(config.channels) - 1}.{config.layers[0] - 1}"
 
 
-def sinusoids(op: Operators, timestep: ir.Value, config: UNetConfig) -> ir.Value:
-    """The timestep's sinusoidal embedding (1, C), arXiv:2006.11239 section B after arXiv:1706.03762."""
-    half = config.channels[0] // 2
+def sinusoids(op: Operators, numbers: ir.Value, width: int, config: UNetConfig) -> ir.Value:
+    """The sinusoidal embedding (..., width) of ``numbers`` (..., 1), arXiv:2006.11239 section B after 1706.03762."""
+    half = width // 2
     exponents = -np.log(10000.0) * np.arange(half, dtype=np.float32) / (half - config.frequency_shift)
-    angles = op.Mul(timestep, op.constant("frequencies", np.exp(exponents)[None].astype(np.float32)))
+    angles = op.Mul(numbers, op.constant(f"frequencies_{width}", np.exp(exponents).astype(np.float32)))
     waves = [op.Sin(angles), op.Cos(angles)]
     return op.Concat(*(waves[::-1] if config.cosine_first else waves), axis=-1)
 
 
 class TimeEmbedding(Module):
-    """Two linear layers with SiLU between them."""
+    """Two linear layers with SiLU between them; ``guided`` is the width of what may be added to their input."""
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, guided: int | None = None) -> None:
         super().__init__()
+        self.cond_proj = Linear(guided, channels, bias=False) if guided is not None else None
         self.linear_1 = Linear(channels, width)
         self.linear_2 = Linear(width, width)
 
-    def forward(self, op: Operators, x: ir.Value) -> ir.Value:
+    def forward(self, op: Operators, x: ir.Value, guidance: ir.Value | None = None) -> ir.Value:
+        if self.cond_proj is not None:
+            x = op.Add(x, self.cond_proj(op, guidance))
         return self.linear_2(op, op.silu(self.linear_1(op, x)))
 
 
@@ -113,9 +140,10 @@ class DownBlock(_Level):
     def __init__(self, config: UNetConfig, level: int) -> None:
         width = config.channels[level]
         inputs = [config.channels[max(level - 1, 0)], *[width] * (config.layers[level] - 1)]
-        first = level == config.first_attention
+        first = config.shares_rows and level == config.first_attention
         attentions: list[Module] = [
-            Transformer(config, level, first=first and index == 0) for index, _ in enumerate(inputs)
+            Transformer(config, level, count, first=first and index == 0)
+            for index, count in enumerate(config.down_transformers[level])
         ]
         super().__init__(
             [_resnet(config, channels, width) for channels in inputs],
@@ -147,7 +175,7 @@ class UpBlock(_Level):
         attends = config.up_attention[lowest - level]
         super().__init__(
             [_resnet(config, a + b, width) for a, b in zip(inputs, skips, strict=True)],
-            [Transformer(config, level) for _ in inputs] if attends else [],
+            [Transformer(config, level, count) for count in config.up_transformers[lowest - level]] if attends else [],
         )
         self._upsamples = level > 0
         if self._upsamples:
@@ -166,17 +194,19 @@ class UpBlock(_Level):
 
 
 class MidBlock(_Level):
-    """Residual block, attention, residual block at the lowest resolution: one stage."""
+    """At the lowest resolution residual block, attention, residual block; or one residual block. One stage."""
 
     def __init__(self, config: UNetConfig) -> None:
-        width = config.channels[-1]
-        level = len(config.channels) - 1
-        attention = Transformer(config, level, first=config.first_attention is None)
-        super().__init__([_resnet(config, width, width) for _ in range(2)], [attention])
+        level, width, attends = len(config.channels) - 1, config.channels[-1], config.attends_in_the_middle
+        first = config.shares_rows and config.first_attention is None
+        super().__init__(
+            [_resnet(config, width, width) for _ in range(2 if attends else 1)],
+            [Transformer(config, level, config.mid_transformer, first=first)] if attends else [],
+        )
 
     def forward(self, op: Operators, x: ir.Value, temb: ir.Value, context: ir.Value) -> ir.Value:
         x = self._block(op, 0, x, temb, context)
-        return self.resnets[1](op, x, temb)
+        return self.resnets[1](op, x, temb) if self._attends else x
 
 
 def _resnet(config: UNetConfig, in_channels: int, out_channels: int) -> ResnetBlock:
@@ -213,16 +243,13 @@ class Transformer(Module):
     The ``first`` in a U-Net gives as many rows as the text has.
     """
 
-    def __init__(self, config: UNetConfig, level: int, *, first: bool = False) -> None:
+    def __init__(self, config: UNetConfig, level: int, layers: int, *, first: bool = False) -> None:
         super().__init__()
         width = config.channels[level]
         self.norm = GroupNorm(config.groups, width, 1e-6)
         project = Linear if config.linear_projection else _pointwise
         self.proj_in = project(width, width)
-        blocks: list[Module] = [
-            TransformerBlock(config, level, first=first and index == 0)
-            for index in range(config.transformer_layers[level])
-        ]
+        blocks: list[Module] = [TransformerBlock(config, level, first=first and index == 0) for index in range(layers)]
         self.transformer_blocks = ModuleList(blocks)
         self.proj_out = project(width, width)
         self._width, self._linear, self._first = width, config.linear_projection, first

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 from sdonnx_runtime.arrays import AnyArray
+from sdonnx_runtime.conditioning import condition
 from sdonnx_runtime.errors import ExportError
-from sdonnx_runtime.manifest import KEPT, Manifest
+from sdonnx_runtime.manifest import KEPT, Manifest, channels_beside
+from sdonnx_runtime.request import Request
 from sdonnx_runtime.session import Port, Session
 
 from sdonnx_export.stages import cut
@@ -28,26 +30,31 @@ def verify(directory: Path, manifest: Manifest, report: Callable[[str, float], N
     channels, pixels = manifest.latents.channels, _CELLS * manifest.latents.downscale
     picture: AnyArray = np.zeros((1, 3, pixels, pixels), np.float32)
     latents: AnyArray = np.ones((1, channels, _CELLS, _CELLS), np.float32)
+    beside = np.zeros((1, channels_beside(manifest.conditions.beside, channels), _CELLS, _CELLS), np.float32)
     feeds: dict[str, AnyArray] = {"timestep": np.array(500, np.float32), "latent_sample": latents}
 
-    def run(component: str) -> AnyArray:
+    def run(component: str) -> dict[str, AnyArray]:
         report(f"checking {component}", 0.0)
-        found: dict[str, AnyArray] = {}
+        found: dict[str, dict[str, AnyArray]] = {}
         for variant, path in sorted(manifest.components[component].graphs.items()):  # what keeps, then what reuses
-            outputs = _run(directory / path, feeds)
+            outputs = found[variant] = _run(directory / path, feeds)
             feeds.update({KEPT: outputs.pop(KEPT)} if KEPT in outputs else {})
-            found[variant] = next(iter(outputs.values()))
-            _expect(f"{component} ({variant})", found[variant], next(iter(found.values())).shape)
+            _expect(f"{component} ({variant})", _first(outputs), _first(next(iter(found.values()))).shape)
         return found["plain"]
 
-    for encoder in manifest.text_encoders:
-        feeds["encoder_hidden_states"] = run(encoder.component)
-    feeds["sample"] = latents
-    _expect("unet", run("unet"), latents.shape)
-    _expect("vae_decoder", run("vae_decoder"), picture.shape)
+    encoded = {encoder.component: run(encoder.component) for encoder in manifest.text_encoders}
+    request = Request(prompt="", width=pixels, height=pixels, guidance_scale=1)
+    feeds.update(condition(manifest, request, lambda encoder, _text: encoded[encoder.component]))
+    feeds["sample"] = np.concatenate([latents, beside], axis=1)
+    _expect("unet", _first(run("unet")), latents.shape)
+    _expect("vae_decoder", _first(run("vae_decoder")), picture.shape)
     feeds["sample"] = picture
     if "vae_encoder" in manifest.components:
-        _expect("vae_encoder", run("vae_encoder"), (1, 2 * channels, _CELLS, _CELLS))
+        _expect("vae_encoder", _first(run("vae_encoder")), (1, 2 * channels, _CELLS, _CELLS))
+
+
+def _first(outputs: Mapping[str, AnyArray]) -> AnyArray:
+    return next(iter(outputs.values()))
 
 
 def _expect(component: str, found: AnyArray, expected: tuple[int, ...]) -> None:

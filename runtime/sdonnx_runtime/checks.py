@@ -9,7 +9,7 @@ from PIL.Image import Image
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.manifest import Defaults
 from sdonnx_runtime.pictures import FITS, MAX_SIDE, UPSCALERS, check_picture, mask_of, suitable_size
-from sdonnx_runtime.request import Request, passes
+from sdonnx_runtime.request import PICTURES, Request, passes
 from sdonnx_runtime.samplers import MAX_CHURN, SAMPLERS
 from sdonnx_runtime.schedule import MAX_SIGMA, SPACINGS, listed
 from sdonnx_runtime.sigmas import SCHEDULES
@@ -22,7 +22,15 @@ MAX_GUIDANCE = 1000
 """Far beyond any use, and far below where the arithmetic overflows."""
 
 
-def check_request(request: Request, *, multiple: int, defaults: Defaults, random_seed: int) -> Request:
+def check_request(
+    request: Request,
+    *,
+    multiple: int,
+    defaults: Defaults,
+    random_seed: int,
+    beside: str | None = None,
+    refined: bool = False,
+) -> Request:
     """The request with everything filled in but the sampler of a package that suggests none.
 
     Args:
@@ -30,13 +38,16 @@ def check_request(request: Request, *, multiple: int, defaults: Defaults, random
         multiple: what width and height must be a multiple of.
         defaults: what the package suggests.
         random_seed: the seed where none is given.
+        beside: what the package's U-Net is given beside the latents, a key of BESIDE.
+        refined: whether there is a refiner.
 
     Raises:
         RequestError: a value is out of its range.
     """
     for name in ("prompt", "negative_prompt"):
         _text(name, getattr(request, name))
-    request = _check_pictures(request, multiple, defaults)
+    request = _check_pictures(request, multiple, defaults, edits=beside == "picture")
+    request = _check_beside(request, beside)
     for name in ("sigmas", "timesteps"):
         if getattr(request, name) is not None:
             request = replace(request, **{name: listed(name, getattr(request, name))})
@@ -58,6 +69,8 @@ def check_request(request: Request, *, multiple: int, defaults: Defaults, random
     _whole("seed", request.seed, 0, MAX_SEED - request.num_images + 1)
     _number("guidance_scale", request.guidance_scale, -MAX_GUIDANCE, MAX_GUIDANCE)
     _number("guidance_rescale", request.guidance_rescale, 0, 1)
+    request = _check_refiner(request, refined=refined)
+    _check_sizes(request)
     _check_interval(request.guidance_interval)
     _whole("reuse", request.reuse, 1, 1000)
     _flag("token_downsampling", request.token_downsampling)
@@ -74,7 +87,7 @@ def check_recipe(request: Request) -> None:
     for name in ("width", "height", "num_inference_steps", "guidance_scale", "seed", "sampler"):
         if getattr(request, name) is None:
             raise RequestError(f"{name} is missing")
-    asked = replace(request, strength=None, padding_mask_crop=None)
+    asked = replace(request, strength=None, padding_mask_crop=None, image_guidance_scale=None, refiner_start=None)
     check_request(asked, multiple=1, defaults=Defaults(size=1), random_seed=0)
     for name, value, known in (
         ("sampler", request.sampler, (*SAMPLERS,)),
@@ -85,9 +98,16 @@ def check_recipe(request: Request) -> None:
             raise RequestError(f"there is no {name} {value!r}")
     if request.padding_mask_crop is not None:
         _whole("padding_mask_crop", request.padding_mask_crop, 0, MAX_SIDE)
-    for name, most in (("strength", 1), ("eta", 1), ("s_churn", MAX_CHURN), ("s_noise", MAX_CHURN)):
+    for name, low, most in (
+        ("strength", 0, 1),
+        ("eta", 0, 1),
+        ("s_churn", 0, MAX_CHURN),
+        ("s_noise", 0, MAX_CHURN),
+        ("image_guidance_scale", -MAX_GUIDANCE, MAX_GUIDANCE),
+        ("refiner_start", 0, 1),
+    ):
         if getattr(request, name) is not None:
-            _number(name, getattr(request, name), 0, most)
+            _number(name, getattr(request, name), low, most)
 
 
 def _check_hires(request: Request, multiple: int) -> Request:
@@ -137,35 +157,94 @@ def _check_variation(request: Request) -> None:
     _number("variation's strength", strength, 0, 1)
 
 
-def _check_pictures(request: Request, multiple: int, defaults: Defaults) -> Request:
-    """With strength and, where there is a picture, width and height filled in."""
+def _check_beside(request: Request, beside: str | None) -> Request:
+    """With the guidance by a picture filled in, of a model that is given one."""
+    missing = {"mask": ("image", "mask_image"), "picture": ("image",), "depth": ("depth_image",)}
+    for name in missing.get(str(beside), ()):
+        if getattr(request, name) is None:
+            raise RequestError(f"the model is given a {name} beside the latents, and there is none; give one")
+    if request.depth_image is not None and beside != "depth":
+        raise RequestError("depth_image is given, but the model takes none; leave it out, or take a depth model")
+    if request.image_guidance_scale is not None and beside != "picture":
+        raise RequestError("image_guidance_scale is given, but the model edits no picture; leave it out")
+    if beside is not None and request.hires_scale is not None:
+        raise RequestError("hires_scale is given with a model that sees a picture beside the latents; leave it out")
+    if beside != "picture":
+        return request
+    if request.image_guidance_scale is None:
+        request = replace(request, image_guidance_scale=1.5)
+    _number("image_guidance_scale", request.image_guidance_scale, -MAX_GUIDANCE, MAX_GUIDANCE)
+    return request
+
+
+def _check_refiner(request: Request, *, refined: bool) -> Request:
+    """With the refiner's start filled in, where there is one."""
+    if not refined:
+        if request.refiner_start is not None:
+            raise RequestError("refiner_start is given without a refiner; load one beside the package")
+        return request
+    if request.refiner_start is None:
+        request = replace(request, refiner_start=0.8)
+    _number("refiner_start", request.refiner_start, 0, 1)
+    return request
+
+
+def _check_sizes(request: Request) -> None:
+    """SDXL's."""
+    for name, low in (("original_size", 1), ("target_size", 1), ("crop_top_left", 0)):
+        pair: object = getattr(request, name)
+        if pair is None and low == 1:
+            continue
+        if not isinstance(pair, tuple) or len(cast("tuple[object, ...]", pair)) != 2:
+            raise RequestError(f"{name} is {pair!r}; give two whole numbers")
+        for side in cast("tuple[object, object]", pair):
+            _whole(f"{name}'s side", side, low, MAX_SIDE)
+    for name in ("aesthetic_score", "negative_aesthetic_score"):
+        _number(name, getattr(request, name), 0, 10)
+
+
+def _check_pictures(request: Request, multiple: int, defaults: Defaults, *, edits: bool = False) -> Request:
+    """With strength and, where there is a picture, width and height filled in.
+
+    A model that ``edits`` pictures begins with noise all the same, so that there is no strength.
+    """
     image, mask = request.image, request.mask_image
     if request.fit not in FITS:
         raise RequestError(f"fit is {request.fit!r}; choose {', '.join(FITS)}")
     _flag("paste", request.paste)
     _whole("mask_blur", request.mask_blur, 0, 1024)
+    for name in PICTURES:
+        picture: object = getattr(request, name)
+        if picture is not None and not isinstance(picture, Image):
+            raise RequestError(f"{name} is {type(picture).__name__}; give a picture of PIL, such as Image.open gives")
+        if picture is not None:
+            check_picture(name, picture)
     if image is None:
         for name in ("strength", "mask_image", "padding_mask_crop"):
             if getattr(request, name) is not None:
                 raise RequestError(f"{name} is given without an image; give the picture that it is about")
         return request
-    for name, picture in {"image": image, "mask_image": mask}.items():
-        if picture is not None and not isinstance(picture, Image):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise RequestError(f"{name} is {type(picture).__name__}; give a picture of PIL, such as Image.open gives")
-        if picture is not None:
-            check_picture(name, picture)
     if (request.width is None) != (request.height is None):
         raise RequestError("width and height are given or left out together where there is an image")
     if mask is not None:
         _check_mask(mask, image)
-    if request.strength is None:
-        request = replace(request, strength=0.75 if mask is None else 1.0)
-    _number("strength", request.strength, 0, 1)
+    if edits:
+        if request.strength is not None or mask is not None:
+            raise RequestError("the model edits the whole picture and begins with noise; leave out strength and mask")
+    else:
+        request = replace(request, strength=_strength(request))
     _check_region(request)
     if request.width is None and request.padding_mask_crop is None:
         width, height = suitable_size(image, area=defaults.size**2, multiple=multiple)
         request = replace(request, width=width, height=height)
     return request
+
+
+def _strength(request: Request) -> float:
+    usual = 0.75 if request.mask_image is None else 1.0
+    strength = usual if request.strength is None else request.strength
+    _number("strength", strength, 0, 1)
+    return strength
 
 
 def _check_region(request: Request) -> None:

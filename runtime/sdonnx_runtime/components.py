@@ -13,26 +13,39 @@ from sdonnx_runtime.package import Package
 from sdonnx_runtime.request import Timings
 from sdonnx_runtime.session import Cancelled, Session
 
+REFINER = "refiner/"
+"""What the names of a refiner's components begin with."""
+
 
 class Components:
     """The sessions of one pipeline.
 
     Args:
         package: where the graphs are.
+        refiner: where those of the components behind REFINER are.
         open_session: opens a graph file.
         keep_loaded: makes `release` do nothing.
     """
 
-    def __init__(self, package: Package, open_session: Callable[[Path], Session], *, keep_loaded: bool) -> None:
+    def __init__(
+        self,
+        package: Package,
+        open_session: Callable[[Path], Session],
+        *,
+        keep_loaded: bool,
+        refiner: Package | None = None,
+    ) -> None:
         self._busy = threading.Lock()
-        self._package, self._open_session, self._keep_loaded = package, open_session, keep_loaded
+        self._package, self._refiner = package, refiner
+        self._open_session, self._keep_loaded = open_session, keep_loaded
         self._sessions: dict[tuple[str, str], Session] = {}
 
     def session(self, name: str, variant: str = "plain") -> Session:
         """The session of a component's variant, opened if it is not."""
         key = name, variant
         if key not in self._sessions:
-            self._sessions[key] = self._open_session(self._package.graph(name, variant))
+            package = self._refiner if self._refiner is not None and name.startswith(REFINER) else self._package
+            self._sessions[key] = self._open_session(package.graph(name.removeprefix(REFINER), variant))
         return self._sessions[key]
 
     def release(self, name: str) -> None:

@@ -66,38 +66,64 @@ class StepReuse:
         return output
 
 
-def predict(run: Run, inputs: Mapping[str, AnyArray]) -> Model:
+def predict(run: Run, inputs: Mapping[str, AnyArray], beside: Array | None = None) -> Model:
     """The U-Net over states.
 
-    ``inputs`` is what it is given besides the latents and the timestep. States are in the variance-exploding
+    ``inputs`` is what it is given besides the latents and the timestep, ``beside`` what follows the latents' channels,
+    (1, C, h, w) or in as many rows as the inputs have. States are in the variance-exploding
     parametrisation x = x0 + sigma * noise; the model works on x / sqrt(sigma^2 + 1).
     """
 
     def model(x: Array, sigma: float, t: float) -> Array:
         scaled = x / np.float32(np.sqrt(sigma**2 + 1.0))
+        if beside is not None:
+            scaled = np.concatenate([np.repeat(scaled, len(beside), axis=0), beside], axis=1)
         return run({"sample": scaled, "timestep": np.array(t, np.float32), **inputs})
 
     return model
 
 
-def guide(model: Model, scale: float, rescale: float = 0.0) -> Model:
+def guide(model: Model, scale: float, rescale: float = 0.0, image_scale: float | None = None) -> Model:
     """Classifier-free guidance, arXiv:2207.12598: rows (unconditional, conditional) to one.
 
     Args:
-        model: gives the two rows.
-        scale: how far to go beyond the conditional row; 1 is to it.
+        model: gives the two rows; or three, (unconditional, picture alone, conditional).
+        scale: how far to go beyond the row before the last; 1 is to the conditional one.
         rescale: 0 to 1, how much of the spread that guidance adds is taken back, arXiv:2305.08891, section 3.4.
+        image_scale: of three rows, how far to go from the first to the second, arXiv:2211.09800.
     """
 
     def guided(x: Array, sigma: float, t: float) -> Array:
-        unconditional, conditional = np.split(model(x, sigma, t), 2)
-        output = unconditional + np.float32(scale) * (conditional - unconditional)
+        rows = model(x, sigma, t)
+        *nothing, before, conditional = np.split(rows, len(rows))
+        output = before + np.float32(scale) * (conditional - before)
+        if nothing and image_scale is not None:
+            output = output + np.float32(image_scale - 1) * (before - nothing[0])
         if rescale == 0:
             return output
         ratio = conditional.std(ddof=1) / output.std(ddof=1)
         return output * np.float32(rescale * ratio + 1 - rescale)
 
     return guided
+
+
+def handed_over(first: Model, second: Model, below: float, leave: Callable[[], None]) -> Model:
+    """``first`` down to timestep ``below``, then ``second``; ``leave`` is called in between.
+
+    As one schedule, an ensemble of expert denoisers: arXiv:2211.01324.
+    """
+    reached = False
+
+    def model(x: Array, sigma: float, t: float) -> Array:
+        nonlocal reached
+        if t >= below:
+            return first(x, sigma, t)
+        if not reached:
+            reached = True
+            leave()
+        return second(x, sigma, t)
+
+    return model
 
 
 def within(interval: tuple[float, float], guided: Model, conditional: Model) -> Model:

@@ -3,17 +3,18 @@
 import logging
 import math
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from sdonnx_runtime.arrays import AnyArray, Array
-from sdonnx_runtime.components import Runner
-from sdonnx_runtime.conditioning import CONDITIONING
-from sdonnx_runtime.denoise import Run, StepReuse, clean, guide, masked, predict, unet_graphs, within
+from sdonnx_runtime.components import REFINER, Runner
+from sdonnx_runtime.conditioning import condition
+from sdonnx_runtime.denoise import Model, StepReuse, clean, guide, handed_over, masked, predict, unet_graphs, within
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.images import to_images
 from sdonnx_runtime.manifest import Manifest, TextEncoder
@@ -24,7 +25,7 @@ from sdonnx_runtime.samplers import SAMPLERS, sampler_options, steps_taken
 from sdonnx_runtime.sampling import Denoise, NoiseSource, Schedule
 from sdonnx_runtime.schedule import make_schedule
 from sdonnx_runtime.scheduler_config import SchedulerConfig, limit_x0
-from sdonnx_runtime.starts import Original, Start, encoded, interpolated, pasted, start_of
+from sdonnx_runtime.starts import Original, Start, encoded, interpolated, pasted, seen_beside, start_of
 from sdonnx_runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -98,26 +99,42 @@ def _rounded_up(share: float) -> float:
 
 
 class Generation:
-    """What `Pipeline.stream` sets going; ``result`` is there once ``steps`` has run to its end."""
+    """What `Pipeline.stream` sets going; ``result`` is there once ``steps`` has run to its end.
 
-    def __init__(self, package: Package, run: Runner, scheduler: SchedulerConfig, request: Request) -> None:
+    Args:
+        package: whose model draws.
+        run: runs its components.
+        scheduler: the package's.
+        request: with every choice made.
+        refiner: whose U-Net takes the last steps; its components are those of ``run`` behind REFINER.
+    """
+
+    def __init__(
+        self,
+        package: Package,
+        run: Runner,
+        scheduler: SchedulerConfig,
+        request: Request,
+        refiner: Package | None = None,
+    ) -> None:
         self.result: Result | None = None
         self.latents: Array | None = None
         self.latents_request = self.request = request
-        self._package, self._run, self._scheduler = package, run, scheduler
+        self._package, self._run, self._scheduler, self._refiner = package, run, scheduler, refiner
         self._manifest = package.manifest
 
     def steps(self) -> Generator[Progress, None, None]:
         """Runs everything, handing over each denoising step."""
         with self._run.components.reserved():
-            conditioning = self._condition()
-            start = start_of(self._run, self._manifest.latents, self.request)
+            conditioning = [self._condition(package, place) for place, package in self._models().items()]
+            start = start_of(self._run, self._manifest, self.request)
             self._run.components.release("vae_encoder")
             seconds: list[float] = []
             for progress in self._passes(conditioning, start):
                 seconds.append(progress.seconds)
                 yield progress
-            self._run.components.release("unet")
+            for place in self._models():
+                self._run.components.release(f"{place}unet")
             assert self.latents is not None  # noqa: S101 — for the type checker
             images = decode(self._run, self._manifest, self.latents)
             self.result = Result(
@@ -129,7 +146,11 @@ class Generation:
                 timings=self._run.timings(seconds),
             )
 
-    def _passes(self, conditioning: Mapping[str, AnyArray], start: Start | None) -> Iterator[Progress]:
+    def _models(self) -> dict[str, Package]:
+        """What denoises, in its order, by what the names of its components begin with."""
+        return {"": self._package, **({REFINER: self._refiner} if self._refiner is not None else {})}
+
+    def _passes(self, conditioning: Sequence[Mapping[str, AnyArray]], start: Start | None) -> Iterator[Progress]:
         """Every step of every image, pass after pass, numbered over all passes."""
         requests = passes(self.request, self._manifest.latents.downscale)
         counts = [steps_taken(str(self.request.sampler), *plan(self._scheduler, request)) for request in requests]
@@ -142,7 +163,8 @@ class Generation:
                 noise = self._noise(image)
                 original = origin.draw(noise) if isinstance(origin, Start) else origin
                 latents = None if original is None else original.latents  # what remains where strength 0 leaves no step
-                for progress in self._sample(request, image, noise, conditioning, original):
+                walk = self._sample(request, image, noise, conditioning, original, start)
+                for progress in walk:
                     latents = progress.latents
                     yield replace(progress, step=sum(counts[:index]) + progress.step, num_steps=sum(counts))
                 made += [] if latents is None else [latents]
@@ -163,38 +185,43 @@ class Generation:
         self._run.components.release("vae_encoder")
         return [*starts]
 
-    def _condition(self) -> dict[str, AnyArray]:
-        """What the U-Net is given besides latents and time, a row for each prompt."""
-        encoders, request = self._manifest.text_encoders, self.request
-        prompts = [request.prompt] if request.guidance_scale == 1 else [request.negative_prompt, request.prompt]
-        conditioning = CONDITIONING[self._manifest.family](encoders, prompts, self._encode)
-        for encoder in encoders:
-            self._run.components.release(encoder.component)
-        return conditioning
+    def _condition(self, package: Package, place: str) -> dict[str, AnyArray]:
+        """What a U-Net is given besides latents and time, a row for each prompt."""
+        manifest = package.manifest
 
-    def _encode(self, encoder: TextEncoder, prompt: str) -> Array:
-        tokenizer = Tokenizer.open(self._package.root / encoder.tokenizer, length=encoder.length)
-        tokens = tokenizer.encode(prompt)
-        if tokens.truncated:
-            logger.warning("the prompt is longer than %d tokens; cut: %s", tokenizer.length, tokens.truncated)
-        return self._run(encoder.component, {"input_ids": tokens.ids})[encoder.output]  # (1, S, C)
+        def encode(encoder: TextEncoder, prompt: str) -> dict[str, AnyArray]:
+            tokenizer = Tokenizer.open(package.root / encoder.tokenizer, length=encoder.length)
+            tokens = tokenizer.encode(prompt)
+            if tokens.truncated and encoder is manifest.text_encoders[0]:
+                logger.warning("the prompt is longer than %d tokens; cut: %s", tokenizer.length, tokens.truncated)
+            return self._run(f"{place}{encoder.component}", {"input_ids": tokens.ids})
+
+        conditioning = condition(manifest, self.request, encode)
+        for encoder in manifest.text_encoders:
+            self._run.components.release(f"{place}{encoder.component}")
+        return conditioning
 
     def _sample(
         self,
         request: Request,
         image: int,
         noise: NoiseSource,
-        conditioning: Mapping[str, AnyArray],
+        conditioning: Sequence[Mapping[str, AnyArray]],
         original: Original | None,
+        start: Start | None,
     ) -> Iterator[Progress]:
         """Denoises one image in one pass: x (1, C, h, w) from its first state to the latents in the last progress."""
         schedule, options = plan(self._scheduler, request)
         preview = self._manifest.latents.preview
         projection = None if preview is None else np.array(preview, np.float32)
         unit = noise(self._latent_shape(request))
-        graphs = unet_graphs(request.reuse, token_downsampling=request.token_downsampling)
-        unet = StepReuse(self._unet, graphs, request.reuse)
-        x, denoise = self._begin(schedule, noise, unit, self._denoiser(unet, conditioning), original)
+        beside = seen_beside(self._manifest, request, start, noise)
+        unets = [self._unet(place, request) for place in self._models()]
+        models = [
+            self._guided(predict(unet, inputs, beside), predict(unet, *_alone(inputs, beside)), inputs)
+            for unet, inputs in zip(unets, conditioning, strict=True)
+        ]
+        x, denoise = self._begin(schedule, noise, unit, self._denoiser(models), original)
         before = time.perf_counter()
         for step in SAMPLERS[str(request.sampler)](denoise, x, schedule, noise, **options):
             now = time.perf_counter()
@@ -212,7 +239,8 @@ class Generation:
                 denoised=step.x0,
                 projection=projection,
             )
-            unet.next_step(last=step.index + 2 == step.total)
+            for unet in unets:
+                unet.next_step(last=step.index + 2 == step.total)
             before = time.perf_counter()
 
     def _begin(
@@ -235,14 +263,27 @@ class Generation:
         own = Noise(given(request.seed))
         return own if request.variation is None else between(own, Noise(request.variation[0]), request.variation[1])
 
-    def _denoiser(self, unet: Run, conditioning: Mapping[str, AnyArray]) -> Denoise:
-        request, sampler = self.request, str(self.request.sampler)
-        model = predict(unet, conditioning)
-        if request.guidance_scale != 1:
-            model = guide(model, given(request.guidance_scale), request.guidance_rescale)
-        if request.guidance_scale != 1 and request.guidance_interval is not None:
-            alone = {name: rows[-1:] for name, rows in conditioning.items()}
-            model = within(request.guidance_interval, model, predict(unet, alone))
+    def _unet(self, place: str, request: Request) -> StepReuse:
+        graphs = unet_graphs(request.reuse, token_downsampling=request.token_downsampling)
+        return StepReuse(partial(self._run, f"{place}unet"), graphs, request.reuse)
+
+    def _guided(self, model: Model, conditional: Model, inputs: Mapping[str, AnyArray]) -> Model:
+        """A model of one row; ``conditional`` is the same model's last row by itself."""
+        request = self.request
+        if len(inputs["encoder_hidden_states"]) == 1:
+            return model
+        image_scale = request.image_guidance_scale
+        model = guide(model, given(request.guidance_scale), request.guidance_rescale, image_scale)
+        interval = request.guidance_interval
+        return model if interval is None else within(interval, model, conditional)
+
+    def _denoiser(self, models: Sequence[Model]) -> Denoise:
+        """Of the package's model, and of the refiner's where there is one."""
+        sampler = str(self.request.sampler)
+        model, *refiner = models
+        if refiner:
+            below = round(self._scheduler.num_train_timesteps * (1 - given(self.request.refiner_start)))
+            model = handed_over(model, refiner[0], below, partial(self._run.components.release, "unet"))
         limit = None if sampler == "ddim" else limit_x0(self._scheduler, sampler)
         return clean(model, self._scheduler.prediction_type, limit)
 
@@ -251,8 +292,10 @@ class Generation:
         height, width = given(request.height), given(request.width)
         return (1, latents.channels, height // latents.downscale, width // latents.downscale)
 
-    def _unet(self, inputs: Mapping[str, AnyArray], variant: str) -> dict[str, AnyArray]:
-        return self._run("unet", inputs, variant)
+
+def _alone(inputs: Mapping[str, AnyArray], beside: Array | None) -> tuple[dict[str, AnyArray], Array | None]:
+    """The last row, the conditional one."""
+    return {name: rows[-1:] for name, rows in inputs.items()}, None if beside is None else beside[-1:]
 
 
 def decode(run: Runner, manifest: Manifest, latents: Array) -> tuple[Image.Image, ...]:

@@ -93,6 +93,11 @@ BESIDE: Mapping[str, str] = {
 """What a U-Net may be given beside the latents of a picture."""
 
 
+def channels_beside(kind: str | None, channels: int) -> int:
+    """How many channels what is of a kind of BESIDE has beside latents of ``channels``."""
+    return 0 if kind is None else {"mask": 1 + channels, "picture": channels, "depth": 1}[kind]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
     """What suits the model where a request leaves a choice open."""

@@ -6,6 +6,7 @@ from typing import Any, TypeVar, cast
 
 from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.manifest import (
+    BESIDE,
     Component,
     Conditions,
     Defaults,
@@ -14,6 +15,7 @@ from sdonnx_runtime.manifest import (
     Manifest,
     Source,
     TextEncoder,
+    channels_beside,
     read_json,
 )
 
@@ -131,7 +133,7 @@ def _latents(root: Path) -> Latents:
 
 
 def _beside(root: Path, more: int, channels: int) -> str | None:
-    known = {0: None, channels + 1: "mask", channels: "picture", 1: "depth"}
+    known = {channels_beside(kind, channels): kind for kind in (None, *BESIDE)}
     if more not in known:
         raise PackageError(
             f"{root} has a U-Net of {channels + more} channels over latents of {channels}; this version runs "

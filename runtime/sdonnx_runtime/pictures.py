@@ -168,6 +168,30 @@ def _eight_bit(picture: Image.Image) -> Image.Image:
     return Image.merge("LA", [Image.fromarray(gray), Image.fromarray(np.where(transparent, 0, 255).astype(np.uint8))])
 
 
+def depth_of(picture: Image.Image) -> Array:
+    """(H, W): a depth map's gray, of 8 or 16 bits or floating point, in whatever unit; brighter is nearer."""
+    if picture.mode not in ("F", "I") and not picture.mode.startswith("I;16"):
+        picture = opaque(picture).convert("L")
+    return np.asarray(picture).astype(np.float32)
+
+
+def bicubic(values: Array, height: int, width: int) -> Array:
+    """(H, W) to (height, width) as torch's interpolate: cubic convolution with a = -0.75, not smoothed before."""
+    return _cubic(_cubic(values, height).T, width).T
+
+
+def _cubic(values: Array, count: int) -> Array:
+    """(H, W) to (count, W)."""
+    places = (np.arange(count) + 0.5) * (len(values) / count) - 0.5
+    first = np.floor(places).astype(np.int64)
+    total = np.zeros((count, values.shape[1]), np.float32)
+    for tap in range(-1, 3):
+        away = np.abs(places - first - tap)
+        weights = np.where(away <= 1, (1.25 * away - 2.25) * away**2 + 1, ((-0.75 * away + 3.75) * away - 6) * away + 3)
+        total += weights.astype(np.float32)[:, None] * values[np.clip(first + tap, 0, len(values) - 1)]
+    return total
+
+
 def to_values(picture: Image.Image) -> Array:
     """RGB to (1, 3, H, W) in -1..1."""
     pixels = np.asarray(picture, np.float32).transpose(2, 0, 1)[None]

@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from itertools import product
 from typing import Any
 
 from PIL.Image import Image
@@ -11,7 +12,7 @@ from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.checks import check_request
 from sdonnx_runtime.components import Components, Runner
 from sdonnx_runtime.denoise import unet_graphs
-from sdonnx_runtime.errors import RequestError
+from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.generation import Generation, Progress, decode, plan
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.request import Request, Result, passes
@@ -34,10 +35,11 @@ class Pipeline:
             and costs memory; without it the text encoder is gone before the U-Net runs, and the U-Net before
             the VAE decodes.
         memory_limit: bytes the device may use (CUDA).
+        refiner: a package whose U-Net takes the last steps, such as SDXL's refiner.
 
     Raises:
         RequestError: ``threads`` is out of its range, 1 to MAX_THREADS.
-        PackageError: the package's scheduler is one that this version can't honour.
+        PackageError: the package's scheduler is one that this version can't honour, or the refiner is of another kind.
     """
 
     def __init__(
@@ -48,15 +50,19 @@ class Pipeline:
         threads: int | None = None,
         keep_loaded: bool = False,
         memory_limit: int | None = None,
+        refiner: Package | None = None,
     ) -> None:
+        if refiner is not None:
+            check_refiner(package, refiner)
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise RequestError(f"threads is {threads}; give a whole number from 1 to {MAX_THREADS}")
-        self.package = package
+        self.package, self.refiner = package, refiner
         self._scheduler = SchedulerConfig.from_dict(package.manifest.scheduler)
         self._components = Components(
             package,
             lambda path: Session(path, device=device, threads=threads, memory_limit=memory_limit),
             keep_loaded=keep_loaded,
+            refiner=refiner,
         )
 
     def generate(self, request: Request | str, **changes: Any) -> Result:
@@ -80,7 +86,7 @@ class Pipeline:
         """Like `generate`, step by step: iterate for progress, stop iterating to cancel, then take ``result``."""
         checked = self.check(request, **changes)
         run = Runner(self._components)
-        return Stream(Generation(self.package, run, self._scheduler, checked), run)
+        return Stream(Generation(self.package, run, self._scheduler, checked, self.refiner), run)
 
     def decode(self, latents: Array) -> tuple[Image, ...]:
         """Pictures of latents, (N, C, h, w), as `Result.latents` has them.
@@ -108,6 +114,8 @@ class Pipeline:
             multiple=manifest.latents.downscale,
             defaults=manifest.defaults,
             random_seed=secrets.randbits(32),
+            beside=manifest.conditions.beside,
+            refined=self.refiner is not None,
         )
         sampler, schedule = default_sampler(self._scheduler), None
         if checked.sampler is not None:
@@ -125,10 +133,12 @@ class Pipeline:
             raise RequestError(
                 f"{self.package.name} has no VAE encoder, so it can't start from a picture; export again"
             )
-        for graph in unet_graphs(checked.reuse, token_downsampling=checked.token_downsampling):
-            if graph not in manifest.components["unet"].graphs:
+        packages = [self.package, *([] if self.refiner is None else [self.refiner])]
+        graphs = unet_graphs(checked.reuse, token_downsampling=checked.token_downsampling)
+        for package, graph in product(packages, graphs):
+            if graph not in package.manifest.components["unet"].graphs:
                 raise RequestError(
-                    f"{self.package.name} has no U-Net graph '{graph}', which reuse or token_downsampling needs; "
+                    f"{package.name} has no U-Net graph '{graph}', which reuse or token_downsampling needs; "
                     "export its checkpoint again, not --via optimum, or leave them out"
                 )
         return checked
@@ -142,6 +152,22 @@ class Pipeline:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def check_refiner(package: Package, refiner: Package) -> None:
+    """Finds out whether a package's U-Net can take the last steps of another's walk.
+
+    Raises:
+        PackageError: it can't.
+    """
+    mine, other = package.manifest, refiner.manifest
+    if other.conditions.beside is not None or mine.conditions.beside is not None:
+        raise PackageError(f"{package.name} or {refiner.name} is given a picture beside the latents; neither may be")
+    if other.latents.channels != mine.latents.channels or other.latents.downscale != mine.latents.downscale:
+        raise PackageError(
+            f"{refiner.name} has latents of {other.latents.channels} channels, {package.name} of "
+            f"{mine.latents.channels}; give a refiner of the same family"
+        )
 
 
 class Stream(Iterator[Progress]):

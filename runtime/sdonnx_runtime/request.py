@@ -30,7 +30,11 @@ class Request:
     num_inference_steps: int | None = None
     """Denoising steps, 1 to the model's 1000."""
     guidance_scale: float | None = None
-    """Classifier-free guidance, arXiv:2207.12598, -1000 to 1000; 1 is none and halves the work."""
+    """Classifier-free guidance, arXiv:2207.12598, -1000 to 1000; 1 and 0 are none and halve the work.
+
+    A model that was distilled to take it embedded is told it, and does no more work for it."""
+    image_guidance_scale: float | None = None
+    """-1000 to 1000, of models that edit a picture: how much of it remains, arXiv:2211.09800; None is 1.5."""
     seed: int | None = None
     """0 to 2**63 - 1; image i of several is made with ``seed + i``, unless there is a ``variation``."""
     variation: tuple[int, float] | None = None
@@ -86,6 +90,8 @@ class Request:
     """Whether pixels that the mask keeps are the ``image``'s own, bit by bit, and not what the VAE makes of them.
 
     If so, latent cells are made anew that the mask touches; if not, those whose first pixel it has, as in diffusers."""
+    depth_image: Image | None = field(default=None, repr=False)
+    """For models that are given one: a depth map, brighter where it is nearer; of any size and unit, stretched."""
     padding_mask_crop: int | None = None
     """Pixels: works only in the mask and so many around it, at width and height, and puts that into the ``image``.
 
@@ -100,6 +106,18 @@ class Request:
     """One of UPSCALERS: latent interpolates the latents bilinearly; lanczos decodes, enlarges the pixels, and encodes.
 
     None is latent."""
+    refiner_start: float | None = None
+    """0 to 1, with a refiner: the share of the noise levels that is walked without it; None is 0.8."""
+    original_size: tuple[int, int] | None = None
+    """SDXL's: (width, height) of the picture that it shall look as if made of; None is ``width`` and ``height``."""
+    crop_top_left: tuple[int, int] = (0, 0)
+    """SDXL's: (top, left) of where it shall look cut from that picture."""
+    target_size: tuple[int, int] | None = None
+    """SDXL's: (width, height) that it shall look made for; None is ``width`` and ``height``."""
+    aesthetic_score: float = 6.0
+    """0 to 10, of SDXL's refiner: how pleasing the picture shall be."""
+    negative_aesthetic_score: float = 2.5
+    """0 to 10, of SDXL's refiner: the same of what to keep away from."""
 
 
 FAST: Mapping[str, Any] = MappingProxyType({"reuse": 3, "token_downsampling": True})
@@ -138,7 +156,16 @@ class Result:
 def recipe(request: Request) -> dict[str, Any]:
     """The request without its pictures, as JSON can hold it."""
     values = {item.name: getattr(request, item.name) for item in fields(request)}
-    return {name: value for name, value in values.items() if name not in ("image", "mask_image")}
+    return {name: value for name, value in values.items() if name not in PICTURES}
+
+
+PICTURES = ("image", "mask_image", "depth_image")
+"""A request's fields that are pictures."""
+
+
+def guided(request: Request) -> bool:
+    """Whether there is classifier-free guidance: 1 is none by its formula, 0 by what models without it are told."""
+    return request.guidance_scale not in (0, 1)
 
 
 def passes(request: Request, multiple: int) -> list[Request]:

@@ -1,5 +1,6 @@
-"""What an image's walk starts from instead of noise alone: a picture that the VAE has encoded, or latents."""
+"""What an image's walk starts from instead of noise alone, and what of a picture the U-Net sees beside the latents."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,10 +9,10 @@ from PIL import Image
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.components import Runner
 from sdonnx_runtime.errors import RequestError
-from sdonnx_runtime.manifest import Latents
-from sdonnx_runtime.pictures import feathered, fitted, latent_mask, mask_of, opaque, to_values
+from sdonnx_runtime.manifest import Latents, Manifest
+from sdonnx_runtime.pictures import bicubic, depth_of, feathered, fitted, latent_mask, mask_of, opaque, to_values
 from sdonnx_runtime.regions import Region, region_around
-from sdonnx_runtime.request import Request, given
+from sdonnx_runtime.request import Request, given, guided
 from sdonnx_runtime.sampling import NoiseSource
 
 
@@ -35,8 +36,12 @@ class Start:
 
     space: Latents
     """How the package's latents relate to the VAE's values."""
-    moments: Array
-    """(1, 2 C, h, w), or (1, C, h, w) of optimum's older exports: what the VAE's encoder gave."""
+    moments: Array | None
+    """(1, 2 C, h, w), or (1, C, h, w) of encoders that give latents: what the VAE's encoder gave.
+
+    None where walks start from noise alone."""
+    beside: Array | None = None
+    """The same for what the U-Net is given: the picture, or the picture without what is under the mask."""
     picture: Image.Image
     """RGB, of the size that is worked in."""
     region: Region | None = None
@@ -46,19 +51,20 @@ class Start:
     cells: Array | None = None
     """(1, 1, h, w), 1 for latent cells that are made anew."""
 
-    def draw(self, noise: NoiseSource) -> Original:
-        """A sample of the VAE's posterior, as diffusers draws it."""
-        values = self.moments
-        if values.shape[1] == 2 * self.space.channels:
-            mean, log_variance = np.split(values, 2, axis=1)
-            values = mean + np.exp(np.clip(log_variance, -30, 20) / 2) * noise(mean.shape)
-        return Original(
-            latents=(values - np.float32(self.space.shift_factor)) * np.float32(self.space.scaling_factor),
-            mask=self.cells,
-        )
+    def draw(self, noise: NoiseSource) -> Original | None:
+        """What a walk starts from."""
+        if self.moments is None:
+            return None
+        return Original(latents=self.sample(self.moments, noise), mask=self.cells if self.beside is None else None)
+
+    def sample(self, moments: Array, noise: NoiseSource) -> Array:
+        """Latents (1, C, h, w) of the VAE's posterior, as diffusers draws them."""
+        mean, *rest = np.split(moments, max(moments.shape[1] // self.space.channels, 1), axis=1)
+        values = mean + np.exp(np.clip(rest[0], -30, 20) / 2) * noise(mean.shape) if rest else mean
+        return (values - np.float32(self.space.shift_factor)) * np.float32(self.space.scaling_factor)
 
 
-def start_of(run: Runner, space: Latents, request: Request) -> Start | None:
+def start_of(run: Runner, manifest: Manifest, request: Request) -> Start | None:
     """The request's picture, fitted or cut, and encoded; None where there is none.
 
     Raises:
@@ -66,6 +72,7 @@ def start_of(run: Runner, space: Latents, request: Request) -> Start | None:
     """
     if request.image is None:
         return None
+    space, beside = manifest.latents, manifest.conditions.beside
     size, region, mask, cells = (given(request.width), given(request.height)), None, None, None
     if request.mask_image is not None and request.padding_mask_crop is not None:
         region = region_around(mask_of(request.mask_image), size, request.padding_mask_crop)
@@ -79,14 +86,63 @@ def start_of(run: Runner, space: Latents, request: Request) -> Start | None:
         if not cells.any():
             raise RequestError("at the size that is worked in, the mask has nothing to repaint; paint more of it white")
     picture = placed(opaque(request.image))
-    moments = encoded(run, picture)
-    return Start(picture=picture, region=region, mask=mask, cells=cells, moments=moments, space=space)
+    from_noise = request.strength is None or (beside == "mask" and request.strength == 1)
+    return Start(
+        picture=picture,
+        region=region,
+        mask=mask,
+        cells=cells,
+        moments=None if from_noise else encoded(run, picture),
+        beside=encoded(run, picture, mask) if beside in ("mask", "picture") else None,
+        space=space,
+    )
 
 
-def encoded(run: Runner, picture: Image.Image) -> Array:
-    """What the VAE's encoder gives for an RGB picture: `Start.moments`."""
-    (moments,) = run("vae_encoder", {"sample": to_values(picture)}).values()
+def encoded(run: Runner, picture: Image.Image, mask: Image.Image | None = None) -> Array:
+    """What the VAE's encoder gives for an RGB picture, or for one that is gray under a mask: `Start.moments`."""
+    values = to_values(picture)
+    if mask is not None:
+        values = values * (np.asarray(mask) == 0)
+    (moments,) = run("vae_encoder", {"sample": values}).values()
     return moments
+
+
+def seen_beside(manifest: Manifest, request: Request, start: Start | None, noise: NoiseSource) -> Array | None:
+    """What follows the latents' channels for one image, in one row or in as many as a step has; None is nothing."""
+    kind = manifest.conditions.beside
+    return None if kind is None else _SEEN[kind](manifest.latents, request, start, noise)
+
+
+def _seen_masked(space: Latents, request: Request, start: Start | None, noise: NoiseSource) -> Array:
+    """(1, 1 + C, h, w): the mask, and the latents of what it keeps."""
+    assert start is not None and start.cells is not None and start.beside is not None  # noqa: S101 — checked
+    return np.concatenate([start.cells, start.sample(start.beside, noise)], axis=1)
+
+
+def _seen_picture(space: Latents, request: Request, start: Start | None, noise: NoiseSource) -> Array:
+    """(R, C, h, w): means of the posterior, unscaled, arXiv:2211.09800; without the picture they are zeros."""
+    assert start is not None and start.beside is not None  # noqa: S101 — checked
+    latents = start.beside[:, : start.space.channels]
+    without = np.zeros_like(latents)
+    if not guided(request):
+        return latents
+    return np.concatenate([without, latents, latents] if request.image_guidance_scale != 1 else [latents, latents])
+
+
+def _seen_depth(space: Latents, request: Request, start: Start | None, noise: NoiseSource) -> Array:
+    """(1, 1, h, w), -1 where the depth map has its least value and 1 where its greatest."""
+    assert request.depth_image is not None  # noqa: S101 — checked
+    height, width = given(request.height) // space.downscale, given(request.width) // space.downscale
+    depth = bicubic(depth_of(request.depth_image), height, width)[None, None]
+    least, most = depth.min(), depth.max()
+    return (depth - least) * np.float32(2) / (most - least) - np.float32(1)
+
+
+_SEEN: Mapping[str, Callable[[Latents, Request, Start | None, NoiseSource], Array]] = {
+    "mask": _seen_masked,
+    "picture": _seen_picture,
+    "depth": _seen_depth,
+}
 
 
 def pasted(made: Image.Image, start: Start, request: Request) -> Image.Image:

@@ -1,0 +1,174 @@
+"""Every family beside its pipeline in diffusers, on tiny random models with its peculiarities."""
+
+import warnings
+
+import diffusers
+import families
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+from sdonnx_export.export import export
+
+import sdonnx
+
+PROMPT, NEGATIVE, SEED = "a photograph of an astronaut riding a horse", "blurry, low quality", 11
+SIZE = {"width": 64, "height": 96}
+
+
+def psnr(found, wanted):
+    error = np.mean((np.asarray(found, np.float64) - np.asarray(wanted, np.float64)) ** 2)
+    return np.inf if error == 0 else 10 * np.log10(255**2 / error)
+
+
+def picture(seed=0, size=(64, 96)):
+    """Colours that change smoothly."""
+    places = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    return Image.fromarray(places).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A family's pipeline and our package of it, made once."""
+    made, published, directory = {}, {}, tmp_path_factory.mktemp("families")
+
+    def get(name, make):
+        if name not in made:
+            pipe, place = make(), directory / name.replace(" ", "-")
+            pipe.set_progress_bar_config(disable=True)
+            pipe.save_pretrained(place / "diffusers")
+            published[name] = pipe.scheduler.config
+            made[name] = pipe, export(str(place / "diffusers"), place / "package")
+        pipe, package = made[name]
+        pipe.scheduler = getattr(diffusers, published[name]["_class_name"]).from_config(published[name])
+        return pipe, package
+
+    return get
+
+
+def reference(pipe, **settings):
+    """Latents and picture of diffusers; where the walk starts midway, with DDIM: its PNDM is another one there."""
+    if "strength" in settings and pipe.scheduler.config._class_name == "PNDMScheduler":
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        latents = pipe(generator=generator, output_type="latent", **settings).images
+    with torch.no_grad():
+        decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+    return latents.numpy(), pipe.image_processor.postprocess(decoded.detach(), output_type="pil")[0]
+
+
+def sampler_of(pipe):
+    return {"DDIMScheduler": "ddim"}.get(pipe.scheduler.config._class_name)
+
+
+def assert_equal(result, wanted):
+    latents, drawn = wanted
+    assert np.abs(latents).max() > 0.1
+    assert np.abs(result.latents - latents).max() < 1e-3
+    assert psnr(result.images[0], drawn) > 50
+    assert np.asarray(result.images[0], np.float64).std() > 5, "a flat picture would equal anything flat"
+
+
+@pytest.mark.parametrize("guidance", [5.0, 1.0])
+@pytest.mark.parametrize("name", families.TEXT_TO_IMAGE)
+def test_text_to_image(saved, name, guidance):
+    pipe, package = saved(name, families.TEXT_TO_IMAGE[name])
+    common = {"negative_prompt": NEGATIVE, "num_inference_steps": 4, "guidance_scale": guidance, **SIZE}
+    wanted = reference(pipe, prompt=PROMPT, **common)
+    assert_equal(sdonnx.load(package).generate(PROMPT, seed=SEED, **common), wanted)
+
+
+def test_an_empty_negative_of_sdxl_is_zeros(saved):
+    pipe, package = saved("sdxl", families.sdxl)
+    common = {"num_inference_steps": 3, "guidance_scale": 6.0, **SIZE}
+    found = sdonnx.load(package).generate(PROMPT, seed=SEED, **common)
+    assert_equal(found, reference(pipe, prompt=PROMPT, **common))
+    encoded = reference(pipe, prompt=PROMPT, negative_prompt="", **common)
+    assert np.abs(found.latents - encoded[0]).max() > 1e-2
+
+
+def test_sizes_that_sdxl_is_told(saved):
+    pipe, package = saved("sdxl", families.sdxl)
+    common = {"num_inference_steps": 3, "guidance_scale": 6.0, **SIZE}
+    told = {"original_size": (500, 300), "crops_coords_top_left": (8, 40), "target_size": (700, 900)}
+    wanted = reference(pipe, prompt=PROMPT, **common, **told)  # (height, width)
+    ours = {"original_size": (300, 500), "crop_top_left": (8, 40), "target_size": (900, 700)}
+    pipeline = sdonnx.load(package)
+    assert_equal(pipeline.generate(PROMPT, seed=SEED, **common, **ours), wanted)
+    for name in ours:
+        without = {key: value for key, value in ours.items() if key != name}
+        other = pipeline.generate(PROMPT, seed=SEED, **common, **without)
+        assert np.abs(other.latents - wanted[0]).max() > 3e-3, f"{name} has no effect"
+
+
+PICTURE_SETTINGS = {"num_inference_steps": 6, "guidance_scale": 5.0, "negative_prompt": NEGATIVE}
+MASK = Image.new("L", (64, 96))
+MASK.paste(255, (8, 16, 40, 72))
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("name", ["sd1 inpaint", "sd2 inpaint", "sdxl inpaint"])
+def test_inpainting_models(saved, name, strength):
+    pipe, package = saved(name, families.WITH_PICTURES[name])
+    common = {"image": picture(), "mask_image": MASK, "strength": strength, **PICTURE_SETTINGS, **SIZE}
+    wanted = reference(pipe, prompt=PROMPT, **common)
+    assert_equal(
+        sdonnx.load(package).generate(PROMPT, seed=SEED, paste=False, sampler=sampler_of(pipe), **common), wanted
+    )
+
+
+@pytest.mark.parametrize("guidance", [{}, {"image_guidance_scale": 1.0}, {"guidance_scale": 1.0}])
+def test_instruct_pix2pix(saved, guidance):
+    pipe, package = saved("pix2pix", families.WITH_PICTURES["pix2pix"])
+    common = {"image": picture(), **PICTURE_SETTINGS, "image_guidance_scale": 1.7, **guidance}
+    wanted = reference(pipe, prompt=PROMPT, **common)
+    assert_equal(sdonnx.load(package).generate(PROMPT, seed=SEED, **common, **SIZE), wanted)
+
+
+@pytest.mark.parametrize("strength", [0.9, 0.5])
+def test_depth_to_image(saved, strength):
+    pipe, package = saved("depth", families.depth)
+    depth = np.random.default_rng(3).integers(0, 60000, (50, 70)).astype(np.uint16)
+    common = {"image": picture(), "strength": strength, **PICTURE_SETTINGS}
+    wanted = reference(pipe, prompt=PROMPT, depth_map=torch.from_numpy(depth.astype(np.float32))[None], **common)
+    common |= {"sampler": sampler_of(pipe), "depth_image": Image.fromarray(depth), **SIZE}
+    assert_equal(sdonnx.load(package).generate(PROMPT, seed=SEED, **common), wanted)
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"])
+@pytest.mark.parametrize("name", ["sd2 768", "sdxl", "ssd-1b"])
+def test_pictures_with_models_of_text_alone(saved, name, kind):
+    pipe, package = saved(name, families.TEXT_TO_IMAGE[name])
+    kind = kind.replace("StableDiffusion", "StableDiffusionXL") if name in ("sdxl", "ssd-1b") else kind
+    pipe = getattr(diffusers, kind)(**pipe.components)
+    pipe.set_progress_bar_config(disable=True)
+    mask = {"mask_image": MASK} if "Inpaint" in kind else {}
+    common = {"image": picture(), "strength": 0.6, **mask, **PICTURE_SETTINGS}
+    wanted = reference(pipe, prompt=PROMPT, **common, **(SIZE if mask else {}))
+    assert_equal(
+        sdonnx.load(package).generate(PROMPT, seed=SEED, paste=False, sampler=sampler_of(pipe), **common, **SIZE),
+        wanted,
+    )
+
+
+def test_the_refiner_alone(saved):
+    pipe, package = saved("refiner", families.WITH_PICTURES["refiner"])
+    common = {"image": picture(), "strength": 0.5, "aesthetic_score": 7.0, "negative_aesthetic_score": 1.0}
+    common |= PICTURE_SETTINGS
+    wanted = reference(pipe, prompt=PROMPT, **common)
+    common |= SIZE
+    pipeline = sdonnx.load(package)
+    assert_equal(pipeline.generate(PROMPT, seed=SEED, **common), wanted)
+    other = pipeline.generate(PROMPT, seed=SEED, **{**common, "aesthetic_score": 6.0})
+    assert np.abs(other.latents - wanted[0]).max() > 2e-3
+
+
+@pytest.mark.parametrize("guidance", [8.5, 3.0])
+def test_a_latent_consistency_model(saved, guidance):
+    pipe, package = saved("lcm", families.lcm)
+    common = {"num_inference_steps": 4, "guidance_scale": guidance, **SIZE}
+    wanted = reference(pipe, prompt=PROMPT, **common)
+    assert_equal(sdonnx.load(package).generate(PROMPT, seed=SEED, **common), wanted)

@@ -67,6 +67,17 @@ def parse_hires(hires: str | None) -> dict[str, float | int]:
         raise sdonnx.RequestError(f"hires is '{hires}'; give {said}") from None
 
 
+def parse_refiner(refiner: str | None) -> tuple[str | None, dict[str, float]]:
+    """The package of "sdxl-refiner-onnx" or "sdxl-refiner-onnx:0.7", and the request's field of the share."""
+    if refiner is None:
+        return None, {}
+    package, _, share = refiner.rpartition(":")
+    try:
+        return (package, {"refiner_start": float(share)}) if package else (refiner, {})
+    except ValueError:  # a colon of the path's own
+        return refiner, {}
+
+
 def parse_margins(margins: str) -> tuple[int, int, int, int]:
     """The pixels of "64,0,64,0".
 

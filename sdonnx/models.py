@@ -19,6 +19,7 @@ def load(
     threads: int | None = None,
     keep_loaded: bool = False,
     memory_limit: int | None = None,
+    refiner: str | Path | None = None,
 ) -> Pipeline:
     """Opens a package; its components are loaded when they are first needed.
 
@@ -28,9 +29,10 @@ def load(
         threads: CPU threads; None is one for each physical core.
         keep_loaded: keeps components in memory, for many pictures in a row.
         memory_limit: bytes the device may use (CUDA).
+        refiner: another package, named as ``model`` is, whose U-Net takes the last steps, such as SDXL's refiner.
 
     Raises:
-        PackageError: there is no such package, or it is damaged.
+        PackageError: there is no such package, it is damaged, or the refiner doesn't go with it.
         RequestError: ``threads`` is out of its range.
     """
     return Pipeline(
@@ -39,6 +41,7 @@ def load(
         threads=threads,
         keep_loaded=keep_loaded,
         memory_limit=memory_limit,
+        refiner=None if refiner is None else Package.open(find_model(refiner)),
     )
 
 

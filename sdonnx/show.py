@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +14,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from sdonnx_models import Recipe
-from sdonnx_runtime.manifest import Defaults
+from sdonnx_runtime.manifest import Defaults, Manifest
 from sdonnx_runtime.request import recipe as recipe_of
 from sdonnx_runtime.samplers import A1111_NAMES, SAMPLERS
 from sdonnx_runtime.scheduler_config import CLASSES
@@ -55,6 +55,23 @@ def suggested(defaults: Defaults) -> str:
     )
 
 
+_TASKS: Mapping[str | None, tuple[str, str | None]] = {
+    None: ("pictures of text", "of pictures (--image), of parts of them (--mask) and around them (--outpaint)"),
+    "mask": ("parts of pictures, or what is around them: needs --image with --mask or --outpaint", None),
+    "picture": ("pictures edited as the prompt tells: needs --image", None),
+    "depth": ("pictures of text with the depth of another: needs --depth", "of pictures (--image) as well"),
+}
+"""What a model makes by what its U-Net is given beside the latents; the second needs a VAE encoder."""
+
+
+def tasks(manifest: Manifest) -> str:
+    """What a package makes, and what it needs for it."""
+    always, encoding = _TASKS[manifest.conditions.beside]
+    more = encoding is not None and "vae_encoder" in manifest.components
+    distilled = "; guided by itself" if manifest.conditions.guidance_width is not None else ""
+    return f"{always}; {encoding}{distilled}" if more else f"{always}{distilled}"
+
+
 def described_recipe(recipe: Recipe) -> list[str]:
     """A recipe in a few lines."""
     disk = ", ".join(f"{size:g} GB ({precision})" for precision, size in recipe.package_gb.items())
@@ -64,7 +81,7 @@ def described_recipe(recipe: Recipe) -> list[str]:
         recipe.source,
         recipe.licence,
         suggested(Defaults(**recipe.defaults)),
-        f"disk {disk}; memory {memory}",
+        f"disk {disk}" + (f"; memory {memory}" if memory else ""),
     ]
 
 

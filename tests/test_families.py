@@ -172,3 +172,49 @@ def test_a_latent_consistency_model(saved, guidance):
     common = {"num_inference_steps": 4, "guidance_scale": guidance, **SIZE}
     wanted = reference(pipe, prompt=PROMPT, **common)
     assert_equal(sdonnx.load(package).generate(PROMPT, seed=SEED, **common), wanted)
+
+
+def pair_of(saved):
+    return *saved("sdxl", families.sdxl), *saved("refiner", families.WITH_PICTURES["refiner"])
+
+
+@pytest.mark.parametrize("share", [0.8, 0.55])
+def test_the_refiner_goes_on_where_the_base_model_stops(saved, share):
+    base, package, refiner, other = pair_of(saved)
+    common = {"num_inference_steps": 10, "guidance_scale": 5.0, "negative_prompt": NEGATIVE}
+    settings = {"prompt": PROMPT, **common}
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    halfway = base(generator=generator, output_type="latent", denoising_end=share, **settings, **SIZE).images
+    wanted = reference(refiner, image=halfway, denoising_start=share, **settings)
+    pipeline = sdonnx.load(package, refiner=other)
+    result = pipeline.generate(PROMPT, seed=SEED, refiner_start=share, **common, **SIZE)
+    assert_equal(result, wanted)
+    alone = sdonnx.load(package).generate(PROMPT, seed=SEED, **common, **SIZE)
+    assert np.abs(alone.latents - result.latents).max() > 1e-2
+
+
+def test_the_base_model_is_unloaded_before_the_refiner_is_opened(saved, monkeypatch):
+    _, package, _, other = pair_of(saved)
+    pipeline = sdonnx.load(package, refiner=other)
+    opened, alive = [], pipeline._components
+    open_session = alive._open_session
+
+    def watched(path):
+        opened.append((path.parent.parent, path.parent.name, [name for name, _ in alive._sessions]))
+        return open_session(path)
+
+    monkeypatch.setattr(alive, "_open_session", watched)
+    result = pipeline.generate(PROMPT, seed=1, num_inference_steps=5, num_images=2, **SIZE)
+    unets = [(root, before) for root, name, before in opened if name == "unet"]
+    assert [root for root, _ in unets] == [package, other] * 2
+    assert all(before == [] for _, before in unets)
+    assert set(result.timings.run) >= {"unet", "refiner/unet"}
+
+
+def test_a_multistep_sampler_keeps_its_history_over_the_hand_over(saved):
+    """With the base model as its own refiner nothing changes, which a sampler that began anew would not manage."""
+    _, package, _, _ = pair_of(saved)
+    settings = {"sampler": "dpmpp_3m_sde", "num_inference_steps": 8, **SIZE}
+    alone = sdonnx.load(package).generate(PROMPT, seed=SEED, **settings)
+    both = sdonnx.load(package, refiner=package).generate(PROMPT, seed=SEED, refiner_start=0.5, **settings)
+    np.testing.assert_array_equal(alone.latents, both.latents)

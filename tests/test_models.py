@@ -105,7 +105,7 @@ def test_it_stays_small():
 @pytest.mark.parametrize("recipe", recipes().values(), ids=lambda recipe: recipe.name)
 def test_a_recipe_can_be_followed(recipe):
     assert recipe.family in FAMILIES
-    assert recipe.sampler in SAMPLERS
+    assert recipe.sampler is None or recipe.sampler in SAMPLERS
     assert recipe.size % 8 == 0
     assert set(recipe.package_gb) == set(recipe.memory_gb) == {"fp16", "fp32"}
     assert recipe.name not in bundled()

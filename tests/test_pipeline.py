@@ -87,8 +87,8 @@ def test_a_random_seed_is_reported_and_repeats(pipe):
     np.testing.assert_array_equal(first.latents, again.latents)
 
 
-@pytest.mark.parametrize(("guidance", "rows"), [(1, 1), (1.0, 1), (7.5, 2), (0, 2)])
-def test_guidance_1_runs_the_unet_on_one_row(package, monkeypatch, guidance, rows):
+@pytest.mark.parametrize(("guidance", "rows"), [(1, 1), (1.0, 1), (7.5, 2), (0, 1), (0.5, 2)])
+def test_guidance_1_or_0_runs_the_unet_on_one_row(package, monkeypatch, guidance, rows):
     seen = []
     real = components.Session.run
 

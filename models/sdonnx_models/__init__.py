@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -32,17 +32,18 @@ class Recipe:
     """Width and height, pixels."""
     num_inference_steps: int
     guidance_scale: float
-    sampler: str
+    sampler: str | None = None
+    """None is what the checkpoint's scheduler config names."""
     package_gb: Mapping[str, float]
     """Size of the package for each precision, 10**9 bytes."""
-    memory_gb: Mapping[str, float]
-    """Peak memory of making a picture on a CPU for each precision, 2**30 bytes."""
+    memory_gb: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Peak memory of making a picture on a CPU for each precision, 2**30 bytes, where it was measured."""
 
     @property
     def defaults(self) -> dict[str, Any]:
         """What a package of it suggests, by fields of the manifest's ``defaults``."""
         names = ("size", "num_inference_steps", "guidance_scale", "sampler")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 def bundled() -> dict[str, Path]:

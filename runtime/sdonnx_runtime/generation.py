@@ -282,6 +282,7 @@ class Generation:
         sampler = str(self.request.sampler)
         model, *refiner = models
         if refiner:
+            self._run.components.release(f"{REFINER}unet")  # of the image before
             below = round(self._scheduler.num_train_timesteps * (1 - given(self.request.refiner_start)))
             model = handed_over(model, refiner[0], below, partial(self._run.components.release, "unet"))
         limit = None if sampler == "ddim" else limit_x0(self._scheduler, sampler)

@@ -12,7 +12,14 @@ from sdonnx_runtime.parsing import parse
 
 MANIFEST = "sdonnx.json"
 FORMAT = 1
-FAMILIES = ("sd1", "sd2", "sdxl", "sdxl-refiner")
+FAMILIES: Mapping[str, str] = {
+    "sd1": "Stable Diffusion 1",
+    "sd2": "Stable Diffusion 2",
+    "sdxl": "Stable Diffusion XL",
+    "sdxl-refiner": "Stable Diffusion XL's refiner",
+}
+"""What this version runs, by its name in manifests."""
+
 MAX_ENLARGE = 16
 
 KEPT = "kept"
@@ -90,7 +97,7 @@ BESIDE: Mapping[str, str] = {
     "picture": "the latents of the picture that is edited",
     "depth": "how near each place is, from -1 to 1",
 }
-"""What a U-Net may be given beside the latents of a picture."""
+"""What a U-Net may be given beside the latents."""
 
 
 def channels_beside(kind: str | None, channels: int) -> int:

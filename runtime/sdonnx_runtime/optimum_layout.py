@@ -79,7 +79,10 @@ def manifest_of_layout(root: Path, *, source: Source) -> Manifest:
             guidance_width=None if embedded is None else _value(unet, "time_cond_proj_dim", None, int),
             zero_negative=index.get("force_zeros_for_empty_prompt") is True,
         ),
-        text_encoders=tuple(_encoder(name, config, family) for name, config in encoders.items()),
+        text_encoders=tuple(
+            _encoder(name, config, penultimate=unet.get("addition_embed_type") is not None)
+            for name, config in encoders.items()
+        ),
         components={name: _component(root, name) for name in _COMPONENTS if (root / name).is_dir()},
         source=source,
     )
@@ -104,11 +107,10 @@ def _family(root: Path, index: Mapping[str, Any], unet: Mapping[str, Any], encod
     return "sd2" if encoders["text_encoder"].get("hidden_act") == "gelu" else "sd1"
 
 
-def _encoder(name: str, config: Mapping[str, Any], family: str) -> TextEncoder:
-    """SDXL reads the last layer but one, without the norm that ends the encoder; the others what is behind that."""
-    output = "last_hidden_state"
-    if family.startswith("sdxl"):
-        output = f"hidden_states.{_value(config, 'num_hidden_layers', 12, int) - 1}"
+def _encoder(name: str, config: Mapping[str, Any], *, penultimate: bool) -> TextEncoder:
+    """What is read of it: the last layer but one, as SDXL does, or what is behind the norm that ends the encoder."""
+    layers = _value(config, "num_hidden_layers", 12, int)
+    output = f"hidden_states.{layers - 1}" if penultimate else "last_hidden_state"
     return TextEncoder(
         component=name,
         tokenizer=name.replace("text_encoder", "tokenizer"),

@@ -8,10 +8,11 @@ from rich.table import Table
 from rich.text import Text
 from sdonnx_models import bundled, recipes
 from sdonnx_runtime.machine import cpu_name, instruction_set
+from sdonnx_runtime.manifest import FAMILIES
 
 import sdonnx
 from sdonnx.models import find_model
-from sdonnx.show import described_recipe, out, print_json, samplers_table, suggested
+from sdonnx.show import described_recipe, out, print_json, samplers_table, suggested, tasks
 
 
 def info(
@@ -28,7 +29,8 @@ def info(
     facts = Table.grid(padding=(0, 2))
     source = manifest.source
     facts.add_row("package", str(opened.root))
-    facts.add_row("family", manifest.family)
+    facts.add_row("family", FAMILIES[manifest.family])
+    facts.add_row("makes", tasks(manifest))
     facts.add_row("source", source.name if source.revision is None else f"{source.name} at {source.revision}")
     facts.add_row("exporter", source.exporter)
     facts.add_row("suggests", suggested(manifest.defaults))

@@ -17,6 +17,7 @@ from sdonnx.arguments import (
     parse_interval,
     parse_margins,
     parse_numbers,
+    parse_refiner,
     parse_size,
     parse_variation,
 )
@@ -57,7 +58,7 @@ def run(
         float | None,
         typer.Option(
             metavar="G",
-            help="How closely to follow the prompt; 1 is without, and twice as fast. Default: the model's own.",
+            help="How closely to follow the prompt; 1 or 0 is without, and twice as fast. Default: the model's own.",
         ),
     ] = None,
     seed: Annotated[
@@ -140,12 +141,35 @@ def run(
             rich_help_panel=_FROM_A_PICTURE,
         ),
     ] = None,
+    image_guidance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="G",
+            help="Of a model that edits pictures: how closely to keep to the picture. Default: 1.5.",
+            rich_help_panel=_FROM_A_PICTURE,
+        ),
+    ] = None,
+    depth: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Of a model that is given one: a depth map, brighter where it is nearer.",
+            rich_help_panel=_FROM_A_PICTURE,
+        ),
+    ] = None,
     batch_file: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
             help="Make one picture for each line instead: of a .txt a prompt, of a .jsonl an object with a request's "
             "fields, over what is asked for here.",
+        ),
+    ] = None,
+    refiner: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PACKAGE[:0.8]",
+            help="Let this package, such as SDXL's refiner, go on from that share of the noise levels.",
         ),
     ] = None,
     hires: Annotated[
@@ -261,6 +285,7 @@ def run(
         "token_downsampling": token_downsampling,
         "guidance_interval": parse_interval(guidance_interval),
     }
+    other, refined = parse_refiner(refiner)
     fields: dict[str, Any] = {
         "negative_prompt": negative,
         **parse_size(size),
@@ -283,6 +308,9 @@ def run(
         "mask_blur": mask_blur,
         "paste": paste,
         "padding_mask_crop": only_masked,
+        "image_guidance_scale": image_guidance,
+        "depth_image": None if depth is None else open_picture(depth),
+        **refined,
         **parse_hires(hires),
         "hires_upscaler": hires_upscaler,
         **(sdonnx.FAST if fast else {}),
@@ -293,7 +321,8 @@ def run(
     if (prompt is None) == (lines is None):
         raise sdonnx.RequestError("give a PROMPT, or a file of them with --batch-file")
     package = find_model(_bundled() if model is None else model)
-    with sdonnx.load(package, device=device, threads=threads, keep_loaded=lines is not None) as pipe:
+    kept = lines is not None
+    with sdonnx.load(package, device=device, threads=threads, keep_loaded=kept, refiner=other) as pipe:
         if preview is not None and pipe.package.manifest.latents.preview is None:
             raise sdonnx.PackageError("the package has no preview; run 'sdonnx export' again, or leave out --preview")
         outputs = Outputs(pictures=output, preview=preview, latents=save_latents, enlarge=enlarge)

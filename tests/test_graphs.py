@@ -252,7 +252,7 @@ UNKNOWN = {
         ("act_fn", "relu", "silu"),
         ("up_block_types", ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"], "UpDecoderBlock2D"),
         ("latents_mean", [0.0], "no such key"),
-        ("_class_name", "AutoencoderTiny", "AutoencoderKL"),
+        ("_class_name", "AutoencoderDC", "'AutoencoderKL' or 'AutoencoderTiny'"),
     ],
     "text_encoder": [
         ("hidden_act", "relu", "quick_gelu"),

@@ -87,7 +87,7 @@ class TappedOperators(Operators):
         self,
         x: ir.Value,
         weight: Parameter,
-        bias: Parameter,
+        bias: Parameter | None,
         *,
         stride: int = 1,
         pads: Sequence[int],
@@ -102,7 +102,7 @@ class TappedOperators(Operators):
         x = self.upsample(x, like) if enlarged else x
         y = self.Conv(x, weight, strides=[stride, stride], pads=list(pads))
         self._tap(f"{name}.output", y)
-        return self.Add(y, self.Unsqueeze(bias, [1, 2]))
+        return y if bias is None else self.Add(y, self.Unsqueeze(bias, [1, 2]))
 
     def _tap(self, name: str, x: ir.Value) -> None:
         ends = [self.Reshape(reduce(x, keepdims=0), [1]) for reduce in (self.ReduceMin, self.ReduceMax)]

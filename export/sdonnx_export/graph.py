@@ -12,7 +12,7 @@ from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import ExportError
 
 from sdonnx_export.clip import ClipTextEncoder
-from sdonnx_export.config import ClipTextConfig, UNetConfig, VaeConfig
+from sdonnx_export.config import ClipTextConfig, ConfigReader, UNetConfig, VaeConfig
 from sdonnx_export.operators import (
     CONTRIB,
     IR_VERSION,
@@ -26,6 +26,7 @@ from sdonnx_export.operators import (
 from sdonnx_export.parts import Checkpoint, Part, Weight
 from sdonnx_export.precision import Choice, precision_of
 from sdonnx_export.stages import name_edges
+from sdonnx_export.tiny_vae import TinyVaeConfig, TinyVaeDecoder, TinyVaeEncoder
 from sdonnx_export.unet import UNet
 from sdonnx_export.vae import VaeDecoder, VaeEncoder
 
@@ -53,7 +54,7 @@ class Component:
     module: Callable[..., tuple[Any, tuple[Port, ...]]]
     """Makes it of its config and of what may be chosen."""
     outputs: tuple[str, ...]
-    """Of its first outputs; what more there is is called ``hidden_states.0`` and so on."""
+    """Its first ones, of a module that names none; what more there is is called ``hidden_states.0`` and so on."""
 
 
 def _text_encoder(config: Mapping[str, Any], *, projected: bool = False) -> tuple[ClipTextEncoder, tuple[Port, ...]]:
@@ -75,16 +76,29 @@ def _unet(config: Mapping[str, Any], *, token_downsampling: bool = False) -> tup
     return UNet(parsed), tuple(Port(name=name, dtype=_FLOAT, shape=shape) for name, shape in ports.items())
 
 
-def _vae_decoder(config: Mapping[str, Any]) -> tuple[VaeDecoder, tuple[Port, ...]]:
-    parsed = VaeConfig.from_dict(config)
+VAES = {
+    "AutoencoderKL": (VaeConfig, VaeDecoder, VaeEncoder),
+    "AutoencoderTiny": (TinyVaeConfig, TinyVaeDecoder, TinyVaeEncoder),
+}
+"""Config, decoder and encoder of each of diffusers' classes."""
+
+
+def _vae(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    kind = ConfigReader("vae", config).one_of("_class_name", tuple(VAES), "AutoencoderKL")
+    parse, decoder, encoder = VAES[kind]
+    return parse.from_dict(config), decoder, encoder
+
+
+def _vae_decoder(config: Mapping[str, Any]) -> tuple[Module, tuple[Port, ...]]:
+    parsed, decoder, _ = _vae(config)
     shape = ("batch", parsed.latent_channels, "height", "width")
-    return VaeDecoder(parsed), (Port(name="latent_sample", dtype=_FLOAT, shape=shape),)
+    return decoder(parsed), (Port(name="latent_sample", dtype=_FLOAT, shape=shape),)
 
 
-def _vae_encoder(config: Mapping[str, Any]) -> tuple[VaeEncoder, tuple[Port, ...]]:
-    parsed = VaeConfig.from_dict(config)
+def _vae_encoder(config: Mapping[str, Any]) -> tuple[Module, tuple[Port, ...]]:
+    parsed, _, encoder = _vae(config)
     shape = ("batch", parsed.in_channels, "height", "width")
-    return VaeEncoder(parsed), (Port(name="sample", dtype=_FLOAT, shape=shape),)
+    return encoder(parsed), (Port(name="sample", dtype=_FLOAT, shape=shape),)
 
 
 COMPONENTS = {
@@ -163,8 +177,9 @@ def build(
     inputs = [op.builder.input(port.name, port.dtype, port.shape) for port in ports]
     results = module(op, *inputs)
     results = results if isinstance(results, tuple) else (results,)
-    more = (f"hidden_states.{index}" for index in range(len(results) - len(component.outputs)))
-    for value, output in zip(results, (*component.outputs, *more), strict=True):
+    first = getattr(module, "outputs", component.outputs)
+    more = (f"hidden_states.{index}" for index in range(len(results) - len(first)))
+    for value, output in zip(results, (*first, *more), strict=True):
         op.builder.add_output(value, output)
     name_edges(graph)
     _bind(graph, name, mine)

@@ -77,7 +77,7 @@ class Int8Operators(Operators):
         self,
         x: ir.Value,
         weight: Parameter,
-        bias: Parameter,
+        bias: Parameter | None,
         *,
         stride: int = 1,
         pads: Sequence[int],
@@ -100,7 +100,8 @@ class Int8Operators(Operators):
         how = {"strides": [stride, stride], "pads": list(pads), "channels_last": 1}
         y = self._contrib("QLinearConv", codes, *inputs, **how)
         y.shape = ir.Shape([None, None, None, sizes(weight)[0]])
-        return self.Add(self.DequantizeLinear(y, *given), bias)
+        wide = self.DequantizeLinear(y, *given)
+        return wide if bias is None else self.Add(wide, bias)
 
     def group_norm(self, x: ir.Value, weight: Parameter, bias: Parameter, *, groups: int, eps: float) -> ir.Value:
         """Group normalization (arXiv:1803.08494) of (N, H, W, C), from each channel's mean and mean square."""
@@ -156,7 +157,7 @@ class Int8Operators(Operators):
         size = self.Concat(self.Shape(x, end=1), self.Shape(like, start=1, end=3), self.Shape(x, start=3), axis=0)
         return self.Resize(x, None, None, size, **options)
 
-    def _pointwise(self, x: ir.Value, weight: Parameter, bias: Parameter) -> ir.Value:
+    def _pointwise(self, x: ir.Value, weight: Parameter, bias: Parameter | None) -> ir.Value:
         """A kernel of one place: a matrix over channels."""
         if x not in self._joined:
             return self._product(self._code(x), weight, bias)

@@ -31,10 +31,11 @@ class Conv2d(Module):
         *,
         stride: int = 1,
         pads: Sequence[int] | None = None,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.weight = Parameter([out_channels, in_channels, kernel, kernel])
-        self.bias = Parameter([out_channels])
+        self.bias = Parameter([out_channels]) if bias else None
         self._stride = stride
         self._pads = pads if pads is not None else [kernel // 2] * 4
 

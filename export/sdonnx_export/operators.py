@@ -131,7 +131,7 @@ class Operators(OpBuilder):
         self,
         x: ir.Value,
         weight: Parameter,
-        bias: Parameter,
+        bias: Parameter | None,
         *,
         stride: int = 1,
         pads: Sequence[int],
@@ -143,7 +143,8 @@ class Operators(OpBuilder):
         ``enlarged`` is of ``x`` enlarged by `upsample`.
         """
         x = self.upsample(x, like) if enlarged else x
-        return self.Conv(x, self.matrix(weight), bias, strides=[stride, stride], pads=list(pads))
+        added = [] if bias is None else [bias]
+        return self.Conv(x, self.matrix(weight), *added, strides=[stride, stride], pads=list(pads))
 
     def attention(self, q: ir.Value, k: ir.Value, v: ir.Value, heads: int, bias: Any = None) -> ir.Value:
         """Scaled dot-product attention over (N, S, heads * d); ``bias`` (1, 1, S, S) is added to the scores."""

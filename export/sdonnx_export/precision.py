@@ -25,16 +25,19 @@ _BY_NAME: Mapping[str, Precision] = {precision: precision for precision in PRECI
 PrecisionOf: TypeAlias = Callable[[str], Precision]
 """The precision of a layer by its weight's name."""
 
+_ENDS = r"(^|\.)(conv_in|conv_out|quant_conv|post_quant_conv)\.|^(encoder|decoder)\.layers\.\d+\.weight"
+"""What comes in and goes out; of a tiny autoencoder also what changes the size between its blocks."""
+
 _EXCEPTIONS: dict[Precision, tuple[tuple[str, Precision], ...]] = {
     "fp32": (),
     "fp16": (),
     "int8": (
-        (r"(^|\.)(conv_in|conv_out|quant_conv|post_quant_conv)\.", "fp32"),  # what comes in and goes out
+        (_ENDS, "fp32"),
         (r"time_emb|\.attn2\.to_[kv]\.|^text_model\.", "int8-weights"),  # few rows: the weights are the work
     ),
-    "int8-weights": ((r"(^|\.)(conv_in|conv_out|quant_conv|post_quant_conv)\.", "fp32"),),
+    "int8-weights": ((_ENDS, "fp32"),),
     "int4": (
-        (r"(^|\.)(conv_in|conv_out|quant_conv|post_quant_conv)\.", "fp32"),
+        (_ENDS, "fp32"),
         (r"time_emb|^text_model\.|^decoder\.|^encoder\.|conv_shortcut", "int8-weights"),
     ),
 }

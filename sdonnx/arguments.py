@@ -17,6 +17,11 @@ Threads: TypeAlias = Annotated[
     int | None, typer.Option(metavar="N", help="CPU threads. Default: one for each physical core.")
 ]
 
+Vae: TypeAlias = Annotated[
+    str | None,
+    typer.Option(metavar="PACKAGE", help="Encode and decode with this package's VAE, which may be a VAE alone."),
+]
+
 
 def parse_size(size: str | None) -> dict[str, int]:
     """The request's fields of "512x512".

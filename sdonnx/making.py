@@ -112,7 +112,9 @@ def _generate(pipe: sdonnx.Pipeline, request: sdonnx.Request, preview: Path | No
             save_latents(rescue, stream.latents, stream.latents_request, pipe.package.name)
         except sdonnx.SdonnxError as other:
             raise kind(f"{said}; what was sampled is lost too: {other}") from None
-        raise kind(f"{said}; what was sampled is kept: sdonnx decode {rescue} -m {pipe.package.root}") from None
+        places = [pipe.package.root, *set(pipe.package.elsewhere.values())]
+        chosen = " ".join(f"{option} {place}" for option, place in zip(("-m", "--vae"), places, strict=False))
+        raise kind(f"{said}; what was sampled is kept: sdonnx decode {rescue} {chosen}") from None
     return stream.result
 
 
@@ -126,7 +128,8 @@ def _follow(stream: sdonnx.Stream, preview: Path | None, downscale: int) -> None
             bar.update(task, description=what, total=total, completed=done, pace=pace)
             if preview is not None:
                 try:
-                    save_preview(preview, step.preview(), downscale)
+                    height, width = (cells * downscale for cells in step.latents.shape[2:])
+                    save_preview(preview, step.preview(), (width, height))
                 except sdonnx.SdonnxError as error:
                     logger.warning("going on without a preview: %s", error)
                     preview = None

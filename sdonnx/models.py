@@ -15,6 +15,8 @@ _HUB_FILES = ("*.json", "*.txt", "*.onnx", "*.onnx_data", "*.onnx.data")
 def load(
     model: str | Path,
     *,
+    vae: str | Path | None = None,
+    preview_vae: str | Path | None = None,
     device: str = "auto",
     threads: int | None = None,
     keep_loaded: bool = False,
@@ -25,6 +27,8 @@ def load(
 
     Args:
         model: a package's or an optimum export's directory, the name of a bundled model, or a Hub id of one.
+        vae: a package, of a VAE alone or whole, whose VAE encodes and decodes instead.
+        preview_vae: a package whose VAE (a tiny one, say) makes the pictures of `Progress.preview`, in full size.
         device: auto (the best there is), cuda, directml or cpu.
         threads: CPU threads; None is one for each physical core.
         keep_loaded: keeps components in memory, for many pictures in a row.
@@ -32,11 +36,14 @@ def load(
         refiner: another package, named as ``model`` is, whose U-Net takes the last steps, such as SDXL's refiner.
 
     Raises:
-        PackageError: there is no such package, it is damaged, or the refiner doesn't go with it.
+        PackageError: there is no such package, it is damaged, a VAE has other latents than it, or the refiner doesn't
+            go with it.
         RequestError: ``threads`` is out of its range.
     """
+    package = Package.open(find_model(model))
     return Pipeline(
-        Package.open(find_model(model)),
+        package if vae is None else package.with_vae(Package.open(find_model(vae))),
+        preview_vae=None if preview_vae is None else Package.open(find_model(preview_vae)),
         device=device,
         threads=threads,
         keep_loaded=keep_loaded,

@@ -1,13 +1,20 @@
 """Tiny autoencoders, and any VAE as a package of its own, beside diffusers."""
 
+import shutil
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from families import tiny_vae
+from diffusers import EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from drawings import photograph
+from families import scheduler, sd1, tiny_vae, vae
+from huggingface_hub.utils import filter_repo_objects
 from sdonnx_export.calibration import TappedOperators
+from sdonnx_export.checkpoint import open_vae_alone
 from sdonnx_export.codes import Range
+from sdonnx_export.export import export
 from sdonnx_export.graph import build
 from sdonnx_export.int8 import Int8Operators
 from sdonnx_export.operators import Operators
@@ -15,6 +22,8 @@ from sdonnx_export.parts import Part
 from sdonnx_export.precision import PRECISIONS
 from sdonnx_runtime.errors import ExportError
 from test_graphs import part_of, run
+
+import sdonnx
 
 RNG = np.random.default_rng(0)
 CHANNELS_LAST = partial(lambda graph, weights, _precisions: Int8Operators(graph, weights, lambda _name: "fp32"))
@@ -88,3 +97,190 @@ def test_a_config_value_without_a_graph_is_named(key, value, works):
     whole = part_of(tiny_vae())
     with pytest.raises(ExportError, match=f"'{key}'.*{works}"):
         build("vae_decoder", Part(config={**whole.config, key: value}, weights=whole.weights), "fp32")
+
+
+SCALE = 0.4
+"""Of a VAE that is given at run time; not the checkpoints'."""
+PROMPT, SEED, STEPS = "a photograph of an astronaut riding a horse", 11, 4
+ASKED = {"width": 64, "height": 64, "num_inference_steps": STEPS, "guidance_scale": 5.0}
+
+
+def saved(pipe, directory):
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A checkpoint that is published with a tiny VAE, as SDXS is, and its package."""
+    directory = tmp_path_factory.mktemp("tiny")
+    pipe = sd1(vae=tiny_vae(scaling_factor=0.7), scheduler=scheduler(EulerDiscreteScheduler))
+    return pipe, export(saved(pipe, directory / "checkpoint"), directory / "package")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("whole")
+    pipe = sd1(scheduler=scheduler(EulerDiscreteScheduler))
+    return pipe, export(saved(pipe, directory / "checkpoint"), directory / "package")
+
+
+@pytest.fixture(scope="module", params=["AutoencoderTiny", "AutoencoderKL"])
+def alone(request, tmp_path_factory):
+    """A VAE and the package of it alone."""
+    directory = tmp_path_factory.mktemp("alone")
+    made = {"AutoencoderTiny": tiny_vae, "AutoencoderKL": vae}[request.param](scaling_factor=SCALE)
+    made.save_pretrained(directory / "vae")
+    return made, export(None, directory / "package", vae=str(directory / "vae"))
+
+
+def psnr(found, wanted):
+    error = np.square(np.asarray(found, float) - np.asarray(wanted, float)).mean()
+    return 10 * np.log10(255**2 / max(error, 1e-9))
+
+
+def theirs(pipe, vae=None, image=None):
+    """Latents and picture of diffusers, with another VAE where one is given."""
+    parts = {**pipe.components, **({} if vae is None else {"vae": vae})}
+    kind = StableDiffusionPipeline if image is None else StableDiffusionImg2ImgPipeline
+    other = kind(**parts, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    fields = dict(ASKED) if image is None else {"image": image, "strength": 0.6, "num_inference_steps": STEPS}
+    made = [
+        other(
+            PROMPT,
+            **{**fields, "guidance_scale": 5.0},
+            generator=torch.Generator("cpu").manual_seed(SEED),
+            output_type=kind,
+        ).images
+        for kind in ("latent", "pil")
+    ]
+    return made[0].numpy(), made[1][0]
+
+
+def assert_equals_diffusers(pipeline, pipe, vae=None):
+    for image in (None, photograph()):
+        latents, picture = theirs(pipe, vae, image)
+        fields = {} if image is None else {"image": image, "strength": 0.6}
+        result = pipeline.generate(PROMPT, seed=SEED, **ASKED, **fields)
+        assert np.abs(result.latents - latents).max() < 1e-3
+        assert psnr(result.images[0], picture) >= 50
+        assert np.asarray(picture, float).std() > 5, "a flat picture would equal anything flat"
+
+
+def test_a_checkpoint_with_a_tiny_vae_makes_the_pictures_of_diffusers(tiny):
+    pipe, package = tiny
+    with sdonnx.load(package) as pipeline:
+        assert_equals_diffusers(pipeline, pipe)
+
+
+def test_a_checkpoint_is_exported_with_a_tiny_vae_instead(whole, tmp_path):
+    pipe, package = whole
+    other = tiny_vae(scaling_factor=SCALE)
+    other.save_pretrained(tmp_path / "vae")
+    exported = export(str(package.parent / "checkpoint"), tmp_path / "package", vae=str(tmp_path / "vae"))
+    with sdonnx.load(exported) as pipeline:
+        assert_equals_diffusers(pipeline, pipe, other)
+
+
+def test_a_vae_package_at_run_time_equals_diffusers_with_that_vae(whole, alone):
+    pipe, package = whole
+    vae, vae_package = alone
+    with sdonnx.load(package, vae=vae_package) as pipeline:
+        assert_equals_diffusers(pipeline, pipe, vae)
+
+
+def test_the_vae_of_a_whole_package_at_run_time(whole, tiny):
+    with sdonnx.load(whole[1], vae=tiny[1]) as pipeline:
+        assert_equals_diffusers(pipeline, whole[0], tiny[0].vae)
+
+
+def test_a_preview_is_what_the_vae_makes_of_the_steps_guess(whole, alone):
+    _, package = whole
+    vae, vae_package = alone
+    with sdonnx.load(package, preview_vae=vae_package) as pipeline, sdonnx.load(package) as plain:
+        stream = pipeline.stream(PROMPT, seed=SEED, **ASKED)
+        for step in stream:
+            with torch.no_grad():
+                wanted = vae.decode(torch.from_numpy(step.denoised) / SCALE).sample
+            (picture,) = VaeImageProcessor().postprocess(wanted, output_type="pil")
+            assert psnr(step.preview(), picture) >= 50
+        assert stream.result.images == plain.generate(PROMPT, seed=SEED, **ASKED).images
+
+
+def test_the_linear_preview_is_fitted_to_the_tiny_vae(tiny, alone):
+    for package in (tiny[1], alone[1]):
+        latents = sdonnx.Package.open(package).manifest.latents
+        assert latents.preview is not None
+        assert (latents.channels, latents.downscale) == (4, 8)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int8-weights", "int4"])
+def test_a_vae_package_in_fewer_bits_is_near(precision, alone, whole, tmp_path):
+    vae, package = alone
+    narrow = export(None, tmp_path / "narrow", vae=str(package.parent / "vae"), precision=precision)
+    manifest = sdonnx.Package.open(narrow).manifest
+    assert {component.precision for component in manifest.components.values()} == {precision}
+    latents = RNG.standard_normal((1, 4, 8, 8), np.float32)
+    with torch.no_grad():
+        wanted = vae.decode(torch.from_numpy(latents) / SCALE).sample
+    (picture,) = VaeImageProcessor().postprocess(wanted, output_type="pil")
+    with sdonnx.load(whole[1], vae=narrow) as pipeline:
+        assert 15 < psnr(pipeline.decode(latents)[0], picture) < 90
+
+
+def test_a_package_is_a_vae_to_export_from(alone, tiny, tmp_path):
+    _, package = alone
+    again = export(None, tmp_path / "again", vae=str(package))
+    mine, other = (sdonnx.Package.open(root).manifest for root in (package, again))
+    assert mine.components == other.components
+    assert mine.latents == other.latents
+    of_whole = sdonnx.Package.open(export(None, tmp_path / "of-whole", vae=str(tiny[1]))).manifest
+    whole = sdonnx.Package.open(tiny[1]).manifest
+    assert of_whole.components == {name: whole.components[name] for name in ("vae_decoder", "vae_encoder")}
+
+
+def test_a_vae_on_the_hub_is_fetched_with_its_weights(alone, tmp_path, monkeypatch):
+    """A VAE's repository has its files at the root, unlike a pipeline's."""
+    _, package = alone
+
+    def download(name, *, revision, allow_patterns):
+        assert (name, revision) == ("org/vae", "v2")
+        names = [path.name for path in (package.parent / "vae").iterdir()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            shutil.copy(package.parent / "vae" / name, tmp_path)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    checkpoint = open_vae_alone("org/vae", revision="v2")
+    assert checkpoint.source == "org/vae"
+    assert len(checkpoint.parts["vae"].weights) == len(alone[0].state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"), [({"latent_channels": 16}, "16 channels and 8"), ({"levels": 3}, "4 channels and 4")]
+)
+def test_a_vae_of_other_latents_is_refused(changes, found, whole, tmp_path):
+    levels = changes.pop("levels", 4)
+    changes |= {f"{half}_block_out_channels": (16,) * levels for half in ("encoder", "decoder")}
+    changes |= {f"num_{half}_blocks": (1,) * levels for half in ("encoder", "decoder")}
+    tiny_vae(**changes).save_pretrained(tmp_path / "vae")
+    other = export(None, tmp_path / "package", vae=str(tmp_path / "vae"))
+    for role in ("vae", "preview_vae"):
+        with pytest.raises(sdonnx.PackageError, match=f"{found} pixels a cell.*have 4 and 8"):
+            sdonnx.load(whole[1], **{role: other})
+
+
+def test_a_vae_alone_says_what_it_is_for(alone, tmp_path):
+    _, package = alone
+    with pytest.raises(sdonnx.PackageError, match="is a VAE alone; give a whole package"):
+        sdonnx.load(package)
+    for source in (package, package.parent / "vae"):
+        with pytest.raises(ExportError, match="is a VAE alone; give it with --vae"):
+            export(str(source), tmp_path / "wrong")
+    with pytest.raises(sdonnx.RequestError, match="nothing to export; give SRC"):
+        export(None, tmp_path / "wrong")
+    with pytest.raises(sdonnx.RequestError, match="no prompts to be calibrated on"):
+        export(None, tmp_path / "wrong", vae=str(package), precision="int8", calibration="prompts.txt")
+    assert not (tmp_path / "wrong").exists()

@@ -21,12 +21,14 @@ from sdonnx_runtime.pictures import to_values
 from sdonnx_runtime.pipeline import Pipeline
 from sdonnx_runtime.scheduler_config import SchedulerConfig
 from sdonnx_runtime.session import Session
+from sdonnx_runtime.starts import encoded
 
 from sdonnx_export.codes import Range
 from sdonnx_export.graph import COMPONENTS, build
 from sdonnx_export.operators import Operators, sizes
 from sdonnx_export.parts import Checkpoint, Weight
 from sdonnx_export.precision import Choice, PrecisionOf
+from sdonnx_export.preview import colour_fields
 from sdonnx_export.writing import Report, manifest_of, write_components
 
 Seen: TypeAlias = Mapping[str, Mapping[str, Range]]
@@ -34,6 +36,7 @@ Seen: TypeAlias = Mapping[str, Mapping[str, Range]]
 
 _PROMPTS = Path(__file__).parent / "data" / "calibration_prompts.txt"
 _STEPS = 8
+_GRAINS, _PIXELS = (4, 16, 64), 256
 _TAP, _GIVEN = "range:", "given:"
 
 
@@ -137,10 +140,13 @@ def observe(
         _write_tapped(checkpoint, precision, work / "package", defaults, report)
         mark.write_text(stamp, encoding="utf-8")
     package = Package.open(work / "package")
-    pipeline, scheduler = Pipeline(package, device="cpu"), SchedulerConfig.from_dict(package.manifest.scheduler)
     components = Components(package, lambda path: Session(path, device="cpu"), keep_loaded=False)
     runs = calibration.runs()
     observer = _Observer(components, work / "seen", sum(runs), report)
+    if package.is_vae_alone:
+        _show_pictures(observer, package)
+        return observer.seen()
+    pipeline, scheduler = Pipeline(package, device="cpu"), SchedulerConfig.from_dict(package.manifest.scheduler)
     for number, (prompt, count) in enumerate(zip(calibration.prompts, runs, strict=True)):
         request = pipeline.check(prompt, num_inference_steps=count, seed=number)
         generation = Generation(package, observer, scheduler, request)
@@ -150,6 +156,14 @@ def observe(
             observer("vae_encoder", {"sample": to_values(generation.result.images[0])})
             observer.components.release("vae_encoder")
     return observer.seen()
+
+
+def _show_pictures(observer: Runner, package: Package) -> None:
+    """Has a VAE alone encode and decode random colours, from smooth to grainy."""
+    for places in _GRAINS:
+        for picture in colour_fields(_PIXELS, places)[:2]:
+            moments = encoded(observer, picture)
+            observer("vae_decoder", {"latent_sample": moments[:, : package.manifest.latents.channels]})
 
 
 def given_to(component: str, work: Path) -> list[dict[str, AnyArray]]:

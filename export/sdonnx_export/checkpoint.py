@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from sdonnx_runtime.errors import ExportError
 from sdonnx_runtime.manifest import MANIFEST
 from sdonnx_runtime.optimum_layout import PIPELINES
 
+from sdonnx_export.graph import VAES
 from sdonnx_export.ldm import split_checkpoint, split_vae
 from sdonnx_export.parts import Checkpoint, Part, Weight, current_name, is_needed, open_file
 from sdonnx_export.repackage import open_package
@@ -28,14 +29,15 @@ _HUB_WEIGHTS = (
     (
         "*/model.safetensors",
         "*/diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model.safetensors",
         "*.safetensors.index.json",
         "*-of-*.safetensors",
     ),
-    ("*/*.fp16.safetensors", "*.safetensors.index.fp16.json"),
+    ("*/*.fp16.safetensors", "diffusion_pytorch_model.fp16.safetensors", "*.safetensors.index.fp16.json"),
     ("*/*.safetensors",),
-    ("*/pytorch_model.bin", "*/diffusion_pytorch_model.bin"),
+    ("*/pytorch_model.bin", "*/diffusion_pytorch_model.bin", "diffusion_pytorch_model.bin"),
 )
-"""What is fetched of a repository: the first of these that it has."""
+"""What is fetched of a repository: the first of these that it has; a VAE's own has no directories."""
 
 
 def open_checkpoint(source: str, *, revision: str | None = None) -> Checkpoint:
@@ -49,14 +51,17 @@ def open_checkpoint(source: str, *, revision: str | None = None) -> Checkpoint:
     if path.is_file():
         return split_checkpoint(path, open_file(path))
     if (path / MANIFEST).is_file():
-        return open_package(path)
+        checkpoint = open_package(path)
+        if "unet" not in checkpoint.parts:
+            raise _vae_alone(source)
+        return checkpoint
     if path.is_dir():
         return _from_directory(path, path.resolve().name, None)
-    return _from_directory(_from_hub(source, revision, tuple(PARTS)), source, revision)
+    return _from_directory(_from_hub(source, revision, _directories), source, revision)
 
 
-def open_vae(source: str) -> Part:
-    """Opens a VAE: its diffusers directory, a pipeline's, a Hub id of either, or a file in LDM layout.
+def open_vae(source: str, *, revision: str | None = None) -> Part:
+    """Opens a VAE: its diffusers directory, a pipeline's, a Hub id of either, a file in LDM layout, or a package.
 
     Raises:
         ExportError: as `open_checkpoint`.
@@ -64,11 +69,45 @@ def open_vae(source: str) -> Part:
     path = Path(source)
     if path.is_file():
         return split_vae(path, open_file(path))
-    root = path if path.is_dir() else _from_hub(source, None, ("vae", "."))
-    return _part(root / "vae" if (root / "vae").is_dir() else root, "vae")
+    if (path / MANIFEST).is_file():
+        return open_package(path).parts["vae"]
+    root = path if path.is_dir() else _from_hub(source, revision, lambda root: {"vae": _vae_in(root)})
+    return _part(_vae_in(root), "vae")
+
+
+def open_vae_alone(source: str, *, revision: str | None = None) -> Checkpoint:
+    """What `open_vae` opens, as a checkpoint that has nothing else.
+
+    Raises:
+        ExportError: as `open_checkpoint`.
+    """
+    path = Path(source)
+    return Checkpoint(
+        source=path.resolve().name if path.exists() else source,
+        revision=revision,
+        parts={"vae": open_vae(source, revision=revision)},
+        scheduler={},
+        tokenizers={},
+        settings={},
+    )
+
+
+def _directories(root: Path) -> dict[str, Path]:
+    return {part: root / part for part in PARTS if (root / part).is_dir()}
+
+
+def _vae_in(root: Path) -> Path:
+    return root / "vae" if (root / "vae").is_dir() else root
+
+
+def _vae_alone(name: str) -> ExportError:
+    return ExportError(f"{name} is a VAE alone; give it with --vae, beside a checkpoint or for a package of its own")
 
 
 def _from_directory(root: Path, name: str, revision: str | None) -> Checkpoint:
+    config = root / "config.json"
+    if config.is_file() and _json(config, "download the checkpoint again").get("_class_name") in VAES:
+        raise _vae_alone(name)
     index = _json(root / "model_index.json", "expected a diffusers directory, a Hub id or a single file")
     pipeline = index.get("_class_name")
     if pipeline not in PIPELINES:
@@ -157,8 +196,8 @@ def _json(path: Path, remedy: str) -> dict[str, Any]:
     return found
 
 
-def _from_hub(source: str, revision: str | None, parts: Sequence[str]) -> Path:
-    """Downloads what is needed of a repository, or takes it from the Hub's cache."""
+def _from_hub(source: str, revision: str | None, parts: Callable[[Path], Mapping[str, Path]]) -> Path:
+    """Downloads what is needed of a repository, or takes it from the Hub's cache; ``parts`` finds their directories."""
     if not _HUB_ID.fullmatch(source):
         raise ExportError(f"'{source}' does not exist: expected a directory, a file or a Hub id such as org/name")
     from huggingface_hub import snapshot_download
@@ -172,9 +211,8 @@ def _from_hub(source: str, revision: str | None, parts: Sequence[str]) -> Path:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ExportError(f"'{source}' is no path here, and the Hub did not give it: {reason}") from None
         try:
-            for part in parts:
-                if part in PARTS and (root / part).is_dir():
-                    weight_files(root / part, part)
+            for part, directory in parts(root).items():
+                weight_files(directory, part)
         except ExportError as error:
             missing = error
             continue

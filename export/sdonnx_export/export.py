@@ -12,11 +12,12 @@ from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
-from sdonnx_runtime.errors import ExportError, SdonnxError
+from sdonnx_runtime.errors import ExportError, RequestError, SdonnxError
 from sdonnx_runtime.manifest import Manifest, Source, write_manifest
+from sdonnx_runtime.request import given
 
 from sdonnx_export.calibration import Calibration, Seen, observe
-from sdonnx_export.checkpoint import open_checkpoint, open_vae
+from sdonnx_export.checkpoint import open_checkpoint, open_vae, open_vae_alone
 from sdonnx_export.config import UNetConfig
 from sdonnx_export.graph import COMPONENTS, build, components_of, layers
 from sdonnx_export.int8 import Int8Operators
@@ -34,7 +35,7 @@ _NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
 
 
 def export(
-    source: str,
+    source: str | None,
     output: Path | None = None,
     *,
     precision: str | Mix = "fp32",
@@ -50,26 +51,31 @@ def export(
 
     Args:
         source: a diffusers directory, a Hub id, a single ``.safetensors`` or ``.ckpt`` file, or a package of fp32 or
-            fp16.
+            fp16; None makes a package of ``vae`` alone.
         output: the package's directory; None is the source's name with ``-onnx`` in the working directory.
         precision: fp32; fp16, int8-weights or int4 for smaller weights (the arithmetic stays float32); int8 computes
             in 8 bits; mixed:FILE, or a `Mix`, chooses for each layer.
-        vae: where to take the VAE from instead of ``source``.
-        revision: branch, tag or commit of a Hub id.
+        vae: where to take the VAE from instead of ``source``; also a VAE's own directory, Hub id or package.
+        revision: branch, tag or commit of the source's Hub id, or the VAE's where it is alone.
         via: ``native`` (written graphs, no torch) or ``optimum`` (traced by optimum-onnx).
         calibration: what int8 takes its ranges from: full or fast (a trajectory for each of the prompts that come
             with sdonnx, or for the first of them), none (ranges are found while running, and fewer layers are int8),
-            or a file of prompts, one to a line.
+            or a file of prompts, one to a line. A VAE alone has no prompts: full and fast are random colours.
         defaults: fields of `Defaults` that suit the model and that its configs don't say.
         force: replaces ``output`` if it exists.
         report: told of the progress.
 
     Raises:
-        RequestError: the precision is unknown.
+        RequestError: the precision is unknown, or there is neither a source nor a VAE.
         ExportError: the source or the mix can't be read or honoured, or the output can't be written.
     """
     chosen = named(precision) if isinstance(precision, str) else precision
-    output = output if output is not None else Path(f"{Path(source.rstrip('/')).stem}-onnx")
+    name = vae if source is None else source
+    if name is None:
+        raise RequestError("there is nothing to export; give SRC, or --vae SRC alone for a package of a VAE")
+    if source is None and calibration not in ("full", "fast", "none"):
+        raise RequestError("a VAE alone has no prompts to be calibrated on; leave out --calibration, or give none")
+    output = output if output is not None else Path(f"{Path(name.rstrip('/')).stem}-onnx")
     with _finished_at(output, replacing=force) as directory:
         if via == "native":
             checkpoint = opened(source, vae, revision, report)
@@ -94,9 +100,11 @@ def export(
     return output
 
 
-def opened(source: str, vae: str | None, revision: str | None, report: Report) -> Checkpoint:
-    """A checkpoint, with another VAE where one is named; arguments and errors are those of `export`."""
+def opened(source: str | None, vae: str | None, revision: str | None, report: Report) -> Checkpoint:
+    """A checkpoint, with another VAE where one is named, or that alone; arguments and errors are those of `export`."""
     report("reading the checkpoint", 0.0)
+    if source is None:
+        return open_vae_alone(given(vae), revision=revision)
     checkpoint = open_checkpoint(source, revision=revision)
     if vae is None:
         return checkpoint
@@ -167,11 +175,11 @@ def _kept_at(output: Path) -> Path:
 
 
 def _export_optimum(
-    source: str, directory: Path, precision: Choice, vae: str | None, revision: str | None, report: Report
+    source: str | None, directory: Path, precision: Choice, vae: str | None, revision: str | None, report: Report
 ) -> Manifest:
     from sdonnx_export.torch_bridge import export_with_optimum
 
-    if precision != "fp32" or vae is not None:
+    if source is None or precision != "fp32" or vae is not None:
         raise ExportError("--via optimum writes fp32 and the checkpoint's own VAE; leave out --precision and --vae")
     report("tracing with optimum", 0.0)
     export_with_optimum(source, directory, revision)

@@ -43,7 +43,9 @@ class Checkpoint:
     """Hub id, or the name (without the path) of a file or directory."""
     revision: str | None
     parts: Mapping[str, Part]
-    """``unet``, ``vae``, ``text_encoder`` and, in SDXL, ``text_encoder_2``; the refiner has the second alone."""
+    """``unet``, ``vae``, ``text_encoder`` and, in SDXL, ``text_encoder_2``; the refiner has the second alone.
+
+    Of a VAE alone ``vae``, and what follows is empty."""
     scheduler: Mapping[str, Any]
     """scheduler_config.json as published."""
     tokenizers: Mapping[str, Path | str]
@@ -118,5 +120,5 @@ _RENAMED = {
     r"(mid_block\.attentions\.\d+)\.key\.": r"\1.to_k.",
     r"(mid_block\.attentions\.\d+)\.value\.": r"\1.to_v.",
     r"(mid_block\.attentions\.\d+)\.proj_attn\.": r"\1.to_out.0.",
-    r"^(embeddings|encoder\.layers|final_layer_norm)\.": r"text_model.\1.",
+    r"^(embeddings\.|encoder\.layers\.\d+\.(?:self_attn|mlp|layer_norm)|final_layer_norm\.)": r"text_model.\1",
 }

@@ -34,10 +34,10 @@ def fit_preview(directory: Path, manifest: Manifest) -> tuple[tuple[float, ...],
     return tuple(tuple(round(float(weight), 5) for weight in row) for row in solution)
 
 
-def colour_fields(pixels: int) -> list[Image.Image]:
-    """Square pictures, always the same ones: random colours at 4x4 places, smooth between them."""
-    places = np.random.RandomState(0).randint(0, 256, (_PICTURES, 4, 4, 3)).astype(np.uint8)
-    return [Image.fromarray(each).resize((pixels, pixels), Image.Resampling.BICUBIC) for each in places]
+def colour_fields(pixels: int, places: int = 4) -> list[Image.Image]:
+    """Square pictures, always the same ones: random colours at so many places a side, smooth between them."""
+    colours = np.random.RandomState(0).randint(0, 256, (_PICTURES, places, places, 3)).astype(np.uint8)
+    return [Image.fromarray(each).resize((pixels, pixels), Image.Resampling.BICUBIC) for each in colours]
 
 
 def _cells(images: Array) -> Array:

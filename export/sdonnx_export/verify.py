@@ -42,11 +42,12 @@ def verify(directory: Path, manifest: Manifest, report: Callable[[str, float], N
             _expect(f"{component} ({variant})", _first(outputs), _first(next(iter(found.values()))).shape)
         return found["plain"]
 
-    encoded = {encoder.component: run(encoder.component) for encoder in manifest.text_encoders}
-    request = Request(prompt="", width=pixels, height=pixels, guidance_scale=1)
-    feeds.update(condition(manifest, request, lambda encoder, _text: encoded[encoder.component]))
-    feeds["sample"] = np.concatenate([latents, beside], axis=1)
-    _expect("unet", _first(run("unet")), latents.shape)
+    if "unet" in manifest.components:
+        encoded = {encoder.component: run(encoder.component) for encoder in manifest.text_encoders}
+        request = Request(prompt="", width=pixels, height=pixels, guidance_scale=1)
+        feeds.update(condition(manifest, request, lambda encoder, _text: encoded[encoder.component]))
+        feeds["sample"] = np.concatenate([latents, beside], axis=1)
+        _expect("unet", _first(run("unet")), latents.shape)
     _expect("vae_decoder", _first(run("vae_decoder")), picture.shape)
     feeds["sample"] = picture
     if "vae_encoder" in manifest.components:

@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 from sdonnx_runtime.manifest import Component, File, Manifest, Source, finite
-from sdonnx_runtime.optimum_layout import manifest_of_layout
+from sdonnx_runtime.optimum_layout import manifest_of_layout, manifest_of_vae
 
 from sdonnx_export.clip_vocabulary import write_clip_tokenizer
 from sdonnx_export.graph import components_of
@@ -50,7 +50,8 @@ def manifest_of(directory: Path, files: Mapping[str, dict[str, File]], precision
         name: Component(graphs=_graphs_among(listed), files=listed, precision=label(precision, name))
         for name, listed in files.items()
     }
-    return replace(manifest_of_layout(directory, source=source), components=components)
+    infer = manifest_of_layout if "unet" in components else manifest_of_vae
+    return replace(infer(directory, source=source), components=components)
 
 
 def _graphs_among(files: Mapping[str, File]) -> dict[str, str]:
@@ -62,6 +63,8 @@ def _write_configs(directory: Path, checkpoint: Checkpoint) -> None:
     """The small files of optimum's layout, without the names and paths that configs collect."""
     for name, component in components_of(checkpoint).items():
         _write_json(directory / name / "config.json", checkpoint.parts[component.part].config)
+    if "unet" not in checkpoint.parts:
+        return
     _write_json(directory / "scheduler" / "scheduler_config.json", checkpoint.scheduler)
     _write_json(directory / "model_index.json", _model_index(checkpoint))
     for name, tokenizer in checkpoint.tokenizers.items():

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -51,13 +51,20 @@ class Progress:
     """(1, C, h, w): what the model takes the clean latents to be."""
     projection: Array | None = field(default=None, repr=False)
     """(C + 1, 3): the package's `Latents.preview`."""
+    decoder: Callable[[Array], Image.Image] | None = field(default=None, repr=False)
+    """Makes a picture of ``denoised`` with the pipeline's ``preview_vae``."""
 
     def preview(self) -> Image.Image:
-        """A cheap guess at the picture, without the VAE: RGB, one pixel for each latent cell.
+        """What the picture is becoming, RGB: a cheap guess, one pixel for each latent cell, without the VAE.
+
+        With a ``preview_vae`` it is that VAE's picture of ``denoised``, in full size.
 
         Raises:
-            PackageError: the package has no projection for it.
+            PackageError: the package has no projection for it; or as `Pipeline.decode` does.
+            DeviceError: as `Pipeline.decode` does.
         """
+        if self.decoder is not None:
+            return self.decoder(self.denoised)
         if self.projection is None:
             raise PackageError("the package has no preview; run 'sdonnx export' again to have one")
         cells = np.moveaxis(self.denoised, 1, 3)  # (1, h, w, C)

@@ -114,18 +114,18 @@ def save_png(result: Result, index: int, path: Path, *, enlarge: int = 1) -> Non
         image.save(stream, format="PNG", pnginfo=info)
 
 
-def save_preview(path: Path, preview: Image.Image, downscale: int) -> None:
+def save_preview(path: Path, preview: Image.Image, size: tuple[int, int]) -> None:
     """Writes what `Progress.preview` gave, in the size that is worked in; whole or not at all.
 
     Args:
         path: the file, a .png.
-        preview: one pixel for each latent cell.
-        downscale: the package's pixels for each latent cell.
+        preview: in that size, or one pixel for each latent cell.
+        size: width and height, pixels.
 
     Raises:
         SdonnxError: the place can't be written to.
     """
-    shown = preview.resize((preview.width * downscale, preview.height * downscale))
+    shown = preview.resize(size)
     with replacing(path) as stream:
         shown.save(stream, format="PNG")
 

@@ -12,11 +12,13 @@ from sdonnx_runtime.parsing import parse
 
 MANIFEST = "sdonnx.json"
 FORMAT = 1
+VAE_ALONE = "vae"
 FAMILIES: Mapping[str, str] = {
     "sd1": "Stable Diffusion 1",
     "sd2": "Stable Diffusion 2",
     "sdxl": "Stable Diffusion XL",
     "sdxl-refiner": "Stable Diffusion XL's refiner",
+    VAE_ALONE: "a VAE alone",
 }
 """What this version runs, by its name in manifests."""
 
@@ -136,6 +138,7 @@ class Manifest:
 
     format: int = FORMAT
     family: str
+    """One of FAMILIES; VAE_ALONE has no U-Net, text encoders and scheduler, and its defaults mean nothing."""
     target: str
     """What the graphs were written for: any device of DEVICES (``generic``)."""
     defaults: Defaults

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.manifest import (
     BESIDE,
+    VAE_ALONE,
     Component,
     Conditions,
     Defaults,
@@ -83,6 +84,25 @@ def manifest_of_layout(root: Path, *, source: Source) -> Manifest:
             _encoder(name, config, penultimate=unet.get("addition_embed_type") is not None)
             for name, config in encoders.items()
         ),
+        components={name: _component(root, name) for name in _COMPONENTS if (root / name).is_dir()},
+        source=source,
+    )
+
+
+def manifest_of_vae(root: Path, *, source: Source) -> Manifest:
+    """The manifest of a VAE alone, in the layout of a package without the rest.
+
+    Raises:
+        PackageError: its config lacks something.
+    """
+    latents = _latents(root)
+    return Manifest(
+        family=VAE_ALONE,
+        target="generic",
+        defaults=Defaults(size=64 * latents.downscale),
+        scheduler={},
+        latents=latents,
+        text_encoders=(),
         components={name: _component(root, name) for name in _COMPONENTS if (root / name).is_dir()},
         source=source,
     )

@@ -1,11 +1,15 @@
 """The package on disk: opening one, ours or an optimum export, and checking that it is whole."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from sdonnx_runtime.errors import PackageError
-from sdonnx_runtime.manifest import MANIFEST, Manifest, read_manifest
+from sdonnx_runtime.manifest import MANIFEST, VAE_ALONE, Manifest, read_manifest
 from sdonnx_runtime.optimum_layout import infer_manifest
+
+VAE = ("vae_decoder", "vae_encoder")
+"""The components that `Package.with_vae` exchanges."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,11 +20,18 @@ class Package:
     manifest: Manifest
     foreign: bool = False
     """Whether the manifest was inferred from an optimum export."""
+    elsewhere: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    """The packages' directories that components are taken from instead of ``root``, by component."""
 
     @property
     def name(self) -> str:
         """What the checkpoint was called that it was made of."""
         return self.manifest.source.name
+
+    @property
+    def is_vae_alone(self) -> bool:
+        """Whether it makes no pictures of its own, but decodes and encodes those of other packages."""
+        return self.manifest.family == VAE_ALONE
 
     @property
     def precision(self) -> str:
@@ -36,7 +47,28 @@ class Package:
         found = self.manifest.components.get(component)
         if found is None or variant not in found.graphs:
             raise PackageError(f"{self.root} has no {component} ({variant}); run 'sdonnx export' again")
-        return self.root / found.graphs[variant]
+        return self.elsewhere.get(component, self.root) / found.graphs[variant]
+
+    def with_vae(self, other: "Package") -> "Package":
+        """This package with the VAE of another one, which may be a VAE alone: its graphs, its scaling and its shift.
+
+        Raises:
+            PackageError: it has other latents.
+        """
+        mine, its = self.manifest.latents, other.manifest.latents
+        if (mine.channels, mine.downscale) != (its.channels, its.downscale):
+            raise PackageError(
+                f"{other.root} has a VAE for latents of {its.channels} channels and {its.downscale} pixels a cell, but "
+                f"those of {self.root} have {mine.channels} and {mine.downscale}; take a VAE that was made for it"
+            )
+        own = {name: part for name, part in self.manifest.components.items() if name not in VAE}
+        new = {name: part for name, part in other.manifest.components.items() if name in VAE}
+        latents = its if its.preview is not None else replace(its, preview=mine.preview)
+        return replace(
+            self,
+            manifest=replace(self.manifest, components={**own, **new}, latents=latents),
+            elsewhere={**self.elsewhere, **dict.fromkeys(new, other.root)},
+        )
 
     @classmethod
     def open(cls, root: Path) -> "Package":
@@ -61,7 +93,8 @@ class Package:
 
 def _check_files(package: Package) -> None:
     manifest = package.manifest
-    needed = {"unet", "vae_decoder", *(encoder.component for encoder in manifest.text_encoders)}
+    encoders = (encoder.component for encoder in manifest.text_encoders)
+    needed = {"vae_decoder"} if package.is_vae_alone else {"unet", "vae_decoder", *encoders}
     for name in sorted(needed):
         package.graph(name)
     for encoder in manifest.text_encoders:

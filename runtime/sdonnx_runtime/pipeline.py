@@ -1,9 +1,10 @@
 """The pipeline: what `sdonnx.load` gives."""
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
@@ -29,6 +30,8 @@ class Pipeline:
 
     Args:
         package: an opened package.
+        preview_vae: another one, whose VAE (a tiny one, say) makes the pictures of `Progress.preview`, in full size.
+            It is loaded for the first of them, and stays.
         device: auto, cuda, directml or cpu.
         threads: CPU threads; None is one for each physical core.
         keep_loaded: keeps every component in memory between and during generations, which saves loading time
@@ -39,13 +42,15 @@ class Pipeline:
 
     Raises:
         RequestError: ``threads`` is out of its range, 1 to MAX_THREADS.
-        PackageError: the package's scheduler is one that this version can't honour, or the refiner is of another kind.
+        PackageError: the package is a VAE alone, its scheduler is one that this version can't honour, the preview's
+            VAE has other latents, or the refiner is of another kind.
     """
 
     def __init__(
         self,
         package: Package,
         *,
+        preview_vae: Package | None = None,
         device: str = "auto",
         threads: int | None = None,
         keep_loaded: bool = False,
@@ -56,14 +61,19 @@ class Pipeline:
             check_refiner(package, refiner)
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise RequestError(f"threads is {threads}; give a whole number from 1 to {MAX_THREADS}")
+        if package.is_vae_alone:
+            raise PackageError(
+                f"{package.root} is a VAE alone; give a whole package, and this one beside it as its vae"
+            )
         self.package, self.refiner = package, refiner
         self._scheduler = SchedulerConfig.from_dict(package.manifest.scheduler)
-        self._components = Components(
-            package,
-            lambda path: Session(path, device=device, threads=threads, memory_limit=memory_limit),
-            keep_loaded=keep_loaded,
-            refiner=refiner,
-        )
+
+        def opened(path: Path) -> Session:
+            return Session(path, device=device, threads=threads, memory_limit=memory_limit)
+
+        self._components = Components(package, opened, keep_loaded=keep_loaded, refiner=refiner)
+        self._shown = None if preview_vae is None else package.with_vae(preview_vae)
+        self._previews = Components(package if self._shown is None else self._shown, opened, keep_loaded=True)
 
     def generate(self, request: Request | str, **changes: Any) -> Result:
         """Makes pictures: ``generate("a cat", seed=1)``, or with a `Request`.
@@ -86,7 +96,8 @@ class Pipeline:
         """Like `generate`, step by step: iterate for progress, stop iterating to cancel, then take ``result``."""
         checked = self.check(request, **changes)
         run = Runner(self._components)
-        return Stream(Generation(self.package, run, self._scheduler, checked, self.refiner), run)
+        generation = Generation(self.package, run, self._scheduler, checked, self.refiner)
+        return Stream(generation, run, self._previewer())
 
     def decode(self, latents: Array) -> tuple[Image, ...]:
         """Pictures of latents, (N, C, h, w), as `Result.latents` has them.
@@ -143,9 +154,15 @@ class Pipeline:
                 )
         return checked
 
+    def _previewer(self) -> Callable[[Array], Image] | None:
+        """Decodes latents, (1, C, h, w), with the preview's VAE."""
+        shown = self._shown
+        return None if shown is None else lambda latents: decode(Runner(self._previews), shown.manifest, latents)[0]
+
     def close(self) -> None:
         """Unloads every component."""
         self._components.close()
+        self._previews.close()
 
     def __enter__(self) -> "Pipeline":
         return self
@@ -177,8 +194,8 @@ class Stream(Iterator[Progress]):
     the current step, and the loop ends.
     """
 
-    def __init__(self, generation: Generation, run: Runner) -> None:
-        self._generation, self._run = generation, run
+    def __init__(self, generation: Generation, run: Runner, previewer: Callable[[Array], Image] | None = None) -> None:
+        self._generation, self._run, self._previewer = generation, run, previewer
         self._steps = generation.steps()
 
     @property
@@ -220,7 +237,7 @@ class Stream(Iterator[Progress]):
 
     def __next__(self) -> Progress:
         try:
-            return next(self._steps)
+            return replace(next(self._steps), decoder=self._previewer)
         except Cancelled:
             raise StopIteration from None
 

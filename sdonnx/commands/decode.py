@@ -11,7 +11,7 @@ from sdonnx_runtime.latents import load_latents
 from sdonnx_runtime.request import seeds_of
 
 import sdonnx
-from sdonnx.arguments import Device, Threads, output_paths
+from sdonnx.arguments import Device, Threads, Vae, output_paths
 from sdonnx.show import err
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ def decode(
             help="The package whose VAE decodes; needed for latents of another model than pictogram.",
         ),
     ] = None,
+    vae: Vae = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="OUT.png", help="Where to. Default: sdonnx-SEED.png."),
@@ -42,7 +43,7 @@ def decode(
     paths = output_paths(output, request)
     for path in paths:
         check_writable(path)
-    with sdonnx.load(DEFAULT if model is None else model, device=device, threads=threads) as pipe:
+    with sdonnx.load(DEFAULT if model is None else model, vae=vae, device=device, threads=threads) as pipe:
         if pipe.package.name != name and model is None:
             raise sdonnx.RequestError(f"the latents are of the model '{name}'; give its package with -m")
         if pipe.package.name != name:

@@ -14,12 +14,14 @@ Via: TypeAlias = Literal["native", "optimum"]
 
 def export(
     source: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="SRC",
-            help="A diffusers directory, a .safetensors or .ckpt file, a Hub id, or a name from [b]sdonnx models[/b].",
+            help="A diffusers directory, a .safetensors or .ckpt file, a Hub id, or a name from [b]sdonnx models[/b]. "
+            "Left out, with --vae: a package of that VAE alone.",
+            show_default=False,
         ),
-    ],
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="DIR", help="The package. Default: SRC's name + -onnx."),
@@ -61,7 +63,7 @@ def export(
         raise sdonnx.ExportError(
             f"""exporting needs {error.name}, which is not installed; pip install "sdonnx[export]\""""
         ) from None
-    source, recipe = find_source(source)
+    source, recipe = (None, None) if source is None else find_source(source)
     with progress("{task.description}") as bar:
         task = bar.add_task("starting", total=1.0)
         directory = export_package(
@@ -76,4 +78,5 @@ def export(
             force=force,
             report=lambda what, done: bar.update(task, description=what, completed=done),
         )
-    err.print(f"""{directory} is ready: sdonnx run "a photograph of a cat" -m {directory}""", highlight=False)
+    chosen = f"-m {directory}" if source is not None else f"-m PACKAGE --vae {directory}"
+    err.print(f"""{directory} is ready: sdonnx run "a photograph of a cat" {chosen}""", highlight=False)

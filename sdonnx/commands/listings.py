@@ -33,9 +33,12 @@ def info(
     facts.add_row("makes", tasks(manifest))
     facts.add_row("source", source.name if source.revision is None else f"{source.name} at {source.revision}")
     facts.add_row("exporter", source.exporter)
-    facts.add_row("suggests", suggested(manifest.defaults))
-    predicts = manifest.scheduler.get("prediction_type", "epsilon")
-    facts.add_row("scheduler", f"{manifest.scheduler.get('_class_name')}, predicts {predicts}")
+    if not opened.is_vae_alone:
+        facts.add_row("suggests", suggested(manifest.defaults))
+        predicts = manifest.scheduler.get("prediction_type", "epsilon")
+        facts.add_row("scheduler", f"{manifest.scheduler.get('_class_name')}, predicts {predicts}")
+    latents = manifest.latents
+    facts.add_row("latents", f"{latents.channels} channels, {latents.downscale} pixels a cell")
     for name, component in manifest.components.items():
         megabytes = sum(file.size for file in component.files.values()) / 1e6
         facts.add_row(name, f"{component.precision}, {megabytes:,.1f} MB")

@@ -13,6 +13,7 @@ import sdonnx
 from sdonnx.arguments import (
     Device,
     Threads,
+    Vae,
     parse_hires,
     parse_interval,
     parse_margins,
@@ -72,6 +73,7 @@ def run(
         str | None,
         typer.Option(metavar="WxH", help="Pixels; Stable Diffusion wants multiples of 8. Default: the model's own."),
     ] = None,
+    vae: Vae = None,
     enlarge: Annotated[
         bool, typer.Option("--enlarge/--no-enlarge", help="Enlarge pictures of a model that makes very small ones.")
     ] = True,
@@ -269,6 +271,10 @@ def run(
     preview: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Show there, step by step, what is becoming of it.")
     ] = None,
+    preview_vae: Annotated[
+        str | None,
+        typer.Option(metavar="PACKAGE", help="Decode the preview with this package's VAE, a tiny one, say."),
+    ] = None,
     save_latents: Annotated[
         Path | None, typer.Option(metavar="FILE.npz", help="Keep the latents too, for [b]sdonnx decode[/b].")
     ] = None,
@@ -320,10 +326,18 @@ def run(
     lines = None if batch_file is None else read_batch(batch_file)
     if (prompt is None) == (lines is None):
         raise sdonnx.RequestError("give a PROMPT, or a file of them with --batch-file")
-    package = find_model(_bundled() if model is None else model)
-    kept = lines is not None
-    with sdonnx.load(package, device=device, threads=threads, keep_loaded=kept, refiner=other) as pipe:
-        if preview is not None and pipe.package.manifest.latents.preview is None:
+    if preview_vae is not None and preview is None:
+        raise sdonnx.RequestError("--preview-vae is given without --preview; give the file that the preview goes to")
+    with sdonnx.load(
+        find_model(_bundled() if model is None else model),
+        vae=vae,
+        preview_vae=preview_vae,
+        device=device,
+        threads=threads,
+        keep_loaded=lines is not None,
+        refiner=other,
+    ) as pipe:
+        if preview is not None and preview_vae is None and pipe.package.manifest.latents.preview is None:
             raise sdonnx.PackageError("the package has no preview; run 'sdonnx export' again, or leave out --preview")
         outputs = Outputs(pictures=output, preview=preview, latents=save_latents, enlarge=enlarge)
         if batch_file is not None and lines is not None:

@@ -112,9 +112,8 @@ def _generate(pipe: sdonnx.Pipeline, request: sdonnx.Request, preview: Path | No
             save_latents(rescue, stream.latents, stream.latents_request, pipe.package.name)
         except sdonnx.SdonnxError as other:
             raise kind(f"{said}; what was sampled is lost too: {other}") from None
-        places = [pipe.package.root, *set(pipe.package.elsewhere.values())]
-        chosen = " ".join(f"{option} {place}" for option, place in zip(("-m", "--vae"), places, strict=False))
-        raise kind(f"{said}; what was sampled is kept: sdonnx decode {rescue} {chosen}") from None
+        vae = "" if pipe.package.vae is None else f" --vae {pipe.package.vae.root}"
+        raise kind(f"{said}; what was sampled is kept: sdonnx decode {rescue} -m {pipe.package.root}{vae}") from None
     return stream.result
 
 

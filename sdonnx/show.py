@@ -101,6 +101,7 @@ def described(result: sdonnx.Result, paths: list[Path]) -> dict[str, Any]:
         "images": [{"path": str(path), "seed": seed} for path, seed in zip(paths, result.seeds, strict=True)],
         "request": recipe_of(result.request),
         "model": result.model,
+        "vae": result.vae,
         "timings": asdict(result.timings),
     }
 

@@ -1,6 +1,9 @@
 """Tiny autoencoders, and any VAE as a package of its own, beside diffusers."""
 
+import json
 import shutil
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -11,6 +14,7 @@ from diffusers.image_processor import VaeImageProcessor
 from drawings import photograph
 from families import scheduler, sd1, tiny_vae, vae
 from huggingface_hub.utils import filter_repo_objects
+from PIL import Image
 from sdonnx_export.calibration import TappedOperators
 from sdonnx_export.checkpoint import open_vae_alone
 from sdonnx_export.codes import Range
@@ -284,3 +288,52 @@ def test_a_vae_alone_says_what_it_is_for(alone, tmp_path):
     with pytest.raises(sdonnx.RequestError, match="no prompts to be calibrated on"):
         export(None, tmp_path / "wrong", vae=str(package), precision="int8", calibration="prompts.txt")
     assert not (tmp_path / "wrong").exists()
+
+
+def typed(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "sdonnx", *map(str, arguments)], cwd=cwd, capture_output=True, text=True
+    )
+
+
+def test_the_command_line(whole, alone, tmp_path):
+    made, package = alone
+    source = package.parent / "vae"
+    exported = typed("export", "--vae", source, "-o", "alone", cwd=tmp_path)
+    assert exported.returncode == 0, exported.stderr
+    assert "-m PACKAGE --vae alone" in exported.stderr
+    assert "4 channels, 8 pixels a cell" in typed("info", "alone", cwd=tmp_path).stdout
+    options = ["-m", whole[1], "--size", "64x64", "--steps", STEPS, "--guidance", 5, "--seed", SEED, "-o", "a.png"]
+    more = ["--preview", "p.png", "--preview-vae", "alone", "--save-latents", "l.npz", "--json"]
+    ran = typed("run", PROMPT, *options, "--vae", "alone", *more, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["vae"] == "vae"
+    _, wanted = theirs(whole[0], made)
+    with Image.open(tmp_path / "a.png") as found, Image.open(tmp_path / "p.png") as preview:
+        assert psnr(found, wanted) >= 50
+        assert psnr(preview, wanted) >= 50, "the last guess is the picture"
+        assert "VAE: vae" in found.text["parameters"]
+    decoded = typed("decode", "l.npz", "-m", whole[1], "--vae", "alone", "-o", "b.png", cwd=tmp_path)
+    assert decoded.returncode == 0, decoded.stderr
+    with Image.open(tmp_path / "a.png") as one, Image.open(tmp_path / "b.png") as other:
+        np.testing.assert_array_equal(one, other)
+    graph = tmp_path / "alone" / "vae_decoder" / "model.onnx"
+    graph.write_bytes(b"\0" * graph.stat().st_size)
+    broken = typed("run", PROMPT, *options, "--vae", "alone", cwd=tmp_path)
+    assert f"sdonnx decode a.npz -m {whole[1]} --vae alone" in broken.stderr
+    assert broken.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "code"),
+    [
+        (["export"], "nothing to export; give SRC", 2),
+        (["run", "a cat", "--preview-vae", "x"], "--preview-vae is given without --preview", 2),
+        (["run", "a cat", "--vae", "nosuch"], "there is no model 'nosuch'", 1),
+    ],
+)
+def test_what_is_typed_wrongly(arguments, message, code, tmp_path):
+    ran = typed(*arguments, cwd=tmp_path)
+    assert ran.returncode == code
+    assert message in ran.stderr
+    assert "Traceback" not in ran.stderr

@@ -151,6 +151,7 @@ class Generation:
                 request=self.request,
                 model=self._package.name,
                 timings=self._run.timings(seconds),
+                vae=None if self._package.vae is None else self._package.vae.name,
             )
 
     def _models(self) -> dict[str, Package]:

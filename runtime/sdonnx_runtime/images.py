@@ -23,7 +23,7 @@ def to_images(pictures: Array) -> tuple[Image.Image, ...]:
     return tuple(Image.fromarray(picture) for picture in (scaled * 255).round().astype(np.uint8))
 
 
-def parameters_text(request: Request, model: str) -> str:
+def parameters_text(request: Request, model: str, vae: str | None = None) -> str:
     """The recipe in AUTOMATIC1111's ``parameters`` format."""
     sampler = request.sampler or ""
     settings = {
@@ -36,7 +36,8 @@ def parameters_text(request: Request, model: str) -> str:
         **_varied(request),
         **_reworked(request),
         **_masked(request),
-        "Model": json.dumps(model, ensure_ascii=False) if set(model) & set(',:"\n') else model,
+        "Model": _quoted(model),
+        **({} if vae is None else {"VAE": _quoted(vae)}),
         "Version": "sdonnx",
     }
     lines = [request.prompt]
@@ -44,6 +45,10 @@ def parameters_text(request: Request, model: str) -> str:
         lines.append(f"Negative prompt: {request.negative_prompt}")
     lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
     return "\n".join(lines)
+
+
+def _quoted(name: str) -> str:
+    return json.dumps(name, ensure_ascii=False) if set(name) & set(',:"\n') else name
 
 
 def _varied(request: Request) -> dict[str, str]:
@@ -104,8 +109,8 @@ def save_png(result: Result, index: int, path: Path, *, enlarge: int = 1) -> Non
     """
     info = PngInfo()
     request = of_image(result.request, index)
-    info.add_text("parameters", parameters_text(request, result.model))
-    data = {**recipe(request), "model": result.model}
+    info.add_text("parameters", parameters_text(request, result.model, result.vae))
+    data = {**recipe(request), "model": result.model, **({} if result.vae is None else {"vae": result.vae})}
     info.add_text("sdonnx", json.dumps(data, ensure_ascii=False))
     with replacing(path) as stream:
         image = result.images[index]

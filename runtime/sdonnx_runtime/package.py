@@ -20,13 +20,18 @@ class Package:
     manifest: Manifest
     foreign: bool = False
     """Whether the manifest was inferred from an optimum export."""
-    elsewhere: Mapping[str, Path] = field(default_factory=dict[str, Path])
-    """The packages' directories that components are taken from instead of ``root``, by component."""
+    elsewhere: Mapping[str, "Package"] = field(default_factory=dict[str, "Package"])
+    """The packages that components are taken from instead, by component."""
 
     @property
     def name(self) -> str:
         """What the checkpoint was called that it was made of."""
         return self.manifest.source.name
+
+    @property
+    def vae(self) -> "Package | None":
+        """The package whose VAE it has instead of its own."""
+        return self.elsewhere.get("vae_decoder")
 
     @property
     def is_vae_alone(self) -> bool:
@@ -47,7 +52,7 @@ class Package:
         found = self.manifest.components.get(component)
         if found is None or variant not in found.graphs:
             raise PackageError(f"{self.root} has no {component} ({variant}); run 'sdonnx export' again")
-        return self.elsewhere.get(component, self.root) / found.graphs[variant]
+        return self.elsewhere.get(component, self).root / found.graphs[variant]
 
     def with_vae(self, other: "Package") -> "Package":
         """This package with the VAE of another one, which may be a VAE alone: its graphs, its scaling and its shift.
@@ -67,7 +72,7 @@ class Package:
         return replace(
             self,
             manifest=replace(self.manifest, components={**own, **new}, latents=latents),
-            elsewhere={**self.elsewhere, **dict.fromkeys(new, other.root)},
+            elsewhere={name: other.elsewhere.get(name, other) for name in new},
         )
 
     @classmethod

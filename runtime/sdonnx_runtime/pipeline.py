@@ -63,7 +63,7 @@ class Pipeline:
             raise RequestError(f"threads is {threads}; give a whole number from 1 to {MAX_THREADS}")
         if package.is_vae_alone:
             raise PackageError(
-                f"{package.root} is a VAE alone; give a whole package, and this one beside it as its vae"
+                f"{package.root} is a VAE alone; give a whole package, and this one with --vae (or vae=)"
             )
         self.package, self.refiner = package, refiner
         self._scheduler = SchedulerConfig.from_dict(package.manifest.scheduler)

@@ -151,6 +151,8 @@ class Result:
     model: str
     """Name of the package."""
     timings: Timings
+    vae: str | None = None
+    """Name of the package whose VAE decoded instead of the model's own."""
 
 
 def recipe(request: Request) -> dict[str, Any]:

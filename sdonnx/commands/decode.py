@@ -48,7 +48,7 @@ def decode(
             raise sdonnx.RequestError(f"the latents are of the model '{name}'; give its package with -m")
         if pipe.package.name != name:
             logger.warning("the latents are of '%s', and '%s' decodes them", name, pipe.package.name)
-        images = pipe.decode(sampled)
+        images, other = pipe.decode(sampled), pipe.package.vae
     result = sdonnx.Result(
         images=images,
         seeds=seeds_of(request),
@@ -56,6 +56,7 @@ def decode(
         request=request,
         model=name,
         timings=sdonnx.Timings(),
+        vae=None if other is None else other.name,
     )
     for index, path in enumerate(paths):
         sdonnx.save_png(result, index, path)

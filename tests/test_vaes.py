@@ -14,6 +14,7 @@ from diffusers.image_processor import VaeImageProcessor
 from drawings import photograph
 from families import scheduler, sd1, tiny_vae, vae
 from huggingface_hub.utils import filter_repo_objects
+from optimum.onnxruntime import ORTStableDiffusionImg2ImgPipeline
 from PIL import Image
 from sdonnx_export.calibration import TappedOperators
 from sdonnx_export.checkpoint import open_vae_alone
@@ -150,7 +151,7 @@ def theirs(pipe, vae=None, image=None):
     kind = StableDiffusionPipeline if image is None else StableDiffusionImg2ImgPipeline
     other = kind(**parts, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
-    fields = dict(ASKED) if image is None else {"image": image, "strength": 0.6, "num_inference_steps": STEPS}
+    fields = ASKED if image is None else {"image": image, "strength": 0.6, "num_inference_steps": STEPS}
     made = [
         other(
             PROMPT,
@@ -177,6 +178,15 @@ def test_a_checkpoint_with_a_tiny_vae_makes_the_pictures_of_diffusers(tiny):
     pipe, package = tiny
     with sdonnx.load(package) as pipeline:
         assert_equals_diffusers(pipeline, pipe)
+
+
+def test_a_package_with_a_tiny_vae_opens_in_optimum(tiny):
+    options = {"strength": 0.6, "num_inference_steps": STEPS, "guidance_scale": 5.0}
+    pipe = ORTStableDiffusionImg2ImgPipeline.from_pretrained(tiny[1], provider="CPUExecutionProvider")
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    found = pipe(PROMPT, image=photograph(), generator=generator, **options).images[0]
+    assert psnr(found, theirs(tiny[0], image=photograph())[1]) >= 50
 
 
 def test_a_checkpoint_is_exported_with_a_tiny_vae_instead(whole, tmp_path):

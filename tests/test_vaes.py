@@ -9,10 +9,16 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import (
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
 from diffusers.image_processor import VaeImageProcessor
-from drawings import photograph
-from families import scheduler, sd1, tiny_vae, vae
+from drawings import disc, photograph
+from families import scheduler, sd1, sdxl, tiny_vae, vae
 from huggingface_hub.utils import filter_repo_objects
 from optimum.onnxruntime import ORTStableDiffusionImg2ImgPipeline
 from PIL import Image
@@ -145,33 +151,30 @@ def psnr(found, wanted):
     return 10 * np.log10(255**2 / max(error, 1e-9))
 
 
-def theirs(pipe, vae=None, image=None):
-    """Latents and picture of diffusers, with another VAE where one is given."""
-    parts = {**pipe.components, **({} if vae is None else {"vae": vae})}
-    kind = StableDiffusionPipeline if image is None else StableDiffusionImg2ImgPipeline
-    other = kind(**parts, requires_safety_checker=False)
+def theirs(pipe, vae=None, kind=None, **pictures):
+    """Latents and picture of diffusers, with another VAE or in another pipeline where one is given."""
+    other = (kind or type(pipe))(**{**pipe.components, **({} if vae is None else {"vae": vae})})
     other.set_progress_bar_config(disable=True)
-    fields = ASKED if image is None else {"image": image, "strength": 0.6, "num_inference_steps": STEPS}
-    made = [
-        other(
-            PROMPT,
-            **{**fields, "guidance_scale": 5.0},
-            generator=torch.Generator("cpu").manual_seed(SEED),
-            output_type=kind,
-        ).images
-        for kind in ("latent", "pil")
-    ]
-    return made[0].numpy(), made[1][0]
+    fields = {name: value for name, value in ASKED.items() if not pictures or name not in ("width", "height")}
+    latents, made = (
+        other(PROMPT, **fields, **pictures, generator=torch.Generator("cpu").manual_seed(SEED), output_type=output)
+        for output in ("latent", "pil")
+    )
+    return latents.images.numpy(), made.images[0]
+
+
+def assert_equal(result, wanted):
+    latents, picture = wanted
+    assert np.abs(result.latents - latents).max() < 1e-3
+    assert psnr(result.images[0], picture) >= 50
+    assert np.asarray(picture, float).std() > 5, "a flat picture would equal anything flat"
 
 
 def assert_equals_diffusers(pipeline, pipe, vae=None):
-    for image in (None, photograph()):
-        latents, picture = theirs(pipe, vae, image)
-        fields = {} if image is None else {"image": image, "strength": 0.6}
-        result = pipeline.generate(PROMPT, seed=SEED, **ASKED, **fields)
-        assert np.abs(result.latents - latents).max() < 1e-3
-        assert psnr(result.images[0], picture) >= 50
-        assert np.asarray(picture, float).std() > 5, "a flat picture would equal anything flat"
+    assert_equal(pipeline.generate(PROMPT, seed=SEED, **ASKED), theirs(pipe, vae))
+    start = {"image": photograph(), "strength": 0.6}
+    wanted = theirs(pipe, vae, StableDiffusionImg2ImgPipeline, **start)
+    assert_equal(pipeline.generate(PROMPT, seed=SEED, **ASKED, **start), wanted)
 
 
 def test_a_checkpoint_with_a_tiny_vae_makes_the_pictures_of_diffusers(tiny):
@@ -186,7 +189,28 @@ def test_a_package_with_a_tiny_vae_opens_in_optimum(tiny):
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(SEED)
     found = pipe(PROMPT, image=photograph(), generator=generator, **options).images[0]
-    assert psnr(found, theirs(tiny[0], image=photograph())[1]) >= 50
+    wanted = theirs(tiny[0], None, StableDiffusionImg2ImgPipeline, image=photograph(), strength=0.6)
+    assert psnr(found, wanted[1]) >= 50
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_inpainting_draws_nothing_from_a_posterior_that_is_none(tiny, strength):
+    """An ancestral sampler's noise is another if anything else was drawn before."""
+    pipe, package = tiny
+    parts = {**pipe.components, "scheduler": scheduler(EulerAncestralDiscreteScheduler)}
+    fields = {"image": photograph(), "mask_image": disc(), "strength": strength}
+    wanted = theirs(StableDiffusionPipeline(**parts), None, StableDiffusionInpaintPipeline, **fields)
+    with sdonnx.load(package) as pipeline:
+        made = pipeline.generate(PROMPT, seed=SEED, **ASKED, **fields, sampler="euler_ancestral", paste=False)
+    assert_equal(made, wanted)
+
+
+def test_sdxl_with_another_vae_at_run_time(alone, tmp_path):
+    vae, vae_package = alone
+    pipe = sdxl()
+    package = export(saved(pipe, tmp_path / "checkpoint"), tmp_path / "package")
+    with sdonnx.load(package, vae=vae_package) as pipeline:
+        assert_equal(pipeline.generate(PROMPT, seed=SEED, **ASKED), theirs(pipe, vae))
 
 
 def test_a_checkpoint_is_exported_with_a_tiny_vae_instead(whole, tmp_path):

@@ -261,7 +261,8 @@ class Generation:
         noised = original.latents + unit * np.float32(schedule.sigmas[0])
         if original.mask is None:
             return noised, denoise
-        noise(unit.shape)  # diffusers draws from the masked picture's posterior here
+        if original.drawn:
+            noise(unit.shape)  # diffusers draws from the masked picture's posterior here
         anew = self.request.strength == 1  # the original is then not in the first state, as in diffusers
         highest = float(schedule.sigmas[0]) if anew else math.inf
         return (alone if anew else noised), masked(denoise, original.mask, original.latents, unit, highest)

@@ -57,14 +57,14 @@ class Pipeline:
         memory_limit: int | None = None,
         refiner: Package | None = None,
     ) -> None:
-        if refiner is not None:
-            check_refiner(package, refiner)
-        if threads is not None and not 1 <= threads <= MAX_THREADS:
-            raise RequestError(f"threads is {threads}; give a whole number from 1 to {MAX_THREADS}")
         if package.is_vae_alone:
             raise PackageError(
                 f"{package.root} is a VAE alone; give a whole package, and this one with --vae (or vae=)"
             )
+        if refiner is not None:
+            check_refiner(package, refiner)
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise RequestError(f"threads is {threads}; give a whole number from 1 to {MAX_THREADS}")
         self.package, self.refiner = package, refiner
         self._scheduler = SchedulerConfig.from_dict(package.manifest.scheduler)
 
@@ -177,6 +177,8 @@ def check_refiner(package: Package, refiner: Package) -> None:
     Raises:
         PackageError: it can't.
     """
+    if refiner.is_vae_alone:
+        raise PackageError(f"{refiner.root} is a VAE alone; give a package with a U-Net to refine with")
     mine, other = package.manifest, refiner.manifest
     if other.conditions.beside is not None or mine.conditions.beside is not None:
         raise PackageError(f"{package.name} or {refiner.name} is given a picture beside the latents; neither may be")

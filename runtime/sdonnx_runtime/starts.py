@@ -24,6 +24,8 @@ class Original:
     """(1, C, h, w)."""
     mask: Array | None = None
     """(1, 1, h, w), 1 where they are made anew; None is everywhere."""
+    drawn: bool = True
+    """Whether they are a sample of a posterior; a tiny VAE has none."""
 
     def kept(self, latents: Array) -> Array:
         """The latents with the original where the mask keeps it."""
@@ -55,7 +57,11 @@ class Start:
         """What a walk starts from."""
         if self.moments is None:
             return None
-        return Original(latents=self.sample(self.moments, noise), mask=self.cells if self.beside is None else None)
+        return Original(
+            latents=self.sample(self.moments, noise),
+            mask=self.cells if self.beside is None else None,
+            drawn=self.moments.shape[1] > self.space.channels,
+        )
 
     def sample(self, moments: Array, noise: NoiseSource) -> Array:
         """Latents (1, C, h, w) of the VAE's posterior, as diffusers draws them."""

@@ -30,7 +30,8 @@ def info(
     source = manifest.source
     facts.add_row("package", str(opened.root))
     facts.add_row("family", FAMILIES[manifest.family])
-    facts.add_row("makes", tasks(manifest))
+    alone = "pictures of other packages' latents: give it with --vae"
+    facts.add_row("makes", alone if opened.is_vae_alone else tasks(manifest))
     facts.add_row("source", source.name if source.revision is None else f"{source.name} at {source.revision}")
     facts.add_row("exporter", source.exporter)
     if not opened.is_vae_alone:

@@ -1,5 +1,7 @@
 """Every family beside its pipeline in diffusers, on tiny random models with its peculiarities."""
 
+import json
+import shutil
 import warnings
 
 import diffusers
@@ -10,6 +12,9 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 from sdonnx_export.export import export
+from sdonnx_runtime.conditioning import CONDITIONING
+from sdonnx_runtime.manifest import FAMILIES
+from sdonnx_runtime.pictures import bicubic
 
 import sdonnx
 
@@ -218,3 +223,87 @@ def test_a_multistep_sampler_keeps_its_history_over_the_hand_over(saved):
     alone = sdonnx.load(package).generate(PROMPT, seed=SEED, **settings)
     both = sdonnx.load(package, refiner=package).generate(PROMPT, seed=SEED, refiner_start=0.5, **settings)
     np.testing.assert_array_equal(alone.latents, both.latents)
+
+
+def scheduled(**changes):
+    return lambda manifest: manifest["scheduler"].update(changes)
+
+
+def encoded(index, **changes):
+    return lambda manifest: manifest["text_encoders"][index].update(changes)
+
+
+def told(**changes):
+    return lambda manifest: manifest["conditions"].update(changes)
+
+
+def padded(tokenizer):
+    """With the pad token of the other encoder."""
+
+    def change(root):
+        path = root / tokenizer / "special_tokens_map.json"
+        path.write_text(path.read_text().replace('"!"', '"<|endoftext|>"'))
+        path = root / tokenizer / "tokenizer_config.json"
+        path.write_text(path.read_text().replace('"!"', '"<|endoftext|>"'))
+
+    return change
+
+
+BROKEN = {
+    "v prediction taken for epsilon": ("sd2 768", scheduled(prediction_type="epsilon"), None),
+    "leading spacing for trailing": ("sd-turbo", scheduled(timestep_spacing="leading"), None),
+    "Stable Diffusion 2 padded as 1": ("sd2 base", None, padded("tokenizer")),
+    "SDXL's second encoder padded as the first": ("sdxl", None, padded("tokenizer_2")),
+    "the first encoder's last layer": ("sdxl", encoded(0, output="last_hidden_state"), None),
+    "the second encoder's last layer": ("sdxl", encoded(1, output="last_hidden_state"), None),
+    "one layer too early": ("sdxl", encoded(1, output="hidden_states.1"), None),
+    "an empty negative prompt encoded": ("sdxl", told(zero_negative=False), None),
+}
+
+
+@pytest.mark.parametrize(("name", "in_manifest", "in_files"), BROKEN.values(), ids=BROKEN)
+def test_without_its_peculiarity_a_family_gives_another_picture(saved, tmp_path, name, in_manifest, in_files):
+    pipe, package = saved(name, families.TEXT_TO_IMAGE[name])
+    common = {"num_inference_steps": 4, "guidance_scale": 5.0, **SIZE}
+    wanted = reference(pipe, prompt=PROMPT, **common)
+    assert_equal(sdonnx.load(package).generate(PROMPT, seed=SEED, **common), wanted)
+    broken = shutil.copytree(package, tmp_path / "broken")
+    if in_manifest is not None:
+        manifest = json.loads((broken / "sdonnx.json").read_text())
+        in_manifest(manifest)
+        (broken / "sdonnx.json").write_text(json.dumps(manifest))
+    if in_files is not None:
+        in_files(broken)
+    result = sdonnx.load(broken).generate(PROMPT, seed=SEED, **common)
+    assert np.abs(result.latents - wanted[0]).max() > 1e-2
+    assert psnr(result.images[0], wanted[1]) < 50
+
+
+def test_every_family_has_its_conditioning():
+    assert CONDITIONING.keys() == FAMILIES.keys()
+
+
+def test_what_a_model_needs_is_asked_for(saved):
+    for name, missing in {"sd1 inpaint": "mask_image", "pix2pix": "image"}.items():
+        _, package = saved(name, families.WITH_PICTURES[name])
+        given = {"image": picture()} if missing == "mask_image" else {}
+        with pytest.raises(sdonnx.RequestError, match=f"given a {missing} beside the latents"):
+            sdonnx.load(package).check(PROMPT, **given)
+    _, package = saved("depth", families.depth)
+    with pytest.raises(sdonnx.RequestError, match="depth_image"):
+        sdonnx.load(package).check(PROMPT, image=picture())
+    _, package = saved("sdxl", families.sdxl)
+    for field, value in {"depth_image": picture(), "image_guidance_scale": 1.5, "refiner_start": 0.8}.items():
+        with pytest.raises(sdonnx.RequestError, match=field):
+            sdonnx.load(package).check(PROMPT, **{field: value})
+    beyond = {"original_size": (0, 5), "crop_top_left": (1,), "target_size": 7, "aesthetic_score": 11}
+    for field, value in beyond.items():
+        with pytest.raises(sdonnx.RequestError, match=field):
+            sdonnx.load(package).check(PROMPT, **{field: value})
+
+
+@pytest.mark.parametrize(("height", "width"), [(3, 4), (20, 9), (5, 31)])
+def test_a_depth_map_is_resized_as_torch_does(height, width):
+    values = np.random.default_rng(0).standard_normal((11, 17)).astype(np.float32)
+    wanted = torch.nn.functional.interpolate(torch.from_numpy(values)[None, None], (height, width), mode="bicubic")
+    np.testing.assert_allclose(bicubic(values, height, width), wanted[0, 0], atol=1e-5)

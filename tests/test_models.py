@@ -107,7 +107,7 @@ def test_a_recipe_can_be_followed(recipe):
     assert recipe.family in FAMILIES
     assert recipe.sampler is None or recipe.sampler in SAMPLERS
     assert recipe.size % 8 == 0
-    assert set(recipe.package_gb) == set(recipe.memory_gb) == {"fp16", "fp32"}
+    assert set(recipe.package_gb) == {"fp16", "fp32"} >= set(recipe.memory_gb)
     assert recipe.name not in bundled()
 
 

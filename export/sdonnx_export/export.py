@@ -20,7 +20,7 @@ from sdonnx_export.checkpoint import open_checkpoint, open_vae
 from sdonnx_export.config import UNetConfig
 from sdonnx_export.graph import COMPONENTS, build, layers
 from sdonnx_export.int8 import Int8Operators
-from sdonnx_export.parts import Checkpoint
+from sdonnx_export.parts import Checkpoint, Part
 from sdonnx_export.precision import Choice, Mix, Precision, named, precision_of
 from sdonnx_export.preview import fit_preview
 from sdonnx_export.stages import reuse_graphs
@@ -100,7 +100,15 @@ def opened(source: str, vae: str | None, revision: str | None, report: Report) -
     checkpoint = open_checkpoint(source, revision=revision)
     if vae is None:
         return checkpoint
-    return replace(checkpoint, parts={**checkpoint.parts, "vae": open_vae(vae)})
+    return replace(checkpoint, parts={**checkpoint.parts, "vae": _scaled(open_vae(vae), checkpoint.parts["vae"])})
+
+
+def _scaled(vae: Part, before: Part) -> Part:
+    """A VAE whose config says no scaling factor, with that of the one in its place: what the U-Net was trained with."""
+    if before.config.get("_class_name") != vae.config.get("_class_name"):
+        return vae
+    known = {key: before.config[key] for key in ("scaling_factor",) if key in before.config}
+    return replace(vae, config={**known, **vae.config})
 
 
 def _precisions(checkpoint: Checkpoint, chosen: Choice) -> set[Precision]:

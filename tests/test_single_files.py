@@ -11,7 +11,7 @@ from ldm_fixture import ldm_vae, ldm_value, prefixed, save_ldm
 from safetensors.torch import load_file, save_file
 from sdonnx_export.checkpoint import open_checkpoint, open_vae
 from sdonnx_export.export import opened
-from sdonnx_export.few_steps import few_steps
+from sdonnx_runtime.errors import ExportError
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
@@ -277,38 +277,6 @@ def test_schedulers(family, name, weights, kind, spacing, files, tmp_path):
     assert not set(config) - {"_class_name"} - set(made.config)
 
 
-@pytest.mark.parametrize(
-    ("name", "steps"),
-    [
-        ("sd_turbo", 1),
-        ("stabilityai/sd-turbo", 1),
-        ("sd_xl_turbo_1.0_fp16", 1),
-        ("sdxl_lightning_4step", 4),
-        ("sdxl_lightning_1step_x0", 1),
-        ("Hyper-SDXL-1step-Unet", 1),
-        ("ByteDance/SDXL-Lightning", 4),
-        ("realisticVisionV60B1_v51HyperVAE", 4),
-        ("juggernautXL_hyper8StepV10", 8),
-        ("jibMixRealisticXL_v10Lightning46Step", 4),
-        ("turbo-labs/stable-diffusion-v1-5", None),
-        ("hyperrealism_v30", None),
-        ("hyper-realistic", None),
-        ("sd_xl_base_1.0", None),
-        ("v1-5-step2000", None),
-    ],
-)
-def test_names_of_models_of_few_steps(name, steps):
-    expected = {} if steps is None else {"num_inference_steps": steps, "guidance_scale": 1.0}
-    assert few_steps(name) == expected
-
-
-def test_names_tell_of_files_and_of_directories(files, tmp_path):
-    families.sd1().save_pretrained(tmp_path / "sd-turbo")
-    expected = {"num_inference_steps": 1, "guidance_scale": 1.0}
-    assert open_checkpoint(str(tmp_path / "sd-turbo")).defaults == expected
-    assert open_checkpoint(without_config(files("sdxl"), tmp_path / "sd_turbo.safetensors")).defaults == expected
-
-
 @pytest.mark.parametrize("layers", [2, 23])
 def test_an_open_clip_that_lacks_its_last_layer(layers, files, tmp_path):
     """Converted from diffusers' weights, a file has neither the last layer nor a projection; no layer is left out."""
@@ -357,3 +325,72 @@ def test_a_midas_network_is_left_out(files, tmp_path):
     more = {"depth_model.model.pretrained.cls_token": torch.zeros(1, 1, 4)}
     source = without_config(files("depth"), tmp_path / "512-depth.safetensors", more)
     assert open_checkpoint(source).settings == SETTINGS["depth"]
+
+
+@pytest.mark.parametrize(
+    ("family", "what", "changes"),
+    [
+        ("bk-sdm", "a ControlNet", {"control_model.zero_convs.0.0.weight": EMPTY}),
+        ("sd2 base", "the x4 upscaler", {"model.diffusion_model.label_emb.weight": torch.zeros(1000, 8)}),
+        ("sd2 base", "Stable unCLIP", {"noise_augmentor.data_mean": EMPTY}),
+        ("sdxl", "a model of EDM's formulation", {"edm_mean": torch.zeros(1, 4, 1, 1)}),
+        ("sdxl", "a model of EDM's formulation", {"edm_vpred.sigma_max": torch.ones(1)}),
+    ],
+)
+def test_a_relative_of_a_family_that_is_no_checkpoint_of_it(family, what, changes, files, tmp_path):
+    source = without_config(files(family), tmp_path / "model.safetensors", changes)
+    with pytest.raises(ExportError, match=f"model.safetensors looks like {what}.*; what can be exported.*; give "):
+        open_checkpoint(source)
+
+
+UNET = "model.diffusion_model."
+PECULIARITIES = {
+    "seven channels": (
+        "sd2 base",
+        {f"{UNET}input_blocks.0.0.weight": torch.zeros(32, 7, 3, 3)},
+        "7 input channels; expected 4 or 5 or 8 or 9",
+    ),
+    "pix2pix of SDXL": (
+        "sdxl",
+        {f"{UNET}input_blocks.0.0.weight": torch.zeros(32, 8, 3, 3)},
+        "8 input channels; expected 4 or 9",
+    ),
+    "sizes in Stable Diffusion 2": ("sd2 base", {f"{UNET}label_emb.0.0.weight": torch.zeros(8, 8)}, "label_emb"),
+    "no sizes in SDXL": ("sdxl", {f"{UNET}label_emb.0.0.weight": None}, "lacks the weight"),
+    "no projection in SDXL": ("sdxl", {"conditioner.embedders.1.model.text_projection": None}, "lacks the weight"),
+    "no token embedding": ("refiner", {"conditioner.embedders.0.model.token_embedding.weight": None}, "lacks the we"),
+    "another layer": ("refiner", {f"{UNET}time_embed.4.weight": EMPTY}, "'time_embed.4.weight' has no place"),
+    "another weight": ("sdxl", {"conditioner.embedders.2.x": EMPTY}, "1 weights that no such checkpoint has"),
+}
+
+
+@pytest.mark.parametrize("how", PECULIARITIES)
+def test_what_a_family_has_not_is_noticed(how, files, tmp_path):
+    family, changes, message = PECULIARITIES[how]
+    with pytest.raises(ExportError, match=message) as error:
+        open_checkpoint(without_config(files(family), tmp_path / "model.safetensors", changes))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "message"),
+    [
+        (("first_stage_model.",), "lacks a VAE"),
+        (("conditioner.embedders.0.",), "lacks one text encoder"),
+        (("conditioner.",), "lacks a text encoder"),
+        (("conditioner.", "first_stage_model."), "lacks a VAE and a text encoder"),
+    ],
+)
+def test_what_a_file_lacks_is_named(prefixes, message, files, tmp_path):
+    gone = {name: None for name in load_file(files("sdxl")) if name.startswith(prefixes)}
+    with pytest.raises(ExportError, match=f"{message};"):
+        open_checkpoint(without_config(files("sdxl"), tmp_path / "model.safetensors", gone))
+
+
+def test_a_depth_for_each_block_is_read_off_the_keys(files):
+    config = open_checkpoint(str(files("ssd-1b"))).parts["unet"].config
+    assert config["mid_block_type"] == "UNetMidBlock2D"
+    assert config["reverse_transformer_layers_per_block"] == [[2, 3], [2, 1], 1]
+    assert config["transformer_layers_per_block"][1:] == [1, 2]
+    assert open_checkpoint(str(files("bk-sdm"))).parts["unet"].config["mid_block_type"] is None
+    assert "reverse_transformer_layers_per_block" not in open_checkpoint(str(files("sdxl"))).parts["unet"].config

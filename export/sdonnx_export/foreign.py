@@ -10,7 +10,7 @@ _SIGNS = {
     r"(control_model\.|input_hint_block\.|controlnet_|lora_controlnet$|lllite_|.*\bzero_convs\.)": (
         "a ControlNet; give the checkpoint that it steers"
     ),
-    r"(lora_|lycoris_|.*\.lora[_.]|.*_lora\.|.*\.(hada_w1|lokr_w1|oft_|dora_scale|alpha$))": (
+    r"(lora_|lycoris_|.*\.lora[_.]|.*_lora\.|.*\.(hada_[wt]|lokr_[wt]|oft_|dora_scale|alpha$))": (
         "a LoRA or a relative of it; give the checkpoint that it changes"
     ),
     r"(ip_adapter\.|image_proj\.|image_proj_model\.)": "an IP-Adapter; give the checkpoint that it extends",

@@ -110,15 +110,19 @@ def randomize(module):
 
 def save_ldm(pipe, path):
     """One file with LDM's names, and the original config beside it, in the way A1111 knows it."""
-    state = {
+    save_file({name: value.contiguous().clone() for name, value in ldm_state(pipe).items()}, path)
+    path.with_suffix(".yaml").write_text(yaml.safe_dump({"model": {"params": original_config(pipe)}}))
+
+
+def ldm_state(pipe):
+    """All weights, and some that a training leaves."""
+    return {
         **{f"model.diffusion_model.{ldm_unet(pipe.unet, k)}": v for k, v in pipe.unet.state_dict().items()},
         **{f"first_stage_model.{ldm_vae(k)}": ldm_value(k, v) for k, v in pipe.vae.state_dict().items()},
         **ldm_texts(pipe),
         "betas": torch.linspace(0, 1, 1000),
         "model_ema.decay": torch.tensor(0.9999),
     }
-    save_file({name: value.contiguous().clone() for name, value in state.items()}, path)
-    path.with_suffix(".yaml").write_text(yaml.safe_dump({"model": {"params": original_config(pipe)}}))
 
 
 def original_config(pipe):

@@ -104,11 +104,11 @@ def opened(source: str, vae: str | None, revision: str | None, report: Report) -
 
 
 def _scaled(vae: Part, before: Part) -> Part:
-    """A VAE whose config says no scaling factor, with that of the one in its place: what the U-Net was trained with."""
-    if before.config.get("_class_name") != vae.config.get("_class_name"):
+    """A VAE whose config says no scaling factor has that of the one in its place: what the U-Net was trained with."""
+    factor = before.config.get("scaling_factor")
+    if factor is None or before.config.get("_class_name") != vae.config.get("_class_name"):
         return vae
-    known = {key: before.config[key] for key in ("scaling_factor",) if key in before.config}
-    return replace(vae, config={**known, **vae.config})
+    return replace(vae, config={"scaling_factor": factor, **vae.config})
 
 
 def _precisions(checkpoint: Checkpoint, chosen: Choice) -> set[Precision]:

@@ -144,14 +144,10 @@ def _depths(shapes: Shapes, block: str) -> list[int]:
 def _transformer_layers(down: list[list[int]], mid: list[int], up: list[list[int]]) -> dict[str, Any]:
     """The keys that say so: for each level a number, or a list where its blocks differ.
 
-    The way up is the way down reversed unless a second key says otherwise. Where a level has no attention on the way
-    down, its number is that of the middle, which reads the lowest level's, or of the way up.
+    The way up is the way down reversed unless a second key says otherwise. The lowest level's number is the middle's
+    too, and says that where the level has no attention of its own.
     """
-    lowest = len(down) - 1
-    found = [
-        _one(depths or (mid if level == lowest else []) or up[lowest - level] or [1])
-        for level, depths in enumerate(down)
-    ]
+    found = [_one(depths or [1]) for depths in (*down[:-1], down[-1] or mid)]
     config: dict[str, Any] = {"transformer_layers_per_block": found}
     if any(depths and _one(depths) != depth for depths, depth in zip(up, found[::-1], strict=True)):
         config["reverse_transformer_layers_per_block"] = [_one(depths or [1]) for depths in up]

@@ -1,4 +1,4 @@
-"""Tiny random Stable Diffusion 1 pipelines, and their weights as one file in the original LDM layout."""
+"""Tiny random Stable Diffusion 1 pipelines, and any family's weights as one file in the original LDM layout."""
 
 import re
 
@@ -110,25 +110,89 @@ def randomize(module):
 
 def save_ldm(pipe, path):
     """One file with LDM's names, and the original config beside it, in the way A1111 knows it."""
-    state = {
+    save_file({name: value.contiguous().clone() for name, value in ldm_state(pipe).items()}, path)
+    path.with_suffix(".yaml").write_text(yaml.safe_dump({"model": {"params": original_config(pipe)}}))
+
+
+def ldm_state(pipe):
+    """All weights, and some that a training leaves."""
+    return {
         **{f"model.diffusion_model.{ldm_unet(pipe.unet, k)}": v for k, v in pipe.unet.state_dict().items()},
         **{f"first_stage_model.{ldm_vae(k)}": ldm_value(k, v) for k, v in pipe.vae.state_dict().items()},
-        **{f"cond_stage_model.transformer.{k}": v for k, v in pipe.text_encoder.state_dict().items()},
+        **ldm_texts(pipe),
         "betas": torch.linspace(0, 1, 1000),
         "model_ema.decay": torch.tensor(0.9999),
     }
-    save_file({name: value.contiguous().clone() for name, value in state.items()}, path)
-    parameterization = "v" if pipe.scheduler.config.prediction_type == "v_prediction" else "eps"
-    original = {
-        "linear_start": 0.00085,
-        "linear_end": 0.012,
-        "timesteps": 1000,
-        "parameterization": parameterization,
-        "scale_factor": 0.18215,
-        "unet_config": {"params": {"num_heads": pipe.unet.config.attention_head_dim, "image_size": 8}},
+
+
+def original_config(pipe):
+    """SDXL's is laid out differently: its U-Net is a "network", and what it predicts is how the "denoiser" scales."""
+    heads = pipe.unet.config.attention_head_dim
+    unet = {"params": {"num_heads": heads if isinstance(heads, int) else list(heads), "image_size": 8}}
+    config = {
+        "scale_factor": pipe.vae.config.scaling_factor,
         "first_stage_config": {"params": {"embed_dim": 4, "ddconfig": {"z_channels": 4, "resolution": 64}}},
     }
-    path.with_suffix(".yaml").write_text(yaml.safe_dump({"model": {"params": original}}))
+    predicts_v = pipe.scheduler.config.prediction_type == "v_prediction"
+    if getattr(pipe, "text_encoder_2", None) is not None:
+        target = f"sgm.modules.diffusionmodules.denoiser_scaling.{'V' if predicts_v else 'Eps'}Scaling"
+        denoiser = {"params": {"num_idx": 1000, "scaling_config": {"target": target}}}
+        return {**config, "network_config": unet, "denoiser_config": denoiser}
+    betas = {"linear_start": 0.00085, "linear_end": 0.012, "timesteps": 1000}
+    return {**config, **betas, "unet_config": unet, "parameterization": "v" if predicts_v else "eps"}
+
+
+def ldm_texts(pipe):
+    """The text encoders where each family keeps them."""
+    first, second = pipe.text_encoder, getattr(pipe, "text_encoder_2", None)
+    if second is None and first.config.hidden_act == "quick_gelu":
+        return prefixed("cond_stage_model.transformer.", first.state_dict())
+    if second is None:
+        return prefixed("cond_stage_model.model.", open_clip_with_unread(first))
+    if first is None:
+        return prefixed("conditioner.embedders.0.model.", open_clip(second.state_dict()))
+    return {
+        **prefixed("conditioner.embedders.0.transformer.", first.state_dict()),
+        **prefixed("conditioner.embedders.1.model.", open_clip(second.state_dict())),
+    }
+
+
+def prefixed(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+def open_clip(state):
+    """OpenCLIP's names and shapes for transformers': queries, keys and values in one, the projection turned."""
+    renamed = {"logit_scale": torch.tensor(4.6)}
+    for name, value in state.items():
+        name = re.sub(r"^text_model\.", "", name)
+        for new, old in {
+            "embeddings.position_embedding.weight": "positional_embedding",
+            "embeddings.token_embedding.": "token_embedding.",
+            "final_layer_norm.": "ln_final.",
+            "encoder.layers.": "transformer.resblocks.",
+            "layer_norm": "ln_",
+            "self_attn.": "attn.",
+            "fc1.": "c_fc.",
+            "fc2.": "c_proj.",
+        }.items():
+            name = name.replace(new, old)
+        renamed[name] = value
+    for name in [name for name in renamed if ".attn.q_proj." in name]:
+        parts = [renamed.pop(name.replace("q_proj", f"{which}_proj")) for which in "qkv"]
+        renamed[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+    if "text_projection.weight" in renamed:
+        renamed["text_projection"] = renamed.pop("text_projection.weight").T
+    return renamed
+
+
+def open_clip_with_unread(encoder):
+    """As Stable Diffusion 2 has it: a last layer, a projection and a mask besides, which nothing reads."""
+    state = open_clip(encoder.state_dict())
+    layers, width = encoder.config.num_hidden_layers, encoder.config.hidden_size
+    first = "transformer.resblocks.0."
+    more = {name.replace(".0.", f".{layers}.", 1): value + 1 for name, value in state.items() if name.startswith(first)}
+    return {**state, **more, "text_projection": torch.eye(width), "attn_mask": torch.zeros(77, 77)}
 
 
 def ldm_unet(unet, name):
@@ -158,6 +222,9 @@ def ldm_unet(unet, name):
         "mid_block.resnets.1.": "middle_block.2.",
         "time_embedding.linear_1.": "time_embed.0.",
         "time_embedding.linear_2.": "time_embed.2.",
+        "time_embedding.cond_proj.": "time_embed.cond_proj.",
+        "add_embedding.linear_1.": "label_emb.0.0.",
+        "add_embedding.linear_2.": "label_emb.0.2.",
         "conv_norm_out.": "out.0.",
         "conv_out.": "out.2.",
     }.items():

@@ -10,6 +10,7 @@ from sdonnx_runtime.errors import ExportError
 from sdonnx_runtime.manifest import MANIFEST
 from sdonnx_runtime.optimum_layout import PIPELINES
 
+from sdonnx_export.few_steps import few_steps
 from sdonnx_export.graph import VAES
 from sdonnx_export.ldm import split_checkpoint, split_vae
 from sdonnx_export.parts import Checkpoint, Part, Weight, current_name, is_needed, open_file
@@ -126,6 +127,7 @@ def _from_directory(root: Path, name: str, revision: str | None) -> Checkpoint:
         scheduler=_json(root / "scheduler" / "scheduler_config.json", "download the checkpoint again"),
         tokenizers={tokenizer: root / tokenizer for tokenizer in tokenizers},
         settings={key: value for key, value in index.items() if not isinstance(value, list)},
+        defaults=few_steps(name),
     )
 
 

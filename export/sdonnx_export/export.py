@@ -21,7 +21,7 @@ from sdonnx_export.checkpoint import open_checkpoint, open_vae, open_vae_alone
 from sdonnx_export.config import UNetConfig
 from sdonnx_export.graph import COMPONENTS, build, components_of, layers
 from sdonnx_export.int8 import Int8Operators
-from sdonnx_export.parts import Checkpoint
+from sdonnx_export.parts import Checkpoint, Part
 from sdonnx_export.precision import Choice, Mix, Precision, named, precision_of
 from sdonnx_export.preview import fit_preview
 from sdonnx_export.stages import reuse_graphs
@@ -108,7 +108,15 @@ def opened(source: str | None, vae: str | None, revision: str | None, report: Re
     checkpoint = open_checkpoint(source, revision=revision)
     if vae is None:
         return checkpoint
-    return replace(checkpoint, parts={**checkpoint.parts, "vae": open_vae(vae)})
+    return replace(checkpoint, parts={**checkpoint.parts, "vae": _scaled(open_vae(vae), checkpoint.parts["vae"])})
+
+
+def _scaled(vae: Part, before: Part) -> Part:
+    """A VAE whose config says no scaling factor has that of the one in its place: what the U-Net was trained with."""
+    factor = before.config.get("scaling_factor")
+    if factor is None or before.config.get("_class_name") != vae.config.get("_class_name"):
+        return vae
+    return replace(vae, config={"scaling_factor": factor, **vae.config})
 
 
 def _precisions(checkpoint: Checkpoint, chosen: Choice) -> set[Precision]:

@@ -27,7 +27,7 @@ def load_pickled(path: Path) -> dict[str, tuple[tuple[int, ...], str, Callable[[
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportError(f"{path} is damaged or holds more than weights ({reason}); use .safetensors") from None
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
+    state = _flat(loaded)
 
     def reader(tensor: Any) -> Callable[[], AnyArray]:
         return lambda: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
@@ -41,6 +41,21 @@ def load_pickled(path: Path) -> dict[str, tuple[tuple[int, ...], str, Callable[[
         for name, tensor in state.items()
         if isinstance(tensor, torch.Tensor)
     }
+
+
+def _flat(loaded: Any) -> dict[str, Any]:
+    """The weights, with those in a dictionary such as "string_to_param", and the training's step."""
+    if not isinstance(loaded, dict):
+        return {}
+    import torch
+
+    state = dict(loaded.get("state_dict", loaded))
+    for name, found in list(state.items()):
+        if isinstance(found, dict):
+            state |= {f"{name}.{key}": value for key, value in found.items()}
+    if isinstance(loaded.get("global_step"), int):
+        state["global_step"] = torch.tensor(loaded["global_step"])
+    return state
 
 
 def export_with_optimum(source: str, directory: Path, revision: str | None) -> None:

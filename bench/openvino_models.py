@@ -8,6 +8,7 @@ activations by NNCF with SmoothQuant, the VAE's weights alone.
 """
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,25 +78,38 @@ def convert(checkpoint: Path, component: str, path: Path) -> None:
         def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any) -> Any:
             return self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
 
+    class XlUNet(Traced):
+        def forward(
+            self, sample: Any, timestep: Any, encoder_hidden_states: Any, text_embeds: Any, time_ids: Any
+        ) -> Any:
+            added = {"text_embeds": text_embeds, "time_ids": time_ids}
+            given = sample, timestep, encoder_hidden_states
+            return self.model(*given, added_cond_kwargs=added, return_dict=False)[0]
+
     class Decoder(Traced):
         def forward(self, latent_sample: Any) -> Any:
             return self.model.decode(latent_sample, return_dict=False)[0]
 
-    module = UNet() if component == "unet" else Decoder()
-    config = module.model.config
+    config = json.loads((checkpoint / ("unet" if component == "unet" else "vae") / "config.json").read_text())
+    large = config.get("addition_embed_type") is not None
+    module = Decoder() if component != "unet" else XlUNet() if large else UNet()
     sample = torch.randn(2, 4, 16, 16)
     example = {"latent_sample": sample}
     if component == "unet":
         text = torch.randn(2, 8, config["cross_attention_dim"])
         example = {"sample": sample, "timestep": torch.tensor(500.0), "encoder_hidden_states": text}
+        sizes = 6 * config.get("addition_time_embed_dim", 0)
+        width = config.get("projection_class_embeddings_input_dim", 0) - sizes
+        example |= {"text_embeds": torch.randn(2, width), "time_ids": torch.ones(2, 6)} if large else {}
     shapes = {name: [-1, 4, -1, -1] if value is sample else [-1] * value.ndim for name, value in example.items()}
     if component == "unet":
         shapes["encoder_hidden_states"][2] = config["cross_attention_dim"]
+        shapes |= {"text_embeds": [-1, width], "time_ids": [-1, 6]} if large else {}
     with torch.no_grad():
         model = openvino.convert_model(module, example_input=example)
     model.reshape(shapes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    openvino.save_model(model, path, compress_to_fp16=False)
+    openvino.save_model(model, path, compress_to_fp16=large)  # its checkpoint is of float16 already
 
 
 def quantize(source: Path, feeds: Sequence[Feeds], path: Path) -> None:

@@ -3,6 +3,7 @@
     pip install -e ".[cpu,peers]"
     python bench/peers.py --work DIR --json FILE                  # Stable Diffusion 1.5's size, 18 GB of disk
     python bench/peers.py --work DIR --only sdonnx,openvino --image
+    python bench/peers.py --work DIR --size sdxl --only sdonnx,openvino       # SDXL's, of float16, 30 GB of disk
     python bench/peers.py --work DIR --size tiny --repeats 1      # whether all of it works, in two minutes
 
 Runtimes take turns, every figure comes from a process of its own, and the table gives medians. One that is not
@@ -173,7 +174,8 @@ def prepared(args: argparse.Namespace) -> None:
     config = args.work / "checkpoint" / "unet" / "config.json"
     if not config.exists():
         script = Path(__file__).with_name("random_checkpoint.py")
-        measured([str(script), str(args.work / "checkpoint"), "--size", args.size])
+        dtype = "float16" if args.size == "sdxl" else "float32"
+        measured([str(script), str(args.work / "checkpoint"), "--size", args.size, "--dtype", dtype])
     if json.loads(config.read_text(encoding="utf-8")) != random_checkpoint.SIZES[args.size]["unet"]:
         raise SystemExit(f"{args.work} has a checkpoint of another size than {args.size}; give another directory")
 

@@ -1,7 +1,8 @@
-"""Makes Stable Diffusion 1.x checkpoints with random weights, without torch: what benches and first steps run on.
+"""Makes checkpoints with random weights, without torch: what benches and first steps run on.
 
-python bench/random_checkpoint.py tiny-sd            # a few MB, pictures of noise in a second
-python bench/random_checkpoint.py sd15 --size sd15   # 860 M + 123 M + 84 M parameters, 4.3 GB
+python bench/random_checkpoint.py tiny-sd                              # a few MB, pictures of noise in a second
+python bench/random_checkpoint.py sd15 --size sd15                     # 860 M + 123 M + 84 M parameters, 4.3 GB
+python bench/random_checkpoint.py sdxl --size sdxl --dtype float16     # 2567 M + 123 M + 695 M + 84 M, 6.9 GB
 """
 
 import argparse
@@ -83,8 +84,44 @@ MODEL_INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+XL_INDEX = {
+    "_class_name": "StableDiffusionXLPipeline",
+    "force_zeros_for_empty_prompt": True,
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+}
+XL_UNET = {
+    **UNET,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "projection_class_embeddings_input_dim": 2816,
+    "sample_size": 128,
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "use_linear_projection": True,
+}
+BIG_TEXT = {
+    **TEXT,
+    "architectures": ["CLIPTextModelWithProjection"],
+    "hidden_act": "gelu",
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 32,
+    "projection_dim": 1280,
+}
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "sd15": {"unet": UNET, "vae": VAE, "text_encoder": TEXT},
+    "sdxl": {
+        "unet": XL_UNET,
+        "vae": {**VAE, "sample_size": 1024, "scaling_factor": 0.13025},
+        "text_encoder": TEXT,
+        "text_encoder_2": BIG_TEXT,
+    },
     "tiny": {
         "unet": {
             **UNET,
@@ -134,14 +171,15 @@ def random_weights(rng: np.random.Generator, wanted: dict[str, tuple[int, ...]],
 
 def make(directory: Path, size: str = "tiny", dtype: str = "float32", seed: int = 0) -> None:
     """Writes a checkpoint in diffusers' layout to ``directory``, over what is there."""
-    rng = np.random.default_rng(seed)
+    rng, parts = np.random.default_rng(seed), SIZES[size]
     names = {
         "unet": ("diffusion_pytorch_model.safetensors", ["unet"]),
         "vae": ("diffusion_pytorch_model.safetensors", ["vae_encoder", "vae_decoder"]),
         "text_encoder": ("model.safetensors", ["text_encoder"]),
+        "text_encoder_2": ("model.safetensors", ["text_encoder_2"]),
     }
-    for part, (filename, components) in names.items():
-        config = SIZES[size][part]
+    for part, config in parts.items():
+        filename, components = names[part]
         wanted = {name: shape for component in components for name, shape in shapes(component, config).items()}
         folder = directory / part
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,9 +188,12 @@ def make(directory: Path, size: str = "tiny", dtype: str = "float32", seed: int 
     (directory / "scheduler").mkdir(exist_ok=True)
     scheduler = json.dumps(SCHEDULER, indent=2)
     (directory / "scheduler" / "scheduler_config.json").write_text(scheduler, encoding="utf-8")
-    (directory / "tokenizer").mkdir(exist_ok=True)
     write_clip_tokenizer(directory / "tokenizer")
-    (directory / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2), encoding="utf-8")
+    index = MODEL_INDEX
+    if "text_encoder_2" in parts:
+        write_clip_tokenizer(directory / "tokenizer_2", "!")
+        index = {**MODEL_INDEX, **XL_INDEX}
+    (directory / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def main() -> None:

@@ -73,7 +73,12 @@ class Runtime:
         if part == "vae_decoder":
             return {"latent_sample": latents}
         text = np.random.default_rng(1).standard_normal((2, 77, self.unet["cross_attention_dim"]), np.float32)
-        return {"sample": latents, "timestep": np.array(500, np.float32), "encoder_hidden_states": text}
+        feeds = {"sample": latents, "timestep": np.array(500, np.float32), "encoder_hidden_states": text}
+        if "addition_embed_type" in self.unet:
+            pooled = np.random.default_rng(2).standard_normal((2, random_checkpoint.BIG_TEXT["projection_dim"]))
+            sizes = np.array([[self.pixels, self.pixels, 0, 0, self.pixels, self.pixels]] * 2)
+            feeds |= {"text_embeds": pooled.astype(np.float32), "time_ids": sizes.astype(np.float32)}
+        return feeds
 
     def figures(self, part: str, runs: int) -> dict[str, float]:
         """Seconds of opening a part and of running it, once and then in the median of ``runs``."""
@@ -101,7 +106,8 @@ class Sdonnx(Runtime):
     def make(self) -> None:
         from sdonnx.cli import main
 
-        sys.argv[1:] = ["export", str(self.checkpoint), "-o", str(self.folder), "--precision", self.precision]
+        how = ["--precision", self.precision, "--calibration", "fast"]  # ranges change no speed
+        sys.argv[1:] = ["export", str(self.checkpoint), "-o", str(self.folder), *how]
         try:
             main()
         except SystemExit as end:
@@ -227,6 +233,8 @@ class Torch(Runtime):
         @torch.inference_mode()
         def run(feeds: Feeds) -> np.ndarray:
             given = {name: torch.from_numpy(value) for name, value in openvino_models.whole(feeds).items()}
+            added = {name: given.pop(name) for name in ("text_embeds", "time_ids") if name in given}
+            given |= {"added_cond_kwargs": added} if added else {}
             return (unet(**given) if part == "unet" else vae.decode(given["latent_sample"])).sample.numpy()
 
         return run

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 import numpy as np
+from PIL import Image
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.machine import cpu_name, instruction_set
@@ -15,6 +16,7 @@ from sdonnx_runtime.package import Package
 from sdonnx_runtime.pipeline import Pipeline
 from sdonnx_runtime.request import given
 from sdonnx_runtime.session import runtime_version
+from sdonnx_runtime.starts import pictures_of
 
 from sdonnx.measure import ComponentFigures, PictureFigures, Pictures, apart, measure_component, measure_picture
 
@@ -118,7 +120,10 @@ def bench(
         if value < 1:
             raise RequestError(f"{name} is {value}; give a whole number of at least 1")
     pipe = Pipeline(package, device=device, threads=threads)
-    request = pipe.check(PROMPT, seed=SEED, num_images=batch, num_inference_steps=steps, width=width, height=height)
+    size = package.manifest.defaults.size
+    pictures = pictures_of(package.manifest, Image.linear_gradient("L").resize((size, size)))
+    sides = {"width": width, "height": height}
+    request = pipe.check(PROMPT, seed=SEED, num_images=batch, num_inference_steps=steps, **sides, **pictures)
     names = _component_names(package)
     stages = len(names) + (1 if reference is None else 3)
     progress("making a picture", 0.0)
@@ -168,8 +173,7 @@ def _feeds(name: str, picture: Pictures, batch: int) -> list[Mapping[str, AnyArr
     calls = [call.inputs for call in picture.calls[name]]
     if name not in ("unet", "vae_decoder"):
         return calls
-    times = batch // len(calls[0]["sample" if name == "unet" else "latent_sample"])
-    return [{key: np.repeat(value, times, axis=0) if value.ndim else value for key, value in calls[0].items()}]
+    return [{key: np.repeat(value, batch, axis=0) if value.ndim else value for key, value in calls[0].items()}]
 
 
 def _compared(

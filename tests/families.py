@@ -167,7 +167,7 @@ def sdxl(kind=StableDiffusionXLPipeline, **parts):
         "tokenizer": tokenizer(),
         "tokenizer_2": tokenizer("!"),
         "unet": xl_unet(),
-        "scheduler": scheduler(EulerDiscreteScheduler),
+        "scheduler": scheduler(EulerDiscreteScheduler, timestep_spacing="leading"),
     }
     return kind(**{**own, **parts}, add_watermarker=False)
 
@@ -181,7 +181,7 @@ def refiner():
         text_encoder_2=open_clip(projected=True, eos_token_id=49407),
         tokenizer_2=tokenizer("!"),
         unet=xl_unet(ids=5, cross_attention_dim=64, transformer_layers_per_block=2, sample_size=8),
-        scheduler=scheduler(EulerDiscreteScheduler),
+        scheduler=scheduler(EulerDiscreteScheduler, timestep_spacing="leading"),
         requires_aesthetics_score=True,
         force_zeros_for_empty_prompt=False,
         add_watermarker=False,

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from ldm_fixture import save_ldm
+from optimum.onnxruntime import ORTStableDiffusionXLPipeline
 from PIL import Image
 from sdonnx_export.export import export
 from sdonnx_runtime.conditioning import CONDITIONING
 from sdonnx_runtime.manifest import FAMILIES
 from sdonnx_runtime.pictures import bicubic
+from sdonnx_runtime.starts import pictures_of
 
 import sdonnx
 
@@ -35,18 +38,23 @@ def picture(seed=0, size=(64, 96)):
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
-    """A family's pipeline and our package of it, made once."""
+    """A family's pipeline and our package of it, from its directory or a single file, made once."""
     made, published, directory = {}, {}, tmp_path_factory.mktemp("families")
 
-    def get(name, make):
+    def get(name, make, layout="directory"):
+        place = directory / name.replace(" ", "-")
         if name not in made:
-            pipe, place = make(), directory / name.replace(" ", "-")
+            pipe = made[name] = make()
             pipe.set_progress_bar_config(disable=True)
-            pipe.save_pretrained(place / "diffusers")
+            pipe.save_pretrained(place / "directory")
             published[name] = pipe.scheduler.config
-            made[name] = pipe, export(str(place / "diffusers"), place / "package")
-        pipe, package = made[name]
+        pipe, package = made[name], place / f"{layout} package"
         pipe.scheduler = getattr(diffusers, published[name]["_class_name"]).from_config(published[name])
+        if not package.exists():
+            source = place / "directory" if layout == "directory" else place / f"{place.name}.safetensors"
+            if layout != "directory":
+                save_ldm(pipe, source)
+            export(str(source), package)
         return pipe, package
 
     return get
@@ -77,10 +85,18 @@ def assert_equal(result, wanted):
     assert np.asarray(result.images[0], np.float64).std() > 5, "a flat picture would equal anything flat"
 
 
+LAYOUTS = ["directory", "single file"]
+
+
+def in_both(names):
+    """Names and layouts; a tiny VAE has no place in a single file."""
+    return [(name, layout) for name in names for layout in LAYOUTS if (name, layout) != ("sdxs", "single file")]
+
+
 @pytest.mark.parametrize("guidance", [5.0, 1.0])
-@pytest.mark.parametrize("name", families.TEXT_TO_IMAGE)
-def test_text_to_image(saved, name, guidance):
-    pipe, package = saved(name, families.TEXT_TO_IMAGE[name])
+@pytest.mark.parametrize(("name", "layout"), in_both(families.TEXT_TO_IMAGE))
+def test_text_to_image(saved, name, layout, guidance):
+    pipe, package = saved(name, families.TEXT_TO_IMAGE[name], layout)
     common = {"negative_prompt": NEGATIVE, "num_inference_steps": 4, "guidance_scale": guidance, **SIZE}
     wanted = reference(pipe, prompt=PROMPT, **common)
     assert_equal(sdonnx.load(package).generate(PROMPT, seed=SEED, **common), wanted)
@@ -115,9 +131,9 @@ MASK.paste(255, (8, 16, 40, 72))
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])
-@pytest.mark.parametrize("name", ["sd1 inpaint", "sd2 inpaint", "sdxl inpaint"])
-def test_inpainting_models(saved, name, strength):
-    pipe, package = saved(name, families.WITH_PICTURES[name])
+@pytest.mark.parametrize(("name", "layout"), in_both(["sd1 inpaint", "sd2 inpaint", "sdxl inpaint"]))
+def test_inpainting_models(saved, name, layout, strength):
+    pipe, package = saved(name, families.WITH_PICTURES[name], layout)
     common = {"image": picture(), "mask_image": MASK, "strength": strength, **PICTURE_SETTINGS, **SIZE}
     wanted = reference(pipe, prompt=PROMPT, **common)
     assert_equal(
@@ -125,17 +141,19 @@ def test_inpainting_models(saved, name, strength):
     )
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("guidance", [{}, {"image_guidance_scale": 1.0}, {"guidance_scale": 1.0}])
-def test_instruct_pix2pix(saved, guidance):
-    pipe, package = saved("pix2pix", families.WITH_PICTURES["pix2pix"])
+def test_instruct_pix2pix(saved, layout, guidance):
+    pipe, package = saved("pix2pix", families.WITH_PICTURES["pix2pix"], layout)
     common = {"image": picture(), **PICTURE_SETTINGS, "image_guidance_scale": 1.7, **guidance}
     wanted = reference(pipe, prompt=PROMPT, **common)
     assert_equal(sdonnx.load(package).generate(PROMPT, seed=SEED, **common, **SIZE), wanted)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("strength", [0.9, 0.5])
-def test_depth_to_image(saved, strength):
-    pipe, package = saved("depth", families.depth)
+def test_depth_to_image(saved, layout, strength):
+    pipe, package = saved("depth", families.depth, layout)
     depth = np.random.default_rng(3).integers(0, 60000, (50, 70)).astype(np.uint16)
     common = {"image": picture(), "strength": strength, **PICTURE_SETTINGS}
     wanted = reference(pipe, prompt=PROMPT, depth_map=torch.from_numpy(depth.astype(np.float32))[None], **common)
@@ -159,8 +177,9 @@ def test_pictures_with_models_of_text_alone(saved, name, kind):
     )
 
 
-def test_the_refiner_alone(saved):
-    pipe, package = saved("refiner", families.WITH_PICTURES["refiner"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_refiner_alone(saved, layout):
+    pipe, package = saved("refiner", families.WITH_PICTURES["refiner"], layout)
     common = {"image": picture(), "strength": 0.5, "aesthetic_score": 7.0, "negative_aesthetic_score": 1.0}
     common |= PICTURE_SETTINGS
     wanted = reference(pipe, prompt=PROMPT, **common)
@@ -171,9 +190,10 @@ def test_the_refiner_alone(saved):
     assert np.abs(other.latents - wanted[0]).max() > 2e-3
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("guidance", [8.5, 3.0])
-def test_a_latent_consistency_model(saved, guidance):
-    pipe, package = saved("lcm", families.lcm)
+def test_a_latent_consistency_model(saved, layout, guidance):
+    pipe, package = saved("lcm", families.lcm, layout)
     common = {"num_inference_steps": 4, "guidance_scale": guidance, **SIZE}
     wanted = reference(pipe, prompt=PROMPT, **common)
     assert_equal(sdonnx.load(package).generate(PROMPT, seed=SEED, **common), wanted)
@@ -280,7 +300,7 @@ def test_without_its_peculiarity_a_family_gives_another_picture(saved, tmp_path,
 
 
 def test_every_family_has_its_conditioning():
-    assert CONDITIONING.keys() == FAMILIES.keys()
+    assert {*CONDITIONING, "vae"} == FAMILIES.keys()
 
 
 def test_what_a_model_needs_is_asked_for(saved):
@@ -307,3 +327,38 @@ def test_a_depth_map_is_resized_as_torch_does(height, width):
     values = np.random.default_rng(0).standard_normal((11, 17)).astype(np.float32)
     wanted = torch.nn.functional.interpolate(torch.from_numpy(values)[None, None], (height, width), mode="bicubic")
     np.testing.assert_allclose(bicubic(values, height, width), wanted[0, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusion3Pipeline", "FluxPipeline", "StableDiffusionUpscalePipeline"])
+def test_what_has_no_loop_here_is_refused_by_its_name(kind, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    for via in ("native", "optimum"):
+        with pytest.raises(sdonnx.ExportError, match=kind):
+            export(str(tmp_path), tmp_path / "out", via=via)
+    with pytest.raises(sdonnx.PackageError, match=kind):
+        sdonnx.load(tmp_path)
+
+
+def test_sdxl_by_optimum_and_ours_in_optimum(saved, tmp_path):
+    pipe, package = saved("sdxl", families.sdxl)
+    common = {"num_inference_steps": 3, "guidance_scale": 6.0, "negative_prompt": NEGATIVE, **SIZE}
+    wanted = reference(pipe, prompt=PROMPT, **common)
+    traced = export(str(package.parent / "directory"), tmp_path / "traced", via="optimum")
+    assert_equal(sdonnx.load(traced).generate(PROMPT, seed=SEED, **common), wanted)
+    theirs = ORTStableDiffusionXLPipeline.from_pretrained(package, provider="CPUExecutionProvider")
+    theirs.set_progress_bar_config(disable=True)
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    assert psnr(theirs(prompt=PROMPT, generator=generator, **common).images[0], wanted[1]) > 50
+
+
+@pytest.mark.parametrize(("precision", "least"), [("fp16", 55), ("int8-weights", 36), ("int8", 20), ("int4", 17)])
+@pytest.mark.parametrize("name", ["sdxl", "refiner", "sd1 inpaint", "pix2pix", "depth", "lcm"])
+def test_every_precision_of_every_family(saved, tmp_path, name, precision, least):
+    """Calibration gives a model that is given pictures some; the loss is that of rounding, on random weights."""
+    makers = {**families.TEXT_TO_IMAGE, **families.WITH_PICTURES, "depth": families.depth, "lcm": families.lcm}
+    _, package = saved(name, makers[name])
+    small = export(str(package.parent / "directory"), tmp_path / "small", precision=precision, calibration="fast")
+    manifest = sdonnx.Package.open(package).manifest
+    asked = {"seed": SEED, "num_inference_steps": 3, **SIZE, **pictures_of(manifest, picture())}
+    whole, rounded = (sdonnx.load(root).generate(PROMPT, **asked) for root in (package, small))
+    assert least < psnr(rounded.images[0], whole.images[0]) < 100

@@ -21,7 +21,7 @@ from sdonnx_runtime.pictures import to_values
 from sdonnx_runtime.pipeline import Pipeline
 from sdonnx_runtime.scheduler_config import SchedulerConfig
 from sdonnx_runtime.session import Session
-from sdonnx_runtime.starts import encoded
+from sdonnx_runtime.starts import encoded, pictures_of
 
 from sdonnx_export.codes import Range
 from sdonnx_export.graph import COMPONENTS, build
@@ -147,13 +147,16 @@ def observe(
         _show_pictures(observer, package)
         return observer.seen()
     pipeline, scheduler = Pipeline(package, device="cpu"), SchedulerConfig.from_dict(package.manifest.scheduler)
+    (picture,) = colour_fields(package.manifest.defaults.size)[:1]  # for models that are given one
     for number, (prompt, count) in enumerate(zip(calibration.prompts, runs, strict=True)):
-        request = pipeline.check(prompt, num_inference_steps=count, seed=number)
+        pictures = pictures_of(package.manifest, picture)
+        request = pipeline.check(prompt, num_inference_steps=count, seed=number, **pictures)
         generation = Generation(package, observer, scheduler, request)
         for _ in generation.steps():
             pass
         if generation.result is not None:
-            observer("vae_encoder", {"sample": to_values(generation.result.images[0])})
+            (picture,) = generation.result.images
+            observer("vae_encoder", {"sample": to_values(picture)})
             observer.components.release("vae_encoder")
     return observer.seen()
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +110,7 @@ def _from_directory(root: Path, name: str, revision: str | None) -> Checkpoint:
     if config.is_file() and _json(config, "download the checkpoint again").get("_class_name") in VAES:
         raise _vae_alone(name)
     index = _json(root / "model_index.json", "expected a diffusers directory, a Hub id or a single file")
-    pipeline = index.get("_class_name")
-    if pipeline not in PIPELINES:
-        raise ExportError(f"{name} holds a {pipeline}; what can be exported is {', '.join(PIPELINES)}")
+    _refuse_others(name, index.get("_class_name"))
     parts = [part for part in PARTS if part in ("unet", "vae") or _names_one(index.get(part))]
     tokenizers = {part.replace("text_encoder", "tokenizer"): part for part in parts if part.startswith("text_encoder")}
     if not tokenizers:
@@ -198,20 +196,28 @@ def _json(path: Path, remedy: str) -> dict[str, Any]:
     return found
 
 
+def check_pipeline(source: str, revision: str | None) -> None:
+    """Finds out, before anything large is read, whether a directory's or a Hub id's pipeline is one that can be run.
+
+    Raises:
+        ExportError: it is not, or there is none.
+    """
+    path = Path(source)
+    root = path if path.exists() else _downloaded(source, revision, ("model_index.json",))
+    index = _json(root / "model_index.json", "expected a diffusers directory or a Hub id")
+    _refuse_others(source, index.get("_class_name"))
+
+
+def _refuse_others(name: str, pipeline: Any) -> None:
+    if pipeline not in PIPELINES:
+        raise ExportError(f"{name} holds a {pipeline}; what can be exported is {', '.join(PIPELINES)}")
+
+
 def _from_hub(source: str, revision: str | None, parts: Callable[[Path], Mapping[str, Path]]) -> Path:
     """Downloads what is needed of a repository, or takes it from the Hub's cache; ``parts`` finds their directories."""
-    if not _HUB_ID.fullmatch(source):
-        raise ExportError(f"'{source}' does not exist: expected a directory, a file or a Hub id such as org/name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     missing = ExportError(f"'{source}' on the Hub has no weights that can be read")
     for patterns in _HUB_WEIGHTS:
-        try:
-            root = Path(snapshot_download(source, revision=revision, allow_patterns=[*_HUB_SMALL, *patterns]))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ExportError(f"'{source}' is no path here, and the Hub did not give it: {reason}") from None
+        root = _downloaded(source, revision, (*_HUB_SMALL, *patterns))
         try:
             for part, directory in parts(root).items():
                 weight_files(directory, part)
@@ -220,3 +226,16 @@ def _from_hub(source: str, revision: str | None, parts: Callable[[Path], Mapping
             continue
         return root
     raise missing
+
+
+def _downloaded(source: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    if not _HUB_ID.fullmatch(source):
+        raise ExportError(f"'{source}' does not exist: expected a directory, a file or a Hub id such as org/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ExportError(f"'{source}' is no path here, and the Hub did not give it: {reason}") from None

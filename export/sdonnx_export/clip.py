@@ -10,7 +10,7 @@ from sdonnx_export.operators import Operators
 
 
 class ClipTextEncoder(Module):
-    """Token ids (N, 77) to last_hidden_state (N, 77, C) and pooler_output (N, C), or text_embeds (N, P) if projected.
+    """Token ids (N, 77) to last_hidden_state (N, 77, C) and pooler_output (N, C), or to text_embeds (N, P) and the first.
 
     Then come the hidden states (N, 77, C): what goes into each layer, and what comes out of the last.
     """
@@ -24,8 +24,9 @@ class ClipTextEncoder(Module):
 
     def forward(self, op: Operators, input_ids: ir.Value) -> tuple[ir.Value, ...]:
         hidden, pooled, states = self.text_model(op, input_ids)
-        pooled = pooled if self.text_projection is None else self.text_projection(op, pooled)
-        return hidden, pooled, *states
+        if self.text_projection is None:
+            return hidden, pooled, *states
+        return self.text_projection(op, pooled), hidden, *states
 
 
 class ClipTextTransformer(Module):
@@ -39,8 +40,10 @@ class ClipTextTransformer(Module):
         self._config = config
 
     def forward(self, op: Operators, input_ids: ir.Value) -> tuple[ir.Value, ir.Value, list[ir.Value]]:
+        op.begin_stage("embeddings")
         x = self.embeddings(op, input_ids)  # (N, 77, C)
         states = self.encoder(op, x, causal_bias(op, self._config.positions))
+        op.begin_stage("final_layer_norm")
         hidden = self.final_layer_norm(op, states[-1])
         return hidden, self._pool(op, hidden, input_ids), states
 
@@ -92,7 +95,8 @@ class ClipEncoder(Module):
 
     def forward(self, op: Operators, x: ir.Value, bias: ir.Value) -> list[ir.Value]:
         states = [x]
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            op.begin_stage(f"layers.{index}")
             states.append(layer(op, states[-1], bias))
         return states
 

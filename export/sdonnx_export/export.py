@@ -17,7 +17,7 @@ from sdonnx_runtime.manifest import Manifest, Source, write_manifest
 from sdonnx_runtime.request import given
 
 from sdonnx_export.calibration import Calibration, Seen, observe
-from sdonnx_export.checkpoint import open_checkpoint, open_vae, open_vae_alone
+from sdonnx_export.checkpoint import check_pipeline, open_checkpoint, open_vae, open_vae_alone
 from sdonnx_export.config import UNetConfig
 from sdonnx_export.graph import COMPONENTS, build, components_of, layers
 from sdonnx_export.int8 import Int8Operators
@@ -189,6 +189,7 @@ def _export_optimum(
 
     if source is None or precision != "fp32" or vae is not None:
         raise ExportError("--via optimum writes fp32 and the checkpoint's own VAE; leave out --precision and --vae")
+    check_pipeline(source, revision)
     report("tracing with optimum", 0.0)
     export_with_optimum(source, directory, revision)
     files = {path.parent.name: files_of(directory, path.parent.name) for path in directory.glob(f"*/{GRAPH}")}

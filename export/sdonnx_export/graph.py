@@ -109,7 +109,7 @@ COMPONENTS = {
         part="text_encoder_2",
         prefixes=(),
         module=partial(_text_encoder, projected=True),
-        outputs=("last_hidden_state", "text_embeds"),
+        outputs=("text_embeds", "last_hidden_state"),
     ),
     "unet": Component(part="unet", prefixes=(), module=_unet, outputs=("out_sample",)),
     "vae_decoder": Component(

@@ -1,6 +1,7 @@
 """Whether a request can be served, and what it leaves open filled in."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
@@ -20,6 +21,14 @@ MAX_SEED = 2**63 - 1
 
 MAX_GUIDANCE = 1000
 """Far beyond any use, and far below where the arithmetic overflows."""
+
+
+NEEDED: Mapping[str, tuple[str, ...]] = {
+    "mask": ("image", "mask_image"),
+    "picture": ("image",),
+    "depth": ("depth_image",),
+}
+"""A request's pictures that a model can't do without, by what it is given beside the latents."""
 
 
 def check_request(
@@ -159,8 +168,7 @@ def _check_variation(request: Request) -> None:
 
 def _check_beside(request: Request, beside: str | None) -> Request:
     """With the guidance by a picture filled in, of a model that is given one."""
-    missing = {"mask": ("image", "mask_image"), "picture": ("image",), "depth": ("depth_image",)}
-    for name in missing.get(str(beside), ()):
+    for name in NEEDED.get(str(beside), ()):
         if getattr(request, name) is None:
             raise RequestError(f"the model is given a {name} beside the latents, and there is none; give one")
     if request.depth_image is not None and beside != "depth":
@@ -193,7 +201,7 @@ def _check_sizes(request: Request) -> None:
     """SDXL's."""
     for name, low in (("original_size", 1), ("target_size", 1), ("crop_top_left", 0)):
         pair: object = getattr(request, name)
-        if pair is None and low == 1:
+        if pair is None:
             continue
         if not isinstance(pair, tuple) or len(cast("tuple[object, ...]", pair)) != 2:
             raise RequestError(f"{name} is {pair!r}; give two whole numbers")

@@ -79,7 +79,7 @@ def _sizes(request: Request) -> list[Sequence[int]]:
     """(height, width) of the picture that the one to make is as if cut from, where it begins there, and its own."""
     own = given(request.width), given(request.height)
     original, target = (own if size is None else size for size in (request.original_size, request.target_size))
-    return [original[::-1], request.crop_top_left, target[::-1]]
+    return [original[::-1], (0, 0) if request.crop_top_left is None else request.crop_top_left, target[::-1]]
 
 
 def _flat(pairs: Sequence[Sequence[int]]) -> list[int]:

@@ -110,8 +110,8 @@ class Request:
     """0 to 1, with a refiner: the share of the noise levels that is walked without it; None is 0.8."""
     original_size: tuple[int, int] | None = None
     """SDXL's: (width, height) of the picture that it shall look as if made of; None is ``width`` and ``height``."""
-    crop_top_left: tuple[int, int] = (0, 0)
-    """SDXL's: (top, left) of where it shall look cut from that picture."""
+    crop_top_left: tuple[int, int] | None = None
+    """SDXL's: (top, left) of where it shall look cut from that picture; None is its corner."""
     target_size: tuple[int, int] | None = None
     """SDXL's: (width, height) that it shall look made for; None is ``width`` and ``height``."""
     aesthetic_score: float = 6.0

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from sdonnx_runtime.arrays import Array
+from sdonnx_runtime.checks import NEEDED
 from sdonnx_runtime.components import Runner
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.manifest import Latents, Manifest
@@ -149,6 +150,19 @@ _SEEN: Mapping[str, Callable[[Latents, Request, Start | None, NoiseSource], Arra
     "picture": _seen_picture,
     "depth": _seen_depth,
 }
+
+
+def pictures_of(manifest: Manifest, picture: Image.Image) -> dict[str, Image.Image]:
+    """The fields of a request for a model that is given pictures beside the latents, made of one; its middle is masked.
+
+    For whoever has to run any package: to measure it, or to observe it.
+    """
+    kind = manifest.conditions.beside
+    mask = Image.new("L", picture.size)
+    width, height = picture.size
+    mask.paste(255, (width // 4, height // 4, width - width // 4, height - height // 4))
+    fields = {"image": picture, "mask_image": mask, "depth_image": picture}
+    return {name: fields[name] for name in NEEDED.get(str(kind), ())}
 
 
 def pasted(made: Image.Image, start: Start, request: Request) -> Image.Image:

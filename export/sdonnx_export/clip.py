@@ -10,7 +10,7 @@ from sdonnx_export.operators import Operators
 
 
 class ClipTextEncoder(Module):
-    """Token ids (N, 77) to last_hidden_state (N, 77, C) and pooler_output (N, C), or to text_embeds (N, P) and the first.
+    """Token ids (N, 77) to last_hidden_state (N, 77, C) and pooler_output (N, C); or to text_embeds (N, P) and that.
 
     Then come the hidden states (N, 77, C): what goes into each layer, and what comes out of the last.
     """

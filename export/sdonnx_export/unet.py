@@ -1,7 +1,8 @@
 """The conditional U-Net of latent diffusion (arXiv:2112.10752), as diffusers names its weights.
 
-The forward pass is a chain of stages, one for each residual block with its attention: `Operators.begin_stage`
-marks where one ends and the next begins, and what crosses a border is a named edge.
+The forward pass is a chain of stages, one for each residual block with its attention, whose deeper layers, where it has
+several, are stages of their own: `Operators.begin_stage` marks where one ends and the next begins, and what crosses a
+border is a named edge.
 """
 
 from collections.abc import Iterable, Sequence
@@ -92,7 +93,8 @@ def kept_stage(config: UNetConfig) -> str:
     In Stable Diffusion 1.5 that leaves 8 % of a step. A second residual block outside would make it 22 %, and brings
     pictogram 0.5 dB at most.
     """
-    return f"up_blocks.{len(config.channels) - 1}.{config.layers[0] - 1}"
+    attends, layers = config.up_attention[-1], config.up_transformers[-1][-2]
+    return _deeper(f"up_blocks.{len(config.channels) - 1}.{config.layers[0] - 1}", layers - 1 if attends else 0)
 
 
 def sinusoids(op: Operators, numbers: ir.Value, width: int, config: UNetConfig) -> ir.Value:
@@ -260,7 +262,9 @@ class Transformer(Module):
             h = self.proj_in(op, op.to_sequence(h, self._width))
         else:
             h = op.to_sequence(self.proj_in(op, h), self._width)
-        for block in self.transformer_blocks:
+        stage = op.stage
+        for index, block in enumerate(self.transformer_blocks):
+            op.begin_stage(_deeper(stage, index))
             h = block(op, h, context, x)
         x = op.match_rows(x, context, rank=4) if self._first else x
         if self._linear:
@@ -268,6 +272,11 @@ class Transformer(Module):
         else:
             h = self.proj_out(op, op.to_picture(h, x))
         return op.Add(h, x)
+
+
+def _deeper(stage: str, layer: int) -> str:
+    """What the stage of a residual block is called from its attention's layer ``layer`` on: a few are gigabytes."""
+    return stage if layer == 0 else f"{stage}.transformer_blocks.{layer}"
 
 
 def _pointwise(in_channels: int, out_channels: int) -> Conv2d:

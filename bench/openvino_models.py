@@ -22,20 +22,30 @@ Feeds = Mapping[str, np.ndarray]
 
 
 class OpenVinoSession:
-    """A model in OpenVINO, with what our loop asks of a session."""
+    """A model in OpenVINO, with what our loop asks of a session; compiled for the shapes that it is given."""
 
     def __init__(self, path: Path, shapes: Mapping[str, Sequence[int]] | None = None) -> None:
-        """``shapes`` are each input's, where they are known beforehand; OpenVINO is faster then."""
+        """``shapes`` are each input's, where they are known beforehand; else the first run finds them."""
+        self._path = path
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+        if shapes is not None:
+            self._model(shapes)
+
+    def _model(self, shapes: Mapping[str, Sequence[int]]) -> Any:
         import openvino
 
-        core = openvino.Core()
-        model = core.read_model(path)
-        if shapes is not None:
+        key = tuple((name, *shape) for name, shape in sorted(shapes.items()))
+        if key not in self._compiled:
+            core = openvino.Core()
+            model = core.read_model(self._path)
             model.reshape({name: list(shape) for name, shape in shapes.items()})
-        self._model = core.compile_model(model, "CPU", OPTIONS)
+            self._compiled[key] = core.compile_model(model, "CPU", OPTIONS)
+        return self._compiled[key]
 
     def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
-        return {"output": np.array(self._model(whole(feeds))[0])}
+        given = whole(feeds)
+        model = self._model({name: value.shape for name, value in given.items()})
+        return {"output": np.array(model(given)[0])}
 
     def cancel(self) -> None:
         """OpenVINO's synchronous runs can't be stopped."""

@@ -102,6 +102,7 @@ def described(result: sdonnx.Result, paths: list[Path]) -> dict[str, Any]:
         "request": recipe_of(result.request),
         "model": result.model,
         "vae": result.vae,
+        "refiner": result.refiner,
         "timings": asdict(result.timings),
     }
 

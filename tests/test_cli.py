@@ -40,7 +40,7 @@ def test_a_checkpoint_to_a_picture(checkpoint, tmp_path):
     assert ran.returncode == 0, ran.stderr
     assert Image.open(tmp_path / "apple.png").size == Image.open(tmp_path / "preview.png").size == (64, 64)
     described = sdonnx("info", "tiny-onnx", cwd=tmp_path)
-    assert "sd1" in described.stdout
+    assert "Stable Diffusion 1" in described.stdout
     assert "fp32" in described.stdout
 
 

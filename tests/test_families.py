@@ -218,7 +218,7 @@ def test_the_refiner_goes_on_where_the_base_model_stops(saved, share):
     assert np.abs(alone.latents - result.latents).max() > 1e-2
 
 
-def test_the_base_model_is_unloaded_before_the_refiner_is_opened(saved, monkeypatch):
+def test_the_base_model_is_unloaded_before_the_refiner_is_opened(saved, monkeypatch, tmp_path):
     _, package, _, other = pair_of(saved)
     pipeline = sdonnx.load(package, refiner=other)
     opened, alive = [], pipeline._components
@@ -234,6 +234,9 @@ def test_the_base_model_is_unloaded_before_the_refiner_is_opened(saved, monkeypa
     assert [root for root, _ in unets] == [package, other] * 2
     assert all(before == [] for _, before in unets)
     assert set(result.timings.run) >= {"unet", "refiner/unet"}
+    sdonnx.save_png(result, 0, tmp_path / "made.png")
+    with Image.open(tmp_path / "made.png") as made:
+        assert "Refiner: directory, Refiner switch at: 0.8" in made.text["parameters"]  # as AUTOMATIC1111 has it
 
 
 def test_a_multistep_sampler_keeps_its_history_over_the_hand_over(saved):

@@ -152,6 +152,7 @@ class Generation:
                 model=self._package.name,
                 timings=self._run.timings(seconds),
                 vae=None if self._package.vae is None else self._package.vae.name,
+                refiner=None if self._refiner is None else self._refiner.name,
             )
 
     def _models(self) -> dict[str, Package]:

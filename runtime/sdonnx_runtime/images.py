@@ -23,7 +23,7 @@ def to_images(pictures: Array) -> tuple[Image.Image, ...]:
     return tuple(Image.fromarray(picture) for picture in (scaled * 255).round().astype(np.uint8))
 
 
-def parameters_text(request: Request, model: str, vae: str | None = None) -> str:
+def parameters_text(request: Request, model: str, *, vae: str | None = None, refiner: str | None = None) -> str:
     """The recipe in AUTOMATIC1111's ``parameters`` format."""
     sampler = request.sampler or ""
     settings = {
@@ -31,6 +31,7 @@ def parameters_text(request: Request, model: str, vae: str | None = None) -> str
         "Sampler": A1111_NAMES.get(sampler, sampler),
         **({} if request.schedule is None else {"Schedule type": _A1111_SCHEDULES[request.schedule]}),
         "CFG scale": f"{request.guidance_scale:g}",
+        **_edited(request),
         "Seed": request.seed,
         "Size": f"{request.width}x{request.height}",
         **_varied(request),
@@ -38,6 +39,7 @@ def parameters_text(request: Request, model: str, vae: str | None = None) -> str
         **_masked(request),
         "Model": _quoted(model),
         **({} if vae is None else {"VAE": _quoted(vae)}),
+        **({} if refiner is None else {"Refiner": _quoted(refiner), "Refiner switch at": request.refiner_start}),
         "Version": "sdonnx",
     }
     lines = [request.prompt]
@@ -56,6 +58,11 @@ def _varied(request: Request) -> dict[str, str]:
         return {}
     seed, strength = request.variation
     return {"Variation seed": str(seed), "Variation seed strength": f"{strength:g}"}
+
+
+def _edited(request: Request) -> dict[str, str]:
+    scale = request.image_guidance_scale
+    return {} if scale is None else {"Image CFG scale": f"{scale:g}"}
 
 
 def _masked(request: Request) -> dict[str, str | int]:
@@ -109,8 +116,9 @@ def save_png(result: Result, index: int, path: Path, *, enlarge: int = 1) -> Non
     """
     info = PngInfo()
     request = of_image(result.request, index)
-    info.add_text("parameters", parameters_text(request, result.model, result.vae))
-    data = {**recipe(request), "model": result.model, **({} if result.vae is None else {"vae": result.vae})}
+    info.add_text("parameters", parameters_text(request, result.model, vae=result.vae, refiner=result.refiner))
+    others = {"vae": result.vae, "refiner": result.refiner}
+    data = {**recipe(request), "model": result.model, **{kind: name for kind, name in others.items() if name}}
     info.add_text("sdonnx", json.dumps(data, ensure_ascii=False))
     with replacing(path) as stream:
         image = result.images[index]

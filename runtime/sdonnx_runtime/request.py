@@ -153,6 +153,8 @@ class Result:
     timings: Timings
     vae: str | None = None
     """Name of the package whose VAE decoded instead of the model's own."""
+    refiner: str | None = None
+    """Name of the package that took the last steps; None if none did."""
 
 
 def recipe(request: Request) -> dict[str, Any]:

@@ -1,0 +1,176 @@
+"""A graph's initializers, read without the onnx library: what its weights are called, and what is in them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdonnx_runtime.arrays import AnyArray
+from sdonnx_runtime.errors import PackageError
+
+INT4 = 22
+"""ONNX's number for a type that numpy has not; two elements to a byte, the first in its lower half."""
+
+_DTYPES: Mapping[int, Any] = {
+    1: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16, 11: np.float64,
+    INT4: np.int8,
+}  # fmt: skip
+"""By ONNX's numbers for element types."""
+
+_GRAPH, _INITIALIZER = 7, 5
+_DIMS, _DATA_TYPE, _NAME, _RAW_DATA, _EXTERNAL_DATA = 1, 2, 8, 9, 13
+"""Fields of onnx.proto's ModelProto, GraphProto and TensorProto."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Initializer:
+    """One weight as a graph has it."""
+
+    name: str
+    data_type: int
+    """ONNX's number for its element type."""
+    shape: tuple[int, ...]
+    file: Path
+    """Where its elements are."""
+    offset: int
+    """Where they begin there."""
+    length: int
+    """Bytes."""
+
+    @property
+    def external(self) -> bool:
+        """Whether it lies in a file beside its graph, from where a session can be told to take it instead."""
+        return self.file.suffix != ".onnx"
+
+    def read(self) -> AnyArray:
+        """Its elements; those of 4 bits as int8.
+
+        Raises:
+            PackageError: the file is cut, or the type is one that no package has.
+        """
+        dtype = _DTYPES.get(self.data_type)
+        count = int(np.prod(self.shape))
+        expected = (count + 1) // 2 if self.data_type == INT4 else count * np.dtype(dtype).itemsize
+        if dtype is None or self.length != expected or self.file.stat().st_size < self.offset + self.length:
+            raise PackageError(f"{self.file} is damaged at '{self.name}'; run 'sdonnx export' again")
+        data = np.fromfile(self.file, np.uint8, self.length, offset=self.offset)
+        return unpacked(data, count).reshape(self.shape) if self.data_type == INT4 else _viewed(data, dtype, self.shape)
+
+
+def _viewed(data: AnyArray, dtype: Any, shape: tuple[int, ...]) -> AnyArray:
+    return data.view(dtype).reshape(shape)
+
+
+def unpacked(data: AnyArray, count: int) -> AnyArray:
+    """int8 values (count,) of as many in 4 bits."""
+    pairs = np.stack([data << 4, data], axis=-1).view(np.int8) >> 4  # the shift keeps the sign
+    return pairs.reshape(-1)[:count]
+
+
+def packed(values: AnyArray) -> AnyArray:
+    """What `unpacked` reads."""
+    nibbles = values.reshape(-1).view(np.uint8) & 15
+    nibbles = np.append(nibbles, np.zeros(len(nibbles) % 2, np.uint8))
+    return nibbles[0::2] | (nibbles[1::2] << 4)
+
+
+def read_initializers(path: Path) -> dict[str, Initializer]:
+    """Those of an ``.onnx`` file by their names.
+
+    Raises:
+        PackageError: it is damaged or missing.
+    """
+    try:
+        data = memoryview(path.read_bytes())
+        graphs = [part for number, part in _fields(data) if number == _GRAPH and isinstance(part, memoryview)]
+        found = [
+            _initializer(path, data, part)
+            for graph in graphs
+            for number, part in _fields(graph)
+            if number == _INITIALIZER and isinstance(part, memoryview)
+        ]
+    except (IndexError, ValueError) as error:
+        raise PackageError(f"{path} is damaged ({error}); run 'sdonnx export' again") from None
+    except OSError as error:
+        raise PackageError(f"{path} can't be read ({error.strerror}); run 'sdonnx export' again") from None
+    return {each.name: each for each in found}
+
+
+def _initializer(path: Path, whole: memoryview, tensor: memoryview) -> Initializer:
+    name, data_type, inside = "", 0, memoryview(b"")
+    shape: list[int] = []
+    where = {"location": "", "offset": "0", "length": "0"}
+    for number, value in _fields(tensor):
+        if number == _DIMS:
+            shape.extend([value] if isinstance(value, int) else _varints(value))
+        elif number == _DATA_TYPE and isinstance(value, int):
+            data_type = value
+        elif number == _NAME and isinstance(value, memoryview):
+            name = str(value, "utf-8")
+        elif number == _RAW_DATA and isinstance(value, memoryview):
+            inside = value
+        elif number == _EXTERNAL_DATA and isinstance(value, memoryview):
+            key, text = (str(part, "utf-8") for _, part in _fields(value) if isinstance(part, memoryview))
+            where[key] = text
+    if where["location"] == "":
+        return Initializer(
+            name=name, data_type=data_type, shape=tuple(shape), file=path,
+            offset=_distance(whole, inside), length=len(inside),
+        )  # fmt: skip
+    if Path(where["location"]).name != where["location"]:
+        raise ValueError(f"'{where['location']}' is not beside it")
+    return Initializer(
+        name=name, data_type=data_type, shape=tuple(shape), file=path.with_name(where["location"]),
+        offset=int(where["offset"]), length=int(where["length"]),
+    )  # fmt: skip
+
+
+def _distance(whole: memoryview, part: memoryview) -> int:
+    """Where ``part`` begins in what it is a slice of."""
+    if len(part) == 0:
+        return 0
+    first, second = (np.frombuffer(each, np.uint8).ctypes.data for each in (whole, part))
+    return second - first
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, "int | memoryview"]]:
+    """The fields of a protocol buffer's message: numbers, and numbers or bytes."""
+    place = 0
+    while place < len(data):
+        key, place = _varint(data, place)
+        kind = key & 7
+        if kind == 0:
+            value, place = _varint(data, place)
+            yield key >> 3, value
+            continue
+        if kind == 2:
+            length, place = _varint(data, place)
+        else:
+            length = {1: 8, 5: 4}.get(kind, len(data))
+        if place + length > len(data):
+            raise ValueError("it is cut")
+        yield key >> 3, data[place : place + length]
+        place += length
+
+
+def _varints(data: memoryview) -> Iterator[int]:
+    place = 0
+    while place < len(data):
+        value, place = _varint(data, place)
+        yield value
+
+
+def _varint(data: memoryview, place: int) -> tuple[int, int]:
+    """A number of seven bits to a byte, and where what follows it begins."""
+    value = shift = 0
+    while True:
+        byte = data[place]
+        place += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, place
+        shift += 7
+        if shift > 63:
+            raise ValueError("a number has no end")

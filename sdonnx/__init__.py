@@ -10,6 +10,7 @@ result.images[0].save("horse.png")
 from sdonnx_runtime.errors import DeviceError, ExportError, PackageError, RequestError, SdonnxError
 from sdonnx_runtime.generation import Progress
 from sdonnx_runtime.images import save_png
+from sdonnx_runtime.lora import Lora
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.pipeline import Pipeline, Stream
 from sdonnx_runtime.request import FAST, Request, Result, Timings
@@ -20,6 +21,7 @@ __all__ = [
     "FAST",
     "DeviceError",
     "ExportError",
+    "Lora",
     "Package",
     "PackageError",
     "Pipeline",

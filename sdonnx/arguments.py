@@ -83,6 +83,21 @@ def parse_refiner(refiner: str | None) -> tuple[str | None, dict[str, float]]:
         return refiner, {}
 
 
+def parse_lora(lora: str) -> sdonnx.Lora:
+    """The adapters of "grey.safetensors" or "grey.safetensors:0.8".
+
+    Raises:
+        RequestError: the scale is out of its range.
+    """
+    path, _, scale = lora.rpartition(":")
+    try:
+        return sdonnx.Lora(path=Path(path), scale=float(scale)) if path else sdonnx.Lora(path=Path(lora))
+    except sdonnx.RequestError:
+        raise
+    except ValueError:  # a colon of the path's own
+        return sdonnx.Lora(path=Path(lora))
+
+
 def parse_margins(margins: str) -> tuple[int, int, int, int]:
     """The pixels of "64,0,64,0".
 

@@ -154,7 +154,7 @@ def measure_picture(package: Package, request: Request, device: str, threads: in
     runtime_version()
     start = time.perf_counter()
 
-    def opened(path: Path) -> Session:
+    def opened(path: Path, _weights: object) -> Session:
         return Session(path, device=device, threads=threads)
 
     run = _Recorder(Components(package, opened, keep_loaded=False))

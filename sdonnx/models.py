@@ -1,10 +1,12 @@
 """Finding a model by what a person calls it: a directory, a bundled model's name, or a Hub id."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from sdonnx_models import Recipe, bundled, recipes
 from sdonnx_runtime.errors import PackageError
+from sdonnx_runtime.lora import AnyLora
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.pipeline import Pipeline
 
@@ -22,6 +24,7 @@ def load(
     keep_loaded: bool = False,
     memory_limit: int | None = None,
     refiner: str | Path | None = None,
+    loras: Sequence[AnyLora] = (),
 ) -> Pipeline:
     """Opens a package; its components are loaded when they are first needed.
 
@@ -34,14 +37,15 @@ def load(
         keep_loaded: keeps components in memory, for many pictures in a row.
         memory_limit: bytes the device may use (CUDA).
         refiner: another package, named as ``model`` is, whose U-Net takes the last steps, such as SDXL's refiner.
+        loras: files of adapters, each with its scale where that isn't 1; see `Pipeline.set_loras`.
 
     Raises:
         PackageError: there is no such package, it is damaged, a VAE has other latents than it, or the refiner doesn't
             go with it.
-        RequestError: ``threads`` is out of its range.
+        RequestError: ``threads`` is out of its range, or a file of adapters is damaged or for another model.
     """
     package = Package.open(find_model(model))
-    return Pipeline(
+    pipeline = Pipeline(
         package if vae is None else package.with_vae(Package.open(find_model(vae))),
         preview_vae=None if preview_vae is None else Package.open(find_model(preview_vae)),
         device=device,
@@ -50,6 +54,8 @@ def load(
         memory_limit=memory_limit,
         refiner=None if refiner is None else Package.open(find_model(refiner)),
     )
+    pipeline.set_loras(loras)
+    return pipeline
 
 
 def find_model(model: str | Path) -> Path:

@@ -5,6 +5,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -13,13 +14,14 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from onnx.reference import ReferenceEvaluator
 from sdonnx_export import calibration
 from sdonnx_export.calibration import TappedOperators
-from sdonnx_export.codes import BLOCK, Range, block_scales, channel_scales, codes4, codes8
+from sdonnx_export.codes import Range
 from sdonnx_export.export import export
 from sdonnx_export.graph import build
 from sdonnx_export.int8 import Int8Operators
 from sdonnx_export.precision import precision_of
 from sdonnx_models import bundled
 from sdonnx_runtime import machine
+from sdonnx_runtime.codes import BLOCK, block_scales, channel_scales, codes4, codes8
 from sdonnx_runtime.errors import ExportError
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.session import Session
@@ -213,7 +215,7 @@ def rounded_by_onnx(weight, precision):
         codes, options = codes8(weight, scales, 0), {"axis": 0}
     else:
         scales = block_scales(weight, 1)
-        codes, options = codes4(weight, scales, 1), {"axis": 1, "block_size": BLOCK}
+        codes, options = codes4(weight, scales, 1).astype(ml_dtypes.int4), {"axis": 1, "block_size": BLOCK}
     kinds = {"int8": onnx.TensorProto.INT8, "int4": onnx.TensorProto.INT4}
     node = onnx.helper.make_node("DequantizeLinear", ["codes", "scales"], ["weight"], **options)
     graph = onnx.helper.make_graph(

@@ -1,15 +1,12 @@
-"""Integer codes of weights and activations: how they are rounded, and what they stand for."""
+"""Integer codes in graphs: a weight's, made when it is written, and what an activation's stand for."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import ml_dtypes
-import numpy as np
 import onnx_ir as ir
 from sdonnx_runtime.arrays import AnyArray, Array
-
-BLOCK = 32
-"""Weights that share a scale in 4 bits."""
+from sdonnx_runtime.codes import BLOCK, block_scales, channel_scales, codes4, codes8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,37 +22,6 @@ class Range:
         low, high = min(low, 0.0), max(high, 0.0)
         scale = max((high - low) / 255, 1e-8)
         return cls(scale=scale, zero=round(-low / scale))
-
-
-def channel_scales(data: AnyArray, axis: int) -> Array:
-    """(size of ``axis``,): under them the largest magnitude of each slice has the code 127."""
-    others = tuple(other for other in range(data.ndim) if other != axis)
-    return np.maximum(np.abs(data).max(axis=others) / 127, 1e-12).astype(np.float32)
-
-
-def block_scales(data: AnyArray, axis: int) -> Array:
-    """Like ``data``, but one for `BLOCK` along ``axis``; the value of largest magnitude has the code -8, or 7."""
-    blocks = _blocked(data, axis)
-    peak = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=axis + 1, keepdims=True), axis + 1)
-    scales = np.squeeze(peak, axis + 1) / -8
-    return np.where(np.abs(scales) < 1e-12, 1e-12, scales).astype(np.float32)
-
-
-def _blocked(data: AnyArray, axis: int) -> AnyArray:
-    return data.reshape(*data.shape[:axis], -1, BLOCK, *data.shape[axis + 1 :])
-
-
-def codes8(data: AnyArray, scales: Array, axis: int) -> AnyArray:
-    """int8 codes of ``data`` under `channel_scales`."""
-    shape = [1] * data.ndim
-    shape[axis] = -1
-    return np.rint(data / scales.reshape(shape)).clip(-127, 127).astype(np.int8)
-
-
-def codes4(data: AnyArray, scales: Array, axis: int) -> AnyArray:
-    """int4 codes of ``data`` under `block_scales`."""
-    blocks = _blocked(data, axis) / np.expand_dims(scales, axis + 1)
-    return np.rint(blocks).clip(-8, 7).reshape(data.shape).astype(ml_dtypes.int4)
 
 
 def coded(
@@ -79,7 +45,10 @@ def coded(
 
     def make_codes() -> ir.Tensor:
         data = read()
-        return ir.Tensor((codes8 if bits == 8 else codes4)(data, scales(data), axis), name=name)
+        if bits == 8:
+            return ir.Tensor(codes8(data, scales(data), axis), name=name)
+        codes: AnyArray = codes4(data, scales(data), axis).astype(ml_dtypes.int4)
+        return ir.Tensor(codes, name=name)
 
     def make_scales() -> ir.Tensor:
         return ir.Tensor(kept[0] if kept else scales(read()), name=f"{name}_scale")

@@ -8,8 +8,9 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder, OpBuilder
 from onnxscript.nn import Parameter
 from sdonnx_runtime.arrays import AnyArray
+from sdonnx_runtime.codes import BLOCK
 
-from sdonnx_export.codes import BLOCK, coded
+from sdonnx_export.codes import coded
 from sdonnx_export.parts import Weight
 from sdonnx_export.precision import PrecisionOf
 

@@ -27,6 +27,9 @@ GRAPH, WEIGHTS = "model.onnx", "model.onnx_data"
 _ALIGNMENT = 65536
 """Windows maps files at multiples of this."""
 
+_SMALLEST = 64
+"""Bytes; what is larger goes into the weights file, where a session can be told to take it from elsewhere."""
+
 
 def write_components(
     directory: Path, checkpoint: Checkpoint, make: Callable[[str], Mapping[str, ir.Model]], report: Report
@@ -118,7 +121,14 @@ def _save(model: ir.Model, folder: Path, done: Callable[[float], None]) -> None:
         written += 1
         done(written / info.total)
 
-    ir.save(model, folder / GRAPH, external_data=WEIGHTS, alignment=_ALIGNMENT, callback=count)
+    ir.save(
+        model,
+        folder / GRAPH,
+        external_data=WEIGHTS,
+        size_threshold_bytes=_SMALLEST,
+        alignment=_ALIGNMENT,
+        callback=count,
+    )
 
 
 def _save_variants(graphs: Mapping[str, ir.Model], folder: Path) -> None:

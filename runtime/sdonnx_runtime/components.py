@@ -9,6 +9,8 @@ from pathlib import Path
 
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import RequestError
+from sdonnx_runtime.initializers import Elements
+from sdonnx_runtime.merging import Changes, merged
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.request import Timings
 from sdonnx_runtime.session import Cancelled, Session
@@ -23,14 +25,14 @@ class Components:
     Args:
         package: where the graphs are.
         refiner: where those of the components behind REFINER are.
-        open_session: opens a graph file.
+        open_session: opens a graph file, with other weights in the place of some of its own.
         keep_loaded: makes `release` do nothing.
     """
 
     def __init__(
         self,
         package: Package,
-        open_session: Callable[[Path], Session],
+        open_session: Callable[[Path, Mapping[str, Elements]], Session],
         *,
         keep_loaded: bool,
         refiner: Package | None = None,
@@ -39,13 +41,16 @@ class Components:
         self._package, self._refiner = package, refiner
         self._open_session, self._keep_loaded = open_session, keep_loaded
         self._sessions: dict[tuple[str, str], Session] = {}
+        self._changes: Mapping[str, Changes] = {}
 
     def session(self, name: str, variant: str = "plain") -> Session:
         """The session of a component's variant, opened if it is not."""
         key = name, variant
         if key not in self._sessions:
             package = self._refiner if self._refiner is not None and name.startswith(REFINER) else self._package
-            self._sessions[key] = self._open_session(package.graph(name.removeprefix(REFINER), variant))
+            graph = package.graph(name.removeprefix(REFINER), variant)
+            weights = merged(graph, self._changes[name]) if name in self._changes else {}
+            self._sessions[key] = self._open_session(graph, weights)
         return self._sessions[key]
 
     def release(self, name: str) -> None:
@@ -54,8 +59,11 @@ class Components:
             self._sessions = {key: session for key, session in self._sessions.items() if key[0] != name}
 
     @contextmanager
-    def reserved(self) -> Generator[None, None, None]:
+    def reserved(self, changes: Mapping[str, Changes] | None = None) -> Generator[None, None, None]:
         """For one generation at a time; at its end components are unloaded, unless they are kept.
+
+        Args:
+            changes: what adapters do to the package's components from now on; None is what they did.
 
         Raises:
             RequestError: another generation is under way.
@@ -63,6 +71,8 @@ class Components:
         if not self._busy.acquire(blocking=False):
             raise RequestError("this pipeline is making another picture; finish or close that stream first")
         try:
+            if changes is not None:
+                self._adapt(changes)
             yield
         finally:
             for name, _ in list(self._sessions):
@@ -72,6 +82,11 @@ class Components:
     def close(self) -> None:
         """Unloads every component."""
         self._sessions.clear()
+
+    def _adapt(self, changes: Mapping[str, Changes]) -> None:
+        touched = {name for name in {*changes, *self._changes} if changes.get(name) != self._changes.get(name)}
+        self._sessions = {key: session for key, session in self._sessions.items() if key[0] not in touched}
+        self._changes = changes
 
 
 class Runner:

@@ -18,6 +18,7 @@ from sdonnx_runtime.denoise import Model, StepReuse, clean, guide, handed_over, 
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.images import to_images
 from sdonnx_runtime.manifest import Manifest, TextEncoder
+from sdonnx_runtime.merging import Adapters
 from sdonnx_runtime.noise import Noise, between
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.request import Request, Result, given, of_image, passes, seeds_of
@@ -114,6 +115,7 @@ class Generation:
         scheduler: the package's.
         request: with every choice made.
         refiner: whose U-Net takes the last steps; its components are those of ``run`` behind REFINER.
+        adapters: what is applied to the package.
     """
 
     def __init__(
@@ -123,16 +125,17 @@ class Generation:
         scheduler: SchedulerConfig,
         request: Request,
         refiner: Package | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         self.result: Result | None = None
         self.latents: Array | None = None
         self.latents_request = self.request = request
         self._package, self._run, self._scheduler, self._refiner = package, run, scheduler, refiner
-        self._manifest = package.manifest
+        self._manifest, self._adapters = package.manifest, Adapters() if adapters is None else adapters
 
     def steps(self) -> Generator[Progress, None, None]:
         """Runs everything, handing over each denoising step."""
-        with self._run.components.reserved():
+        with self._run.components.reserved(self._adapters.changes):
             conditioning = [self._condition(package, place) for place, package in self._models().items()]
             start = start_of(self._run, self._manifest, self.request)
             self._run.components.release("vae_encoder")
@@ -152,6 +155,7 @@ class Generation:
                 model=self._package.name,
                 timings=self._run.timings(seconds),
                 vae=None if self._package.vae is None else self._package.vae.name,
+                loras=self._adapters.loras,
                 refiner=None if self._refiner is None else self._refiner.name,
             )
 

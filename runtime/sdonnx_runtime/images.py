@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import SdonnxError
+from sdonnx_runtime.lora import Lora
 from sdonnx_runtime.request import Request, Result, of_image, recipe
 from sdonnx_runtime.samplers import A1111_NAMES
 
@@ -23,8 +24,10 @@ def to_images(pictures: Array) -> tuple[Image.Image, ...]:
     return tuple(Image.fromarray(picture) for picture in (scaled * 255).round().astype(np.uint8))
 
 
-def parameters_text(request: Request, model: str, *, vae: str | None = None, refiner: str | None = None) -> str:
-    """The recipe in AUTOMATIC1111's ``parameters`` format."""
+def parameters_text(
+    request: Request, model: str, *, vae: str | None = None, refiner: str | None = None, loras: Sequence[Lora] = ()
+) -> str:
+    """The recipe in AUTOMATIC1111's ``parameters`` format, where adapters are told in the prompt."""
     sampler = request.sampler or ""
     settings = {
         "Steps": request.num_inference_steps,
@@ -42,7 +45,7 @@ def parameters_text(request: Request, model: str, *, vae: str | None = None, ref
         **({} if refiner is None else {"Refiner": _quoted(refiner), "Refiner switch at": request.refiner_start}),
         "Version": "sdonnx",
     }
-    lines = [request.prompt]
+    lines = [" ".join([request.prompt, *(f"<lora:{lora.path.stem}:{lora.scale:g}>" for lora in loras)])]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {request.negative_prompt}")
     lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
@@ -116,8 +119,10 @@ def save_png(result: Result, index: int, path: Path, *, enlarge: int = 1) -> Non
     """
     info = PngInfo()
     request = of_image(result.request, index)
-    info.add_text("parameters", parameters_text(request, result.model, vae=result.vae, refiner=result.refiner))
-    others = {"vae": result.vae, "refiner": result.refiner}
+    text = parameters_text(request, result.model, vae=result.vae, refiner=result.refiner, loras=result.loras)
+    info.add_text("parameters", text)
+    loras = [{"name": lora.path.stem, "scale": lora.scale} for lora in result.loras]
+    others = {"vae": result.vae, "refiner": result.refiner, "loras": loras}
     data = {**recipe(request), "model": result.model, **{kind: name for kind, name in others.items() if name}}
     info.add_text("sdonnx", json.dumps(data, ensure_ascii=False))
     with replacing(path) as stream:

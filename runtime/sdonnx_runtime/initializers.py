@@ -10,11 +10,11 @@ import numpy as np
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import PackageError
 
-INT4 = 22
-"""ONNX's number for a type that numpy has not; two elements to a byte, the first in its lower half."""
+FLOAT, INT4 = 1, 22
+"""ONNX's numbers for two types; of 4 bits there are two elements to a byte, the first in its lower half."""
 
 _DTYPES: Mapping[int, Any] = {
-    1: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16, 11: np.float64,
+    FLOAT: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16, 11: np.float64,
     INT4: np.int8,
 }  # fmt: skip
 """By ONNX's numbers for element types."""
@@ -61,6 +61,26 @@ class Initializer:
 
 def _viewed(data: AnyArray, dtype: Any, shape: tuple[int, ...]) -> AnyArray:
     return data.view(dtype).reshape(shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elements:
+    """What a session takes in an initializer's place."""
+
+    data_type: int
+    """ONNX's number for the element type."""
+    data: AnyArray
+    """Of the initializer's shape and type; of 4 bits, what is packed lies in the first half of as many bytes."""
+
+    @classmethod
+    def of(cls, values: AnyArray, data_type: int) -> "Elements":
+        """Values as an initializer of a type has them; those of 4 bits come as int8."""
+        if data_type != INT4:
+            return cls(data_type=data_type, data=np.ascontiguousarray(values, _DTYPES[data_type]))
+        data = np.zeros(values.shape, np.uint8)
+        codes = packed(values)
+        data.reshape(-1)[: len(codes)] = codes
+        return cls(data_type=data_type, data=data)
 
 
 def unpacked(data: AnyArray, count: int) -> AnyArray:

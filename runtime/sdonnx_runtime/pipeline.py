@@ -1,7 +1,7 @@
 """The pipeline: what `sdonnx.load` gives."""
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
@@ -15,6 +15,9 @@ from sdonnx_runtime.components import Components, Runner
 from sdonnx_runtime.denoise import unet_graphs
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.generation import Generation, Progress, decode, plan
+from sdonnx_runtime.initializers import Elements
+from sdonnx_runtime.lora import Lora
+from sdonnx_runtime.merging import Adapters, adapters_of
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.request import Request, Result, passes
 from sdonnx_runtime.samplers import resolve_sampler
@@ -68,12 +71,31 @@ class Pipeline:
         self.package, self.refiner = package, refiner
         self._scheduler = SchedulerConfig.from_dict(package.manifest.scheduler)
 
-        def opened(path: Path) -> Session:
-            return Session(path, device=device, threads=threads, memory_limit=memory_limit)
+        def opened(path: Path, weights: Mapping[str, Elements]) -> Session:
+            return Session(path, device=device, threads=threads, memory_limit=memory_limit, weights=weights)
 
         self._components = Components(package, opened, keep_loaded=keep_loaded, refiner=refiner)
         self._shown = None if preview_vae is None else package.with_vae(preview_vae)
         self._previews = Components(package if self._shown is None else self._shown, opened, keep_loaded=True)
+        self._adapters = Adapters()
+
+    def set_loras(
+        self, loras: Sequence[Lora | tuple[Path | str, float] | Path | str], *, lenient: bool = False
+    ) -> None:
+        """Applies adapters to all that is generated from now on, in place of those before; none gives the package back.
+
+        What they touch is merged in memory whenever a component is opened; the package stays as it is.
+
+        Args:
+            loras: files, each with its scale where that isn't 1.
+            lenient: leaves out what a file has for layers that the package doesn't have.
+
+        Raises:
+            RequestError: a file can't be read or is for another model; no package of another exporter has the names
+                of weights that files mean.
+            PackageError: the package is damaged.
+        """
+        self._adapters = adapters_of(self.package, [Lora.of(each) for each in loras], lenient=lenient)
 
     def generate(self, request: Request | str, **changes: Any) -> Result:
         """Makes pictures: ``generate("a cat", seed=1)``, or with a `Request`.
@@ -96,7 +118,7 @@ class Pipeline:
         """Like `generate`, step by step: iterate for progress, stop iterating to cancel, then take ``result``."""
         checked = self.check(request, **changes)
         run = Runner(self._components)
-        generation = Generation(self.package, run, self._scheduler, checked, self.refiner)
+        generation = Generation(self.package, run, self._scheduler, checked, self.refiner, self._adapters)
         return Stream(generation, run, self._previewer())
 
     def decode(self, latents: Array) -> tuple[Image, ...]:

@@ -9,6 +9,7 @@ from PIL.Image import Image
 
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import RequestError
+from sdonnx_runtime.lora import Lora
 
 T = TypeVar("T")
 
@@ -155,6 +156,8 @@ class Result:
     """Name of the package whose VAE decoded instead of the model's own."""
     refiner: str | None = None
     """Name of the package that took the last steps; None if none did."""
+    loras: tuple[Lora, ...] = ()
+    """The adapters that were applied."""
 
 
 def recipe(request: Request) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from sdonnx_runtime import machine
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import DeviceError, PackageError, RequestError, SdonnxError
+from sdonnx_runtime.initializers import Elements
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ class Session:
         threads: CPU threads; None is one for each physical core.
         memory_limit: bytes the device may use, where it knows such a limit.
         profile: where ONNX Runtime's profile goes, a path to which it adds; None is nowhere.
+        weights: what is taken in the place of initializers that lie in the weights file, by name.
 
     Raises:
         DeviceError: the device is absent or fails to initialise.
@@ -129,9 +131,12 @@ class Session:
         threads: int | None = None,
         memory_limit: int | None = None,
         profile: Path | None = None,
+        weights: Mapping[str, Elements] = MappingProxyType({}),
     ) -> None:
         self.path = path
-        self.device, self._session = _open(path, device, threads, memory_limit, profile)
+        self._weights = weights  # ONNX Runtime reads them where they are
+        settings = _settings(threads, profile, weights)
+        self.device, self._session = _open(path, device, settings, memory_limit)
         self.inputs = _ports(self._session.get_inputs())
         self.outputs = _ports(self._session.get_outputs())
         self._options: Any = None
@@ -223,15 +228,13 @@ class Session:
         return results
 
 
-def _open(
-    path: Path, device: str, threads: int | None, memory_limit: int | None, profile: Path | None
-) -> tuple[str, Any]:
+def _open(path: Path, device: str, settings: Any, memory_limit: int | None) -> tuple[str, Any]:
     if not path.is_file():
         raise PackageError(f"{path} is missing; run 'sdonnx export' again")
     names = candidates(device)
     for index, name in enumerate(names):
         try:
-            return name, _open_on(path, name, threads, memory_limit, profile)
+            return name, _open_on(path, name, settings, memory_limit)
         except DeviceError as error:
             if index == len(names) - 1:
                 raise
@@ -239,18 +242,26 @@ def _open(
     raise DeviceError(f"this ONNX Runtime offers none of {', '.join(DEVICES)}; {_install_hint('cpu')}")
 
 
-def _open_on(path: Path, name: str, threads: int | None, memory_limit: int | None, profile: Path | None) -> Any:
-    runtime, device = _runtime(), DEVICES[name]
+def _settings(threads: int | None, profile: Path | None, weights: Mapping[str, Elements]) -> Any:
+    """ONNX Runtime's options for a session."""
+    runtime = _runtime()
     settings = runtime.SessionOptions()
     settings.log_severity_level = 4  # what goes wrong comes back as an exception
     settings.intra_op_num_threads = threads if threads is not None else 0
-    settings.enable_mem_pattern = device.memory_pattern
     settings.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
     settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # float32, as is written
     settings.add_session_config_entry("session.x64quantprecision", str(int(machine.may_overflow())))
     settings.execution_order = runtime.ExecutionOrder.PRIORITY_BASED  # as written: what is done with is let go of
     if profile is not None:
         settings.enable_profiling, settings.profile_file_prefix = True, str(profile)
+    make = runtime.OrtValue.ortvalue_from_numpy_with_onnx_type
+    settings.add_external_initializers(list(weights), [make(each.data, each.data_type) for each in weights.values()])
+    return settings
+
+
+def _open_on(path: Path, name: str, settings: Any, memory_limit: int | None) -> Any:
+    runtime, device = _runtime(), DEVICES[name]
+    settings.enable_mem_pattern = device.memory_pattern
     providers = [(device.provider, provider_options(name, memory_limit if name != "cpu" else None))]
     if name != "cpu":
         providers.append((DEVICES["cpu"].provider, {}))  # for the few operators that a device leaves out

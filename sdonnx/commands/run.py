@@ -16,6 +16,7 @@ from sdonnx.arguments import (
     Vae,
     parse_hires,
     parse_interval,
+    parse_lora,
     parse_margins,
     parse_numbers,
     parse_refiner,
@@ -174,6 +175,16 @@ def run(
             help="Let this package, such as SDXL's refiner, go on from that share of the noise levels.",
         ),
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:SCALE]",
+            help="Apply these adapters: LoRA, LoCon, LoHa, LoKr or DoRA, as .safetensors. May be given several times.",
+        ),
+    ] = None,
+    lora_lenient: Annotated[
+        bool, typer.Option("--lora-lenient", help="Leave out what a file has for layers that the model doesn't have.")
+    ] = False,
     hires: Annotated[
         str | None,
         typer.Option(
@@ -337,6 +348,7 @@ def run(
         keep_loaded=lines is not None,
         refiner=other,
     ) as pipe:
+        pipe.set_loras([parse_lora(each) for each in lora or []], lenient=lora_lenient)
         if preview is not None and preview_vae is None and pipe.package.manifest.latents.preview is None:
             raise sdonnx.PackageError("the package has no preview; run 'sdonnx export' again, or leave out --preview")
         outputs = Outputs(pictures=output, preview=preview, latents=save_latents, enlarge=enlarge)

@@ -1,14 +1,24 @@
 """Adapters at run time, beside diffusers with the same file fused, and LyCORIS's own merge."""
 
 import copy
+import json
+import re
+import subprocess
+import sys
 
 import families
 import lora_fixture
 import numpy as np
+import onnx
 import pytest
 import torch
+from peft import LoraConfig
+from PIL import Image
+from safetensors.torch import load_file
 from sdonnx_export.export import export
+from sdonnx_runtime.initializers import unpacked
 from sdonnx_runtime.lora import read_lora
+from sdonnx_runtime.merging import adapters_of, merged
 from test_families import PROMPT, SEED, SIZE, psnr, reference
 
 import sdonnx
@@ -120,3 +130,181 @@ def test_layers_give_what_those_of_lycoris_give(tmp_path, kind, layer):
             expected = plain + scale * (wanted - plain)
             assert (expected - plain).abs().max() > 0.05
             torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def file(family, tmp_path):
+    return lora_fixture.save(lora_fixture.kohya(family("sd1")[0], kernels=True), tmp_path / "a.safetensors")
+
+
+def test_two_files_are_their_sum(family, file, tmp_path):
+    pipe, package = family("sd1")
+    other = lora_fixture.save(lora_fixture.peft(pipe), tmp_path / "b.safetensors")
+    both = [(file, 0.5), (other, -0.4)]
+    assert_equal(ours(package, both), fused(pipe, both), ours(package))
+
+
+@pytest.mark.parametrize("keep_loaded", [False, True])
+def test_what_is_taken_off_leaves_nothing_behind(family, file, tmp_path, keep_loaded):
+    pipe, package = family("sd1")
+    other = lora_fixture.save(lora_fixture.peft(pipe), tmp_path / "b.safetensors")
+    before = {path: path.read_bytes() for path in package.rglob("*") if path.is_file()}
+    with sdonnx.load(package, keep_loaded=keep_loaded) as pipe:
+        found = []
+        for loras in ([], [file], [(file, 0.0)], [other], [file], []):
+            pipe.set_loras(loras)
+            found.append(pipe.generate(PROMPT, seed=SEED, **SETTINGS).latents)
+    plain, first, zero, second, again, last = found
+    assert np.array_equal(plain, zero)
+    assert np.array_equal(plain, last)
+    assert np.array_equal(first, again)
+    assert np.abs(first - plain).max() > 0.1
+    assert np.abs(second - first).max() > 0.1
+    assert {path: path.read_bytes() for path in package.rglob("*") if path.is_file()} == before
+
+
+def test_with_steps_reused_and_tokens_downsampled(family, file):
+    pipe, package = family("sd1")
+    pipe.load_lora_weights(str(file))
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(file.parent / "fused")
+    baked = export(str(file.parent / "fused"), file.parent / "fused-onnx")
+    for settings in (sdonnx.FAST, {"reuse": 2}, {"token_downsampling": True}):
+        found, wanted = ours(package, [file], **settings), ours(baked, **settings)
+        assert np.abs(found.latents - wanted.latents).max() < 1e-3
+        assert np.abs(found.latents - ours(package, **settings).latents).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_a_package_with_adapters_for_good(family, tmp_path, name):
+    pipe, package = family(name)
+    file = lora_fixture.save(lora_fixture.kohya(pipe, kernels=True), tmp_path / "a.safetensors")
+    baked = export(str(package.parent / name), tmp_path / "baked", loras=[sdonnx.Lora(path=file, scale=0.7)])
+    assert_equal(ours(baked), fused(pipe, [(file, 0.7)]), ours(package))
+    again = export(str(package), tmp_path / "again", loras=[sdonnx.Lora(path=file, scale=0.7)])
+    assert np.array_equal(ours(again).latents, ours(baked).latents)
+    with pytest.raises(sdonnx.ExportError, match="no place"):
+        other = lora_fixture.save(lora_fixture.kohya(MAKERS["sd2"]()), tmp_path / "b.safetensors")
+        export(str(package), tmp_path / "other", loras=[sdonnx.Lora(path=other)])
+    assert not (tmp_path / "other").exists()
+
+
+def wide(initializers, module):
+    """A module's weight (out, n), of its pieces' codes and scales."""
+    pieces = [name for name in initializers if re.fullmatch(rf"{re.escape(module)}\.weight(?:(?:_\d+)?_codes)?", name)]
+    parts = []
+    for name in sorted(pieces, key=lambda name: int("".join(filter(str.isdigit, name.split(".weight")[1])) or 0)):
+        data, scales = initializers[name].astype(np.float32), initializers.get(f"{name}_scale")
+        if scales is not None and scales.ndim > 1:
+            data = data * np.repeat(scales, 32, axis=0 if data.ndim == 2 else 1)
+        elif scales is not None:
+            data = data * (scales if data.ndim == 2 else scales.reshape(-1, 1, 1, 1))
+        parts.append(data.T if data.ndim == 2 else data.reshape(len(data), -1))
+    outputs = len(initializers[f"{module}.bias"]) if f"{module}.bias" in initializers else len(parts[0])
+    return np.concatenate(parts, axis=0 if len(parts[0]) < outputs else 1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int8-weights", "int4"])
+def test_weights_of_every_precision(family, file, precision):
+    """What is stored comes to the stored weights and what diffusers adds, but for rounding anew."""
+    pipe, package = family("sd1", precision)
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    pipe.load_lora_weights(str(file))
+    pipe.fuse_lora(lora_scale=0.7)
+    pipe.unload_lora_weights()
+    opened = sdonnx.Package.open(package)
+    changes = adapters_of(opened, [sdonnx.Lora(path=file, scale=0.7)]).changes["unet"]
+    graph = opened.graph("unet")
+    stored = {each.name: onnx.numpy_helper.to_array(each) for each in onnx.load(graph).graph.initializer}
+    found = {
+        name: unpacked(each.data.reshape(-1)[: each.data.size // 2], each.data.size).reshape(each.data.shape)
+        if each.data_type == onnx.TensorProto.INT4
+        else each.data
+        for name, each in merged(graph, changes).items()
+    }
+    assert len(changes) > 40
+    for module in changes:
+        wanted = pipe.unet.state_dict()[f"{module}.weight"] - before[f"{module}.weight"]
+        wanted = wanted.numpy().reshape(len(wanted), -1) + wide(stored, module)
+        step = {"fp32": 1e-5, "fp16": 1e-3, "int4": np.abs(wanted).max() / 7}.get(precision, np.abs(wanted).max() / 250)
+        np.testing.assert_allclose(wide({**stored, **found}, module), wanted, atol=step, rtol=0)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int8-weights", "int4"])
+def test_pictures_of_every_precision_change_as_those_of_float32(family, file, precision):
+    changed = {}
+    for each in ("fp32", precision):
+        package = family("sd1", each)[1]
+        difference = ours(package, [file], num_inference_steps=1).latents - ours(package, num_inference_steps=1).latents
+        changed[each] = difference.reshape(-1).astype(np.float64)
+    wanted, found = changed["fp32"], changed[precision]
+    cosine = wanted @ found / np.linalg.norm(wanted) / np.linalg.norm(found)
+    assert cosine > (0.8 if precision == "int4" else 0.98)
+    assert abs(np.linalg.norm(found) / np.linalg.norm(wanted) - 1) < (0.2 if precision == "int4" else 0.05)
+
+
+def test_a_file_for_another_model_is_refused(family, tmp_path):
+    pipe, package = family("sd1")
+    other = lora_fixture.save(lora_fixture.kohya(family("sd2")[0]), tmp_path / "sd2.safetensors")
+    with pytest.raises(sdonnx.RequestError, match="have no place in sd1"):
+        sdonnx.load(package, loras=[other])
+    wider = {name: value for name, value in lora_fixture.kohya(pipe).items() if "attn2_to_k" in name}
+    wider = {name: torch.cat([value, value], 1) if ".lora_down." in name else value for name, value in wider.items()}
+    lora_fixture.save(wider, tmp_path / "wide.safetensors")
+    with pytest.raises(sdonnx.RequestError, match=r"don't fit the model's .* weights .*was made for this kind"):
+        ours(package, [tmp_path / "wide.safetensors"])
+
+
+def test_what_has_no_place_is_counted_or_left_out(family, file, tmp_path):
+    _, package = family("sd1")
+    state = load_file(file)
+    strange = {
+        "lora_unet_nowhere.lora_down.weight": torch.ones(2, 3),
+        "lora_unet_nowhere.lora_up.weight": torch.ones(3, 2),
+    }
+    more = lora_fixture.save({**state, **strange, "what": torch.ones(1)}, tmp_path / "more.safetensors")
+    with pytest.raises(sdonnx.RequestError, match=rf"3 of its {len(state) + 3} tensors .*what.*nowhere"):
+        sdonnx.load(package, loras=[more])
+    with sdonnx.load(package) as pipe:
+        pipe.set_loras([more], lenient=True)
+        found = pipe.generate(PROMPT, seed=SEED, **SETTINGS)
+    assert np.array_equal(found.latents, ours(package, [file]).latents)
+    alone = lora_fixture.save(strange, tmp_path / "alone.safetensors")
+    with sdonnx.load(package) as pipe, pytest.raises(sdonnx.RequestError, match="2 of its 2"):
+        pipe.set_loras([alone], lenient=True)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), 1000.0])
+def test_scales_out_of_range(tmp_path, scale):
+    with pytest.raises(sdonnx.RequestError, match="give a number from -100 to 100"):
+        sdonnx.Lora(path=tmp_path, scale=scale)
+
+
+def test_alphas_that_are_told_beside_the_tensors(family, tmp_path):
+    pipe, package = family("sd1")
+    state = {name: value for name, value in lora_fixture.peft(pipe).items() if name.startswith("unet.")}
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=[*lora_fixture.LINEAR, *lora_fixture.KERNELS]).to_dict()
+    settings = {f"unet.{key}": list(value) if isinstance(value, set) else value for key, value in config.items()}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings)}
+    file = lora_fixture.save(state, tmp_path / "a.safetensors", metadata=metadata)
+    assert_equal(ours(package, [(file, 0.5)]), fused(pipe, [(file, 0.5)]), ours(package))
+    plain = lora_fixture.save(state, tmp_path / "b.safetensors")
+    assert np.abs(ours(package, [(file, 0.5)]).latents - ours(package, [(plain, 1.0)]).latents).max() < 1e-4
+
+
+def test_from_the_command_line(family, file, tmp_path):
+    _, package = family("sd1")
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "sdonnx", "run", PROMPT, "-m", str(package), "--steps", "2", "--seed", "3"]
+        return subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
+
+    assert run("--lora", f"{file}:0.5", "--lora", str(file), "-o", "with.png").returncode == 0
+    with Image.open(tmp_path / "with.png") as picture:
+        assert picture.info["parameters"].startswith(f"{PROMPT} <lora:a:0.5> <lora:a:1>\n")
+        assert json.loads(picture.info["sdonnx"])["loras"] == [{"name": "a", "scale": 0.5}, {"name": "a", "scale": 1.0}]
+    for argument in ("nowhere.safetensors", f"{file}:1000", str(package / "sdonnx.json")):
+        failed = run("--lora", argument)
+        assert failed.returncode == 2
+        assert failed.stderr.count("\n") == 1

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,9 +13,11 @@ from typing import Any
 
 import onnx_ir as ir
 from sdonnx_runtime.errors import ExportError, RequestError, SdonnxError
+from sdonnx_runtime.lora import Lora
 from sdonnx_runtime.manifest import Manifest, Source, write_manifest
 from sdonnx_runtime.request import given
 
+from sdonnx_export.baking import baked
 from sdonnx_export.calibration import Calibration, Seen, observe
 from sdonnx_export.checkpoint import check_pipeline, open_checkpoint, open_vae, open_vae_alone
 from sdonnx_export.config import UNetConfig
@@ -44,6 +46,7 @@ def export(
     via: str = "native",
     calibration: str = "full",
     defaults: Mapping[str, Any] = _NO_DEFAULTS,
+    loras: Sequence[Lora] = (),
     force: bool = False,
     report: Report = lambda _what, _done: None,
 ) -> Path:
@@ -62,11 +65,13 @@ def export(
             with sdonnx, or for the first of them), none (ranges are found while running, and fewer layers are int8),
             or a file of prompts, one to a line. A VAE alone has no prompts: full and fast are random colours.
         defaults: fields of `Defaults` that suit the model and that its configs don't say.
+        loras: adapters that become part of it for good.
         force: replaces ``output`` if it exists.
         report: told of the progress.
 
     Raises:
-        RequestError: the precision is unknown, or there is neither a source nor a VAE.
+        RequestError: the precision is unknown, there is neither a source nor a VAE, or an adapter can't be read or is
+            for another model.
         ExportError: the source or the mix can't be read or honoured, or the output can't be written.
     """
     chosen = named(precision) if isinstance(precision, str) else precision
@@ -78,7 +83,7 @@ def export(
     output = output if output is not None else Path(f"{Path(name.rstrip('/')).stem}-onnx")
     with _finished_at(output, replacing=force) as directory:
         if via == "native":
-            checkpoint = opened(source, vae, revision, report)
+            checkpoint = baked(opened(source, vae, revision, report), loras)
             defaults = {**checkpoint.defaults, **defaults}
             seen = None
             if "int8" in _precisions(checkpoint, chosen):
@@ -86,6 +91,8 @@ def export(
             files = write_components(directory, checkpoint, partial(_graphs, checkpoint, chosen, seen), report)
             manifest = manifest_of(directory, files, chosen, _source(checkpoint))
         elif via == "optimum":
+            if loras:
+                raise ExportError("--via optimum writes the checkpoint as it is; leave out --lora")
             manifest = _export_optimum(source, directory, chosen, vae, revision, report)
         else:
             raise ExportError(f"via '{via}' is unknown; choose native or optimum")

@@ -11,7 +11,8 @@ BLOCK = 32
 def channel_scales(data: AnyArray, axis: int) -> Array:
     """(size of ``axis``,): under them the largest magnitude of each slice has the code 127."""
     others = tuple(other for other in range(data.ndim) if other != axis)
-    return np.maximum(np.abs(data).max(axis=others) / 127, 1e-12).astype(np.float32)
+    largest = np.maximum(data.max(axis=others), -data.min(axis=others))
+    return np.maximum(largest / 127, 1e-12).astype(np.float32)
 
 
 def block_scales(data: AnyArray, axis: int) -> Array:
@@ -30,7 +31,9 @@ def codes8(data: AnyArray, scales: Array, axis: int) -> AnyArray:
     """int8 codes of ``data`` under `channel_scales`."""
     shape = [1] * data.ndim
     shape[axis] = -1
-    return np.rint(data / scales.reshape(shape)).clip(-127, 127).astype(np.int8)
+    codes = data / scales.reshape(shape)
+    np.rint(codes, out=codes)
+    return codes.clip(-127, 127, out=codes).astype(np.int8)
 
 
 def codes4(data: AnyArray, scales: Array, axis: int) -> AnyArray:

@@ -10,6 +10,7 @@ from pathlib import Path
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.initializers import Elements
+from sdonnx_runtime.machine import give_back
 from sdonnx_runtime.merging import Changes, merged
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.request import Timings
@@ -49,8 +50,10 @@ class Components:
         if key not in self._sessions:
             package = self._refiner if self._refiner is not None and name.startswith(REFINER) else self._package
             graph = package.graph(name.removeprefix(REFINER), variant)
-            weights = merged(graph, self._changes[name]) if name in self._changes else {}
-            self._sessions[key] = self._open_session(graph, weights)
+            changes = self._changes.get(name, {})
+            self._sessions[key] = self._open_session(graph, merged(graph, changes) if changes else {})
+            if changes:
+                give_back()
         return self._sessions[key]
 
     def release(self, name: str) -> None:

@@ -1,5 +1,6 @@
 """A graph's initializers, read without the onnx library: what its weights are called, and what is in them."""
 
+import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,11 +77,21 @@ class Elements:
     def of(cls, values: AnyArray, data_type: int) -> "Elements":
         """Values as an initializer of a type has them; those of 4 bits come as int8."""
         if data_type != INT4:
-            return cls(data_type=data_type, data=np.ascontiguousarray(values, _DTYPES[data_type]))
-        data = np.zeros(values.shape, np.uint8)
+            data = _apart(values.shape, _DTYPES[data_type])
+            data[...] = values
+            return cls(data_type=data_type, data=data)
+        data = _apart(values.shape, np.uint8)
         codes = packed(values)
         data.reshape(-1)[: len(codes)] = codes
         return cls(data_type=data_type, data=data)
+
+
+def _apart(shape: tuple[int, ...], dtype: Any) -> AnyArray:
+    """An array in pages of its own, so that what was used to make it goes back to the system."""
+    count = int(np.prod(shape))
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    pages = mmap.mmap(-1, max(count * np.dtype(dtype).itemsize, 1), **private)
+    return np.frombuffer(pages, dtype, count).reshape(shape)
 
 
 def unpacked(data: AnyArray, count: int) -> AnyArray:

@@ -76,16 +76,20 @@ class Change:
         """
         tensors = {name: self.file.read(key) for name, key in self.names.items()}
         try:
-            difference = np.float32(self._strength(tensors)) * _KINDS[str(self.kind)](tensors)
+            difference = _KINDS[str(self.kind)](tensors)
             if difference.size != weight.size or len(difference) != len(weight):
                 raise ValueError(f"are for {difference.size} weights of {len(difference)} outputs")
-            whole = _directed(weight, difference.reshape(weight.shape), tensors)
+            difference = difference.reshape(weight.shape)
+            difference *= np.float32(self._strength(tensors))
+            difference = _directed(weight, difference, tensors)
         except (ValueError, KeyError) as error:
             raise RequestError(
                 f"{self.file.path}: the tensors of '{self.layer}' don't fit the model's {weight.size} weights of "
                 f"{len(weight)} outputs ({error}); take one that was made for this kind of model"
             ) from None
-        return weight + np.float32(scale) * (whole - weight)
+        difference *= np.float32(scale)
+        difference += weight
+        return difference
 
     def _strength(self, tensors: Tensors) -> float:
         """``alpha / rank``, or 1 where there is no alpha, or no rank."""
@@ -137,16 +141,19 @@ def _difference(tensors: Tensors) -> Array:
 
 
 def _directed(weight: Array, difference: Array, tensors: Tensors) -> Array:
-    """The sum; of DoRA (arXiv:2402.09353) with the norms that were trained, one for each output or each input."""
-    whole = weight + difference
+    """The difference; of DoRA (arXiv:2402.09353) that to the sum with the norms that were trained.
+
+    There is one for each output, or for each input.
+    """
     norms = tensors.get("output_norms", tensors.get("norms"))
     if norms is None:
-        return whole
+        return difference
+    whole = weight + difference
     if "output_norms" in tensors or len(norms) == len(weight):
-        return whole * (norms.reshape(-1, 1) / np.linalg.norm(whole, axis=1, keepdims=True))
+        return whole * (norms.reshape(-1, 1) / np.linalg.norm(whole, axis=1, keepdims=True)) - weight
     by_input = whole.reshape(len(weight), norms.size, -1)
     found = np.sqrt(np.square(by_input).sum(axis=(0, 2), keepdims=True))
-    return (by_input * (norms.reshape(1, -1, 1) / found)).reshape(weight.shape)
+    return (by_input * (norms.reshape(1, -1, 1) / found)).reshape(weight.shape) - weight
 
 
 def _flat(data: Array) -> Array:

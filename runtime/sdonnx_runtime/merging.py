@@ -4,7 +4,6 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -56,8 +55,19 @@ def adapters_of(package: Package, loras: Sequence[Lora], *, lenient: bool = Fals
             f"{package.root} was exported by another program, which gives up the names of weights that adapters are "
             "for; export its checkpoint with 'sdonnx export'"
         )
-    parts = {name: _modules(package.graph(name)) for name in _adapted(package)}
-    names = {name: known_names(modules) for name, modules in parts.items()}
+    modules = {name: _modules(package.graph(name)) for name in _adapted(package)}
+    return Adapters(loras=tuple(loras), changes=find_changes(package.name, modules, loras, lenient=lenient))
+
+
+def find_changes(
+    model: str, modules: Mapping[str, Sequence[str]], loras: Sequence[Lora], *, lenient: bool = False
+) -> dict[str, Changes]:
+    """What adapters do to a model of these ``modules`` by component, such as ``mid_block.attentions.0.proj_in``.
+
+    Raises:
+        RequestError: as `adapters_of` does.
+    """
+    names = {component: known_names(each) for component, each in modules.items()}
     found: dict[str, dict[str, list[tuple[Change, float]]]] = defaultdict(lambda: defaultdict(list))
     for lora in loras:
         file = read_lora(lora.path)
@@ -71,14 +81,13 @@ def adapters_of(package: Package, loras: Sequence[Lora], *, lenient: bool = Fals
         total = len(file.strange) + sum(len(change.names) for change in file.changes.values())
         if left and (not lenient or len(left) == total):
             raise RequestError(
-                f"{lora.path}: {len(left)} of its {total} tensors have no place in {package.name} "
+                f"{lora.path}: {len(left)} of its {total} tensors have no place in {model} "
                 f"({', '.join(left[:3])}{', …' if len(left) > 3 else ''}); take one that was made for this kind of "
                 "model, or leave them out with --lora-lenient (lenient=True)"
             )
         if left:
             logger.warning("%s: %d of its %d tensors have no place and are left out", lora.path, len(left), total)
-    changes = {component: _of_some_scale(modules) for component, modules in found.items()}
-    return Adapters(loras=tuple(loras), changes=changes)
+    return {component: _of_some_scale(each) for component, each in found.items()}
 
 
 def _of_some_scale(modules: Changes) -> Changes:
@@ -111,19 +120,15 @@ def merged(graph: Path, changes: Changes) -> dict[str, Elements]:
         if match is not None and match["module"] in changes:
             pieces[match["module"]].append(each)
 
-    def with_changes(module: str) -> dict[str, Elements]:
+    found: dict[str, Elements] = {}
+    for module, mine in pieces.items():
         bias = initializers.get(f"{module}.bias")
-        mine = sorted(pieces[module], key=lambda piece: int(_matched(piece)["start"] or 0))
+        mine.sort(key=lambda piece: int(_matched(piece)["start"] or 0))
         layer = _Layer(mine, initializers, None if bias is None else bias.shape[0])
         weight = layer.whole()
         for change, scale in changes[module]:
             weight = change(weight, scale)
-        return dict(layer.written(weight))
-
-    found: dict[str, Elements] = {}
-    with ThreadPoolExecutor(max_workers=2) as pool:  # numpy lets others run; each has a layer's weights in float32
-        for made in pool.map(with_changes, [module for module in changes if module in pieces]):
-            found |= made
+        found |= layer.written(weight)
     for name in found:
         if not initializers[name].external:
             raise PackageError(f"{graph} has '{name}' within it, where no adapter can reach it; export it again")

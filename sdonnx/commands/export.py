@@ -6,6 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 import typer
 
 import sdonnx
+from sdonnx.arguments import parse_lora
 from sdonnx.models import find_source
 from sdonnx.show import err, progress
 
@@ -45,6 +46,12 @@ def export(
         str | None,
         typer.Option(metavar="SRC", help="Take the VAE from here instead: as SRC, or a VAE alone."),
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:SCALE]", help="Make these adapters part of it for good. May be given several times."
+        ),
+    ] = None,
     revision: Annotated[
         str | None, typer.Option(metavar="R", help="Branch, tag or commit of a Hub id. Default: main.")
     ] = None,
@@ -75,6 +82,7 @@ def export(
             via=via,
             calibration=calibration,
             defaults={} if recipe is None else recipe.defaults,
+            loras=[parse_lora(each) for each in lora or []],
             force=force,
             report=lambda what, done: bar.update(task, description=what, completed=done),
         )

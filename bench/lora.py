@@ -1,0 +1,104 @@
+"""What an adapter costs: opening a package's U-Net and a step of it, plain and with a LoRA of its attentions.
+
+    python bench/lora.py PACKAGE --rank 16 --json FILE
+
+The LoRA is random, of every attention and feed-forward layer. Each figure comes from a process of its own, the two take
+turns, and the table gives medians.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from peers import measured
+from safetensors.numpy import save_file
+from sdonnx_runtime.components import Components, Runner
+from sdonnx_runtime.initializers import read_initializers
+from sdonnx_runtime.lora import Lora
+from sdonnx_runtime.merging import adapters_of
+from sdonnx_runtime.session import Session
+
+import sdonnx
+
+
+def make(package: sdonnx.Package, path: Path, rank: int) -> None:
+    """A random LoRA of a package's U-Net, as diffusers saves it."""
+    generator = np.random.default_rng(0)
+    state = {}
+    found = read_initializers(package.graph("unet"))
+    for name, each in found.items():
+        match = re.fullmatch(r"(.+\.(?:attn\d|ff)\..+)\.weight(?:(?:_\d+)?_codes)?", name)
+        if match is None:
+            continue
+        layer, (inputs, outputs) = match[1], each.shape
+        if f"{layer}.bias" in found:
+            (outputs,) = found[f"{layer}.bias"].shape
+        for which, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
+            data = generator.standard_normal(shape, np.float32) / 100
+            state[f"unet.{layer}.lora_{which}.weight"] = data.astype(np.float16)
+    save_file(state, path)
+
+
+def work(package: sdonnx.Package, lora: Path | None, size: int) -> None:
+    """Opens the U-Net and runs a step; prints its times."""
+
+    def opened(path, weights):
+        return Session(path, device="cpu", weights=weights)
+
+    changes = adapters_of(package, [] if lora is None else [Lora(path=lora)]).changes
+    components = Components(package, opened, keep_loaded=True)
+    cells, channels = size // package.manifest.latents.downscale, package.manifest.latents.channels
+    width = json.loads((package.root / "unet" / "config.json").read_text())["cross_attention_dim"]
+    feeds = {
+        "sample": np.ones((1, channels, cells, cells), np.float32),
+        "timestep": np.array(500, np.float32),
+        "encoder_hidden_states": np.ones((2, 77, width), np.float32),
+    }
+    with components.reserved(changes):
+        start = time.perf_counter()
+        components.session("unet")
+        opening = time.perf_counter() - start
+        Runner(components)("unet", feeds)
+        start = time.perf_counter()
+        Runner(components)("unet", feeds)
+        print(json.dumps({"open_s": opening, "step_s": time.perf_counter() - start}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("package", type=Path)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    package = sdonnx.Package.open(args.package)
+    if args.worker is not None:
+        work(package, Path(args.worker) if args.worker != "plain" else None, package.manifest.defaults.size)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        lora = Path(folder) / "lora.safetensors"
+        make(package, lora, args.rank)
+        rounds: dict[str, list[dict[str, float]]] = {"plain": [], str(lora): []}
+        for _ in range(args.repeats):
+            for worker, found in rounds.items():
+                printed, _, peak = measured([__file__, str(args.package), "--worker", worker])
+                found.append({**json.loads(printed), "peak_rss_mb": peak})
+    plain, applied = (
+        {key: statistics.median(each[key] for each in found) for key in found[0]} for found in rounds.values()
+    )
+    print(f"| | plain | LoRA of rank {args.rank} | |\n| --- | --- | --- | --- |")
+    for key, value in plain.items():
+        print(f"| {key} | {value:.4g} | {applied[key]:.4g} | {applied[key] / value:.2f} |")
+    if args.json is not None:
+        args.json.write_text(json.dumps({"plain": plain, "lora": applied}, indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,6 +15,7 @@ from sdonnx_runtime.arrays import AnyArray, Array
 from sdonnx_runtime.components import REFINER, Runner
 from sdonnx_runtime.conditioning import condition
 from sdonnx_runtime.denoise import Model, StepReuse, clean, guide, handed_over, masked, predict, unet_graphs, within
+from sdonnx_runtime.embeddings import Learned
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.images import to_images
 from sdonnx_runtime.manifest import Manifest, TextEncoder
@@ -200,14 +201,15 @@ class Generation:
 
     def _condition(self, package: Package, place: str) -> dict[str, AnyArray]:
         """What a U-Net is given besides latents and time, a row for each prompt."""
-        manifest = package.manifest
+        manifest, learned = package.manifest, Learned(package, self._adapters.embeddings)
 
         def encode(encoder: TextEncoder, prompt: str) -> dict[str, AnyArray]:
-            tokenizer = Tokenizer.open(package.root / encoder.tokenizer, length=encoder.length)
+            where = package.root / encoder.tokenizer
+            tokenizer = Tokenizer.open(where, length=encoder.length, learned=learned.words)
             tokens = tokenizer.encode(prompt)
             if tokens.truncated and encoder is manifest.text_encoders[0]:
                 logger.warning("the prompt is longer than %d tokens; cut: %s", tokenizer.length, tokens.truncated)
-            return self._run(f"{place}{encoder.component}", {"input_ids": tokens.ids})
+            return self._run(f"{place}{encoder.component}", *learned.inputs(encoder.component, tokens.ids))
 
         conditioning = condition(manifest, self.request, encode)
         for encoder in manifest.text_encoders:

@@ -3,6 +3,7 @@
     python bench/quality.py                                       # the bundled package
     python bench/quality.py PACKAGE --reference OTHER --steps 12 --sampler euler --json FILE
     python bench/quality.py pictogram --reference pictogram --fast  # what --fast costs
+    python bench/quality.py pictogram --lora grey.safetensors     # what an adapter does, and whether --reference agrees
     python bench/quality.py --unet unet.xml --reference pictogram # OpenVINO's U-Net, as openvino_models.py makes it
 
 Each of the 290 subjects is drawn twice: on a background that training showed it on and on the one it was kept from.
@@ -12,7 +13,7 @@ is judged by what becomes of real composites that it encodes and decodes.
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +25,13 @@ from sdonnx_models import DEFAULT
 from sdonnx_runtime.session import Session
 
 import sdonnx
+from sdonnx.arguments import parse_lora
 from sdonnx.models import find_model
 
 JUDGE = Path(__file__).parents[1] / "models" / "pictogram"
 FIRST_SEED = 1_000_000
+
+Loras = Sequence[sdonnx.Lora]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +118,11 @@ def _caption(name: str, background: str) -> str:
     return f"{first} {name} on {second} {background} background"
 
 
-def draw(package: str, cases: list[Case], settings: dict, *, empty: bool, unet: Path | None = None) -> np.ndarray:
+def draw(
+    package: str, cases: list[Case], settings: dict, *, empty: bool, unet: Path | None = None, loras: Loras = ()
+) -> np.ndarray:
     """(N, 64, 64, 3) uint8, one picture for each case; ``unet`` is OpenVINO's model of it."""
-    with sdonnx.load(package, keep_loaded=True) as pipe:
+    with sdonnx.load(package, keep_loaded=True, loras=loras) as pipe:
         if unet is not None:
             openvino_models.attach(pipe, {"unet": unet})
         made = [
@@ -164,6 +170,23 @@ def compared(verdict: Verdict, reference: Verdict) -> dict[str, float]:
     }
 
 
+def adapted(args: argparse.Namespace, made: np.ndarray, draw_plain: Callable[[str, Loras], np.ndarray]) -> dict:
+    """What adapters change: how colourful pictures are, 0 to 1; and whether a package changes as the reference does."""
+
+    def colour(pictures: np.ndarray) -> float:
+        return float((pictures.max(axis=3) - pictures.min(axis=3)).mean() / 255)
+
+    plain = draw_plain(args.package, ())
+    found = {"colour_without": colour(plain), "colour_with": colour(made)}
+    if args.reference is None:
+        return found
+    change = made.astype(float) - plain
+    wanted = draw_plain(args.reference, args.lora).astype(float) - draw_plain(args.reference, ())
+    size = np.linalg.norm(change) / np.linalg.norm(wanted)
+    cosine = (change * wanted).sum() / np.linalg.norm(change) / np.linalg.norm(wanted)
+    return {**found, "change_cosine": float(cosine), "change_size": float(size)}
+
+
 def chosen(args: argparse.Namespace) -> dict:
     """The fields of a request that make it faster at some loss."""
     interval = None if args.guidance_interval is None else tuple(args.guidance_interval)
@@ -184,6 +207,7 @@ def main() -> None:
     parser.add_argument("--token-downsampling", action=argparse.BooleanOptionalAction, help="so too")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="so too")
     parser.add_argument("--fast", action="store_true", help="sdonnx.FAST, so too; the options above change it")
+    parser.add_argument("--lora", type=parse_lora, action="append", metavar="FILE[:SCALE]", help="so too")
     parser.add_argument("--limit", type=int, metavar="N", help="make N pictures instead of 580")
     parser.add_argument("--empty", action="store_true", help="give no prompt, to see what the prompts do")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -193,11 +217,14 @@ def main() -> None:
     cases = judge.cases(args.limit)
     settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance, "sampler": args.sampler}
     lossy = chosen(args)
-    made = draw(args.package, cases, {**settings, **lossy}, empty=args.empty, unet=args.unet)
+    loras = tuple(args.lora or ())
+    made = draw(args.package, cases, {**settings, **lossy}, empty=args.empty, unet=args.unet, loras=loras)
     verdict = judge.look(made, cases)
     found = {"pictures": len(cases), **settings, **lossy, "empty": args.empty, **summary(judge, verdict, cases)}
     found |= {"vae_psnr": reconstruction(args.package), "judge_accuracy": judge.facts["accuracy"]}
-    if args.reference is not None:
+    if loras:
+        found |= adapted(args, made, lambda package, own: draw(package, cases, settings, empty=args.empty, loras=own))
+    elif args.reference is not None:
         found |= compared(verdict, judge.look(draw(args.reference, cases, settings, empty=args.empty), cases))
     for name, value in found.items():
         print(f"{name:20} {value:.4f}" if isinstance(value, float) else f"{name:20} {value}")

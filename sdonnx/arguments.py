@@ -125,6 +125,14 @@ def parse_lora(lora: str) -> sdonnx.Lora:
         return sdonnx.Lora(path=Path(lora))
 
 
+def parse_embedding(embedding: str) -> tuple[Path, str | None]:
+    """File and word of "teal.safetensors" or "teal.safetensors:<teal>"."""
+    path, _, word = embedding.rpartition(":")
+    if not path or Path(embedding).exists() or "/" in word or "\\" in word:  # a colon of the path's own
+        return Path(embedding), None
+    return Path(path), word
+
+
 def parse_margins(margins: str) -> tuple[int, int, int, int]:
     """The pixels of "64,0,64,0".
 

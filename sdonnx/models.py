@@ -25,6 +25,7 @@ def load(
     memory_limit: int | None = None,
     refiner: str | Path | None = None,
     loras: Sequence[AnyLora] = (),
+    embeddings: Sequence[Path | str | tuple[Path | str, str | None]] = (),
 ) -> Pipeline:
     """Opens a package; its components are loaded when they are first needed.
 
@@ -38,11 +39,14 @@ def load(
         memory_limit: bytes the device may use (CUDA).
         refiner: another package, named as ``model`` is, whose U-Net takes the last steps, such as SDXL's refiner.
         loras: files of adapters, each with its scale where that isn't 1; see `Pipeline.set_loras`.
+        embeddings: files of textual inversion, each with its word where that isn't the file's own; see
+            `Pipeline.set_embeddings`.
 
     Raises:
         PackageError: there is no such package, it is damaged, a VAE has other latents than it, or the refiner doesn't
             go with it.
-        RequestError: ``threads`` is out of its range, or a file of adapters is damaged or for another model.
+        RequestError: ``threads`` is out of its range, or a file of adapters or of a textual inversion is
+            damaged or for another model.
     """
     package = Package.open(find_model(model))
     pipeline = Pipeline(
@@ -55,6 +59,7 @@ def load(
         refiner=None if refiner is None else Package.open(find_model(refiner)),
     )
     pipeline.set_loras(loras)
+    pipeline.set_embeddings(embeddings)
     return pipeline
 
 

@@ -2,6 +2,7 @@
 
 import random
 import time
+from dataclasses import replace
 
 import pytest
 from families import tokenizer as published_tokenizer
@@ -187,6 +188,17 @@ def test_a_chunk_ends_at_a_comma_that_is_near(tokenizer, before, after, sizes):
 def test_weights_go_with_their_tokens_into_the_next_chunk(tokenizer):
     chunks = spelled(tokenizer, "cat " * 60 + ", (dog " + "dog " * 19 + ":1.5)")
     assert [weights for _, weights in chunks] == [[1.0] * 61, [1.5] * 20]
+
+
+def test_a_learned_word_is_not_divided(tokenizer):
+    """As in AUTOMATIC1111, where it begins another chunk."""
+    ids = tuple(range(2**31, 2**31 + 4))
+    taught = replace(tokenizer, learned={"teal": ids})
+    for before, sizes in ((71, [75]), (72, [72, 4])):
+        chunks = spelled(taught, "cat " * before + "(teal:1.5)")
+        assert [len(found) for found, _ in chunks] == sizes
+        assert tuple(chunks[-1][0][-4:]) == ids
+        assert chunks[-1][1][-4:] == [1.5] * 4
 
 
 def test_break_fills_a_chunk(tokenizer):

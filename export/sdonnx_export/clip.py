@@ -3,6 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 from onnxscript.nn import Module, ModuleList, Parameter
+from sdonnx_runtime.manifest import EMBEDS
 
 from sdonnx_export.config import ClipTextConfig
 from sdonnx_export.layers import LayerNorm, Linear
@@ -69,9 +70,13 @@ class ClipEmbeddings(Module):
         super().__init__()
         self.token_embedding = Embedding(config.vocab_size, config.width)
         self.position_embedding = Embedding(config.positions, config.width)
+        self._config = config
 
     def forward(self, op: Operators, input_ids: ir.Value) -> ir.Value:
-        return op.Add(self.token_embedding(op, input_ids), self.position_embedding(op))
+        tokens = self.token_embedding(op, input_ids)
+        tokens.name, tokens.type = EMBEDS, ir.TensorType(ir.DataType.FLOAT)
+        tokens.shape = ir.Shape(["batch", self._config.positions, self._config.width])
+        return op.Add(tokens, self.position_embedding(op))
 
 
 class Embedding(Module):

@@ -26,7 +26,7 @@ from sdonnx_export.int8 import Int8Operators
 from sdonnx_export.parts import Checkpoint, Part
 from sdonnx_export.precision import Choice, Mix, Precision, named, precision_of
 from sdonnx_export.preview import fit_preview
-from sdonnx_export.stages import reuse_graphs
+from sdonnx_export.stages import embedded_graph, reuse_graphs
 from sdonnx_export.unet import kept_stage
 from sdonnx_export.verify import verify
 from sdonnx_export.writing import GRAPH, Report, files_of, manifest_of, write_components
@@ -141,6 +141,8 @@ def _precisions(checkpoint: Checkpoint, chosen: Choice) -> set[Precision]:
 def _graphs(checkpoint: Checkpoint, chosen: Choice, seen: Seen | None, name: str) -> dict[str, ir.Model]:
     """A component's variants."""
     plain = _model(checkpoint, chosen, seen, name)
+    if name.startswith("text_encoder"):
+        return {"plain": plain, "embedded": embedded_graph(plain)}
     if name != "unet":
         return {"plain": plain}
     downsampled = _model(checkpoint, chosen, seen, name, token_downsampling=True)

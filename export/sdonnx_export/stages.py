@@ -7,7 +7,7 @@ points into the same weights file, so a chain runs through little memory, or fro
 from itertools import groupby
 
 import onnx_ir as ir
-from sdonnx_runtime.manifest import KEPT
+from sdonnx_runtime.manifest import EMBEDS, KEPT
 
 
 def stage_of(node: ir.Node) -> str:
@@ -55,6 +55,14 @@ def reuse_graphs(model: ir.Model, stage: str) -> dict[str, ir.Model]:
     keeping.outputs[-1].name = reusing.inputs[-1].name = KEPT
     pieces = {"keeping": keeping, "reusing": reusing}
     return {name: ir.Model(piece, ir_version=model.ir_version) for name, piece in pieces.items()}
+
+
+def embedded_graph(model: ir.Model) -> ir.Model:
+    """A text encoder that takes its tokens' vectors as EMBEDS; ids still tell where the text ends."""
+    graph = model.graph
+    tokens = next(value for node in graph for value in node.outputs if value.name == EMBEDS)
+    piece = ir.convenience.extract(graph, [*graph.inputs, tokens], graph.outputs)
+    return ir.Model(piece, ir_version=model.ir_version)
 
 
 def _crosses(value: ir.Value, stage: str) -> bool:

@@ -63,6 +63,7 @@ def _tokens(tokenizer: Tokenizer, section: Sequence[Fragment]) -> Iterator[tuple
 
 def _filled(tokenizer: Tokenizer, section: Sequence[Fragment]) -> list[_Open]:
     room, commas = tokenizer.length - 2, tokenizer.ids(",")
+    learned = {ids[0]: len(ids) for ids in tokenizer.learned.values()}
     chunks = [_Open()]
     for token, weight in _tokens(tokenizer, section):
         chunk, size = chunks[-1], len(chunks[-1].ids)
@@ -72,7 +73,7 @@ def _filled(tokenizer: Tokenizer, section: Sequence[Fragment]) -> list[_Open]:
             kept = chunk.comma + 1
             chunks.append(_Open(ids=chunk.ids[kept:], weights=chunk.weights[kept:]))
             del chunk.ids[kept:], chunk.weights[kept:]
-        if len(chunks[-1].ids) == room:
+        if chunks[-1].ids and len(chunks[-1].ids) + learned.get(token, 1) > room:  # a learned word isn't divided
             chunks.append(_Open())
         chunks[-1].ids.append(token)
         chunks[-1].weights.append(weight)

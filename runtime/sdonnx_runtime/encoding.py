@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -11,6 +12,7 @@ from sdonnx_runtime.arrays import AnyArray, Array
 from sdonnx_runtime.chunks import Chunk, chunked, cut, empty
 from sdonnx_runtime.components import Runner
 from sdonnx_runtime.conditioning import condition, texts_of
+from sdonnx_runtime.embeddings import Embedding, Learned
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.initializers import read_initializers
 from sdonnx_runtime.manifest import TextEncoder
@@ -36,6 +38,9 @@ class Script:
     """How far each conditional row pulls."""
 
 
+Outputs: TypeAlias = Mapping[str, AnyArray]
+"""A text encoder's, by name."""
+
 Conditions: TypeAlias = Mapping[Rows, Mapping[str, AnyArray]]
 """What a U-Net is given besides latents and time, by the texts of a step."""
 
@@ -57,22 +62,34 @@ def script_of(passes: Sequence[Request]) -> Script:
     )
 
 
-def conditions_of(package: Package, place: str, run: Runner, request: Request, said: Script) -> Conditions:
+def conditions_of(
+    package: Package, place: str, run: Runner, request: Request, said: Script, embeddings: Sequence[Embedding]
+) -> Conditions:
     """What a package's U-Net is given, for the texts of each step.
 
-    All are as long as the longest, with chunks of the empty text where they end. ``place`` is what the names of the
-    package's components begin with.
+    All are as long as the longest, with chunks of the empty text where they end.
+
+    Args:
+        package: whose U-Net and text encoders.
+        place: what the names of its components begin with.
+        run: runs them.
+        request: with every choice made.
+        said: what it says at each step.
+        embeddings: the words that the text encoders are taught.
 
     Raises:
         RequestError: ``clip_skip`` leaves no layer of a text encoder; or as `chunked` does.
         PackageError, DeviceError: as `Runner` does.
     """
-    manifest = package.manifest
+    manifest, learned = package.manifest, Learned(package, embeddings)
     rows = list(dict.fromkeys(row for each in said.passes for row in each))
     texts = list(dict.fromkeys(text for row in rows for part in texts_of(manifest, request, row) for text in part))
-    encoders = {each.component: _Encoder(package, place, run, request, each) for each in manifest.text_encoders}
+    encoders = {
+        each.component: _Encoder(package, partial(run, f"{place}{each.component}"), request, each, learned)
+        for each in manifest.text_encoders
+    }
     length = max(encoder.length(text) for encoder in encoders.values() for text in texts)
-    encoded: dict[tuple[str, str], Mapping[str, AnyArray]] = {}
+    encoded: dict[tuple[str, str], Outputs] = {}
     for component, encoder in encoders.items():
         encoded |= {(component, text): encoder.encode(text, length) for text in texts}
         run.components.release(f"{place}{component}")
@@ -84,17 +101,21 @@ def conditions_of(package: Package, place: str, run: Runner, request: Request, s
 class _Encoder:
     """One text encoder; it runs once for each chunk that is another one."""
 
-    def __init__(self, package: Package, place: str, run: Runner, request: Request, encoder: TextEncoder) -> None:
-        self._run, self._component = run, f"{place}{encoder.component}"
-        self._tokenizer = Tokenizer.open(package.root / encoder.tokenizer, length=encoder.length)
+    def __init__(
+        self, package: Package, run: Callable[..., Outputs], request: Request, encoder: TextEncoder, learned: Learned
+    ) -> None:
+        where = package.root / encoder.tokenizer
+        self._tokenizer = Tokenizer.open(where, length=encoder.length, learned=learned.words)
+        self._run, self._learned = run, learned
         self._encoder, self._request = encoder, request
         self._warns = encoder is package.manifest.text_encoders[0]
         self._layer = _layer(package, encoder, request.clip_skip)
+        self._read: dict[Sections, list[Chunk]] = {}
         self._made: dict[tuple[int, ...], tuple[Array, AnyArray | None]] = {}
 
     def length(self, text: str) -> int:
         """How many chunks a text has."""
-        return 1 if self._request.prompt_syntax == "plain" else len(self._chunked(sections(text)))
+        return len(self._chunked(sections(text, self._request.prompt_syntax)))
 
     def encode(self, text: str, length: int) -> dict[str, AnyArray]:
         """The outputs that the U-Net reads: states (1, length * S, C), and the first chunk's pooled one, (1, P)."""
@@ -107,29 +128,34 @@ class _Encoder:
         return outputs if pooled is None else {**outputs, str(self._encoder.pooled): pooled}
 
     def _chunked(self, words: Sections) -> list[Chunk]:
-        if self._request.prompt_syntax != "plain":
-            return chunked(self._tokenizer, words)
+        if words not in self._read:
+            plain = self._request.prompt_syntax == "plain"
+            self._read[words] = [self._cut(words)] if plain else chunked(self._tokenizer, words)
+        return self._read[words]
+
+    def _cut(self, words: Sections) -> Chunk:
         chunk, truncated = cut(self._tokenizer, "".join(each.text for section in words for each in section))
         if truncated and self._warns:
             logger.warning("the prompt is longer than %d tokens; cut: %s", self._tokenizer.length, truncated)
-        return [chunk]
+        return chunk
 
     def _outputs(self, chunk: Chunk) -> tuple[Array, AnyArray | None]:
         """States (S, C), and the pooled one, (1, P)."""
         if chunk.ids not in self._made:
-            outputs = self._run(self._component, {"input_ids": np.array([chunk.ids], np.int64)})
+            ids = np.array([chunk.ids], np.int64)
+            outputs = self._run(*self._learned.inputs(self._encoder.component, ids))
             pooled = None if self._encoder.pooled is None else outputs[self._encoder.pooled]
             self._made[chunk.ids] = self._layer(outputs)[0], pooled
         return self._made[chunk.ids]
 
 
-def _layer(package: Package, encoder: TextEncoder, clip_skip: int | None) -> Callable[[Mapping[str, AnyArray]], Array]:
+def _layer(package: Package, encoder: TextEncoder, clip_skip: int | None) -> Callable[[Outputs], Array]:
     """Takes the states out of a text encoder's outputs."""
     if clip_skip is None:
         return lambda outputs: outputs[encoder.output]
     normed = encoder.output == "last_hidden_state"
 
-    def taken(outputs: Mapping[str, AnyArray]) -> Array:
+    def taken(outputs: Outputs) -> Array:
         if clip_skip == 1 and normed:
             return outputs[encoder.output]
         layers = sum(name.startswith("hidden_states.") for name in outputs) - 1

@@ -135,7 +135,7 @@ class Generation:
         """Runs everything, handing over each denoising step."""
         with self._run.components.reserved(self._adapters.changes):
             conditions = [
-                conditions_of(package, place, self._run, self.request, self._script)
+                conditions_of(package, place, self._run, self.request, self._script, self._adapters.embeddings)
                 for place, package in self._models().items()
             ]
             start = start_of(self._run, self._manifest, self.request)

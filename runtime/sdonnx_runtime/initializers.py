@@ -45,13 +45,18 @@ class Initializer:
         """Whether it lies in a file beside its graph, from where a session can be told to take it instead."""
         return self.file.suffix != ".onnx"
 
+    @property
+    def dtype(self) -> Any:
+        """numpy's; int8 of 4 bits."""
+        return _DTYPES.get(self.data_type)
+
     def read(self) -> AnyArray:
         """Its elements; those of 4 bits as int8.
 
         Raises:
             PackageError: the file is cut, or the type is one that no package has.
         """
-        dtype = _DTYPES.get(self.data_type)
+        dtype = self.dtype
         count = int(np.prod(self.shape))
         expected = (count + 1) // 2 if self.data_type == INT4 else count * np.dtype(dtype).itemsize
         if dtype is None or self.length != expected or self.file.stat().st_size < self.offset + self.length:

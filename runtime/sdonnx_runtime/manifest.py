@@ -27,6 +27,9 @@ MAX_ENLARGE = 16
 KEPT = "kept"
 """What a U-Net's graph ``keeping`` gives besides its prediction, and its graph ``reusing`` takes."""
 
+EMBEDS = "inputs_embeds"
+"""What a text encoder's graph ``embedded`` takes: (N, S, C), its tokens' vectors."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class File:
@@ -46,7 +49,8 @@ class Component:
     """Path of each variant; every component has ``plain``.
 
     A U-Net has ``keeping`` and ``reusing`` too, see `denoise.StepReuse`; ``downsampled``, plain with token
-    downsampling; and ``keeping-downsampled`` and ``reusing-downsampled``."""
+    downsampling; and ``keeping-downsampled`` and ``reusing-downsampled``. A text encoder has ``embedded``, which
+    starts from its tokens' vectors."""
     files: Mapping[str, File]
     """Every file of the component by its path: graphs and weights."""
     precision: str

@@ -12,6 +12,7 @@ import numpy as np
 
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.codes import block_scales, channel_scales, codes4, codes8, widened
+from sdonnx_runtime.embeddings import Embedding
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.initializers import FLOAT, INT4, Elements, Initializer, read_initializers
 from sdonnx_runtime.lora import Change, Lora, read_lora
@@ -34,6 +35,8 @@ class Adapters:
     loras: tuple[Lora, ...] = ()
     changes: Mapping[str, Changes] = field(default_factory=dict[str, Changes])
     """What that does, by component."""
+    embeddings: tuple[Embedding, ...] = ()
+    """The words that its text encoders are taught."""
 
 
 def adapters_of(package: Package, loras: Sequence[Lora], *, lenient: bool = False) -> Adapters:

@@ -13,6 +13,7 @@ from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.checks import check_request
 from sdonnx_runtime.components import Components, Runner
 from sdonnx_runtime.denoise import unet_graphs
+from sdonnx_runtime.embeddings import Learned, read_embedding
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.generation import Generation, Progress, decode, plan
 from sdonnx_runtime.initializers import Elements
@@ -95,7 +96,26 @@ class Pipeline:
                 of weights that files mean.
             PackageError: the package is damaged.
         """
-        self._adapters = adapters_of(self.package, [Lora.of(each) for each in loras], lenient=lenient)
+        adapters = adapters_of(self.package, [Lora.of(each) for each in loras], lenient=lenient)
+        self._adapters = replace(adapters, embeddings=self._adapters.embeddings)
+
+    def set_embeddings(self, embeddings: Sequence[Path | str | tuple[Path | str, str | None]]) -> None:
+        """Teaches words to the text encoders (textual inversion, arXiv:2208.01618), in place of those before.
+
+        Args:
+            embeddings: files, ``.safetensors``, ``.pt`` or ``.bin``; each with the word that stands for it in prompts,
+                where that isn't what the file says, or its name.
+
+        Raises:
+            RequestError: a file can't be read, is hostile, or was made for another model.
+            PackageError: the package was exported before there were graphs for it.
+        """
+        asked = (each if isinstance(each, tuple) else (each, None) for each in embeddings)
+        taught = tuple(read_embedding(Path(path), word) for path, word in asked)
+        for package in (self.package, self.refiner):
+            if package is not None:
+                Learned(package, taught)
+        self._adapters = replace(self._adapters, embeddings=taught)
 
     def generate(self, request: Request | str, **changes: Any) -> Result:
         """Makes pictures: ``generate("a cat", seed=1)``, or with a `Request`.

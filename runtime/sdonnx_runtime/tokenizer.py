@@ -4,8 +4,9 @@ import json
 import re
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -87,8 +88,13 @@ class Tokenizer:
     speller: "_BytePairs | _Serialized"
     """How a text becomes ids."""
 
+    learned: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    """Ids, beyond those of the vocabulary, of words that textual inversions stand for, whatever their case."""
+
     @classmethod
-    def open(cls, directory: Path, *, length: int | None = None) -> "Tokenizer":
+    def open(
+        cls, directory: Path, *, length: int | None = None, learned: Mapping[str, tuple[int, ...]] | None = None
+    ) -> "Tokenizer":
         """Open vocab.json with merges.txt, or tokenizer.json where these are not both there.
 
         `length` is the text encoder's max_position_embeddings; a smaller model_max_length in
@@ -107,6 +113,7 @@ class Tokenizer:
             eos=speller.special[special["eos_token"]],
             pad=speller.special[special["pad_token"]],
             speller=speller,
+            learned=learned or {},
         )
 
     def ids(self, text: str) -> list[int]:
@@ -121,14 +128,34 @@ class Tokenizer:
                 f"the prompt's character {error.start + 1} is half of a surrogate pair; "
                 "expected Unicode text; remove or retype it"
             ) from error
-        return self.speller.ids(text)
+        return [token for _, _, ids in self._parts(text) for token in ids]
 
     def encode(self, text: str) -> Tokens:
         """The text cut or padded to the model's length; raises RequestError like `ids`."""
         ids, room = self.ids(text), self.length - 2
         row = [self.bos, *ids[:room], self.eos] + [self.pad] * (room - len(ids))
-        truncated = text[self.speller.start(text, room) :] if len(ids) > room else ""
-        return Tokens(ids=np.array([row], np.int64), truncated=truncated)
+        return Tokens(ids=np.array([row], np.int64), truncated=text[self._start(text, room) :])
+
+    def _start(self, text: str, token: int) -> int:
+        """Where in the text the word begins that holds the token of this index; its end if there are fewer."""
+        for begin, part, ids in self._parts(text):
+            if token < len(ids):
+                return begin + (0 if part.lower() in self.learned else self.speller.start(part, token))
+            token -= len(ids)
+        return len(text)
+
+    def _parts(self, text: str) -> Iterator[tuple[int, str, Sequence[int]]]:
+        """Learned words and what is between them: where each begins, its text and its ids."""
+        begin = 0
+        for index, part in enumerate(self._border.split(text) if self.learned else [text]):
+            yield begin, part, self.learned[part.lower()] if index % 2 == 1 else self.speller.ids(part)
+            begin += len(part)
+
+    @cached_property
+    def _border(self) -> re.Pattern[str]:
+        """Learned words, not within others."""
+        words = "|".join(re.escape(word) for word in sorted(self.learned, key=len, reverse=True))
+        return re.compile(rf"((?<!\w)(?:{words})(?!\w))", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from sdonnx.arguments import (
     Threads,
     Vae,
     Weighting,
+    parse_embedding,
     parse_hires,
     parse_interval,
     parse_lora,
@@ -188,6 +189,13 @@ def run(
     lora_lenient: Annotated[
         bool, typer.Option("--lora-lenient", help="Leave out what a file has for layers that the model doesn't have.")
     ] = False,
+    embedding: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:WORD]",
+            help="Let a word of the prompt stand for this textual inversion. May be given several times.",
+        ),
+    ] = None,
     hires: Annotated[
         str | None,
         typer.Option(
@@ -358,6 +366,7 @@ def run(
         refiner=other,
     ) as pipe:
         pipe.set_loras([parse_lora(each) for each in lora or []], lenient=lora_lenient)
+        pipe.set_embeddings([parse_embedding(each) for each in embedding or []])
         if preview is not None and preview_vae is None and pipe.package.manifest.latents.preview is None:
             raise sdonnx.PackageError("the package has no preview; run 'sdonnx export' again, or leave out --preview")
         outputs = Outputs(pictures=output, preview=preview, latents=save_latents, enlarge=enlarge)

@@ -12,8 +12,10 @@ from prompting import SIZE, encoded, given_to, states
 from sd_parsers import ParserManager
 from sdonnx_runtime.images import parameters_text
 from sdonnx_runtime.request import Request
+from typer.testing import CliRunner
 
 import sdonnx
+from sdonnx.cli import app
 
 LONG = "a cat and a dog in the wide green field " * 12
 
@@ -209,3 +211,21 @@ def test_the_recipe_says_how_prompts_were_read(opened, tmp_path):
     usual = parameters_text(pipeline.check("a cat", seed=1), "sd1")
     assert "Clip skip" not in usual
     assert "Emphasis" not in usual
+
+
+def test_the_command_line_and_batches_say_how_prompts_are_read(opened, tmp_path):
+    _, pipeline = opened("sd1")
+    common = ["-m", str(pipeline.package.root), "--size", "64x64", "--steps", "2", "--seed", "1"]
+    options = ["--prompts", "plain", "--weighting", "comfy", "--clip-skip", "2", "-o", str(tmp_path / "made.png")]
+    assert CliRunner().invoke(app, ["run", "a (cat:1.2)", *common, *options]).exit_code == 0
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(json.dumps({"prompt": "a (cat:1.2)", "prompt_syntax": "plain", "clip_skip": 2}))
+    options = ["--batch-file", str(lines), "-o", str(tmp_path / "line.png"), "--weighting", "comfy"]
+    assert CliRunner().invoke(app, ["run", *common, *options]).exit_code == 0
+    pictures = [Image.open(tmp_path / name) for name in ("made.png", "line-0001.png")]
+    for picture in pictures:
+        recipe = json.loads(picture.text["sdonnx"])
+        assert [recipe[name] for name in ("prompt_syntax", "weighting", "clip_skip")] == ["plain", "comfy", 2]
+    np.testing.assert_array_equal(*map(np.asarray, pictures))
+    failed = CliRunner().invoke(app, ["run", "a AND", *common])
+    assert isinstance(failed.exception, sdonnx.RequestError)

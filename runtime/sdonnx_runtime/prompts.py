@@ -21,9 +21,8 @@ _UP, _DOWN = 1.1, 1 / 1.1
 """What round and square brackets do to the weight of what is in them."""
 
 _SIGN = re.compile(r"\\.|[\[\]():|]|[^\\\[\]():|]+|\\", re.DOTALL)
-_WEIGHT = re.compile(r"\\.|:\s*([+-]?[.\d]+)\s*\)|[()\[\]:]|[^\\()\[\]:]+|\\", re.DOTALL)
+_WEIGHT = re.compile(r"\\[()\[\]\\]?|:\s*([+-]?[.\d]+)\s*\)|[()\[\]:]|[^\\()\[\]:]+")
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
-_ESCAPED = ("\\(", "\\)", "\\[", "\\]", "\\\\")
 _AND, _BREAK = re.compile(r"\bAND\b"), re.compile(r"\bBREAK\b")
 _LORA = re.compile(r"<lora:([^<>]*)>")
 
@@ -249,7 +248,7 @@ def _weighed(text: str) -> tuple[list[str | None], tuple[list[_Range], list[_Ran
     for match in _WEIGHT.finditer(text):
         sign, factor = match[0], _factor(match[1])
         if sign.startswith("\\"):
-            pieces.append(sign[1:] if sign in _ESCAPED else sign)
+            pieces.append(sign[1:])  # nothing, where it is before another sign
         elif sign == "(":
             round_ones.append(len(pieces))
         elif sign == "[":

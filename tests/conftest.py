@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import random_checkpoint
 from sdonnx_export.export import export
+from sdonnx_runtime import components
+
+import sdonnx
 
 # A shell that starts the tests in the background ignores Ctrl-C, and what they start would do so too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -21,3 +24,38 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def package(checkpoint, tmp_path_factory) -> Path:
     return export(str(checkpoint), tmp_path_factory.mktemp("packages") / "tiny-onnx")
+
+
+@pytest.fixture(scope="session")
+def opened(tmp_path_factory):
+    """A pipeline of diffusers of those in PROMPTED, and our package of it, opened; made once."""
+    import families
+
+    made, directory = {}, tmp_path_factory.mktemp("prompted")
+
+    def get(name, **options):
+        if name not in made:
+            pipe = families.PROMPTED[name]()
+            pipe.set_progress_bar_config(disable=True)
+            pipe.save_pretrained(directory / name / "diffusers")
+            made[name] = pipe, export(str(directory / name / "diffusers"), directory / name / "package")
+        pipe, package = made[name]
+        return pipe, sdonnx.load(package, **options)
+
+    return get
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What every call of a U-Net was given from now on, and every call of a text encoder."""
+    calls, texts, real = [], [], components.Session.run
+
+    def run(self, feeds):
+        if "timestep" in feeds:
+            calls.append(feeds)
+        if "input_ids" in feeds:
+            texts.append(feeds["input_ids"])
+        return real(self, feeds)
+
+    monkeypatch.setattr(components.Session, "run", run)
+    return calls, texts

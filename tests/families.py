@@ -241,3 +241,15 @@ def depth():
     pipe = sd2(in_channels=5)
     parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
     return StableDiffusionDepth2ImgPipeline(**parts, depth_estimator=None, feature_extractor=None)
+
+
+PROMPTED = {
+    "sd1": lambda: sd1(scheduler=scheduler(EulerDiscreteScheduler, timestep_spacing="linspace")),
+    "sd2": sd2,
+    "sdxl": sdxl,
+    "refiner": refiner,
+    "lcm": lcm,
+    "pix2pix": WITH_PICTURES["pix2pix"],
+    "inpaint": WITH_PICTURES["sd1 inpaint"],
+}
+"""What prompts are tried on."""

@@ -9,6 +9,7 @@ from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.conditioning import condition
 from sdonnx_runtime.errors import ExportError
 from sdonnx_runtime.manifest import KEPT, Manifest, channels_beside
+from sdonnx_runtime.prompts import Rows
 from sdonnx_runtime.request import Request
 from sdonnx_runtime.session import Port, Session
 
@@ -45,7 +46,8 @@ def verify(directory: Path, manifest: Manifest, report: Callable[[str, float], N
     if "unet" in manifest.components:
         encoded = {encoder.component: run(encoder.component) for encoder in manifest.text_encoders}
         request = Request(prompt="", width=pixels, height=pixels, guidance_scale=1)
-        feeds.update(condition(manifest, request, lambda encoder, _text: encoded[encoder.component]))
+        rows = Rows(negative="", conditional=("",))
+        feeds.update(condition(manifest, request, rows, lambda encoder, _text: encoded[encoder.component]))
         feeds["sample"] = np.concatenate([latents, beside], axis=1)
         _expect("unet", _first(run("unet")), latents.shape)
     _expect("vae_decoder", _first(run("vae_decoder")), picture.shape)

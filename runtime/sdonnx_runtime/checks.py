@@ -1,19 +1,22 @@
 """Whether a request can be served, and what it leaves open filled in."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
 from PIL.Image import Image
 
+from sdonnx_runtime.encoding import script_of
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.manifest import Defaults
 from sdonnx_runtime.pictures import FITS, MAX_SIDE, UPSCALERS, check_picture, mask_of, suitable_size
+from sdonnx_runtime.prompts import SYNTAXES, LoraTag, parse_prompt, sections
 from sdonnx_runtime.request import PICTURES, Request, passes
 from sdonnx_runtime.samplers import MAX_CHURN, SAMPLERS
 from sdonnx_runtime.schedule import MAX_SIGMA, SPACINGS, listed
 from sdonnx_runtime.sigmas import SCHEDULES
+from sdonnx_runtime.weighting import WEIGHTINGS
 
 MAX_SEED = 2**63 - 1
 """The largest seed that every tool that reads a picture's recipe can hold."""
@@ -84,6 +87,7 @@ def check_request(
     _whole("reuse", request.reuse, 1, 1000)
     _flag("token_downsampling", request.token_downsampling)
     _check_variation(request)
+    _check_prompts(request, edits=beside == "picture")
     return _check_hires(request, multiple)
 
 
@@ -117,6 +121,38 @@ def check_recipe(request: Request) -> None:
     ):
         if getattr(request, name) is not None:
             _number(name, getattr(request, name), low, most)
+
+
+def _check_prompts(request: Request, *, edits: bool) -> None:
+    for name, value, known in (
+        ("prompt_syntax", request.prompt_syntax, SYNTAXES),
+        ("weighting", request.weighting, (*WEIGHTINGS,)),
+    ):
+        if value not in known:
+            raise RequestError(f"{name} is {value!r}; choose {', '.join(known)}")
+    if request.clip_skip is not None:
+        _whole("clip_skip", request.clip_skip, 1, 100)
+    for text in (request.prompt, request.negative_prompt):
+        check_lora_tags(parse_prompt(text, request.prompt_syntax, composed=False).loras)
+    said = script_of([request])
+    if edits and len(said.weights) > 1:
+        raise RequestError("the prompt has an AND, but the model edits pictures; give it one text")
+    for rows in set(said.passes[0]):
+        for text in (rows.negative, *rows.conditional):
+            sections(text, request.prompt_syntax)
+
+
+def check_lora_tags(tags: Sequence[LoraTag]) -> None:
+    """Refuses the adapters that a prompt names.
+
+    Raises:
+        RequestError: there are any.
+    """
+    if tags:
+        raise RequestError(
+            f"the prompt has <lora:{tags[0].name}:{tags[0].weight:g}>; LoRAs in prompts need a folder of them, "
+            "and there is none; take the tag out"
+        )
 
 
 def _check_hires(request: Request, multiple: int) -> Request:

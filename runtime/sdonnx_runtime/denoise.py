@@ -1,13 +1,14 @@
 """The denoiser that samplers call, composed of small functions: what it predicts with, and what guides it."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
 
 from sdonnx_runtime.arrays import AnyArray, Array
 from sdonnx_runtime.manifest import KEPT
+from sdonnx_runtime.request import Request, given
 from sdonnx_runtime.sampling import Denoise
 
 Run: TypeAlias = Callable[[Mapping[str, AnyArray]], Array]
@@ -83,19 +84,28 @@ def predict(run: Run, inputs: Mapping[str, AnyArray], beside: Array | None = Non
     return model
 
 
-def guide(model: Model, scale: float, rescale: float = 0.0, image_scale: float | None = None) -> Model:
-    """Classifier-free guidance, arXiv:2207.12598: rows (unconditional, conditional) to one.
+def guide(
+    model: Model,
+    scale: float,
+    rescale: float = 0.0,
+    image_scale: float | None = None,
+    weights: Sequence[float] = (1.0,),
+) -> Model:
+    """Classifier-free guidance, arXiv:2207.12598: rows (unconditional, conditional, …) to one.
 
     Args:
-        model: gives the two rows; or three, (unconditional, picture alone, conditional).
-        scale: how far to go beyond the row before the last; 1 is to the conditional one.
+        model: gives the rows; before the conditional ones one, or two, (unconditional, picture alone).
+        scale: how far to go beyond the row before the conditional ones; 1 is to them.
         rescale: 0 to 1, how much of the spread that guidance adds is taken back, arXiv:2305.08891, section 3.4.
-        image_scale: of three rows, how far to go from the first to the second, arXiv:2211.09800.
+        image_scale: of two rows before them, how far to go from the first to the second, arXiv:2211.09800.
+        weights: of each conditional row, see `composed`.
     """
 
     def guided(x: Array, sigma: float, t: float) -> Array:
         rows = model(x, sigma, t)
-        *nothing, before, conditional = np.split(rows, len(rows))
+        each = np.split(rows, len(rows))
+        *nothing, before = each[: -len(weights)]
+        conditional = composed(before, each[-len(weights) :], weights)
         output = before + np.float32(scale) * (conditional - before)
         if nothing and image_scale is not None:
             output = output + np.float32(image_scale - 1) * (before - nothing[0])
@@ -105,6 +115,78 @@ def guide(model: Model, scale: float, rescale: float = 0.0, image_scale: float |
         return output * np.float32(rescale * ratio + 1 - rescale)
 
     return guided
+
+
+def composed(base: Array, rows: Sequence[Array], weights: Sequence[float]) -> Array:
+    """One row of several: from ``base`` towards each by its weight; arXiv:2206.01714."""
+    if tuple(weights) == (1.0,):
+        return rows[0]
+    pulls = [np.float32(weight) * (row - base) for row, weight in zip(rows, weights, strict=True)]
+    return base + np.sum(pulls, axis=0)
+
+
+def unguided(model: Model, weights: Sequence[float]) -> Model:
+    """Conditional rows to one where there is no other row: from the first by its weight towards the others'."""
+
+    def alone(x: Array, sigma: float, t: float) -> Array:
+        rows = model(x, sigma, t)
+        first, *others = np.split(rows, len(rows))
+        return composed(first, others, weights[1:])
+
+    return model if len(weights) == 1 else alone
+
+
+def _of_request(
+    run: Run, inputs: Mapping[str, AnyArray], beside: Array | None, weights: Sequence[float], request: Request
+) -> Model:
+    """The U-Net as a model of one row, guided as a checked request says."""
+    count, model = len(weights), predict(run, inputs, beside)
+    if len(inputs["encoder_hidden_states"]) == count:
+        return unguided(model, weights)
+    model = guide(model, given(request.guidance_scale), request.guidance_rescale, request.image_guidance_scale, weights)
+    if request.guidance_interval is None:
+        return model
+    alone = {name: rows[-count:] for name, rows in inputs.items()}
+    conditional = predict(run, alone, None if beside is None else beside[-count:])
+    return within(request.guidance_interval, model, unguided(conditional, weights))
+
+
+class ByStep:
+    """Of several models the one whose turn it is: steps are counted, not calls, of which a step may have two.
+
+    ``models`` has one for each step; the last stays for steps beyond it.
+    """
+
+    def __init__(self, models: Sequence[Model]) -> None:
+        self._models, self._step = models, 0
+
+    def next_step(self) -> None:
+        """The step's calls are done."""
+        self._step += 1
+
+    def __call__(self, x: Array, sigma: float, t: float) -> Array:
+        """What the step's model gives."""
+        return self._models[min(self._step, len(self._models) - 1)](x, sigma, t)
+
+
+def by_step(
+    run: Run,
+    inputs: Sequence[Mapping[str, AnyArray]],
+    beside: Array | None,
+    weights: Sequence[float],
+    request: Request,
+) -> ByStep:
+    """The U-Net as a model of one row, guided as a checked request says.
+
+    Args:
+        run: the U-Net.
+        inputs: of each step, as `predict` has them; the last rows are the conditional ones.
+        beside: as `predict` has it.
+        weights: of each conditional row.
+        request: of the pass.
+    """
+    models = {id(each): _of_request(run, each, beside, weights, request) for each in inputs}
+    return ByStep([models[id(each)] for each in inputs])
 
 
 def handed_over(first: Model, second: Model, below: float, leave: Callable[[], None]) -> Model:

@@ -1,6 +1,5 @@
 """One generation: text and picture in, noise to latents, latents to pictures, one component in memory at a time."""
 
-import logging
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -13,12 +12,11 @@ from PIL import Image
 
 from sdonnx_runtime.arrays import AnyArray, Array
 from sdonnx_runtime.components import REFINER, Runner
-from sdonnx_runtime.conditioning import condition
-from sdonnx_runtime.denoise import Model, StepReuse, clean, guide, handed_over, masked, predict, unet_graphs, within
-from sdonnx_runtime.embeddings import Learned
+from sdonnx_runtime.denoise import Model, StepReuse, by_step, clean, handed_over, masked, unet_graphs
+from sdonnx_runtime.encoding import Conditions, conditions_of, script_of
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.images import to_images
-from sdonnx_runtime.manifest import Manifest, TextEncoder
+from sdonnx_runtime.manifest import Manifest
 from sdonnx_runtime.merging import Adapters
 from sdonnx_runtime.noise import Noise, between
 from sdonnx_runtime.package import Package
@@ -28,9 +26,6 @@ from sdonnx_runtime.sampling import Denoise, NoiseSource, Schedule
 from sdonnx_runtime.schedule import make_schedule
 from sdonnx_runtime.scheduler_config import SchedulerConfig, limit_x0
 from sdonnx_runtime.starts import Original, Start, encoded, interpolated, pasted, seen_beside, start_of
-from sdonnx_runtime.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,16 +127,21 @@ class Generation:
         self.latents: Array | None = None
         self.latents_request = self.request = request
         self._package, self._run, self._scheduler, self._refiner = package, run, scheduler, refiner
+        self._requests = passes(request, package.manifest.latents.downscale)
+        self._script = script_of(self._requests)
         self._manifest, self._adapters = package.manifest, Adapters() if adapters is None else adapters
 
     def steps(self) -> Generator[Progress, None, None]:
         """Runs everything, handing over each denoising step."""
         with self._run.components.reserved(self._adapters.changes):
-            conditioning = [self._condition(package, place) for place, package in self._models().items()]
+            conditions = [
+                conditions_of(package, place, self._run, self.request, self._script, self._adapters.embeddings)
+                for place, package in self._models().items()
+            ]
             start = start_of(self._run, self._manifest, self.request)
             self._run.components.release("vae_encoder")
             seconds: list[float] = []
-            for progress in self._passes(conditioning, start):
+            for progress in self._passes(conditions, start):
                 seconds.append(progress.seconds)
                 yield progress
             for place in self._models():
@@ -164,9 +164,9 @@ class Generation:
         """What denoises, in its order, by what the names of its components begin with."""
         return {"": self._package, **({REFINER: self._refiner} if self._refiner is not None else {})}
 
-    def _passes(self, conditioning: Sequence[Mapping[str, AnyArray]], start: Start | None) -> Iterator[Progress]:
+    def _passes(self, conditions: Sequence[Conditions], start: Start | None) -> Iterator[Progress]:
         """Every step of every image, pass after pass, numbered over all passes."""
-        requests = passes(self.request, self._manifest.latents.downscale)
+        requests = self._requests
         counts = [steps_taken(str(self.request.sampler), *plan(self._scheduler, request)) for request in requests]
         origins: list[Start | Original | None] = [start] * self.request.num_images
         for index, request in enumerate(requests):
@@ -177,7 +177,8 @@ class Generation:
                 noise = self._noise(image)
                 original = origin.draw(noise) if isinstance(origin, Start) else origin
                 latents = None if original is None else original.latents  # what remains where strength 0 leaves no step
-                walk = self._sample(request, image, noise, conditioning, original, start)
+                told = [[each[rows] for rows in self._script.passes[index]] for each in conditions]
+                walk = self._sample(request, image, noise, told, original, start)
                 for progress in walk:
                     latents = progress.latents
                     yield replace(progress, step=sum(counts[:index]) + progress.step, num_steps=sum(counts))
@@ -199,33 +200,19 @@ class Generation:
         self._run.components.release("vae_encoder")
         return [*starts]
 
-    def _condition(self, package: Package, place: str) -> dict[str, AnyArray]:
-        """What a U-Net is given besides latents and time, a row for each prompt."""
-        manifest, learned = package.manifest, Learned(package, self._adapters.embeddings)
-
-        def encode(encoder: TextEncoder, prompt: str) -> dict[str, AnyArray]:
-            where = package.root / encoder.tokenizer
-            tokenizer = Tokenizer.open(where, length=encoder.length, learned=learned.words)
-            tokens = tokenizer.encode(prompt)
-            if tokens.truncated and encoder is manifest.text_encoders[0]:
-                logger.warning("the prompt is longer than %d tokens; cut: %s", tokenizer.length, tokens.truncated)
-            return self._run(f"{place}{encoder.component}", *learned.inputs(encoder.component, tokens.ids))
-
-        conditioning = condition(manifest, self.request, encode)
-        for encoder in manifest.text_encoders:
-            self._run.components.release(f"{place}{encoder.component}")
-        return conditioning
-
     def _sample(
         self,
         request: Request,
         image: int,
         noise: NoiseSource,
-        conditioning: Sequence[Mapping[str, AnyArray]],
+        told: Sequence[Sequence[Mapping[str, AnyArray]]],
         original: Original | None,
         start: Start | None,
     ) -> Iterator[Progress]:
-        """Denoises one image in one pass: x (1, C, h, w) from its first state to the latents in the last progress."""
+        """Denoises one image in one pass: x (1, C, h, w) from its first state to the latents in the last progress.
+
+        Each U-Net is ``told`` something at each step.
+        """
         schedule, options = plan(self._scheduler, request)
         preview = self._manifest.latents.preview
         projection = None if preview is None else np.array(preview, np.float32)
@@ -233,8 +220,8 @@ class Generation:
         beside = seen_beside(self._manifest, request, start, noise)
         unets = [self._unet(place, request) for place in self._models()]
         models = [
-            self._guided(predict(unet, inputs, beside), predict(unet, *_alone(inputs, beside)), inputs)
-            for unet, inputs in zip(unets, conditioning, strict=True)
+            by_step(unet, inputs, beside, self._script.weights, request)
+            for unet, inputs in zip(unets, told, strict=True)
         ]
         x, denoise = self._begin(schedule, noise, unit, self._denoiser(models), original)
         before = time.perf_counter()
@@ -256,6 +243,8 @@ class Generation:
             )
             for unet in unets:
                 unet.next_step(last=step.index + 2 == step.total)
+            for model in models:
+                model.next_step()
             before = time.perf_counter()
 
     def _begin(
@@ -283,16 +272,6 @@ class Generation:
         graphs = unet_graphs(request.reuse, token_downsampling=request.token_downsampling)
         return StepReuse(partial(self._run, f"{place}unet"), graphs, request.reuse)
 
-    def _guided(self, model: Model, conditional: Model, inputs: Mapping[str, AnyArray]) -> Model:
-        """A model of one row; ``conditional`` is the same model's last row by itself."""
-        request = self.request
-        if len(inputs["encoder_hidden_states"]) == 1:
-            return model
-        image_scale = request.image_guidance_scale
-        model = guide(model, given(request.guidance_scale), request.guidance_rescale, image_scale)
-        interval = request.guidance_interval
-        return model if interval is None else within(interval, model, conditional)
-
     def _denoiser(self, models: Sequence[Model]) -> Denoise:
         """Of the package's model, and of the refiner's where there is one."""
         sampler = str(self.request.sampler)
@@ -308,11 +287,6 @@ class Generation:
         latents = self._manifest.latents
         height, width = given(request.height), given(request.width)
         return (1, latents.channels, height // latents.downscale, width // latents.downscale)
-
-
-def _alone(inputs: Mapping[str, AnyArray], beside: Array | None) -> tuple[dict[str, AnyArray], Array | None]:
-    """The last row, the conditional one."""
-    return {name: rows[-1:] for name, rows in inputs.items()}, None if beside is None else beside[-1:]
 
 
 def decode(run: Runner, manifest: Manifest, latents: Array) -> tuple[Image.Image, ...]:

@@ -37,6 +37,7 @@ def parameters_text(
         **_edited(request),
         "Seed": request.seed,
         "Size": f"{request.width}x{request.height}",
+        **_read(request),
         **_varied(request),
         **_reworked(request),
         **_masked(request),
@@ -54,6 +55,16 @@ def parameters_text(
 
 def _quoted(name: str) -> str:
     return json.dumps(name, ensure_ascii=False) if set(name) & set(',:"\n') else name
+
+
+def _read(request: Request) -> dict[str, str | int]:
+    """How the prompts were read; what AUTOMATIC1111 would do is left out."""
+    settings: dict[str, str | int] = {} if request.clip_skip is None else {"Clip skip": request.clip_skip}
+    if request.prompt_syntax == "plain":
+        settings["Emphasis"] = "None"
+    if request.weighting != "a1111":
+        settings["Weighting"] = request.weighting
+    return settings
 
 
 def _varied(request: Request) -> dict[str, str]:

@@ -22,6 +22,14 @@ class Request:
     """What to draw."""
     negative_prompt: str = ""
     """What to keep away from; without effect at ``guidance_scale`` 1."""
+    prompt_syntax: str = "a1111"
+    """How both are read: a1111, with AUTOMATIC1111's syntax, or plain, as they stand, cut where they are too long."""
+    weighting: str = "a1111"
+    """What weights in a prompt do: a1111, comfy or compel, as these programs have it."""
+    clip_skip: int | None = None
+    """Which of a text encoder's layers is read: 1 is the last, 2 the one before, and so on; None is the package's own.
+
+    AUTOMATIC1111 counts so. Of diffusers' ``clip_skip`` it is 1 more, of SDXL 2 more."""
     width: int | None = None
     """Pixels, a multiple of the package's `Latents.downscale` (8 for Stable Diffusion).
 

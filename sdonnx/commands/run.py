@@ -11,9 +11,12 @@ from sdonnx_runtime.sigmas import SCHEDULES
 
 import sdonnx
 from sdonnx.arguments import (
+    ClipSkip,
     Device,
+    Syntax,
     Threads,
     Vae,
+    Weighting,
     parse_embedding,
     parse_hires,
     parse_interval,
@@ -207,6 +210,9 @@ def run(
             help="What --hires enlarges: the latents (the default), or the pixels, which asks more of the memory.",
         ),
     ] = None,
+    prompts: Syntax = "a1111",
+    weighting: Weighting = "a1111",
+    clip_skip: ClipSkip = None,
     schedule: Annotated[
         str | None,
         typer.Option(
@@ -313,6 +319,9 @@ def run(
     other, refined = parse_refiner(refiner)
     fields: dict[str, Any] = {
         "negative_prompt": negative,
+        "prompt_syntax": prompts,
+        "weighting": weighting,
+        "clip_skip": clip_skip,
         **parse_size(size),
         "num_inference_steps": steps,
         "guidance_scale": guidance,

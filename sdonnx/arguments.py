@@ -2,52 +2,10 @@
 
 from itertools import count as count_from
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
 
-import typer
 from sdonnx_runtime.images import check_writable
-from sdonnx_runtime.prompts import SYNTAXES
-from sdonnx_runtime.weighting import WEIGHTINGS
 
 import sdonnx
-
-Device: TypeAlias = Annotated[
-    Literal["auto", "cpu", "cuda", "directml"],
-    typer.Option(help="Where to run; auto takes the best there is."),
-]
-Threads: TypeAlias = Annotated[
-    int | None, typer.Option(metavar="N", help="CPU threads. Default: one for each physical core.")
-]
-
-Vae: TypeAlias = Annotated[
-    str | None,
-    typer.Option(metavar="PACKAGE", help="Encode and decode with this package's VAE, which may be a VAE alone."),
-]
-
-_PROMPTS = "Prompts"
-Syntax: TypeAlias = Annotated[
-    str,
-    typer.Option(
-        "--prompts",
-        metavar="|".join(SYNTAXES),
-        help="How prompts are read: with AUTOMATIC1111's syntax, such as (word:1.3), or as they stand.",
-        rich_help_panel=_PROMPTS,
-    ),
-]
-Weighting: TypeAlias = Annotated[
-    str,
-    typer.Option(
-        metavar="|".join(WEIGHTINGS), help="What weights do, as these programs have it.", rich_help_panel=_PROMPTS
-    ),
-]
-ClipSkip: TypeAlias = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help="Which layer of the text encoder is read: 1 is the last, 2 the one before. Default: the model's own.",
-        rich_help_panel=_PROMPTS,
-    ),
-]
 
 
 def parse_size(size: str | None) -> dict[str, int]:

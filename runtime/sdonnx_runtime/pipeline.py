@@ -47,7 +47,7 @@ class Pipeline:
         lora_folder: where the adapters are that prompts name, as ``<lora:name:0.8>``.
 
     Raises:
-        RequestError: ``threads`` is out of its range, 1 to MAX_THREADS.
+        RequestError: ``threads`` is out of its range, 1 to MAX_THREADS, or ``lora_folder`` is none.
         PackageError: the package is a VAE alone, its scheduler is one that this version can't honour, the preview's
             VAE has other latents, or the refiner is of another kind.
     """
@@ -72,6 +72,8 @@ class Pipeline:
             check_refiner(package, refiner)
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise RequestError(f"threads is {threads}; give a whole number from 1 to {MAX_THREADS}")
+        if lora_folder is not None and not lora_folder.is_dir():
+            raise RequestError(f"{lora_folder} is no folder; give the one where the adapters are that prompts name")
         self.package, self.refiner = package, refiner
         self._scheduler = SchedulerConfig.from_dict(package.manifest.scheduler)
 

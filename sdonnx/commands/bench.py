@@ -8,11 +8,12 @@ import typer
 from sdonnx_models import DEFAULT
 
 import sdonnx
-from sdonnx.arguments import Device, Threads, parse_size
+from sdonnx.arguments import parse_size
 from sdonnx.bench import Report
 from sdonnx.bench import bench as measure
 from sdonnx.measure import ComponentFigures
 from sdonnx.models import find_model
+from sdonnx.options import Device, Threads
 from sdonnx.show import out, print_json, progress
 
 

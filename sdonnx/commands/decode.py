@@ -11,7 +11,8 @@ from sdonnx_runtime.latents import load_latents
 from sdonnx_runtime.request import seeds_of
 
 import sdonnx
-from sdonnx.arguments import Device, Threads, Vae, output_paths
+from sdonnx.arguments import output_paths
+from sdonnx.options import Device, Threads, Vae
 from sdonnx.show import err
 
 logger = logging.getLogger(__name__)

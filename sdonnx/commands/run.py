@@ -1,22 +1,13 @@
 """``sdonnx run``."""
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from sdonnx_models import DEFAULT
-from sdonnx_runtime.pictures import FITS, UPSCALERS, open_picture
-from sdonnx_runtime.schedule import SPACINGS
-from sdonnx_runtime.sigmas import SCHEDULES
+from sdonnx_runtime.pictures import open_picture
 
 import sdonnx
+from sdonnx import options
 from sdonnx.arguments import (
-    ClipSkip,
-    Device,
-    Syntax,
-    Threads,
-    Vae,
-    Weighting,
     parse_embedding,
     parse_hires,
     parse_interval,
@@ -32,282 +23,58 @@ from sdonnx.making import Outputs, make
 from sdonnx.models import find_model
 from sdonnx.show import described, err, print_json, print_made
 
-_FROM_A_PICTURE, _SAMPLING, _FASTER = "From a picture", "Sampling", "Faster, at some loss"
-
 
 def run(
-    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to draw.", show_default=False)] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="PACKAGE",
-            help="A package's directory, or a Hub id of one. Default: pictogram, which comes with sdonnx.",
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="OUT.png",
-            help="Where to; several get their seed's number added. Default: sdonnx-SEED.png.",
-        ),
-    ] = None,
-    negative: Annotated[str, typer.Option(metavar="TEXT", help="What to keep away from.")] = "",
-    steps: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Denoising steps: more is slower and finer. Default: the model's own."),
-    ] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(
-            metavar="G",
-            help="How closely to follow the prompt; 1 or 0 is without, and twice as fast. Default: the model's own.",
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(metavar="S", help="The same seed is the same picture. Default: random.")
-    ] = None,
-    variation: Annotated[
-        str | None,
-        typer.Option(metavar="SEED:STRENGTH", help="Like the seed's picture, but a share of another seed's, 0 to 1."),
-    ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(metavar="WxH", help="Pixels; Stable Diffusion wants multiples of 8. Default: the model's own."),
-    ] = None,
-    vae: Vae = None,
-    enlarge: Annotated[
-        bool, typer.Option("--enlarge/--no-enlarge", help="Enlarge pictures of a model that makes very small ones.")
-    ] = True,
-    count: Annotated[int, typer.Option(metavar="N", help="Pictures to make, with seeds S, S+1, …")] = 1,
-    sampler: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help='From [b]sdonnx samplers[/b], or as elsewhere: "DPM++ 2M Karras". Default: the model\'s own.',
-        ),
-    ] = None,
-    image: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Start from this picture.", rich_help_panel=_FROM_A_PICTURE),
-    ] = None,
-    strength: Annotated[
-        float | None,
-        typer.Option(
-            metavar="S",
-            help="How much of the picture is made anew, 0 to 1. Default: 0.75, or 1 with a mask.",
-            rich_help_panel=_FROM_A_PICTURE,
-        ),
-    ] = None,
-    fit: Annotated[
-        str,
-        typer.Option(
-            metavar="|".join(FITS),
-            help="How a picture of other proportions gets the size.",
-            rich_help_panel=_FROM_A_PICTURE,
-        ),
-    ] = "crop",
-    mask: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Repaint only where this picture, of the same size, is white.",
-            rich_help_panel=_FROM_A_PICTURE,
-        ),
-    ] = None,
-    mask_blur: Annotated[
-        int,
-        typer.Option(
-            metavar="PX", help="Pixels over which what is new fades out at the edge.", rich_help_panel=_FROM_A_PICTURE
-        ),
-    ] = 4,
-    paste: Annotated[
-        bool,
-        typer.Option(
-            "--paste/--no-paste",
-            help="Keep the pixels outside the mask bit by bit.",
-            rich_help_panel=_FROM_A_PICTURE,
-        ),
-    ] = True,
-    only_masked: Annotated[
-        int | None,
-        typer.Option(
-            metavar="PX",
-            help="Work only in the mask and so many pixels around it, and keep the picture's size; 32 is usual.",
-            rich_help_panel=_FROM_A_PICTURE,
-        ),
-    ] = None,
-    outpaint: Annotated[
-        str | None,
-        typer.Option(
-            metavar="L,T,R,B",
-            help="Paint this many pixels more at the picture's left, top, right and bottom.",
-            rich_help_panel=_FROM_A_PICTURE,
-        ),
-    ] = None,
-    image_guidance: Annotated[
-        float | None,
-        typer.Option(
-            metavar="G",
-            help="Of a model that edits pictures: how closely to keep to the picture. Default: 1.5.",
-            rich_help_panel=_FROM_A_PICTURE,
-        ),
-    ] = None,
-    depth: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Of a model that is given one: a depth map, brighter where it is nearer.",
-            rich_help_panel=_FROM_A_PICTURE,
-        ),
-    ] = None,
-    batch_file: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Make one picture for each line instead: of a .txt a prompt, of a .jsonl an object with a request's "
-            "fields, over what is asked for here.",
-        ),
-    ] = None,
-    refiner: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PACKAGE[:0.8]",
-            help="Let this package, such as SDXL's refiner, go on from that share of the noise levels.",
-        ),
-    ] = None,
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE[:SCALE]",
-            help="Apply these adapters: LoRA, LoCon, LoHa, LoKr or DoRA, as .safetensors. May be given several times.",
-        ),
-    ] = None,
-    lora_dir: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Where the adapters are that a prompt names, as <lora:name:0.8>."),
-    ] = None,
-    lora_lenient: Annotated[
-        bool, typer.Option("--lora-lenient", help="Leave out what a file has for layers that the model doesn't have.")
-    ] = False,
-    embedding: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE[:WORD]",
-            help="Let a word of the prompt stand for this textual inversion. May be given several times.",
-        ),
-    ] = None,
-    hires: Annotated[
-        str | None,
-        typer.Option(
-            metavar="2x[:S[:N]]",
-            help="Enlarge the picture so many times and go over it again with strength S (0.55) and N steps.",
-        ),
-    ] = None,
-    hires_upscaler: Annotated[
-        str | None,
-        typer.Option(
-            metavar="|".join(UPSCALERS),
-            help="What --hires enlarges: the latents (the default), or the pixels, which asks more of the memory.",
-        ),
-    ] = None,
-    prompts: Syntax = "a1111",
-    weighting: Weighting = "a1111",
-    clip_skip: ClipSkip = None,
-    schedule: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help=f"How noise levels are laid: {', '.join(SCHEDULES)}. Default: the model's own.",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = None,
-    spacing: Annotated[
-        str | None,
-        typer.Option(
-            metavar="|".join(SPACINGS),
-            help="How timesteps are spaced. Default: the model's own.",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = None,
-    eta: Annotated[
-        float | None,
-        typer.Option(
-            metavar="E",
-            help="How much noise comes in with each step, 0 to 1. Default: the sampler's own.",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = None,
-    sigmas: Annotated[
-        str | None,
-        typer.Option(
-            metavar="S,S,…",
-            help="The noise level of each step, falling; instead of --steps.",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = None,
-    timesteps: Annotated[
-        str | None,
-        typer.Option(
-            metavar="T,T,…", help="The timestep of each step, falling; instead of --steps.", rich_help_panel=_SAMPLING
-        ),
-    ] = None,
-    guidance_rescale: Annotated[
-        float,
-        typer.Option(
-            metavar="R",
-            help="How much of guidance's contrast is taken back, 0 to 1; 0.7 suits zero-SNR models.",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = 0.0,
-    fast: Annotated[
-        bool,
-        typer.Option(
-            "--fast",
-            help=f"A preset: one of {sdonnx.FAST['reuse']} steps whole, tokens downsampled.",
-            rich_help_panel=_FASTER,
-        ),
-    ] = False,
-    reuse: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Run the whole U-Net in one of N steps only, and its outermost part in the others.",
-            rich_help_panel=_FASTER,
-        ),
-    ] = None,
-    token_downsampling: Annotated[
-        bool | None,
-        typer.Option(
-            "--token-downsampling/--no-token-downsampling",
-            help="Attend to every other row and column at the highest resolution.",
-            rich_help_panel=_FASTER,
-        ),
-    ] = None,
-    guidance_interval: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LOW,HIGH",
-            help="Guide only between these noise levels; elsewhere a step is half the work.",
-            rich_help_panel=_FASTER,
-        ),
-    ] = None,
-    device: Device = "auto",
-    threads: Threads = None,
-    preview: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Show there, step by step, what is becoming of it.")
-    ] = None,
-    preview_vae: Annotated[
-        str | None,
-        typer.Option(metavar="PACKAGE", help="Decode the preview with this package's VAE, a tiny one, say."),
-    ] = None,
-    save_latents: Annotated[
-        Path | None, typer.Option(metavar="FILE.npz", help="Keep the latents too, for [b]sdonnx decode[/b].")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
+    prompt: options.Prompt = None,
+    model: options.Model = None,
+    output: options.Output = None,
+    negative: options.Negative = "",
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    seed: options.Seed = None,
+    variation: options.Variation = None,
+    size: options.Size = None,
+    vae: options.Vae = None,
+    enlarge: options.Enlarge = True,
+    count: options.Count = 1,
+    sampler: options.Sampler = None,
+    image: options.StartImage = None,
+    strength: options.Strength = None,
+    fit: options.Fit = "crop",
+    mask: options.Mask = None,
+    mask_blur: options.MaskBlur = 4,
+    paste: options.Paste = True,
+    only_masked: options.OnlyMasked = None,
+    outpaint: options.Outpaint = None,
+    image_guidance: options.ImageGuidance = None,
+    depth: options.Depth = None,
+    batch_file: options.BatchFile = None,
+    refiner: options.Refiner = None,
+    lora: options.Lora = None,
+    lora_dir: options.LoraDir = None,
+    lora_lenient: options.LoraLenient = False,
+    embedding: options.Embedding = None,
+    hires: options.Hires = None,
+    hires_upscaler: options.HiresUpscaler = None,
+    prompts: options.Syntax = "a1111",
+    weighting: options.Weighting = "a1111",
+    clip_skip: options.ClipSkip = None,
+    schedule: options.Schedule = None,
+    spacing: options.Spacing = None,
+    eta: options.Eta = None,
+    sigmas: options.Sigmas = None,
+    timesteps: options.Timesteps = None,
+    guidance_rescale: options.GuidanceRescale = 0.0,
+    fast: options.Fast = False,
+    reuse: options.Reuse = None,
+    token_downsampling: options.TokenDownsampling = None,
+    guidance_interval: options.GuidanceInterval = None,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    preview: options.Preview = None,
+    preview_vae: options.PreviewVae = None,
+    save_latents: options.SaveLatents = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Make a picture with a package.
 

@@ -4,6 +4,7 @@
     python bench/quality.py PACKAGE --reference OTHER --steps 12 --sampler euler --json FILE
     python bench/quality.py pictogram --reference pictogram --fast  # what --fast costs
     python bench/quality.py pictogram --lora grey.safetensors     # what an adapter does, and whether --reference agrees
+    python bench/quality.py pictogram --embedding teal.safetensors --background "<teal>" 0 140 140
     python bench/quality.py --unet unet.xml --reference pictogram # OpenVINO's U-Net, as openvino_models.py makes it
 
 Each of the 290 subjects is drawn twice: on a background that training showed it on and on the one it was kept from.
@@ -16,6 +17,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -25,7 +27,7 @@ from sdonnx_models import DEFAULT
 from sdonnx_runtime.session import Session
 
 import sdonnx
-from sdonnx.arguments import parse_lora
+from sdonnx.arguments import parse_embedding, parse_lora
 from sdonnx.models import find_model
 
 JUDGE = Path(__file__).parents[1] / "models" / "pictogram"
@@ -55,6 +57,8 @@ class Verdict:
     """(N, 64, 64, 3) uint8."""
     background: np.ndarray
     """(N,) bool: the named colour is the one nearest to the border's median."""
+    border: np.ndarray
+    """(N, 3): its median."""
     ranked: np.ndarray
     """(N, subjects): indices, likeliest first."""
     features: np.ndarray
@@ -69,14 +73,15 @@ class Judge:
         real = np.load(JUDGE / "judge.npz")
         self.mean, self.covariance = real["mean"], real["covariance"]
         self.names = list(self.facts["backgrounds"])
-        self._colours = np.array(list(self.facts["backgrounds"].values()), np.float32)  # (10, 3)
+        self.colours = np.array(list(self.facts["backgrounds"].values()), np.float32)  # (10, 3)
         self._session = onnxruntime.InferenceSession(JUDGE / "judge.onnx", providers=["CPUExecutionProvider"])
 
-    def cases(self, limit: int | None) -> list[Case]:
-        """The fixed captions and seeds; a limit takes them evenly."""
+    def cases(self, limit: int | None, background: str | None = None) -> list[Case]:
+        """The fixed captions and seeds; a limit takes them evenly. ``background`` is instead of each caption's own."""
         made = [
-            Case(subject=index, background=background, caption=_caption(name, background), seed=seed, unseen=unseen)
-            for seed, (index, name, background, unseen) in enumerate(self._pairs(), FIRST_SEED)
+            Case(subject=index, background=own, caption=_caption(name, own), seed=seed, unseen=unseen)
+            for seed, (index, name, each, unseen) in enumerate(self._pairs(), FIRST_SEED)
+            for own in [each if background is None else background]
         ]
         chosen = np.linspace(0, len(made) - 1, len(made) if limit is None else limit).astype(int)
         return [made[index] for index in chosen]
@@ -87,16 +92,25 @@ class Judge:
             yield index, name, seen[index * 7 % len(seen)], False
             yield index, name, never, True
 
+    def add_colour(self, name: str, colour: list[int]) -> None:
+        """One more background, that an adapter knows."""
+        self.names.append(name)
+        self.colours = np.append(self.colours, np.array([colour], np.float32), axis=0)
+
     def look(self, pictures: np.ndarray, cases: list[Case]) -> Verdict:
         """(N, 64, 64, 3) uint8 judged."""
         inputs = pictures.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
         logits, features = self._session.run(None, {"pictures": inputs})
         sides = (pictures[:, 0], pictures[:, -1], pictures[:, :, 0], pictures[:, :, -1])
         border = np.median(np.concatenate(sides, axis=1), axis=1)  # (N, 3)
-        nearest = np.linalg.norm(border[:, None] - self._colours, axis=2).argmin(axis=1)
+        nearest = np.linalg.norm(border[:, None] - self.colours, axis=2).argmin(axis=1)
         named = np.array([self.names.index(case.background) for case in cases])
         return Verdict(
-            pictures=pictures, background=nearest == named, ranked=np.argsort(-logits, axis=1), features=features
+            pictures=pictures,
+            background=nearest == named,
+            border=border,
+            ranked=np.argsort(-logits, axis=1),
+            features=features,
         )
 
     def frechet(self, features: np.ndarray) -> float:
@@ -119,10 +133,10 @@ def _caption(name: str, background: str) -> str:
 
 
 def draw(
-    package: str, cases: list[Case], settings: dict, *, empty: bool, unet: Path | None = None, loras: Loras = ()
+    package: str, cases: list[Case], settings: dict, *, empty: bool, unet: Path | None = None, **adapters: Any
 ) -> np.ndarray:
     """(N, 64, 64, 3) uint8, one picture for each case; ``unet`` is OpenVINO's model of it."""
-    with sdonnx.load(package, keep_loaded=True, loras=loras) as pipe:
+    with sdonnx.load(package, keep_loaded=True, **adapters) as pipe:
         if unet is not None:
             openvino_models.attach(pipe, {"unet": unet})
         made = [
@@ -208,19 +222,26 @@ def main() -> None:
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="so too")
     parser.add_argument("--fast", action="store_true", help="sdonnx.FAST, so too; the options above change it")
     parser.add_argument("--lora", type=parse_lora, action="append", metavar="FILE[:SCALE]", help="so too")
+    parser.add_argument("--embedding", type=parse_embedding, action="append", metavar="FILE[:WORD]")
+    parser.add_argument("--background", nargs=4, metavar=("WORD", "R", "G", "B"), help="instead of all others")
     parser.add_argument("--limit", type=int, metavar="N", help="make N pictures instead of 580")
     parser.add_argument("--empty", action="store_true", help="give no prompt, to see what the prompts do")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--keep", type=Path, metavar="FILE.png", help="write all pictures on one sheet")
     args = parser.parse_args()
     judge = Judge()
-    cases = judge.cases(args.limit)
+    if args.background is not None:
+        judge.add_colour(args.background[0], [int(value) for value in args.background[1:]])
+    cases = judge.cases(args.limit, None if args.background is None else args.background[0])
     settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance, "sampler": args.sampler}
     lossy = chosen(args)
-    loras = tuple(args.lora or ())
-    made = draw(args.package, cases, {**settings, **lossy}, empty=args.empty, unet=args.unet, loras=loras)
+    loras, embeddings = tuple(args.lora or ()), tuple(args.embedding or ())
+    adapters = {"loras": loras, "embeddings": embeddings}
+    made = draw(args.package, cases, {**settings, **lossy}, empty=args.empty, unet=args.unet, **adapters)
     verdict = judge.look(made, cases)
     found = {"pictures": len(cases), **settings, **lossy, "empty": args.empty, **summary(judge, verdict, cases)}
+    if args.background is not None:
+        found["border"] = np.median(verdict.border, axis=0).round().astype(int).tolist()
     found |= {"vae_psnr": reconstruction(args.package), "judge_accuracy": judge.facts["accuracy"]}
     if loras:
         found |= adapted(args, made, lambda package, own: draw(package, cases, settings, empty=args.empty, loras=own))

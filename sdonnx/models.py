@@ -25,6 +25,7 @@ def load(
     memory_limit: int | None = None,
     refiner: str | Path | None = None,
     loras: Sequence[AnyLora] = (),
+    lora_folder: str | Path | None = None,
     embeddings: Sequence[Path | str | tuple[Path | str, str | None]] = (),
 ) -> Pipeline:
     """Opens a package; its components are loaded when they are first needed.
@@ -39,6 +40,7 @@ def load(
         memory_limit: bytes the device may use (CUDA).
         refiner: another package, named as ``model`` is, whose U-Net takes the last steps, such as SDXL's refiner.
         loras: files of adapters, each with its scale where that isn't 1; see `Pipeline.set_loras`.
+        lora_folder: where the adapters are that prompts name, as ``<lora:name:0.8>``.
         embeddings: files of textual inversion, each with its word where that isn't the file's own; see
             `Pipeline.set_embeddings`.
 
@@ -57,6 +59,7 @@ def load(
         keep_loaded=keep_loaded,
         memory_limit=memory_limit,
         refiner=None if refiner is None else Package.open(find_model(refiner)),
+        lora_folder=None if lora_folder is None else Path(lora_folder),
     )
     pipeline.set_loras(loras)
     pipeline.set_embeddings(embeddings)

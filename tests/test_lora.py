@@ -275,6 +275,28 @@ def test_what_has_no_place_is_counted_or_left_out(family, file, tmp_path):
         pipe.set_loras([alone], lenient=True)
 
 
+@pytest.mark.parametrize("keep_loaded", [False, True])
+def test_files_that_prompts_name(family, file, tmp_path, keep_loaded):
+    _, package = family("sd1")
+    other = lora_fixture.save(lora_fixture.peft(family("sd1")[0]), tmp_path / "own.safetensors")
+    folder = tmp_path / "loras" / "within"
+    folder.mkdir(parents=True)
+    (folder / "fur.safetensors").write_bytes(file.read_bytes())
+    with sdonnx.load(package, lora_folder=tmp_path / "loras", keep_loaded=keep_loaded) as pipe:
+        plain = pipe.generate(PROMPT, seed=SEED, **SETTINGS)
+        named = pipe.generate(f"{PROMPT}<lora:fur:0.7>", seed=SEED, **SETTINGS)
+        again = pipe.generate(PROMPT, seed=SEED, **SETTINGS)
+        pipe.set_loras([other])
+        both = pipe.generate(f"<lora:fur:0.7>{PROMPT}", seed=SEED, **SETTINGS)
+        for wrong in ("<lora:nothing>", "<lora:../loras/within/fur>"):
+            with pytest.raises(sdonnx.RequestError, match="has no "):
+                pipe.check(f"{PROMPT} {wrong}")
+    assert np.array_equal(named.latents, ours(package, [(file, 0.7)]).latents)
+    assert np.array_equal(both.latents, ours(package, [other, (file, 0.7)]).latents)
+    assert np.array_equal(plain.latents, again.latents)
+    assert named.loras == ()
+
+
 @pytest.mark.parametrize("scale", [float("nan"), 1000.0])
 def test_scales_out_of_range(tmp_path, scale):
     with pytest.raises(sdonnx.RequestError, match="give a number from -100 to 100"):

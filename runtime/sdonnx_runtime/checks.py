@@ -1,7 +1,7 @@
 """Whether a request can be served, and what it leaves open filled in."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
@@ -11,7 +11,7 @@ from sdonnx_runtime.encoding import script_of
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.manifest import Defaults
 from sdonnx_runtime.pictures import FITS, MAX_SIDE, UPSCALERS, check_picture, mask_of, suitable_size
-from sdonnx_runtime.prompts import SYNTAXES, LoraTag, parse_prompt, sections
+from sdonnx_runtime.prompts import SYNTAXES, sections
 from sdonnx_runtime.request import PICTURES, Request, passes
 from sdonnx_runtime.samplers import MAX_CHURN, SAMPLERS
 from sdonnx_runtime.schedule import MAX_SIGMA, SPACINGS, listed
@@ -132,27 +132,12 @@ def _check_prompts(request: Request, *, edits: bool) -> None:
             raise RequestError(f"{name} is {value!r}; choose {', '.join(known)}")
     if request.clip_skip is not None:
         _whole("clip_skip", request.clip_skip, 1, 100)
-    for text in (request.prompt, request.negative_prompt):
-        check_lora_tags(parse_prompt(text, request.prompt_syntax, composed=False).loras)
     said = script_of([request])
     if edits and len(said.weights) > 1:
         raise RequestError("the prompt has an AND, but the model edits pictures; give it one text")
     for rows in set(said.passes[0]):
         for text in (rows.negative, *rows.conditional):
             sections(text, request.prompt_syntax)
-
-
-def check_lora_tags(tags: Sequence[LoraTag]) -> None:
-    """Refuses the adapters that a prompt names.
-
-    Raises:
-        RequestError: there are any.
-    """
-    if tags:
-        raise RequestError(
-            f"the prompt has <lora:{tags[0].name}:{tags[0].weight:g}>; LoRAs in prompts need a folder of them, "
-            "and there is none; take the tag out"
-        )
 
 
 def _check_hires(request: Request, multiple: int) -> Request:

@@ -17,7 +17,7 @@ from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.initializers import read_initializers
 from sdonnx_runtime.manifest import TextEncoder
 from sdonnx_runtime.package import Package
-from sdonnx_runtime.prompts import Rows, Sections, parse_prompt, script, sections
+from sdonnx_runtime.prompts import LoraTag, Rows, Sections, parse_prompt, script, sections
 from sdonnx_runtime.request import Request, given
 from sdonnx_runtime.tokenizer import Tokenizer
 from sdonnx_runtime.weighting import WEIGHTINGS
@@ -60,6 +60,16 @@ def script_of(passes: Sequence[Request]) -> Script:
         passes=tuple(script(prompt, negative, count, before) for count, before in zip(steps, done, strict=False)),
         weights=tuple(part.weight for part in prompt.parts),
     )
+
+
+def tags_of(request: Request) -> list[LoraTag]:
+    """The adapters that a checked request's prompts name.
+
+    Raises:
+        RequestError: as `parse_prompt` does.
+    """
+    texts = (request.prompt, request.negative_prompt)
+    return [tag for text in texts for tag in parse_prompt(text, request.prompt_syntax, composed=False).loras]
 
 
 def conditions_of(

@@ -48,6 +48,24 @@ AnyLora: TypeAlias = Lora | tuple[Path | str, float] | Path | str
 """What `Lora.of` takes."""
 
 
+def in_folder(folder: Path | None, name: str, scale: float) -> Lora:
+    """What a prompt means by ``<lora:name:scale>``: a file in a folder or in one within it.
+
+    Raises:
+        RequestError: there is no folder, or not one file of that name in it.
+    """
+    if folder is None:
+        raise RequestError(
+            f"the prompt has <lora:{name}:{scale:g}>, but there is no folder to look in; give it with --lora-dir "
+            "(lora_folder=)"
+        )
+    found = sorted(path for path in folder.rglob("*.safetensors") if path.stem == name)
+    if len(found) != 1:
+        said = "no" if not found else f"{len(found)} files"
+        raise RequestError(f"{folder} has {said} {name}.safetensors, which the prompt names; give one of its files")
+    return Lora(path=found[0], scale=scale)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Change:
     """What one file does to one layer."""

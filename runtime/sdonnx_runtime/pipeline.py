@@ -14,10 +14,11 @@ from sdonnx_runtime.checks import check_request
 from sdonnx_runtime.components import Components, Runner
 from sdonnx_runtime.denoise import unet_graphs
 from sdonnx_runtime.embeddings import Learned, read_embedding
+from sdonnx_runtime.encoding import tags_of
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.generation import Generation, Progress, decode, plan
 from sdonnx_runtime.initializers import Elements
-from sdonnx_runtime.lora import Lora
+from sdonnx_runtime.lora import AnyLora, Lora, in_folder
 from sdonnx_runtime.merging import Adapters, adapters_of
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.request import Request, Result, passes
@@ -43,6 +44,7 @@ class Pipeline:
             the VAE decodes.
         memory_limit: bytes the device may use (CUDA).
         refiner: a package whose U-Net takes the last steps, such as SDXL's refiner.
+        lora_folder: where the adapters are that prompts name, as ``<lora:name:0.8>``.
 
     Raises:
         RequestError: ``threads`` is out of its range, 1 to MAX_THREADS.
@@ -60,6 +62,7 @@ class Pipeline:
         keep_loaded: bool = False,
         memory_limit: int | None = None,
         refiner: Package | None = None,
+        lora_folder: Path | None = None,
     ) -> None:
         if package.is_vae_alone:
             raise PackageError(
@@ -78,11 +81,11 @@ class Pipeline:
         self._components = Components(package, opened, keep_loaded=keep_loaded, refiner=refiner)
         self._shown = None if preview_vae is None else package.with_vae(preview_vae)
         self._previews = Components(package if self._shown is None else self._shown, opened, keep_loaded=True)
-        self._adapters = Adapters()
+        self._adapters, self._lenient = Adapters(), False
+        self._lora_folder = lora_folder
+        self._tagged: tuple[tuple[Lora, ...], Adapters] = (), self._adapters
 
-    def set_loras(
-        self, loras: Sequence[Lora | tuple[Path | str, float] | Path | str], *, lenient: bool = False
-    ) -> None:
+    def set_loras(self, loras: Sequence[AnyLora], *, lenient: bool = False) -> None:
         """Applies adapters to all that is generated from now on, in place of those before; none gives the package back.
 
         What they touch is merged in memory whenever a component is opened; the package stays as it is.
@@ -98,6 +101,7 @@ class Pipeline:
         """
         adapters = adapters_of(self.package, [Lora.of(each) for each in loras], lenient=lenient)
         self._adapters = replace(adapters, embeddings=self._adapters.embeddings)
+        self._lenient, self._tagged = lenient, ((), self._adapters)
 
     def set_embeddings(self, embeddings: Sequence[Path | str | tuple[Path | str, str | None]]) -> None:
         """Teaches words to the text encoders (textual inversion, arXiv:2208.01618), in place of those before.
@@ -116,6 +120,7 @@ class Pipeline:
             if package is not None:
                 Learned(package, taught)
         self._adapters = replace(self._adapters, embeddings=taught)
+        self._tagged = (), self._adapters
 
     def generate(self, request: Request | str, **changes: Any) -> Result:
         """Makes pictures: ``generate("a cat", seed=1)``, or with a `Request`.
@@ -138,7 +143,8 @@ class Pipeline:
         """Like `generate`, step by step: iterate for progress, stop iterating to cancel, then take ``result``."""
         checked = self.check(request, **changes)
         run = Runner(self._components)
-        generation = Generation(self.package, run, self._scheduler, checked, self.refiner, self._adapters)
+        adapters = self._adapters_for(checked)
+        generation = Generation(self.package, run, self._scheduler, checked, self.refiner, adapters)
         return Stream(generation, run, self._previewer())
 
     def decode(self, latents: Array) -> tuple[Image, ...]:
@@ -186,6 +192,7 @@ class Pipeline:
             raise RequestError(
                 f"{self.package.name} has no VAE encoder, so it can't start from a picture; export again"
             )
+        self._adapters_for(checked)
         packages = [self.package, *([] if self.refiner is None else [self.refiner])]
         graphs = unet_graphs(checked.reuse, token_downsampling=checked.token_downsampling)
         for package, graph in product(packages, graphs):
@@ -195,6 +202,15 @@ class Pipeline:
                     "export its checkpoint again, not --via optimum, or leave them out"
                 )
         return checked
+
+    def _adapters_for(self, request: Request) -> Adapters:
+        """Those that are set, and those that a checked request's prompts name."""
+        named = tuple(in_folder(self._lora_folder, tag.name, tag.weight) for tag in tags_of(request))
+        if named != self._tagged[0]:
+            both = adapters_of(self.package, [*self._adapters.loras, *named], lenient=self._lenient)
+            mine = replace(both, loras=self._adapters.loras, embeddings=self._adapters.embeddings)
+            self._tagged = named, mine
+        return self._tagged[1]
 
     def _previewer(self) -> Callable[[Array], Image] | None:
         """Decodes latents, (1, C, h, w), with the preview's VAE."""

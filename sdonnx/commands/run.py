@@ -186,6 +186,10 @@ def run(
             help="Apply these adapters: LoRA, LoCon, LoHa, LoKr or DoRA, as .safetensors. May be given several times.",
         ),
     ] = None,
+    lora_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the adapters are that a prompt names, as <lora:name:0.8>."),
+    ] = None,
     lora_lenient: Annotated[
         bool, typer.Option("--lora-lenient", help="Leave out what a file has for layers that the model doesn't have.")
     ] = False,
@@ -364,6 +368,7 @@ def run(
         threads=threads,
         keep_loaded=lines is not None,
         refiner=other,
+        lora_folder=lora_dir,
     ) as pipe:
         pipe.set_loras([parse_lora(each) for each in lora or []], lenient=lora_lenient)
         pipe.set_embeddings([parse_embedding(each) for each in embedding or []])

@@ -12,7 +12,8 @@ from sdonnx_runtime.weighting import WEIGHTINGS
 
 import sdonnx
 
-_ADAPTERS, _FROM_A_PICTURE, _SAMPLING, _FASTER = "Adapters", "From a picture", "Sampling", "Faster, at some loss"
+_PROMPTS, _ADAPTERS, _FROM_A_PICTURE = "Prompts", "Adapters", "From a picture"
+_SAMPLING, _FASTER = "Sampling", "Faster, at some loss"
 
 Device: TypeAlias = Annotated[
     Literal["auto", "cpu", "cuda", "directml"],
@@ -27,7 +28,6 @@ Vae: TypeAlias = Annotated[
     typer.Option(metavar="PACKAGE", help="Encode and decode with this package's VAE, which may be a VAE alone."),
 ]
 
-_PROMPTS = "Prompts"
 Syntax: TypeAlias = Annotated[
     str,
     typer.Option(

@@ -204,6 +204,16 @@ def test_a_learned_word_is_not_divided(tokenizer):
         assert chunks[-1][1][-4:] == [1.5] * 4
 
 
+def test_fewer_words_never_take_more_chunks(tokenizer):
+    """What compel's weights count on."""
+    draw = random.Random(2)
+    for _ in range(300):
+        words = ["cat" if draw.random() < 0.96 else "," for _ in range(draw.randrange(1, 400))]
+        first, last = sorted(draw.choices(range(len(words) + 1), k=2))
+        whole, rest = (len(spelled(tokenizer, " ".join(each))) for each in (words, words[:first] + words[last:]))
+        assert rest <= whole
+
+
 def test_break_fills_a_chunk(tokenizer):
     cat, dog = tokenizer.ids("cat")[0], tokenizer.ids("dog")[0]
     assert spelled(tokenizer, "cat BREAK (dog)") == [([cat], [1.0]), ([dog], [1.1])]

@@ -220,19 +220,15 @@ def sections(text: str, syntax: str = "a1111") -> Sections:
     if syntax == "plain":
         return ((Fragment(text=text, weight=1.0),),)
     pieces, ranges = _weighed(text)
-    found: list[list[Fragment]] = [[]]
+    found: list[list[tuple[float, list[str]]]] = [[]]
     for piece, weight in zip(pieces, _weights(len(pieces), ranges), strict=True):
         if piece is None:
             found.append([])
+        elif piece and found[-1] and found[-1][-1][0] == weight:
+            found[-1][-1][1].append(piece)
         elif piece:
-            _append(found[-1], piece, _checked(weight))
-    return tuple(tuple(section) for section in found)
-
-
-def _append(section: list[Fragment], text: str, weight: float) -> None:
-    """Adds words to a section; those that follow others of the same weight are one fragment."""
-    before = section.pop() if section and section[-1].weight == weight else Fragment(text="", weight=weight)
-    section.append(Fragment(text=before.text + text, weight=weight))
+            found[-1].append((_checked(weight), [piece]))
+    return tuple(tuple(Fragment(text="".join(made), weight=weight) for weight, made in section) for section in found)
 
 
 _Range: TypeAlias = tuple[int, int, float]

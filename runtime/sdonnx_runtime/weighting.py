@@ -58,7 +58,7 @@ def _blended(text: Sections, chunked: Chunked, states: States) -> list[Array]:
                 share = math.tan((1 - max(fragment.weight, 1e-5)) * math.pi / 2)  # 1 at a weight of 0.5
                 rest = (*text[:place], (*section[:index], *section[index + 1 :]), *text[place + 1 :])
                 without = _interpolated(rest, chunked, states)
-                without += [nothing] * (len(whole) - len(without))
+                without += [nothing] * (len(whole) - len(without))  # fewer words never take more chunks
                 blend = blend + np.float32(share) * np.stack(without)
                 shares += share
     return whole if shares == 1 else list(blend / np.float32(shares))

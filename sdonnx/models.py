@@ -1,6 +1,7 @@
 """Finding a model by what a person calls it: a directory, a bundled model's name, or a Hub id."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from sdonnx_models import Recipe, bundled, recipes
@@ -22,6 +23,7 @@ def load(
     keep_loaded: bool = False,
     memory_limit: int | None = None,
     refiner: str | Path | None = None,
+    controls: Sequence[str | Path] = (),
 ) -> Pipeline:
     """Opens a package; its components are loaded when they are first needed.
 
@@ -34,10 +36,11 @@ def load(
         keep_loaded: keeps components in memory, for many pictures in a row.
         memory_limit: bytes the device may use (CUDA).
         refiner: another package, named as ``model`` is, whose U-Net takes the last steps, such as SDXL's refiner.
+        controls: packages of ControlNets and T2I-Adapters, named as ``model`` is; a request has a `Control` for each.
 
     Raises:
-        PackageError: there is no such package, it is damaged, a VAE has other latents than it, or the refiner doesn't
-            go with it.
+        PackageError: there is no such package, it is damaged, a VAE has other latents than it, or the refiner or a
+            control doesn't go with it.
         RequestError: ``threads`` is out of its range.
     """
     package = Package.open(find_model(model))
@@ -49,6 +52,7 @@ def load(
         keep_loaded=keep_loaded,
         memory_limit=memory_limit,
         refiner=None if refiner is None else Package.open(find_model(refiner)),
+        controls=[Package.open(find_model(control)) for control in controls],
     )
 
 

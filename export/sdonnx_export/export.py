@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -81,7 +82,7 @@ def export(
             checkpoint = opened(source, vae, revision, report)
             defaults = {**checkpoint.defaults, **defaults}
             seen = None
-            if "int8" in _precisions(checkpoint, chosen):
+            if "int8" in _precisions(checkpoint, chosen) and "vae" in checkpoint.parts:
                 seen = _observed(checkpoint, chosen, Calibration.named(calibration), output, defaults, report)
             files = write_components(directory, checkpoint, partial(_graphs, checkpoint, chosen, seen), report)
             manifest = manifest_of(directory, files, chosen, _source(checkpoint))
@@ -89,11 +90,10 @@ def export(
             manifest = _export_optimum(source, directory, chosen, vae, revision, report)
         else:
             raise ExportError(f"via '{via}' is unknown; choose native or optimum")
-        manifest = replace(
-            manifest,
-            defaults=replace(manifest.defaults, **defaults),
-            latents=replace(manifest.latents, preview=fit_preview(directory, manifest)),
-        )
+        manifest = replace(manifest, defaults=replace(manifest.defaults, **defaults))
+        if "vae_decoder" in manifest.components:
+            latents = replace(manifest.latents, preview=fit_preview(directory, manifest))
+            manifest = replace(manifest, latents=latents)
         write_manifest(directory, manifest)
         verify(directory, manifest, report)
     shutil.rmtree(_kept_at(output), ignore_errors=True)
@@ -136,23 +136,22 @@ def _graphs(checkpoint: Checkpoint, chosen: Choice, seen: Seen | None, name: str
     plain = _model(checkpoint, chosen, seen, name)
     if name != "unet":
         return {"plain": plain}
-    downsampled = _model(checkpoint, chosen, seen, name, token_downsampling=True)
     stage = kept_stage(UNetConfig.from_dict(checkpoint.parts["unet"].config))
-    return {
-        "plain": plain,
-        "downsampled": downsampled,
-        **reuse_graphs(plain, stage),
-        **{f"{variant}-downsampled": graph for variant, graph in reuse_graphs(downsampled, stage).items()},
-    }
+    graphs = {"plain": plain}
+    for downsampled, controlled in product((False, True), repeat=2):
+        names = [*["downsampled"] * downsampled, *["controlled"] * controlled]
+        choices = {"token_downsampling": downsampled, "controlled": controlled}
+        whole = _model(checkpoint, chosen, seen, name, **choices) if names else plain
+        found = {"": whole, **reuse_graphs(whole, stage)}
+        graphs |= {"-".join([*[variant] * bool(variant), *names]) or "plain": graph for variant, graph in found.items()}
+    return graphs
 
 
-def _model(
-    checkpoint: Checkpoint, chosen: Choice, seen: Seen | None, name: str, *, token_downsampling: bool = False
-) -> ir.Model:
+def _model(checkpoint: Checkpoint, chosen: Choice, seen: Seen | None, name: str, **choices: bool) -> ir.Model:
     """The model of a component; kernels compute in 8 bits where they have been observed."""
     part = checkpoint.parts[COMPONENTS[name].part]
     find = precision_of(chosen, name)
-    make = partial(build, name, part, chosen, token_downsampling=token_downsampling)
+    make = partial(build, name, part, chosen, **choices)
     if not any(find(layer) == "int8" for layer in layers(name, part.config)):
         return make()
     return make(partial(Int8Operators, ranges={} if seen is None else seen.get(name, {})))

@@ -1,11 +1,12 @@
 """``sdonnx run``."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from sdonnx_models import DEFAULT
-from sdonnx_runtime.pictures import FITS, UPSCALERS, open_picture
+from sdonnx_runtime.canny import canny
+from sdonnx_runtime.pictures import FITS, UPSCALERS, opaque, open_picture
 from sdonnx_runtime.schedule import SPACINGS
 from sdonnx_runtime.sigmas import SCHEDULES
 
@@ -14,6 +15,7 @@ from sdonnx.arguments import (
     Device,
     Threads,
     Vae,
+    parse_control,
     parse_hires,
     parse_interval,
     parse_margins,
@@ -159,6 +161,27 @@ def run(
             rich_help_panel=_FROM_A_PICTURE,
         ),
     ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PACKAGE:FILE[:S[:START[:END]]]",
+            help="Let this ControlNet or T2I-Adapter steer by this picture, with scale S (1), between these shares of "
+            "the steps (0 and 1). Several add up.",
+            rich_help_panel=_FROM_A_PICTURE,
+        ),
+    ] = None,
+    control_prep: Annotated[
+        Literal["canny"] | None,
+        typer.Option(help="Show --control this of its pictures: their edges.", rich_help_panel=_FROM_A_PICTURE),
+    ] = None,
+    control_guess: Annotated[
+        bool,
+        typer.Option(
+            "--control-guess",
+            help="ControlNet's guess mode: it doesn't read the negative prompt, and the prompt may be empty.",
+            rich_help_panel=_FROM_A_PICTURE,
+        ),
+    ] = False,
     batch_file: Annotated[
         Path | None,
         typer.Option(
@@ -292,6 +315,10 @@ def run(
         "guidance_interval": parse_interval(guidance_interval),
     }
     other, refined = parse_refiner(refiner)
+    nets = [parse_control(each) for each in control or ()]
+    if control_prep is not None and not nets:
+        raise sdonnx.RequestError("--control-prep is given without --control; give the net that reads the edges")
+    prepare = canny if control_prep is not None else opaque
     fields: dict[str, Any] = {
         "negative_prompt": negative,
         **parse_size(size),
@@ -316,6 +343,8 @@ def run(
         "padding_mask_crop": only_masked,
         "image_guidance_scale": image_guidance,
         "depth_image": None if depth is None else open_picture(depth),
+        "controls": tuple(sdonnx.Control(image=prepare(open_picture(path)), **how) for _, path, how in nets),
+        "control_guess": control_guess,
         **refined,
         **parse_hires(hires),
         "hires_upscaler": hires_upscaler,
@@ -336,6 +365,7 @@ def run(
         threads=threads,
         keep_loaded=lines is not None,
         refiner=other,
+        controls=[package for package, _, _ in nets],
     ) as pipe:
         if preview is not None and preview_vae is None and pipe.package.manifest.latents.preview is None:
             raise sdonnx.PackageError("the package has no preview; run 'sdonnx export' again, or leave out --preview")

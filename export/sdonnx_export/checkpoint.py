@@ -81,7 +81,10 @@ def open_vae(source: str, *, revision: str | None = None) -> Part:
     if path.is_file():
         return split_vae(path, open_file(path))
     if (path / MANIFEST).is_file():
-        return open_package(path).parts["vae"]
+        found = open_package(path).parts
+        if "vae" not in found:
+            raise ExportError(f"{source} has no VAE; give a package of one")
+        return found["vae"]
     root = path if path.is_dir() else _from_hub(source, revision, lambda root: {"vae": _vae_in(root)})
     return _part(_vae_in(root), "vae")
 

@@ -108,6 +108,8 @@ def opened(source: str | None, vae: str | None, revision: str | None, report: Re
     checkpoint = open_checkpoint(source, revision=revision)
     if vae is None:
         return checkpoint
+    if "vae" not in checkpoint.parts:
+        raise ExportError(f"{source} is a ControlNet or a T2I-Adapter, which has no VAE; leave out --vae")
     return replace(checkpoint, parts={**checkpoint.parts, "vae": _scaled(open_vae(vae), checkpoint.parts["vae"])})
 
 

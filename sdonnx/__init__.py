@@ -13,12 +13,13 @@ from sdonnx_runtime.images import save_png
 from sdonnx_runtime.lora import Lora
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.pipeline import Pipeline, Stream
-from sdonnx_runtime.request import FAST, Request, Result, Timings
+from sdonnx_runtime.request import FAST, Control, Request, Result, Timings
 
 from sdonnx.models import load
 
 __all__ = [
     "FAST",
+    "Control",
     "DeviceError",
     "ExportError",
     "Lora",

@@ -1,5 +1,6 @@
 """What is typed on the command line, as values."""
 
+import re
 from itertools import count as count_from
 from pathlib import Path
 
@@ -89,6 +90,35 @@ def parse_embedding(embedding: str) -> tuple[Path, str | None]:
     if not path or Path(embedding).exists() or "/" in word or "\\" in word:  # a colon of the path's own
         return Path(embedding), None
     return Path(path), word
+
+
+def parse_control(control: str) -> tuple[str, Path, dict[str, float]]:
+    """The package and the picture of "openpose-onnx:pose.png", and fields of `Control` of "…:0.8:0.1:0.9".
+
+    Parts are taken from the right, so that paths may have colons, as Windows' drives do.
+
+    Raises:
+        RequestError: it is something else.
+    """
+    parts, numbers = control.split(":"), list[float]()
+    while len(parts) > 2 and len(numbers) < 3 and (number := _number(parts[-1])) is not None:
+        numbers.insert(0, number)
+        parts.pop()
+    picture = parts.pop()
+    if parts and re.fullmatch(r"[A-Za-z]", parts[-1]) and picture[:1] in ("\\", "/"):
+        picture = f"{parts.pop()}:{picture}"
+    package = ":".join(parts)
+    if not package or not picture or _number(picture) is not None:
+        said = "a package and a picture, and if you like scale, start and end, such as net-onnx:pose.png:0.8:0:0.5"
+        raise sdonnx.RequestError(f"control is '{control}'; give {said}")
+    return package, Path(picture), dict(zip(("scale", "start", "end"), numbers, strict=False))
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def parse_margins(margins: str) -> tuple[int, int, int, int]:

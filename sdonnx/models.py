@@ -27,6 +27,7 @@ def load(
     loras: Sequence[AnyLora] = (),
     lora_folder: str | Path | None = None,
     embeddings: Sequence[Path | str | tuple[Path | str, str | None]] = (),
+    controls: Sequence[str | Path] = (),
 ) -> Pipeline:
     """Opens a package; its components are loaded when they are first needed.
 
@@ -43,12 +44,13 @@ def load(
         lora_folder: where the adapters are that prompts name, as ``<lora:name:0.8>``.
         embeddings: files of textual inversion, each with its word where that isn't the file's own; see
             `Pipeline.set_embeddings`.
+        controls: packages of ControlNets and T2I-Adapters, named as ``model`` is; a request has a `Control` for each.
 
     Raises:
-        PackageError: there is no such package, it is damaged, a VAE has other latents than it, or the refiner doesn't
-            go with it.
-        RequestError: ``threads`` is out of its range, or a file of adapters or of a textual inversion is
-            damaged or for another model.
+        PackageError: there is no such package, it is damaged, a VAE has other latents than it, or the refiner or a
+            control doesn't go with it.
+        RequestError: ``threads`` is out of its range, or a file of adapters or of a textual inversion is damaged or
+            for another model.
     """
     package = Package.open(find_model(model))
     pipeline = Pipeline(
@@ -60,6 +62,7 @@ def load(
         memory_limit=memory_limit,
         refiner=None if refiner is None else Package.open(find_model(refiner)),
         lora_folder=None if lora_folder is None else Path(lora_folder),
+        controls=[Package.open(find_model(control)) for control in controls],
     )
     pipeline.set_loras(loras)
     pipeline.set_embeddings(embeddings)

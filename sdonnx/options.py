@@ -201,6 +201,30 @@ Depth: TypeAlias = Annotated[
     ),
 ]
 
+Control: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PACKAGE:FILE[:S[:START[:END]]]",
+        help="Let this ControlNet or T2I-Adapter steer by this picture, with scale S (1), between these shares of "
+        "the steps (0 and 1). Several add up.",
+        rich_help_panel=_FROM_A_PICTURE,
+    ),
+]
+
+ControlPrep: TypeAlias = Annotated[
+    Literal["canny"] | None,
+    typer.Option(help="Show --control this of its pictures: their edges.", rich_help_panel=_FROM_A_PICTURE),
+]
+
+ControlGuess: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--control-guess",
+        help="ControlNet's guess mode: it doesn't read the negative prompt, and the prompt may be empty.",
+        rich_help_panel=_FROM_A_PICTURE,
+    ),
+]
+
 BatchFile: TypeAlias = Annotated[
     Path | None,
     typer.Option(

@@ -103,6 +103,7 @@ def described(result: sdonnx.Result, paths: list[Path]) -> dict[str, Any]:
         "model": result.model,
         "vae": result.vae,
         "refiner": result.refiner,
+        "controls": list(result.controls),
         "timings": asdict(result.timings),
     }
 

@@ -141,8 +141,9 @@ def test_all_graphs_point_into_one_weights_file(checkpoint, precision, tmp_path)
     package = export(str(checkpoint), tmp_path / "package", precision=precision, calibration="none")
     files = {path.name: path.stat().st_size for path in (package / "unet").glob("*.onnx*")}
     files.pop("model.onnx_data")
-    graphs = {"model", *(f"{name}{end}" for name in ("keeping", "reusing") for end in ("", "-downsampled"))}
-    assert set(files) == {f"{name}.onnx" for name in (*graphs, "downsampled")}
+    steered = ("", "-downsampled", "-controlled", "-downsampled-controlled")
+    graphs = {"model", *(f"{name}{end}" for name in ("keeping", "reusing") for end in steered)}
+    assert set(files) == {f"{name}.onnx" for name in (*graphs, "downsampled", "controlled", "downsampled-controlled")}
     assert max(files.values()) < 1.05 * files["model.onnx"]  # no weights in any of them
     settings = {"num_inference_steps": 4, "seed": 1, **SMALL}
     with sdonnx.load(package, keep_loaded=True) as pipe:

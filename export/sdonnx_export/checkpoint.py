@@ -13,6 +13,7 @@ from sdonnx_runtime.optimum_layout import PIPELINES
 from sdonnx_export.few_steps import few_steps
 from sdonnx_export.graph import VAES
 from sdonnx_export.ldm import split_checkpoint, split_vae
+from sdonnx_export.ldm_control import read_control
 from sdonnx_export.parts import Checkpoint, Part, Weight, current_name, is_needed, open_file
 from sdonnx_export.repackage import open_package
 
@@ -23,6 +24,9 @@ PARTS = {
     "vae": ("diffusion_pytorch_model",) * 2,
 }
 """Each part's directory, and how its safetensors and its pickled files are called."""
+
+CONTROLS = {"ControlNetModel": "controlnet", "T2IAdapter": "adapter"}
+"""The part that each of diffusers' classes is which steer a U-Net."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_SMALL = ("model_index.json", "config.json", "*/config.json", "scheduler/*.json", "tokenizer/*", "tokenizer_2/*")
@@ -44,21 +48,27 @@ _HUB_WEIGHTS = (
 def open_checkpoint(source: str, *, revision: str | None = None) -> Checkpoint:
     """Opens a diffusers directory, a Hub id, one file in the original LDM layout, or a package of fp32 or fp16.
 
+    It is a whole checkpoint, or a ControlNet or T2I-Adapter alone.
+
     Raises:
         ExportError: there is none, it is damaged, or it is not of a family that can be exported.
         PackageError: the package is damaged.
     """
     path = Path(source)
     if path.is_file():
-        return split_checkpoint(path, open_file(path))
+        weights = open_file(path)
+        control = read_control(path, weights)
+        return _alone(path.name, None, control) if control else split_checkpoint(path, weights)
     if (path / MANIFEST).is_file():
         checkpoint = open_package(path)
-        if "unet" not in checkpoint.parts:
+        if "vae" in checkpoint.parts and "unet" not in checkpoint.parts:
             raise _vae_alone(source)
         return checkpoint
     if path.is_dir():
         return _from_directory(path, path.resolve().name, None)
-    return _from_directory(_from_hub(source, revision, _directories), source, revision)
+    return _from_directory(
+        _from_hub(source, revision, lambda root: _directories(root) or _control_in(root)), source, revision
+    )
 
 
 def open_vae(source: str, *, revision: str | None = None) -> Part:
@@ -71,7 +81,10 @@ def open_vae(source: str, *, revision: str | None = None) -> Part:
     if path.is_file():
         return split_vae(path, open_file(path))
     if (path / MANIFEST).is_file():
-        return open_package(path).parts["vae"]
+        found = open_package(path).parts
+        if "vae" not in found:
+            raise ExportError(f"{source} has no VAE; give a package of one")
+        return found["vae"]
     root = path if path.is_dir() else _from_hub(source, revision, lambda root: {"vae": _vae_in(root)})
     return _part(_vae_in(root), "vae")
 
@@ -83,14 +96,20 @@ def open_vae_alone(source: str, *, revision: str | None = None) -> Checkpoint:
         ExportError: as `open_checkpoint`.
     """
     path = Path(source)
-    return Checkpoint(
-        source=path.resolve().name if path.exists() else source,
-        revision=revision,
-        parts={"vae": open_vae(source, revision=revision)},
-        scheduler={},
-        tokenizers={},
-        settings={},
-    )
+    name = path.resolve().name if path.exists() else source
+    return _alone(name, revision, {"vae": open_vae(source, revision=revision)})
+
+
+def _alone(name: str, revision: str | None, parts: Mapping[str, Part]) -> Checkpoint:
+    """A checkpoint of what makes no pictures by itself."""
+    return Checkpoint(source=name, revision=revision, parts=parts, scheduler={}, tokenizers={}, settings={})
+
+
+def _control_in(root: Path) -> dict[str, Path]:
+    """The directory of a ControlNet or a T2I-Adapter, by the part's name, if it is one."""
+    config = root / "config.json"
+    kind = _json(config, "download the checkpoint again").get("_class_name") if config.is_file() else None
+    return {CONTROLS[kind]: root} if kind in CONTROLS else {}
 
 
 def _directories(root: Path) -> dict[str, Path]:
@@ -109,6 +128,9 @@ def _from_directory(root: Path, name: str, revision: str | None) -> Checkpoint:
     config = root / "config.json"
     if config.is_file() and _json(config, "download the checkpoint again").get("_class_name") in VAES:
         raise _vae_alone(name)
+    control = _control_in(root)
+    if control:
+        return _alone(name, revision, {part: _part(directory, part) for part, directory in control.items()})
     index = _json(root / "model_index.json", "expected a diffusers directory, a Hub id or a single file")
     _refuse_others(name, index.get("_class_name"))
     parts = [part for part in PARTS if part in ("unet", "vae") or _names_one(index.get(part))]
@@ -150,7 +172,7 @@ def weight_files(directory: Path, part: str) -> list[Path]:
     Raises:
         ExportError: there are none, or an index names one that is missing.
     """
-    safe, pickled = PARTS[part]
+    safe, pickled = PARTS.get(part, PARTS["unet"])
     whole = [directory / f"{safe}.safetensors", directory / f"{safe}.safetensors.index.json"]
     variants = [
         path

@@ -172,6 +172,13 @@ class UNetConfig:
     """Numbers in which the guidance scale is told beside the time, arXiv:2310.04378."""
     token_downsampling: bool = False
     """Whether the self-attention of the highest resolution that has one reads every other row and column alone."""
+    controlled: bool = False
+    """Whether it is given what a ControlNet or a T2I-Adapter adds to it."""
+
+    @property
+    def skips(self) -> int:
+        """How many skip connections there are."""
+        return sum(self.layers) + len(self.channels)
 
     @property
     def downsampled_level(self) -> int | None:

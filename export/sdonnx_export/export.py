@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -86,7 +87,7 @@ def export(
             checkpoint = baked(opened(source, vae, revision, report), loras)
             defaults = {**checkpoint.defaults, **defaults}
             seen = None
-            if "int8" in _precisions(checkpoint, chosen):
+            if "int8" in _precisions(checkpoint, chosen) and "vae" in checkpoint.parts:
                 seen = _observed(checkpoint, chosen, Calibration.named(calibration), output, defaults, report)
             files = write_components(directory, checkpoint, partial(_graphs, checkpoint, chosen, seen), report)
             manifest = manifest_of(directory, files, chosen, _source(checkpoint))
@@ -96,11 +97,10 @@ def export(
             manifest = _export_optimum(source, directory, chosen, vae, revision, report)
         else:
             raise ExportError(f"via '{via}' is unknown; choose native or optimum")
-        manifest = replace(
-            manifest,
-            defaults=replace(manifest.defaults, **defaults),
-            latents=replace(manifest.latents, preview=fit_preview(directory, manifest)),
-        )
+        manifest = replace(manifest, defaults=replace(manifest.defaults, **defaults))
+        if "vae_decoder" in manifest.components:
+            latents = replace(manifest.latents, preview=fit_preview(directory, manifest))
+            manifest = replace(manifest, latents=latents)
         write_manifest(directory, manifest)
         verify(directory, manifest, report)
     shutil.rmtree(_kept_at(output), ignore_errors=True)
@@ -115,6 +115,8 @@ def opened(source: str | None, vae: str | None, revision: str | None, report: Re
     checkpoint = open_checkpoint(source, revision=revision)
     if vae is None:
         return checkpoint
+    if "vae" not in checkpoint.parts:
+        raise ExportError(f"{source} is a ControlNet or a T2I-Adapter, which has no VAE; leave out --vae")
     return replace(checkpoint, parts={**checkpoint.parts, "vae": _scaled(open_vae(vae), checkpoint.parts["vae"])})
 
 
@@ -145,23 +147,22 @@ def _graphs(checkpoint: Checkpoint, chosen: Choice, seen: Seen | None, name: str
         return {"plain": plain, "embedded": embedded_graph(plain)}
     if name != "unet":
         return {"plain": plain}
-    downsampled = _model(checkpoint, chosen, seen, name, token_downsampling=True)
     stage = kept_stage(UNetConfig.from_dict(checkpoint.parts["unet"].config))
-    return {
-        "plain": plain,
-        "downsampled": downsampled,
-        **reuse_graphs(plain, stage),
-        **{f"{variant}-downsampled": graph for variant, graph in reuse_graphs(downsampled, stage).items()},
-    }
+    graphs = {"plain": plain}
+    for downsampled, controlled in product((False, True), repeat=2):
+        names = [*["downsampled"] * downsampled, *["controlled"] * controlled]
+        choices = {"token_downsampling": downsampled, "controlled": controlled}
+        whole = _model(checkpoint, chosen, seen, name, **choices) if names else plain
+        found = {"": whole, **reuse_graphs(whole, stage)}
+        graphs |= {"-".join([*[variant] * bool(variant), *names]) or "plain": graph for variant, graph in found.items()}
+    return graphs
 
 
-def _model(
-    checkpoint: Checkpoint, chosen: Choice, seen: Seen | None, name: str, *, token_downsampling: bool = False
-) -> ir.Model:
+def _model(checkpoint: Checkpoint, chosen: Choice, seen: Seen | None, name: str, **choices: bool) -> ir.Model:
     """The model of a component; kernels compute in 8 bits where they have been observed."""
     part = checkpoint.parts[COMPONENTS[name].part]
     find = precision_of(chosen, name)
-    make = partial(build, name, part, chosen, token_downsampling=token_downsampling)
+    make = partial(build, name, part, chosen, **choices)
     if not any(find(layer) == "int8" for layer in layers(name, part.config)):
         return make()
     return make(partial(Int8Operators, ranges={} if seen is None else seen.get(name, {})))

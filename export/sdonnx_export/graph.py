@@ -11,8 +11,10 @@ from onnxscript.nn import Module
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import ExportError
 
+from sdonnx_export.adapter import Adapter, AdapterConfig
 from sdonnx_export.clip import ClipTextEncoder
 from sdonnx_export.config import ClipTextConfig, ConfigReader, UNetConfig, VaeConfig
+from sdonnx_export.controlnet import SIZES, ControlNet, ControlNetConfig
 from sdonnx_export.operators import (
     CONTRIB,
     IR_VERSION,
@@ -27,7 +29,7 @@ from sdonnx_export.parts import Checkpoint, Part, Weight
 from sdonnx_export.precision import Choice, precision_of
 from sdonnx_export.stages import name_edges
 from sdonnx_export.tiny_vae import TinyVaeConfig, TinyVaeDecoder, TinyVaeEncoder
-from sdonnx_export.unet import UNet
+from sdonnx_export.unet import UNet, residual_names
 from sdonnx_export.vae import VaeDecoder, VaeEncoder
 
 _FLOAT, _HALF, _INT64 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT64
@@ -62,8 +64,8 @@ def _text_encoder(config: Mapping[str, Any], *, projected: bool = False) -> tupl
     return ClipTextEncoder(parsed), (Port(name="input_ids", dtype=_INT64, shape=("batch", parsed.positions)),)
 
 
-def _unet(config: Mapping[str, Any], *, token_downsampling: bool = False) -> tuple[UNet, tuple[Port, ...]]:
-    parsed = replace(UNetConfig.from_dict(config), token_downsampling=token_downsampling)
+def _unet(config: Mapping[str, Any], **choices: bool) -> tuple[UNet, tuple[Port, ...]]:
+    parsed = replace(UNetConfig.from_dict(config), **choices)
     ports: dict[str, tuple[int | str, ...]] = {
         "sample": ("states", parsed.in_channels, "height", "width"),
         "timestep": (),
@@ -73,7 +75,29 @@ def _unet(config: Mapping[str, Any], *, token_downsampling: bool = False) -> tup
         ports |= {"text_embeds": ("batch", "pooled"), "time_ids": ("batch", "ids")}
     if parsed.guidance_width is not None:
         ports |= {"timestep_cond": ("batch", parsed.guidance_width)}
+    for name in residual_names(parsed):
+        ports[name] = tuple(f"{name}.{axis}" for axis in ("batch", "channels", "height", "width"))
     return UNet(parsed), tuple(Port(name=name, dtype=_FLOAT, shape=shape) for name, shape in ports.items())
+
+
+def _controlnet(config: Mapping[str, Any]) -> tuple[ControlNet, tuple[Port, ...]]:
+    parsed = ControlNetConfig.from_dict(config)
+    unet = parsed.unet
+    ports: dict[str, tuple[int | str, ...]] = {
+        "sample": ("states", unet.in_channels, "height", "width"),
+        "timestep": (),
+        "encoder_hidden_states": ("batch", "tokens", unet.context_width),
+        "controlnet_cond": ("pictures", parsed.picture_channels, "picture_height", "picture_width"),
+    }
+    if unet.added_width is not None:
+        ports |= {"text_embeds": ("batch", unet.added_width - SIZES * unet.id_width), "time_ids": ("batch", SIZES)}
+    return ControlNet(parsed), tuple(Port(name=name, dtype=_FLOAT, shape=shape) for name, shape in ports.items())
+
+
+def _adapter(config: Mapping[str, Any]) -> tuple[Adapter, tuple[Port, ...]]:
+    parsed = AdapterConfig.from_dict(config)
+    shape = ("batch", parsed.in_channels, "height", "width")
+    return Adapter(parsed), (Port(name="control_image", dtype=_FLOAT, shape=shape),)
 
 
 VAES = {
@@ -118,6 +142,8 @@ COMPONENTS = {
     "vae_encoder": Component(
         part="vae", prefixes=("encoder.", "quant_conv."), module=_vae_encoder, outputs=("latent_parameters",)
     ),
+    "controlnet": Component(part="controlnet", prefixes=(), module=_controlnet, outputs=()),
+    "adapter": Component(part="adapter", prefixes=(), module=_adapter, outputs=()),
 }
 """Input and output names are those of optimum's exports, so that a package opens there."""
 
@@ -145,8 +171,7 @@ def build(
     part: Part,
     precision: Choice,
     operators: Callable[..., Operators] = Operators,
-    *,
-    token_downsampling: bool = False,
+    **choices: bool,
 ) -> ir.Model:
     """The model of component ``name`` (a key of COMPONENTS); its weights are read when it is saved.
 
@@ -155,14 +180,13 @@ def build(
         part: its config and weights.
         precision: of the package.
         operators: what the graph is written in; called as `Operators` is.
-        token_downsampling: of the U-Net.
+        **choices: of the U-Net, ``token_downsampling`` and ``controlled``.
 
     Raises:
         ExportError: the config has a value without a written graph; a weight is missing, is left over, or has
             another shape than the config says.
     """
     component = COMPONENTS[name]
-    choices = {"token_downsampling": True} if token_downsampling else {}
     module, ports = component.module(part.config, **choices)
     find = precision_of(precision, name)
     in_4_bits = any(find(layer) == "int4" for layer in _layers(module))

@@ -1,6 +1,7 @@
 """The U-Net of the original single-file layout in diffusers' names, with the config that its keys and shapes tell."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from sdonnx_runtime.errors import ExportError
@@ -22,17 +23,27 @@ def read_unet(weights: Weights, original: Mapping[str, Any], *, heads: int | Non
     Raises:
         ExportError: there are weights that no such U-Net has, or its attention is of several kinds.
     """
-    names = _block_names(weights)
-    renamed: dict[str, Weight] = {}
+    found = renamed(weights)
+    shapes = {name: weight.shape for name, weight in found.items()}
+    return Part(config=_config(shapes, original, heads), weights=found)
+
+
+def renamed(weights: Weights, more: Mapping[str, str] = MappingProxyType({})) -> dict[str, Weight]:
+    """The weights by diffusers' names; ``more`` has those of what is beside a U-Net's blocks.
+
+    Raises:
+        ExportError: one has no place.
+    """
+    names = {**_block_names(weights), **more}
+    found: dict[str, Weight] = {}
     for name, weight in weights.items():
         block = next((old for old in _block_prefixes(name) if old in names), None)
         if block is None:
             raise ExportError(f"the U-Net's '{name}' has no place in a Stable Diffusion model; it is of another kind")
         rest = name.removeprefix(block)
         inner = rest if "attentions" in names[block] else replaced(rest, _RESNET)
-        renamed[names[block] + inner] = weight
-    shapes = {name: weight.shape for name, weight in renamed.items()}
-    return Part(config=_config(shapes, original, heads), weights=renamed)
+        found[names[block] + inner] = weight
+    return found
 
 
 def _block_prefixes(name: str) -> Iterable[str]:
@@ -90,6 +101,25 @@ def _kind(weights: Weights, place: str) -> str:
 
 
 def _config(shapes: Shapes, original: Mapping[str, Any], heads: int | None) -> dict[str, Any]:
+    up = [_depths(shapes, f"up_blocks.{level}") for level in range(count(shapes, r"down_blocks\.(\d+)\."))]
+    config = {
+        **down_config(shapes, original, heads, up),
+        "out_channels": shapes["conv_out.weight"][0],
+        "up_block_types": ["CrossAttnUpBlock2D" if depths else "UpBlock2D" for depths in up],
+    }
+    if "time_embedding.cond_proj.weight" in shapes:
+        config["time_cond_proj_dim"] = shapes["time_embedding.cond_proj.weight"][1]
+    return config
+
+
+def down_config(
+    shapes: Shapes, original: Mapping[str, Any], heads: int | None, up: Sequence[list[int]] = ()
+) -> dict[str, Any]:
+    """What the way down and the middle tell; ``up`` is the depths of the attentions on the way up, where there is one.
+
+    Raises:
+        ExportError: its attention is of several kinds, or there is none.
+    """
     levels = range(count(shapes, r"down_blocks\.(\d+)\."))
     channels = [shapes[f"down_blocks.{level}.resnets.0.conv1.weight"][0] for level in levels]
     contexts = {shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")}
@@ -98,8 +128,8 @@ def _config(shapes: Shapes, original: Mapping[str, Any], heads: int | None) -> d
         raise ExportError(
             "the U-Net has no cross-attention to text, or several kinds of it; a Stable Diffusion model has one kind"
         )
-    down, up = ([_depths(shapes, f"{side}_blocks.{level}") for level in levels] for side in ("down", "up"))
-    config = {
+    down = [_depths(shapes, f"down_blocks.{level}") for level in levels]
+    return {
         "_class_name": "UNet2DConditionModel",
         "attention_head_dim": _heads(channels, original, heads),
         "block_out_channels": channels,
@@ -108,14 +138,9 @@ def _config(shapes: Shapes, original: Mapping[str, Any], heads: int | None) -> d
         "in_channels": shapes["conv_in.weight"][1],
         "layers_per_block": [count(shapes, rf"down_blocks\.{level}\.resnets\.(\d+)\.") for level in levels],
         "mid_block_type": _mid_block(shapes),
-        "out_channels": shapes["conv_out.weight"][0],
-        **_transformer_layers(down, _depths(shapes, "mid_block"), up),
-        "up_block_types": ["CrossAttnUpBlock2D" if depths else "UpBlock2D" for depths in up],
+        **_transformer_layers(down, _depths(shapes, "mid_block"), up or [[]] * len(down)),
         "use_linear_projection": projections == {2},
     }
-    if "time_embedding.cond_proj.weight" in shapes:
-        config["time_cond_proj_dim"] = shapes["time_embedding.cond_proj.weight"][1]
-    return config
 
 
 def _heads(channels: list[int], original: Mapping[str, Any], heads: int | None) -> Any:
@@ -141,7 +166,7 @@ def _depths(shapes: Shapes, block: str) -> list[int]:
     ]
 
 
-def _transformer_layers(down: list[list[int]], mid: list[int], up: list[list[int]]) -> dict[str, Any]:
+def _transformer_layers(down: list[list[int]], mid: list[int], up: Sequence[list[int]]) -> dict[str, Any]:
     """The keys that say so: for each level a number, or a list where its blocks differ.
 
     The way up is the way down reversed unless a second key says otherwise. The lowest level's number is the middle's

@@ -218,6 +218,12 @@ class Operators(OpBuilder):
         """A picture with ``vector`` (N, C) added at each of its places."""
         return self.Add(x, self.Unsqueeze(vector, [2, 3]))
 
+    def add_residual(self, x: ir.Value, residual: ir.Value) -> ir.Value:
+        """A picture and an input of the graph, (N, C, H, W) or of sizes of 1; rows are those of the one with more."""
+        y = self.Add(x, self.from_input(residual))
+        y.type, y.shape = x.type, None if x.shape is None else ir.Shape([None, *x.shape[1:]])
+        return y
+
     def match_rows(self, x: ir.Value, like: ir.Value, *, rank: int) -> ir.Value:
         """(n, …) repeated as a whole to the N rows of ``like``; N is a multiple of n."""
         times = self.Div(self.Shape(like, end=1), self.Shape(x, end=1))

@@ -45,7 +45,7 @@ class Checkpoint:
     parts: Mapping[str, Part]
     """``unet``, ``vae``, ``text_encoder`` and, in SDXL, ``text_encoder_2``; the refiner has the second alone.
 
-    Of a VAE alone ``vae``, and what follows is empty."""
+    Of a VAE alone ``vae``, of a ControlNet ``controlnet``, of a T2I-Adapter ``adapter``, and what follows is empty."""
     scheduler: Mapping[str, Any]
     """scheduler_config.json as published."""
     tokenizers: Mapping[str, Path | str]

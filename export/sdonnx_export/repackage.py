@@ -35,7 +35,10 @@ def open_package(root: Path) -> Checkpoint:
         before = parts[component.part].weights if component.part in parts else {}
         weights = {**before, **_weights(graph, name, config)}
         parts[component.part] = Part(config=config, weights=weights)
-    manifest, index = package.manifest, {} if package.is_vae_alone else read_json(root / "model_index.json")
+    manifest, index = (
+        package.manifest,
+        read_json(root / "model_index.json") if "unet" in package.manifest.components else {},
+    )
     return Checkpoint(
         source=package.name,
         revision=manifest.source.revision,

@@ -108,6 +108,8 @@ def sensitivity(
     if precision not in NARROW:
         raise RequestError(f"precision is '{precision}'; choose {', '.join(NARROW)}")
     checkpoint = opened(source, vae, revision, report)
+    if "unet" not in checkpoint.parts:
+        raise ExportError(f"{source} has no U-Net whose layers could be judged; give a whole checkpoint")
     calibration = given(Calibration.named("full" if precision == "int8" else "fast"))
     suits = {**checkpoint.defaults, **(defaults or {})}
     try:

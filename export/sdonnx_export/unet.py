@@ -17,27 +17,68 @@ from sdonnx_export.layers import Attention, Conv2d, GroupNorm, LayerNorm, Linear
 from sdonnx_export.operators import Operators
 
 
-class UNet(Module):
+class Encoder(Module):
+    """What a U-Net and a ControlNet have in common: all up to the middle, and what is told beside the picture."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__("")
+        channels, temb = config.channels, 4 * config.channels[0]
+        self.conv_in = Conv2d(config.in_channels, channels[0])
+        self.time_embedding = TimeEmbedding(channels[0], temb, config.guidance_width)
+        self.add_embedding = TimeEmbedding(config.added_width, temb) if config.added_width is not None else None
+        self.down_blocks = ModuleList([DownBlock(config, level) for level in range(len(channels))])
+        self.mid_block = MidBlock(config) if config.mid_block is not None else None
+        self._config = config
+
+    def embed(self, op: Operators, timestep: ir.Value, told: Sequence[ir.Value]) -> ir.Value:
+        """The embedding (1, T) or (N, T) of the time and of what is ``told`` beside it, through the blocks' SiLU."""
+        config = self._config
+        guidance = told if self.add_embedding is None else told[2:]
+        waves = sinusoids(op, op.Reshape(timestep, [1, 1]), config.channels[0], config)  # (1, C)
+        temb = self.time_embedding(op, waves, *guidance)
+        if self.add_embedding is not None:
+            pooled, sizes = told[:2]
+            waves = sinusoids(op, op.Unsqueeze(sizes, [-1]), config.id_width, config)  # (N, I, id_width)
+            temb = op.Add(temb, self.add_embedding(op, op.Concat(pooled, op.Reshape(waves, [0, -1]), axis=-1)))
+        return op.silu(temb)
+
+    def down(
+        self, op: Operators, x: ir.Value, temb: ir.Value, context: ir.Value, inside: Sequence[ir.Value] = ()
+    ) -> list[ir.Value]:
+        """The skip connections, of which the last goes on; ``inside`` is what is added at the end of each level."""
+        x = x if self._config.shares_rows else op.match_rows(x, context, rank=4)
+        skips = [x]
+        for level, block in enumerate(cast("Iterable[DownBlock]", self.down_blocks)):
+            for layer in block.layers():
+                op.begin_stage(f"{block.name}.{layer}")
+                x = block(op, layer, x, temb, context)
+                x = op.add_residual(x, inside[level]) if inside and layer == block.adapted_layer else x
+                skips.append(x)
+        return skips
+
+    def middle(self, op: Operators, x: ir.Value, temb: ir.Value, context: ir.Value) -> ir.Value:
+        """What the mid block gives, where there is one."""
+        if self.mid_block is None:
+            return x
+        op.begin_stage("mid_block")
+        return self.mid_block(op, x, temb, context)
+
+
+class UNet(Encoder):
     """Latents (n, 4, h, w), timestep () and text (N, S, C) to the model's prediction (N, 4, h, w).
 
     N is a multiple of n: where rows differ in their text alone, as in classifier-free guidance, all that comes before
     the first cross-attention is computed for one of them. ``more`` are SDXL's pooled text (N, P) and sizes (N, I), with
-    which rows differ from the first block on; and the embedded guidance scale (N, G) of a model that takes one.
+    which rows differ from the first block on; the embedded guidance scale (N, G) of a model that takes one; and, where
+    it is controlled, residuals by the names of `residual_names`.
     """
 
     def __init__(self, config: UNetConfig) -> None:
-        super().__init__("")
+        super().__init__(config)
         channels, top = config.channels, len(config.channels) - 1
-        temb = 4 * channels[0]
-        self.conv_in = Conv2d(config.in_channels, channels[0])
-        self.time_embedding = TimeEmbedding(channels[0], temb, config.guidance_width)
-        self.add_embedding = TimeEmbedding(config.added_width, temb) if config.added_width is not None else None
-        self.down_blocks = ModuleList([DownBlock(config, level) for level in range(top + 1)])
-        self.mid_block = MidBlock(config) if config.mid_block is not None else None
         self.up_blocks = ModuleList([UpBlock(config, level) for level in range(top, -1, -1)])
         self.conv_norm_out = GroupNorm(config.groups, channels[0], config.eps)
         self.conv_out = Conv2d(channels[0], config.out_channels)
-        self._config = config
 
     def forward(
         self,
@@ -47,21 +88,23 @@ class UNet(Module):
         context: ir.Value,
         *more: ir.Value,
     ) -> ir.Value:
+        count = len(residual_names(self._config))
+        told, residuals = more[: len(more) - count], more[len(more) - count :]
+        beside, inside = residuals[: self._config.skips + 1], residuals[self._config.skips + 1 :]
         op.begin_stage("conv_in")
-        added, guidance = (more[:2], more[2:]) if self.add_embedding is not None else ((), more)
-        temb = self._time(op, timestep, added, guidance)  # (1, T), or (N, T)
-        x = self.conv_in(op, op.from_input(sample))
-        x = x if self._config.shares_rows else op.match_rows(x, context, rank=4)
-        skips = [x]
-        for block in cast("Iterable[DownBlock]", self.down_blocks):
-            for layer in block.layers():
-                op.begin_stage(f"{block.name}.{layer}")
-                x = block(op, layer, x, temb, context)
-                skips.append(x)
+        temb = self.embed(op, timestep, told)
+        skips = self.down(op, self.conv_in(op, op.from_input(sample)), temb, context, inside)
+        x = self.middle(op, skips[-1], temb, context)
+        if residuals:
+            *added, last = beside
+            skips = [op.add_residual(skip, residual) for skip, residual in zip(skips, added, strict=True)]
+            x = op.add_residual(op.add_residual(x, inside[-1]), last)
+        x = self._up(op, x, skips, temb, context)
+        op.begin_stage("conv_out")
+        return op.to_output(self.conv_out(op, op.silu(self.conv_norm_out(op, x))))
+
+    def _up(self, op: Operators, x: ir.Value, skips: list[ir.Value], temb: ir.Value, context: ir.Value) -> ir.Value:
         shared = self._config.skips_before_text(len(skips))
-        if self.mid_block is not None:
-            op.begin_stage("mid_block")
-            x = self.mid_block(op, x, temb, context)
         for block in cast("Iterable[UpBlock]", self.up_blocks):
             for layer in block.layers():
                 op.begin_stage(f"{block.name}.{layer}")
@@ -70,21 +113,22 @@ class UNet(Module):
                     skips.pop()
                     skip = skip if len(skips) >= shared else op.match_rows(skip, context, rank=4)
                 x = block(op, layer, x, skip, temb, context)
-        op.begin_stage("conv_out")
-        return op.to_output(self.conv_out(op, op.silu(self.conv_norm_out(op, x))))
+        return x
 
-    def _time(
-        self, op: Operators, timestep: ir.Value, added: Sequence[ir.Value], guidance: Sequence[ir.Value]
-    ) -> ir.Value:
-        """The embedding of the time and of what is told beside it, through the SiLU that every block begins with."""
-        config = self._config
-        waves = sinusoids(op, op.Reshape(timestep, [1, 1]), config.channels[0], config)  # (1, C)
-        temb = self.time_embedding(op, waves, *guidance)
-        if self.add_embedding is not None:
-            pooled, sizes = added
-            waves = sinusoids(op, op.Unsqueeze(sizes, [-1]), config.id_width, config)  # (N, I, id_width)
-            temb = op.Add(temb, self.add_embedding(op, op.Concat(pooled, op.Reshape(waves, [0, -1]), axis=-1)))
-        return op.silu(temb)
+
+def residual_names(config: UNetConfig) -> list[str]:
+    """The inputs through which a U-Net is controlled, as diffusers calls them; none if it is not.
+
+    What is added to each skip connection and behind the middle (ControlNet, arXiv:2302.05543), and what is added
+    inside, at the end of each level and of the middle (T2I-Adapter, arXiv:2302.08453).
+    """
+    if not config.controlled:
+        return []
+    return [
+        *(f"down_block_additional_residuals.{index}" for index in range(config.skips)),
+        "mid_block_additional_residual",
+        *(f"down_intrablock_additional_residuals.{index}" for index in range(len(config.channels) + 1)),
+    ]
 
 
 def kept_stage(config: UNetConfig) -> str:
@@ -152,6 +196,8 @@ class DownBlock(_Level):
             attentions if config.down_attention[level] else [],
         )
         self._downsamples = level < len(config.channels) - 1
+        self.adapted_layer = self._count - 1 if self._attends else self.layers()[-1]
+        """Behind which diffusers adds what a T2I-Adapter gives."""
         if self._downsamples:
             self.downsamplers = ModuleList([Downsample(width, config.downsample_padding)])
 

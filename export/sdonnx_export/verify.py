@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.conditioning import condition
 from sdonnx_runtime.errors import ExportError
-from sdonnx_runtime.manifest import KEPT, Manifest, channels_beside
+from sdonnx_runtime.manifest import CONTROLS, KEPT, Manifest, channels_beside, read_json
 from sdonnx_runtime.prompts import Rows
 from sdonnx_runtime.request import Request
 from sdonnx_runtime.session import Port, Session
@@ -50,11 +51,31 @@ def verify(directory: Path, manifest: Manifest, report: Callable[[str, float], N
         feeds.update(condition(manifest, request, rows, lambda encoder, _text: encoded[encoder.component]))
         feeds["sample"] = np.concatenate([latents, beside], axis=1)
         _expect("unet", _first(run("unet")), latents.shape)
+    for component in CONTROLS:
+        if component in manifest.components:
+            feeds.update(_controls_feeds(read_json(directory / component / "config.json")))
+            run(component)
+    if "vae_decoder" not in manifest.components:
+        return
     _expect("vae_decoder", _first(run("vae_decoder")), picture.shape)
     feeds["sample"] = picture
     if "vae_encoder" in manifest.components:
         works = [(1, count * channels, _CELLS, _CELLS) for count in (2, 1)]  # a tiny autoencoder gives latents
         _expect("vae_encoder", _first(run("vae_encoder")), *works)
+
+
+def _controls_feeds(config: Mapping[str, Any]) -> dict[str, AnyArray]:
+    """A ControlNet's or a T2I-Adapter's picture, and latents of its size."""
+    side = _CELLS * config.get(
+        "downscale_factor", 2 ** (len(config.get("conditioning_embedding_out_channels", ".....")) - 1)
+    )
+    latents = np.ones((1, config.get("in_channels", 4), _CELLS, _CELLS), np.float32)
+    zeros = {name: np.zeros((1, config.get(key, 3), side, side), np.float32) for name, key in _PICTURES.items()}
+    return {"sample": latents, **zeros}
+
+
+_PICTURES = {"control_image": "in_channels", "controlnet_cond": "conditioning_channels"}
+"""Inputs for pictures, and the configs' keys of how many channels those have."""
 
 
 def _first(outputs: Mapping[str, AnyArray]) -> AnyArray:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from sdonnx_runtime.manifest import Component, File, Manifest, Source, finite
-from sdonnx_runtime.optimum_layout import manifest_of_layout, manifest_of_vae
+from sdonnx_runtime.manifest import CONTROLS, Component, File, Manifest, Source, finite
+from sdonnx_runtime.optimum_layout import manifest_of_control, manifest_of_layout, manifest_of_vae
 
 from sdonnx_export.clip_vocabulary import write_clip_tokenizer
 from sdonnx_export.graph import components_of
@@ -53,6 +53,9 @@ def manifest_of(directory: Path, files: Mapping[str, dict[str, File]], precision
         name: Component(graphs=_graphs_among(listed), files=listed, precision=label(precision, name))
         for name, listed in files.items()
     }
+    family = next((each for each in CONTROLS if each in components), None)
+    if family is not None:
+        return replace(manifest_of_control(directory, family, source=source), components=components)
     infer = manifest_of_layout if "unet" in components else manifest_of_vae
     return replace(infer(directory, source=source), components=components)
 

@@ -12,7 +12,7 @@ from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.manifest import Defaults
 from sdonnx_runtime.pictures import FITS, MAX_SIDE, UPSCALERS, check_picture, mask_of, suitable_size
 from sdonnx_runtime.prompts import SYNTAXES, sections
-from sdonnx_runtime.request import PICTURES, Request, passes
+from sdonnx_runtime.request import PICTURES, Control, Request, passes
 from sdonnx_runtime.samplers import MAX_CHURN, SAMPLERS
 from sdonnx_runtime.schedule import MAX_SIGMA, SPACINGS, listed
 from sdonnx_runtime.sigmas import SCHEDULES
@@ -42,6 +42,7 @@ def check_request(
     random_seed: int,
     beside: str | None = None,
     refined: bool = False,
+    controls: int = 0,
 ) -> Request:
     """The request with everything filled in but the sampler of a package that suggests none.
 
@@ -52,6 +53,7 @@ def check_request(
         random_seed: the seed where none is given.
         beside: what the package's U-Net is given beside the latents, a key of BESIDE.
         refined: whether there is a refiner.
+        controls: how many ControlNets and T2I-Adapters there are.
 
     Raises:
         RequestError: a value is out of its range.
@@ -83,6 +85,7 @@ def check_request(
     _number("guidance_rescale", request.guidance_rescale, 0, 1)
     request = _check_refiner(request, refined=refined)
     _check_sizes(request)
+    _check_controls(request, controls)
     _check_interval(request.guidance_interval)
     _whole("reuse", request.reuse, 1, 1000)
     _flag("token_downsampling", request.token_downsampling)
@@ -101,6 +104,7 @@ def check_recipe(request: Request) -> None:
         if getattr(request, name) is None:
             raise RequestError(f"{name} is missing")
     asked = replace(request, strength=None, padding_mask_crop=None, image_guidance_scale=None, refiner_start=None)
+    asked = replace(asked, control_guess=False)
     check_request(asked, multiple=1, defaults=Defaults(size=1), random_seed=0)
     for name, value, known in (
         ("sampler", request.sampler, (*SAMPLERS,)),
@@ -216,6 +220,33 @@ def _check_refiner(request: Request, *, refined: bool) -> Request:
         request = replace(request, refiner_start=0.8)
     _number("refiner_start", request.refiner_start, 0, 1)
     return request
+
+
+def _check_controls(request: Request, count: int) -> None:
+    controls = request.controls
+    if type(controls) is not tuple or not all(type(each) is Control for each in cast("tuple[object, ...]", controls)):
+        raise RequestError(f"controls is {type(controls).__name__}; give a tuple of Control")
+    if len(request.controls) != count:
+        raise RequestError(
+            f"there are {len(request.controls)} controls in the request and {count} loaded; give one for each"
+        )
+    for index, control in enumerate(request.controls):
+        name, image = f"controls[{index}]", cast("object", control.image)
+        if not isinstance(image, Image):
+            raise RequestError(
+                f"{name}.image is {type(image).__name__}; give a picture of PIL, such as Image.open gives"
+            )
+        check_picture(f"{name}.image", image)
+        _number(f"{name}.scale", control.scale, -10, 10)
+        _number(f"{name}.start", control.start, 0, 1)
+        _number(f"{name}.end", control.end, 0, 1)
+        if control.start >= control.end:
+            raise RequestError(f"{name} starts at {control.start:g} and ends at {control.end:g}; give an end after it")
+        if request.padding_mask_crop is not None and request.image is not None and image.size != request.image.size:
+            raise RequestError(f"{name}.image has another size than the image, of which it must show the same part")
+    _flag("control_guess", request.control_guess)
+    if request.control_guess and count == 0:
+        raise RequestError("control_guess is given without a ControlNet; load one beside the package")
 
 
 def _check_sizes(request: Request) -> None:

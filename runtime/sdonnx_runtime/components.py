@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import RequestError
@@ -25,9 +26,9 @@ class Components:
 
     Args:
         package: where the graphs are.
-        refiner: where those of the components behind REFINER are.
         open_session: opens a graph file, with other weights in the place of some of its own.
         keep_loaded: makes `release` do nothing.
+        others: where those of components are whose names begin so, up to the slash.
     """
 
     def __init__(
@@ -36,10 +37,10 @@ class Components:
         open_session: Callable[[Path, Mapping[str, Elements]], Session],
         *,
         keep_loaded: bool,
-        refiner: Package | None = None,
+        others: Mapping[str, Package] = MappingProxyType({}),
     ) -> None:
         self._busy = threading.Lock()
-        self._package, self._refiner = package, refiner
+        self._package, self._others = package, others
         self._open_session, self._keep_loaded = open_session, keep_loaded
         self._sessions: dict[tuple[str, str], Session] = {}
         self._changes: Mapping[str, Changes] = {}
@@ -48,8 +49,8 @@ class Components:
         """The session of a component's variant, opened if it is not."""
         key = name, variant
         if key not in self._sessions:
-            package = self._refiner if self._refiner is not None and name.startswith(REFINER) else self._package
-            graph = package.graph(name.removeprefix(REFINER), variant)
+            place, slash, component = name.rpartition("/")
+            graph = self._others.get(place + slash, self._package).graph(component, variant)
             changes = self._changes.get(name, {})
             self._sessions[key] = self._open_session(graph, merged(graph, changes) if changes else {})
             if changes:

@@ -18,13 +18,13 @@ Model: TypeAlias = Callable[[Array, float, float], Array]
 """``model(x, sigma, t)``: what the U-Net gives for a state x (1, C, h, w), a row for each row of the text."""
 
 
-def unet_graphs(reuse: int, *, token_downsampling: bool) -> tuple[str, str]:
+def unet_graphs(reuse: int, *, token_downsampling: bool, controlled: bool = False) -> tuple[str, str]:
     """The U-Net's graphs for a whole step and for one that reuses it."""
-    names = ("plain", "plain") if reuse == 1 else ("keeping", "reusing")
-    if not token_downsampling:
-        return names
-    whole, outside = ("downsampled" if name == "plain" else f"{name}-downsampled" for name in names)
-    return whole, outside
+    last = [*["downsampled"] * token_downsampling, *["controlled"] * controlled]
+    if reuse == 1:
+        whole = "-".join(last) or "plain"
+        return whole, whole
+    return "-".join(["keeping", *last]), "-".join(["reusing", *last])
 
 
 class StepReuse:

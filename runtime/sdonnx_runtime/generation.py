@@ -12,6 +12,7 @@ from PIL import Image
 
 from sdonnx_runtime.arrays import AnyArray, Array
 from sdonnx_runtime.components import REFINER, Runner
+from sdonnx_runtime.controls import Controlled, components_of, net_of
 from sdonnx_runtime.denoise import Model, StepReuse, by_step, clean, handed_over, masked, unet_graphs
 from sdonnx_runtime.encoding import Conditions, conditions_of, script_of
 from sdonnx_runtime.errors import PackageError, RequestError
@@ -20,6 +21,7 @@ from sdonnx_runtime.manifest import Manifest
 from sdonnx_runtime.merging import Adapters
 from sdonnx_runtime.noise import Noise, between
 from sdonnx_runtime.package import Package
+from sdonnx_runtime.regions import Region
 from sdonnx_runtime.request import Request, Result, given, of_image, passes, seeds_of
 from sdonnx_runtime.samplers import SAMPLERS, sampler_options, steps_taken
 from sdonnx_runtime.sampling import Denoise, NoiseSource, Schedule
@@ -112,6 +114,7 @@ class Generation:
         request: with every choice made.
         refiner: whose U-Net takes the last steps; its components are those of ``run`` behind REFINER.
         adapters: what is applied to the package.
+        controls: what steers the package's U-Net; their components are those behind `controls.place`.
     """
 
     def __init__(
@@ -122,6 +125,7 @@ class Generation:
         request: Request,
         refiner: Package | None = None,
         adapters: Adapters | None = None,
+        controls: Sequence[Package] = (),
     ) -> None:
         self.result: Result | None = None
         self.latents: Array | None = None
@@ -129,7 +133,8 @@ class Generation:
         self._package, self._run, self._scheduler, self._refiner = package, run, scheduler, refiner
         self._requests = passes(request, package.manifest.latents.downscale)
         self._script = script_of(self._requests)
-        self._manifest, self._adapters = package.manifest, Adapters() if adapters is None else adapters
+        self._manifest, self._controls = package.manifest, controls
+        self._adapters = Adapters() if adapters is None else adapters
 
     def steps(self) -> Generator[Progress, None, None]:
         """Runs everything, handing over each denoising step."""
@@ -144,8 +149,8 @@ class Generation:
             for progress in self._passes(conditions, start):
                 seconds.append(progress.seconds)
                 yield progress
-            for place in self._models():
-                self._run.components.release(f"{place}unet")
+            self._leave()
+            self._run.components.release(f"{REFINER}unet")
             assert self.latents is not None  # noqa: S101 — for the type checker
             images = decode(self._run, self._manifest, self.latents)
             self.result = Result(
@@ -158,6 +163,7 @@ class Generation:
                 vae=None if self._package.vae is None else self._package.vae.name,
                 loras=self._adapters.loras,
                 refiner=None if self._refiner is None else self._refiner.name,
+                controls=tuple(net.name for net in self._controls),
             )
 
     def _models(self) -> dict[str, Package]:
@@ -190,7 +196,7 @@ class Generation:
         height, width = self._latent_shape(request)[2:]
         if self.request.hires_upscaler == "latent":
             return [Original(latents=interpolated(one[None], height, width)) for one in latents]
-        self._run.components.release("unet")
+        self._leave()
         pictures = decode(self._run, self._manifest, latents)
         self._run.components.release("vae_decoder")
         size = given(request.width), given(request.height)
@@ -218,7 +224,9 @@ class Generation:
         projection = None if preview is None else np.array(preview, np.float32)
         unit = noise(self._latent_shape(request))
         beside = seen_beside(self._manifest, request, start, noise)
-        unets = [self._unet(place, request) for place in self._models()]
+        steps = steps_taken(str(request.sampler), schedule, options)
+        controlled = self._controlled(request, None if start is None else start.region, steps)
+        unets = [self._unet(place, request, controlled) for place in self._models()]
         models = [
             by_step(unet, inputs, beside, self._script.weights, request)
             for unet, inputs in zip(unets, told, strict=True)
@@ -245,6 +253,7 @@ class Generation:
                 unet.next_step(last=step.index + 2 == step.total)
             for model in models:
                 model.next_step()
+            controlled.next_step()
             before = time.perf_counter()
 
     def _begin(
@@ -268,9 +277,21 @@ class Generation:
         own = Noise(given(request.seed))
         return own if request.variation is None else between(own, Noise(request.variation[0]), request.variation[1])
 
-    def _unet(self, place: str, request: Request) -> StepReuse:
-        graphs = unet_graphs(request.reuse, token_downsampling=request.token_downsampling)
-        return StepReuse(partial(self._run, f"{place}unet"), graphs, request.reuse)
+    def _unet(self, place: str, request: Request, controlled: Controlled) -> StepReuse:
+        steered = place == "" and len(self._controls) > 0
+        graphs = unet_graphs(request.reuse, token_downsampling=request.token_downsampling, controlled=steered)
+        return StepReuse(controlled if steered else partial(self._run, f"{place}unet"), graphs, request.reuse)
+
+    def _controlled(self, request: Request, region: Region | None, steps: int) -> Controlled:
+        """The package's U-Net with what steers it in one image of a pass."""
+        nets = [net_of(index, net, self._run, request, region) for index, net in enumerate(self._controls)]
+        run = partial(self._run, "unet")
+        return Controlled(run, self._package, nets, guess=request.control_guess, steps=steps)
+
+    def _leave(self) -> None:
+        """Unloads the package's U-Net and what steers it."""
+        for name in ("unet", *components_of(self._controls)):
+            self._run.components.release(name)
 
     def _denoiser(self, models: Sequence[Model]) -> Denoise:
         """Of the package's model, and of the refiner's where there is one."""
@@ -279,7 +300,7 @@ class Generation:
         if refiner:
             self._run.components.release(f"{REFINER}unet")  # of the image before
             below = round(self._scheduler.num_train_timesteps * (1 - given(self.request.refiner_start)))
-            model = handed_over(model, refiner[0], below, partial(self._run.components.release, "unet"))
+            model = handed_over(model, refiner[0], below, self._leave)
         limit = None if sampler == "ddim" else limit_x0(self._scheduler, sampler)
         return clean(model, self._scheduler.prediction_type, limit)
 

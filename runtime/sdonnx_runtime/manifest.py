@@ -13,12 +13,16 @@ from sdonnx_runtime.parsing import parse
 MANIFEST = "sdonnx.json"
 FORMAT = 1
 VAE_ALONE = "vae"
+CONTROLS = ("controlnet", "adapter")
+"""Families of what steers another package's U-Net; each has one component, of the same name."""
 FAMILIES: Mapping[str, str] = {
     "sd1": "Stable Diffusion 1",
     "sd2": "Stable Diffusion 2",
     "sdxl": "Stable Diffusion XL",
     "sdxl-refiner": "Stable Diffusion XL's refiner",
     VAE_ALONE: "a VAE alone",
+    "controlnet": "a ControlNet",
+    "adapter": "a T2I-Adapter",
 }
 """What this version runs, by its name in manifests."""
 
@@ -49,8 +53,9 @@ class Component:
     """Path of each variant; every component has ``plain``.
 
     A U-Net has ``keeping`` and ``reusing`` too, see `denoise.StepReuse`; ``downsampled``, plain with token
-    downsampling; and ``keeping-downsampled`` and ``reusing-downsampled``. A text encoder has ``embedded``, which
-    starts from its tokens' vectors."""
+    downsampling; ``keeping-downsampled`` and ``reusing-downsampled``; and of each, with ``controlled`` at its end (of
+    ``plain`` that alone), one that takes what a ControlNet or T2I-Adapter adds, see `controls.Controlled`. A text
+    encoder has ``embedded``, which starts from its tokens' vectors."""
     files: Mapping[str, File]
     """Every file of the component by its path: graphs and weights."""
     precision: str
@@ -142,7 +147,7 @@ class Manifest:
 
     format: int = FORMAT
     family: str
-    """One of FAMILIES; VAE_ALONE has no U-Net, text encoders and scheduler, and its defaults mean nothing."""
+    """One of FAMILIES; VAE_ALONE and CONTROLS have no U-Net, text encoders, scheduler; their defaults mean nothing."""
     target: str
     """What the graphs were written for: any device of DEVICES (``generic``)."""
     defaults: Defaults

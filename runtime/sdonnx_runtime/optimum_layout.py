@@ -108,6 +108,20 @@ def manifest_of_vae(root: Path, *, source: Source) -> Manifest:
     )
 
 
+def manifest_of_control(root: Path, family: str, *, source: Source) -> Manifest:
+    """The manifest of a ControlNet or a T2I-Adapter, in the layout of a package without the rest; one of CONTROLS."""
+    return Manifest(
+        family=family,
+        target="generic",
+        defaults=Defaults(size=512),
+        scheduler={},
+        latents=Latents(channels=4, downscale=8, scaling_factor=1.0),
+        text_encoders=(),
+        components={family: _component(root, family)},
+        source=source,
+    )
+
+
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "sd1": {},
     "sd2": {},

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from sdonnx_runtime.errors import PackageError
-from sdonnx_runtime.manifest import MANIFEST, VAE_ALONE, Manifest, read_manifest
+from sdonnx_runtime.manifest import CONTROLS, FAMILIES, MANIFEST, VAE_ALONE, Manifest, read_manifest
 from sdonnx_runtime.optimum_layout import infer_manifest
 
 VAE = ("vae_decoder", "vae_encoder")
@@ -39,6 +39,16 @@ class Package:
         return self.manifest.family == VAE_ALONE
 
     @property
+    def control(self) -> str | None:
+        """The one of CONTROLS that it is; it makes no pictures of its own then, but steers other packages."""
+        return self.manifest.family if self.manifest.family in CONTROLS else None
+
+    @property
+    def kind(self) -> str:
+        """What it is, in a few words."""
+        return FAMILIES[self.manifest.family]
+
+    @property
     def precision(self) -> str:
         """The U-Net's."""
         return self.manifest.components["unet"].precision
@@ -58,8 +68,10 @@ class Package:
         """This package with the VAE of another one, which may be a VAE alone: its graphs, its scaling and its shift.
 
         Raises:
-            PackageError: it has other latents.
+            PackageError: it has other latents, or no VAE.
         """
+        if other.control is not None:
+            raise PackageError(f"{other.root} is {other.kind}; give a package with a VAE, and this one with --control")
         mine, its = self.manifest.latents, other.manifest.latents
         if (mine.channels, mine.downscale) != (its.channels, its.downscale):
             raise PackageError(
@@ -99,7 +111,9 @@ class Package:
 def _check_files(package: Package) -> None:
     manifest = package.manifest
     encoders = (encoder.component for encoder in manifest.text_encoders)
-    needed = {"vae_decoder"} if package.is_vae_alone else {"unet", "vae_decoder", *encoders}
+    needed = {"unet", "vae_decoder", *encoders}
+    if package.is_vae_alone or package.control is not None:
+        needed = {"vae_decoder"} if package.control is None else {package.control}
     for name in sorted(needed):
         package.graph(name)
     for encoder in manifest.text_encoders:

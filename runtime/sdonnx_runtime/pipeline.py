@@ -3,7 +3,6 @@
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ from PIL.Image import Image
 
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.checks import check_request
-from sdonnx_runtime.components import Components, Runner
+from sdonnx_runtime.components import REFINER, Components, Runner
+from sdonnx_runtime.controls import check_control, check_sizes, place
 from sdonnx_runtime.denoise import unet_graphs
 from sdonnx_runtime.embeddings import Learned, read_embedding
 from sdonnx_runtime.encoding import tags_of
@@ -45,11 +45,12 @@ class Pipeline:
         memory_limit: bytes the device may use (CUDA).
         refiner: a package whose U-Net takes the last steps, such as SDXL's refiner.
         lora_folder: where the adapters are that prompts name, as ``<lora:name:0.8>``.
+        controls: packages of ControlNets and T2I-Adapters, for which each request has a `Control`.
 
     Raises:
         RequestError: ``threads`` is out of its range, 1 to MAX_THREADS, or ``lora_folder`` is none.
-        PackageError: the package is a VAE alone, its scheduler is one that this version can't honour, the preview's
-            VAE has other latents, or the refiner is of another kind.
+        PackageError: the package makes no pictures, its scheduler is one that this version can't honour, the preview's
+            VAE has other latents, or the refiner or a control is of another kind.
     """
 
     def __init__(
@@ -63,24 +64,28 @@ class Pipeline:
         memory_limit: int | None = None,
         refiner: Package | None = None,
         lora_folder: Path | None = None,
+        controls: Sequence[Package] = (),
     ) -> None:
-        if package.is_vae_alone:
-            raise PackageError(
-                f"{package.root} is a VAE alone; give a whole package, and this one with --vae (or vae=)"
-            )
+        if package.is_vae_alone or package.control is not None:
+            option = "--vae (or vae=)" if package.control is None else "--control (or controls=)"
+            raise PackageError(f"{package.root} is {package.kind}; give a whole package, and this one with {option}")
         if refiner is not None:
             check_refiner(package, refiner)
+        for net in controls:
+            check_control(package, net)
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise RequestError(f"threads is {threads}; give a whole number from 1 to {MAX_THREADS}")
         if lora_folder is not None and not lora_folder.is_dir():
             raise RequestError(f"{lora_folder} is no folder; give the one where the adapters are that prompts name")
-        self.package, self.refiner = package, refiner
+        self.package, self.refiner, self.controls = package, refiner, tuple(controls)
         self._scheduler = SchedulerConfig.from_dict(package.manifest.scheduler)
 
         def opened(path: Path, weights: Mapping[str, Elements]) -> Session:
             return Session(path, device=device, threads=threads, memory_limit=memory_limit, weights=weights)
 
-        self._components = Components(package, opened, keep_loaded=keep_loaded, refiner=refiner)
+        others = {place(index): net for index, net in enumerate(self.controls)}
+        others |= {} if refiner is None else {REFINER: refiner}
+        self._components = Components(package, opened, keep_loaded=keep_loaded, others=others)
         self._shown = None if preview_vae is None else package.with_vae(preview_vae)
         self._previews = Components(package if self._shown is None else self._shown, opened, keep_loaded=True)
         self._adapters, self._lenient = Adapters(), False
@@ -145,8 +150,15 @@ class Pipeline:
         """Like `generate`, step by step: iterate for progress, stop iterating to cancel, then take ``result``."""
         checked = self.check(request, **changes)
         run = Runner(self._components)
-        adapters = self._adapters_for(checked)
-        generation = Generation(self.package, run, self._scheduler, checked, self.refiner, adapters)
+        generation = Generation(
+            self.package,
+            run,
+            self._scheduler,
+            checked,
+            self.refiner,
+            controls=self.controls,
+            adapters=self._adapters_for(checked),
+        )
         return Stream(generation, run, self._previewer())
 
     def decode(self, latents: Array) -> tuple[Image, ...]:
@@ -177,6 +189,7 @@ class Pipeline:
             random_seed=secrets.randbits(32),
             beside=manifest.conditions.beside,
             refined=self.refiner is not None,
+            controls=len(self.controls),
         )
         sampler, schedule = default_sampler(self._scheduler), None
         if checked.sampler is not None:
@@ -185,6 +198,8 @@ class Pipeline:
         walk, _ = plan(self._scheduler, checked)
         if checked.sigmas is not None or checked.timesteps is not None:
             checked = replace(checked, num_inference_steps=walk.total)
+        for each in passes(checked, manifest.latents.downscale):
+            check_sizes(self.controls, each)
         for second in passes(checked, manifest.latents.downscale)[1:]:
             plan(self._scheduler, second)
             if checked.sigmas is None and checked.timesteps is None:
@@ -195,15 +210,22 @@ class Pipeline:
                 f"{self.package.name} has no VAE encoder, so it can't start from a picture; export again"
             )
         self._adapters_for(checked)
-        packages = [self.package, *([] if self.refiner is None else [self.refiner])]
-        graphs = unet_graphs(checked.reuse, token_downsampling=checked.token_downsampling)
-        for package, graph in product(packages, graphs):
-            if graph not in package.manifest.components["unet"].graphs:
+        self._check_graphs(checked)
+        return checked
+
+    def _check_graphs(self, request: Request) -> None:
+        """Finds out whether the U-Nets have the graphs that a checked request runs."""
+        models = [(self.package, bool(self.controls)), *([] if self.refiner is None else [(self.refiner, False)])]
+        for package, controlled in models:
+            choices = {"token_downsampling": request.token_downsampling, "controlled": controlled}
+            for graph in unet_graphs(request.reuse, **choices):
+                if graph in package.manifest.components["unet"].graphs:
+                    continue
+                needed = "a control" if controlled else "reuse or token_downsampling"
                 raise RequestError(
-                    f"{package.name} has no U-Net graph '{graph}', which reuse or token_downsampling needs; "
+                    f"{package.name} has no U-Net graph '{graph}', which {needed} needs; "
                     "export its checkpoint again, not --via optimum, or leave them out"
                 )
-        return checked
 
     def _adapters_for(self, request: Request) -> Adapters:
         """Those that are set, and those that a checked request's prompts name."""
@@ -237,8 +259,8 @@ def check_refiner(package: Package, refiner: Package) -> None:
     Raises:
         PackageError: it can't.
     """
-    if refiner.is_vae_alone:
-        raise PackageError(f"{refiner.root} is a VAE alone; give a package with a U-Net to refine with")
+    if refiner.is_vae_alone or refiner.control is not None:
+        raise PackageError(f"{refiner.root} is {refiner.kind}; give a package with a U-Net to refine with")
     mine, other = package.manifest, refiner.manifest
     if other.conditions.beside is not None or mine.conditions.beside is not None:
         raise PackageError(f"{package.name} or {refiner.name} is given a picture beside the latents; neither may be")

@@ -15,6 +15,20 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Control:
+    """What one of a pipeline's ControlNets or T2I-Adapters is asked for."""
+
+    image: Image = field(repr=False)
+    """What it reads: edges, depths, a pose. Brought to the picture's size as an ``image`` is; no transparent parts."""
+    scale: float = 1.0
+    """-10 to 10: what it adds is multiplied by this; 0 is without it."""
+    start: float = 0.0
+    """0 to 1: the share of the steps after which it begins."""
+    end: float = 1.0
+    """0 to 1: the share of the steps after which it ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """A generation request; None stands for what the package suggests (and a random seed)."""
 
@@ -101,6 +115,10 @@ class Request:
     If so, latent cells are made anew that the mask touches; if not, those whose first pixel it has, as in diffusers."""
     depth_image: Image | None = field(default=None, repr=False)
     """For models that are given one: a depth map, brighter where it is nearer; of any size and unit, stretched."""
+    controls: tuple[Control, ...] = ()
+    """One for each of the pipeline's controls, in their order; what they add is summed."""
+    control_guess: bool = False
+    """ControlNet's guess mode: it runs for the conditional row alone, and adds less at higher resolutions."""
     padding_mask_crop: int | None = None
     """Pixels: works only in the mask and so many around it, at width and height, and puts that into the ``image``.
 
@@ -166,12 +184,14 @@ class Result:
     """Name of the package that took the last steps; None if none did."""
     loras: tuple[Lora, ...] = ()
     """The adapters that were applied."""
+    controls: tuple[str, ...] = ()
+    """Names of the packages that steered."""
 
 
 def recipe(request: Request) -> dict[str, Any]:
     """The request without its pictures, as JSON can hold it."""
     values = {item.name: getattr(request, item.name) for item in fields(request)}
-    return {name: value for name, value in values.items() if name not in PICTURES}
+    return {name: value for name, value in values.items() if name not in (*PICTURES, "controls")}
 
 
 PICTURES = ("image", "mask_image", "depth_image")

@@ -4,11 +4,19 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 import typer
+from sdonnx_runtime.manifest import CONTROLS, FAMILIES, VAE_ALONE
 
 import sdonnx
 from sdonnx.arguments import parse_lora
 from sdonnx.models import find_source
 from sdonnx.show import err, progress
+
+_USE = {
+    **dict.fromkeys(FAMILIES, "-m {}"),
+    VAE_ALONE: "-m PACKAGE --vae {}",
+    **dict.fromkeys(CONTROLS, "-m PACKAGE --control {}:PICTURE.png"),
+}
+"""How what was exported is given, by its family."""
 
 Via: TypeAlias = Literal["native", "optimum"]
 
@@ -86,5 +94,5 @@ def export(
             force=force,
             report=lambda what, done: bar.update(task, description=what, completed=done),
         )
-    chosen = f"-m {directory}" if source is not None else f"-m PACKAGE --vae {directory}"
+    chosen = _USE[sdonnx.Package.open(directory).manifest.family].format(directory)
     err.print(f"""{directory} is ready: sdonnx run "a photograph of a cat" {chosen}""", highlight=False)

@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 from sdonnx_models import bundled, recipes
+from sdonnx_runtime.controls import described as steered_by
 from sdonnx_runtime.machine import cpu_name, instruction_set
 from sdonnx_runtime.manifest import FAMILIES
 
@@ -30,21 +31,30 @@ def info(
     source = manifest.source
     facts.add_row("package", str(opened.root))
     facts.add_row("family", FAMILIES[manifest.family])
-    alone = "pictures of other packages' latents: give it with --vae"
-    facts.add_row("makes", alone if opened.is_vae_alone else tasks(manifest))
+    facts.add_row(*_use(opened))
     facts.add_row("source", source.name if source.revision is None else f"{source.name} at {source.revision}")
     facts.add_row("exporter", source.exporter)
-    if not opened.is_vae_alone:
+    if "unet" in manifest.components:
         facts.add_row("suggests", suggested(manifest.defaults))
         predicts = manifest.scheduler.get("prediction_type", "epsilon")
         facts.add_row("scheduler", f"{manifest.scheduler.get('_class_name')}, predicts {predicts}")
     latents = manifest.latents
-    facts.add_row("latents", f"{latents.channels} channels, {latents.downscale} pixels a cell")
+    if opened.control is None:
+        facts.add_row("latents", f"{latents.channels} channels, {latents.downscale} pixels a cell")
     for name, component in manifest.components.items():
         megabytes = sum(file.size for file in component.files.values()) / 1e6
         facts.add_row(name, f"{component.precision}, {megabytes:,.1f} MB")
     facts.add_row("this CPU", f"{cpu_name()}, {instruction_set()}")
     out.print(facts, highlight=False, soft_wrap=True)
+
+
+def _use(package: sdonnx.Package) -> tuple[str, str]:
+    """What a package is good for: a row of a table."""
+    if package.control is not None:
+        return "steers", f"{steered_by(package)}; give it with --control"
+    if package.is_vae_alone:
+        return "makes", "pictures of other packages' latents: give it with --vae"
+    return "makes", tasks(package.manifest)
 
 
 def models(

@@ -3,11 +3,13 @@
 from typing import Any
 
 from sdonnx_models import DEFAULT
-from sdonnx_runtime.pictures import open_picture
+from sdonnx_runtime.canny import canny
+from sdonnx_runtime.pictures import opaque, open_picture
 
 import sdonnx
 from sdonnx import options
 from sdonnx.arguments import (
+    parse_control,
     parse_embedding,
     parse_hires,
     parse_interval,
@@ -48,6 +50,9 @@ def run(
     outpaint: options.Outpaint = None,
     image_guidance: options.ImageGuidance = None,
     depth: options.Depth = None,
+    control: options.Control = None,
+    control_prep: options.ControlPrep = None,
+    control_guess: options.ControlGuess = False,
     batch_file: options.BatchFile = None,
     refiner: options.Refiner = None,
     lora: options.Lora = None,
@@ -88,6 +93,10 @@ def run(
         "guidance_interval": parse_interval(guidance_interval),
     }
     other, refined = parse_refiner(refiner)
+    nets = [parse_control(each) for each in control or ()]
+    if control_prep is not None and not nets:
+        raise sdonnx.RequestError("--control-prep is given without --control; give the net that reads the edges")
+    prepare = canny if control_prep is not None else opaque
     fields: dict[str, Any] = {
         "negative_prompt": negative,
         "prompt_syntax": prompts,
@@ -115,6 +124,8 @@ def run(
         "padding_mask_crop": only_masked,
         "image_guidance_scale": image_guidance,
         "depth_image": None if depth is None else open_picture(depth),
+        "controls": tuple(sdonnx.Control(image=prepare(open_picture(path)), **how) for _, path, how in nets),
+        "control_guess": control_guess,
         **refined,
         **parse_hires(hires),
         "hires_upscaler": hires_upscaler,
@@ -136,6 +147,7 @@ def run(
         keep_loaded=lines is not None,
         refiner=other,
         lora_folder=lora_dir,
+        controls=[package for package, _, _ in nets],
     ) as pipe:
         pipe.set_loras([parse_lora(each) for each in lora or []], lenient=lora_lenient)
         pipe.set_embeddings([parse_embedding(each) for each in embedding or []])

@@ -1,0 +1,394 @@
+"""ControlNets and T2I-Adapters, beside diffusers; what ends a new ControlNet is zeros, so that it is filled here."""
+
+import json
+import re
+import subprocess
+import sys
+import warnings
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    DDIMScheduler,
+    MultiAdapter,
+    StableDiffusionAdapterPipeline,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionXLAdapterPipeline,
+    StableDiffusionXLControlNetPipeline,
+    T2IAdapter,
+)
+from drawings import disc, photograph
+from families import random, scheduler, sd1, sd2, sdxl, unet, xl_unet
+from ldm_fixture import ldm_unet
+from PIL import Image
+from safetensors.torch import save_file
+from sdonnx_export.checkpoint import open_checkpoint
+from sdonnx_export.controlnet import ControlNetConfig
+from sdonnx_export.export import export
+from sdonnx_runtime.canny import canny
+from test_families import assert_equal
+
+import sdonnx
+from sdonnx.arguments import parse_control
+
+PROMPT, NEGATIVE, SEED = "a photograph of an astronaut riding a horse", "blurry", 11
+ASKED = {"width": 64, "height": 96, "num_inference_steps": 4, "guidance_scale": 5.0}
+EDGES = Image.fromarray(np.random.RandomState(5).randint(0, 256, (96, 64, 3), np.uint8))
+OTHER = Image.fromarray(np.random.RandomState(6).randint(0, 256, (96, 64, 3), np.uint8))
+
+
+def controlnet(model, seed=7, **changes):
+    """One for a U-Net, of which every weight matters."""
+    widths = (8, 8, 16, 16)
+    made = ControlNetModel.from_unet(model, conditioning_embedding_out_channels=widths, load_weights_from_unet=False)
+    return random(ControlNetModel.from_config({**made.config, **changes}), seed)
+
+
+def adapter(seed=9, **changes):
+    config = {"channels": [32, 64], "num_res_blocks": 2, "downscale_factor": 8}
+    return random(T2IAdapter(**{**config, **changes}), seed)
+
+
+PIPELINES = {
+    "sd1": lambda: sd1(scheduler=scheduler(DDIMScheduler, clip_sample=False)),
+    "sd2": sd2,
+    "sdxl": sdxl,
+    "sd1 inpaint": lambda: sd1(
+        StableDiffusionInpaintPipeline, unet=unet(in_channels=9), scheduler=scheduler(DDIMScheduler, clip_sample=False)
+    ),
+}
+NETS = {
+    "sd1 net": lambda: controlnet(PIPELINES["sd1"]().unet),
+    "sd1 other": lambda: controlnet(PIPELINES["sd1"]().unet, 8, controlnet_conditioning_channel_order="bgr"),
+    "sd2 net": lambda: controlnet(PIPELINES["sd2"]().unet),
+    "sdxl net": lambda: controlnet(PIPELINES["sdxl"]().unet),
+    "adapter": adapter,
+    "other adapter": lambda: adapter(12),
+    "gray adapter": lambda: adapter(10, in_channels=1),
+    "light adapter": lambda: adapter(adapter_type="light_adapter", in_channels=3),
+    "xl adapter": lambda: adapter(channels=[32, 64, 64, 64], adapter_type="full_adapter_xl", downscale_factor=16),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Gives a pipeline or a net of diffusers and its package, made once."""
+    kept = {}
+
+    def get(name, precision="fp32"):
+        if (name, precision) not in kept:
+            made = (PIPELINES if name in PIPELINES else NETS)[name]()
+            directory = tmp_path_factory.mktemp("control") / name
+            made.save_pretrained(directory)
+            package = export(str(directory), directory.with_name("package"), precision=precision, calibration="fast")
+            kept[name, precision] = made, package
+        return kept[name, precision]
+
+    return get
+
+
+def reference(kind, pipe, *, decoder=None, **given):
+    """Latents and picture of diffusers, with the parts of another pipeline."""
+    parts = {key: value for key, value in pipe.components.items() if key not in ("feature_extractor", "image_encoder")}
+    other = given.pop("parts")
+    extra = {} if "safety_checker" not in parts else {"feature_extractor": None, "requires_safety_checker": False}
+    made = kind(**{**parts, **other}, **extra)
+    made.set_progress_bar_config(disable=True)
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        latents = made(PROMPT, negative_prompt=NEGATIVE, generator=generator, output_type="latent", **given).images
+        decoded = made.vae.decode(latents / made.vae.config.scaling_factor).sample
+    return latents.numpy(), made.image_processor.postprocess(decoded, output_type="pil")[0]
+
+
+def made(package, nets, *controls, **settings):
+    pipeline = sdonnx.load(package, controls=nets)
+    settings = {"seed": SEED, "negative_prompt": NEGATIVE, **ASKED, **settings}
+    return pipeline.generate(PROMPT, controls=tuple(controls), **settings)
+
+
+def plainly(package, **settings):
+    """Latents without a control."""
+    return made(package, [], **settings).latents
+
+
+@pytest.mark.parametrize("guidance", [5.0, 1.0])
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
+def test_a_controlnet(saved, name, guidance):
+    (pipe, package), (net, steering) = saved(name), saved(f"{name} net")
+    kind = StableDiffusionXLControlNetPipeline if name == "sdxl" else StableDiffusionControlNetPipeline
+    asked = {**ASKED, "guidance_scale": guidance}
+    told = {"image": EDGES, "controlnet_conditioning_scale": 0.7}
+    wanted = reference(kind, pipe, parts={"controlnet": net}, **told, **asked)
+    found = made(package, [steering], sdonnx.Control(image=EDGES, scale=0.7), **asked)
+    assert_equal(found, wanted)
+    assert np.abs(found.latents - plainly(package, **asked)).max() > 1e-2
+
+
+def test_two_nets_add_up_each_between_its_steps(saved):
+    (pipe, package), (net, first), (other, second) = saved("sd1"), saved("sd1 net"), saved("sd1 other")
+    told = {
+        "image": [EDGES, OTHER],
+        "controlnet_conditioning_scale": [0.7, 0.4],
+        "control_guidance_start": [0.0, 0.25],
+        "control_guidance_end": [0.5, 1.0],
+    }
+    wanted = reference(StableDiffusionControlNetPipeline, pipe, parts={"controlnet": [net, other]}, **told, **ASKED)
+    controls = sdonnx.Control(image=EDGES, scale=0.7, end=0.5), sdonnx.Control(image=OTHER, scale=0.4, start=0.25)
+    found = made(package, [first, second], *controls)
+    assert_equal(found, wanted)
+    throughout = made(package, [first, second], *(sdonnx.Control(image=c.image, scale=c.scale) for c in controls))
+    assert np.abs(found.latents - throughout.latents).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_guess_mode(saved, name):
+    (pipe, package), (net, steering) = saved(name), saved(f"{name} net")
+    kind = StableDiffusionXLControlNetPipeline if name == "sdxl" else StableDiffusionControlNetPipeline
+    told = {"image": EDGES, "controlnet_conditioning_scale": 0.7, "guess_mode": True}
+    wanted = reference(kind, pipe, parts={"controlnet": net}, **told, **ASKED)
+    control = sdonnx.Control(image=EDGES, scale=0.7)
+    found = made(package, [steering], control, control_guess=True)
+    assert_equal(found, wanted)
+    assert np.abs(found.latents - made(package, [steering], control).latents).max() > 1e-2
+
+
+def test_from_a_picture(saved):
+    (pipe, package), (net, steering) = saved("sd1"), saved("sd1 net")
+    picture = photograph(64, 96)
+    told = {"image": picture, "control_image": EDGES, "strength": 0.75}
+    kind = StableDiffusionControlNetImg2ImgPipeline
+    wanted = reference(kind, pipe, parts={"controlnet": net}, controlnet_conditioning_scale=1.0, **told, **ASKED)
+    found = made(package, [steering], sdonnx.Control(image=EDGES), image=picture, strength=0.75)
+    assert_equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "net", "kind"),
+    [
+        ("sd1", "adapter", StableDiffusionAdapterPipeline),
+        ("sd1", "gray adapter", StableDiffusionAdapterPipeline),
+        ("sd2", "light adapter", StableDiffusionAdapterPipeline),
+        ("sdxl", "xl adapter", StableDiffusionXLAdapterPipeline),
+    ],
+)
+def test_an_adapter(saved, name, net, kind):
+    (pipe, package), (adapter, steering) = saved(name), saved(net)
+    asked = ASKED
+    image = EDGES.convert("L") if net == "gray adapter" else EDGES
+    told = {"image": image, "adapter_conditioning_scale": 0.6}
+    wanted = reference(kind, pipe, parts={"adapter": adapter}, **told, **asked)
+    found = made(package, [steering], sdonnx.Control(image=EDGES, scale=0.6), **asked)
+    assert_equal(found, wanted)
+    assert np.abs(found.latents - plainly(package, **asked)).max() > 1e-2
+
+
+def test_scale_0_is_no_control(saved):
+    (_, package), (_, steering) = saved("sd1"), saved("sd1 net")
+    found = made(package, [steering], sdonnx.Control(image=EDGES, scale=0.0))
+    np.testing.assert_allclose(found.latents, plainly(package), atol=1e-5)
+
+
+def test_an_adapter_beside_a_controlnet_adds_up(saved):
+    (_, package), (_, first), (_, second) = saved("sd1"), saved("sd1 net"), saved("adapter")
+    both = sdonnx.Control(image=EDGES), sdonnx.Control(image=OTHER)
+    found = made(package, [first, second], *both)
+    for net, control in zip([first, second], both, strict=True):
+        assert np.abs(found.latents - made(package, [net], control).latents).max() > 1e-2
+
+
+def test_two_adapters(saved):
+    (pipe, package), (net, first), (other, second) = saved("sd1"), saved("adapter"), saved("other adapter")
+    told = {"image": [EDGES, OTHER], "adapter_conditioning_scale": [0.6, 0.3]}
+    both = MultiAdapter([net, other])
+    wanted = reference(StableDiffusionAdapterPipeline, pipe, parts={"adapter": both}, **told, **ASKED)
+    controls = sdonnx.Control(image=EDGES, scale=0.6), sdonnx.Control(image=OTHER, scale=0.3)
+    assert_equal(made(package, [first, second], *controls), wanted)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd1 inpaint"])
+def test_in_a_mask(saved, name):
+    """With 4 channels and with 9; at strength 1 both begin with noise."""
+    (pipe, package), (net, steering) = saved(name), saved("sd1 net")
+    picture, mask = photograph(64, 96), disc(64, 96)
+    told = {"image": picture, "mask_image": mask, "control_image": EDGES, "strength": 1.0}
+    kind = StableDiffusionControlNetInpaintPipeline
+    wanted = reference(kind, pipe, parts={"controlnet": net}, controlnet_conditioning_scale=0.7, **told, **ASKED)
+    asked = {"image": picture, "mask_image": mask, "strength": 1.0, "paste": False}
+    found = made(package, [steering], sdonnx.Control(image=EDGES, scale=0.7), **asked)
+    assert_equal(found, wanted)
+    assert np.abs(found.latents - plainly(package, **asked)).max() > 1e-2
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8-weights", "int4", "int8"])
+def test_in_fewer_bits_it_is_near(saved, precision):
+    (_, package), (_, steering) = saved("sd1", precision), saved("sd1 net", precision)
+    exact = made(saved("sd1")[1], [saved("sd1 net")[1]], sdonnx.Control(image=EDGES))
+    found = made(package, [steering], sdonnx.Control(image=EDGES))
+    error = np.abs(found.latents - exact.latents).mean() / exact.latents.std()
+    assert 0 < error < {"fp16": 0.01, "int8-weights": 0.1, "int4": 0.7, "int8": 0.3}[precision]
+
+
+def test_reuse_and_token_downsampling_are_controlled(saved):
+    (_, package), (_, steering) = saved("sd1"), saved("sd1 net")
+    control, asked = sdonnx.Control(image=EDGES), {"num_inference_steps": 6}
+    exact, without = made(package, [steering], control, **asked).latents, plainly(package, **asked)
+    for fast in ({"reuse": 2}, {"token_downsampling": True}, sdonnx.FAST):
+        found = made(package, [steering], control, **asked, **fast).latents
+        assert 0 < np.abs(found - exact).mean() < 0.7 * np.abs(found - without).mean()
+
+
+def test_a_second_pass_and_a_sampler_of_two_calls_are_controlled(saved):
+    (_, package), (_, steering) = saved("sd1"), saved("sd1 net")
+    for asked in ({"hires_scale": 1.5}, {"sampler": "heun"}, {"guidance_interval": (0.5, 5.0)}, {"num_images": 2}):
+        found = made(package, [steering], sdonnx.Control(image=EDGES), **asked)
+        none = made(package, [steering], sdonnx.Control(image=EDGES, scale=0.0), **asked)
+        np.testing.assert_allclose(none.latents, plainly(package, **asked), atol=1e-4)
+        assert np.abs(found.latents - none.latents).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("net:a.png", ("net", "a.png", {})),
+        ("net:a.png:0.8", ("net", "a.png", {"scale": 0.8})),
+        ("net:a.png:0.8:0.1:0.9", ("net", "a.png", {"scale": 0.8, "start": 0.1, "end": 0.9})),
+        (r"C:\x\net:C:\y\pose.png:0.8", (r"C:\x\net", r"C:\y\pose.png", {"scale": 0.8})),
+        (r"C:\x\net:pose.png", (r"C:\x\net", "pose.png", {})),
+        ("net:C:/y/pose.png", ("net", "C:/y/pose.png", {})),
+        ("org/net:a.png:-1", ("org/net", "a.png", {"scale": -1.0})),
+    ],
+)
+def test_a_control_on_the_command_line(text, wanted):
+    package, picture, how = parse_control(text)
+    assert (package, str(picture), how) == wanted
+
+
+@pytest.mark.parametrize("text", ["net", "", ":a.png", "net:", "net:a.png:1:0:1:2"])
+def test_what_is_no_control(text):
+    with pytest.raises(sdonnx.RequestError, match="give a package and a picture"):
+        parse_control(text)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (333, 251)])
+def test_canny_is_opencvs(size):
+    picture = photograph(*size).resize(size)
+    noisy = np.clip(np.asarray(picture, int) + np.random.RandomState(2).normal(0, 12, (*size[::-1], 3)), 0, 255)
+    for each in (np.asarray(picture), noisy.astype(np.uint8)):
+        wanted = cv2.Canny(np.ascontiguousarray(each), 100, 200)
+        assert 0 < wanted.mean() < 200
+        found = np.asarray(canny(Image.fromarray(each)))
+        np.testing.assert_array_equal(found, np.repeat(wanted[..., None], 3, axis=2))
+
+
+def test_errors_before_anything_runs(saved, tmp_path):
+    (_, package), (_, steering), (_, xl) = saved("sd1"), saved("sd1 net"), saved("sdxl net")
+    control = sdonnx.Control(image=EDGES)
+    for nets, said in (
+        ([xl], "give a ControlNet that was made for it"),
+        ([saved("xl adapter")[1]], "give a T2I-Adapter that was made for it"),
+        ([package], "is Stable Diffusion 1, no ControlNet or T2I-Adapter"),
+    ):
+        with pytest.raises(sdonnx.PackageError, match=said):
+            sdonnx.load(package, controls=nets)
+    with pytest.raises(sdonnx.PackageError, match="is a ControlNet; give a whole package, and this one with --control"):
+        sdonnx.load(steering)
+    pipeline = sdonnx.load(package, controls=[steering])
+    for fields, said in (
+        ({}, "there are 0 controls in the request and 1 loaded"),
+        ({"controls": (sdonnx.Control(image=EDGES, start=0.6, end=0.5),)}, "give an end after it"),
+        ({"controls": (sdonnx.Control(image=EDGES, scale=11),)}, "give a number from -10 to 10"),
+        ({"controls": (sdonnx.Control(image="a.png"),)}, "give a picture of PIL"),
+        ({"controls": [control]}, "give a tuple of Control"),
+    ):
+        with pytest.raises(sdonnx.RequestError, match=said):
+            pipeline.generate(PROMPT, **fields)
+    with pytest.raises(sdonnx.RequestError, match="there are 1 controls in the request and 0 loaded"):
+        sdonnx.load(package).generate(PROMPT, controls=(control,))
+    (package / "unet" / "controlled.onnx").stat()
+    older = sdonnx.Package.open(package)
+    graphs = {"plain": older.manifest.components["unet"].graphs["plain"]}
+    object.__setattr__(older.manifest.components["unet"], "graphs", graphs)
+    with pytest.raises(sdonnx.RequestError, match="no U-Net graph 'controlled'.*export its checkpoint again"):
+        sdonnx.Pipeline(older, controls=[sdonnx.Package.open(steering)]).check(PROMPT, controls=(control,))
+
+
+def test_on_the_command_line(saved, tmp_path):
+    (_, package), (_, steering) = saved("sd1"), saved("sd1 net")
+    EDGES.save(tmp_path / "edges.png")
+    command = [sys.executable, "-m", "sdonnx"]
+    shown = subprocess.run([*command, "info", steering], capture_output=True, text=True, check=True).stdout
+    assert "a ControlNet" in shown and "text of 64 numbers" in shown
+    asked = ["--size", "64x96", "--steps", "4", "--seed", str(SEED), "--negative", NEGATIVE, "--guidance", "5"]
+    where = ["--control", f"{steering}:{tmp_path / 'edges.png'}:0.7:0:0.5", "-o", tmp_path / "made.png"]
+    subprocess.run([*command, "run", PROMPT, "-m", package, *asked, *where], capture_output=True, check=True)
+    found = made(package, [steering], sdonnx.Control(image=EDGES, scale=0.7, end=0.5))
+    np.testing.assert_array_equal(Image.open(tmp_path / "made.png"), found.images[0])
+
+
+def original_name(net, name):
+    """Of lllyasviel's files."""
+    last = 2 * len(net.controlnet_cond_embedding.blocks) + 2
+    for pattern, new in (
+        (r"controlnet_cond_embedding\.conv_in\.", "input_hint_block.0."),
+        (r"controlnet_cond_embedding\.conv_out\.", f"input_hint_block.{last}."),
+        (r"controlnet_cond_embedding\.blocks\.(\d+)\.", lambda found: f"input_hint_block.{2 * int(found[1]) + 2}."),
+        (r"controlnet_down_blocks\.(\d+)\.", r"zero_convs.\1.0."),
+        (r"controlnet_mid_block\.", "middle_block_out.0."),
+    ):
+        if re.match(pattern, name):
+            return re.sub(pattern, new, name)
+    return ldm_unet(net, name)
+
+
+@pytest.mark.parametrize("layout", ["control_model.", "", "diffusers"])
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_single_file(family, layout, tmp_path):
+    own = {"cross_attention_dim": 768, "attention_head_dim": 8, "layers_per_block": 2}
+    xl = {"layers_per_block": 2, "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 1280 + 48}
+    net = controlnet(unet(**own) if family == "sd1" else xl_unet(**xl, attention_head_dim=(1, 1, 1)))
+    state = {name: value.clone().contiguous() for name, value in net.state_dict().items()}
+    if layout != "diffusers":
+        state = {layout + original_name(net, name): value for name, value in state.items()}
+    save_file(state, tmp_path / "net.safetensors")
+    net.save_config(tmp_path)
+    theirs = net
+    if family == "sd1" or layout == "diffusers":  # of SDXL's original names diffusers leaves some weights unread
+        theirs = ControlNetModel.from_single_file(str(tmp_path / "net.safetensors"), config=str(tmp_path))
+    theirs = theirs.state_dict()
+    part = open_checkpoint(str(tmp_path / "net.safetensors")).parts["controlnet"]
+    assert part.weights.keys() == theirs.keys()
+    for name, weight in part.weights.items():
+        np.testing.assert_array_equal(weight.read(), theirs[name].numpy())
+    wanted = json.loads((tmp_path / "config.json").read_text())
+    assert ControlNetConfig.from_dict(part.config) == ControlNetConfig.from_dict(wanted)
+
+
+@pytest.mark.parametrize("kind", ["full_adapter", "light_adapter", "full_adapter_xl"])
+@pytest.mark.parametrize("original", [False, True])
+def test_a_single_file_of_an_adapter(kind, original, tmp_path):
+    channels = [32, 64] if kind == "light_adapter" else [32, 64, 64, 64]
+    net = adapter(adapter_type=kind, channels=channels, downscale_factor=16 if kind == "full_adapter_xl" else 8)
+    state = net.state_dict()
+    if original:
+        place = r"body.\1.body.\2." if kind == "light_adapter" else lambda m: f"body.{2 * int(m[1]) + int(m[2])}."
+        state = {
+            re.sub(r"body\.(\d+)\.resnets\.(\d+)\.", place, k.removeprefix("adapter.")): v for k, v in state.items()
+        }
+        if kind != "light_adapter":
+            state = {re.sub(r"body\.(\d+)\.in_", lambda m: f"body.{2 * int(m[1])}.in_", k): v for k, v in state.items()}
+    save_file({name: value.clone().contiguous() for name, value in state.items()}, tmp_path / "net.safetensors")
+    part = open_checkpoint(str(tmp_path / "net.safetensors")).parts["adapter"]
+    again = T2IAdapter(**{name: value for name, value in part.config.items() if name != "_class_name"})
+    again.load_state_dict({name: torch.from_numpy(weight.read()) for name, weight in part.weights.items()})
+    picture = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        for found, wanted in zip(again(picture), net(picture), strict=True):
+            torch.testing.assert_close(found, wanted)

@@ -38,8 +38,9 @@ def verify(directory: Path, manifest: Manifest, report: Callable[[str, float], N
     def run(component: str) -> dict[str, AnyArray]:
         report(f"checking {component}", 0.0)
         found: dict[str, dict[str, AnyArray]] = {}
+        seen: dict[bytes, dict[str, AnyArray]] = {}
         for variant, path in sorted(manifest.components[component].graphs.items()):  # what keeps, then what reuses
-            outputs = found[variant] = _run(directory / path, feeds)
+            outputs = found[variant] = _run(directory / path, feeds, seen)
             feeds.update({KEPT: outputs.pop(KEPT)} if KEPT in outputs else {})
             _expect(f"{component} ({variant})", _first(outputs), _first(next(iter(found.values()))).shape)
         return found["plain"]
@@ -87,16 +88,22 @@ def _expect(component: str, found: AnyArray, *works: tuple[int, ...]) -> None:
         raise ExportError(f"{component} gives {found.shape} instead of {works[0]}; its config contradicts the others")
 
 
-def _run(path: Path, feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
-    """The outputs of a graph that is run stage by stage; inputs that ``feeds`` lacks are zeros."""
+def _run(path: Path, feeds: Mapping[str, AnyArray], seen: dict[bytes, dict[str, AnyArray]]) -> dict[str, AnyArray]:
+    """The outputs of a graph that is run stage by stage; inputs that ``feeds`` lacks are zeros.
+
+    A stage that is in another graph too runs once: ``seen`` is what each gave.
+    """
     values = dict(feeds)
     model = ir.load(path)
     stage = path.with_name("stage.onnx")  # beside the weights that it points into
     try:
         for piece in cut(model):
             ir.save(piece, stage)
-            session = Session(stage, device="cpu")
-            values.update(session.run({port.name: _zeros(port) for port in session.inputs} | values))
+            content = stage.read_bytes()
+            if content not in seen:
+                session = Session(stage, device="cpu")
+                seen[content] = session.run({port.name: _zeros(port) for port in session.inputs} | values)
+            values.update(seen[content])
     finally:
         stage.unlink(missing_ok=True)
     return {str(output.name): values[str(output.name)] for output in model.graph.outputs}

@@ -25,7 +25,13 @@ def to_images(pictures: Array) -> tuple[Image.Image, ...]:
 
 
 def parameters_text(
-    request: Request, model: str, *, vae: str | None = None, refiner: str | None = None, loras: Sequence[Lora] = ()
+    request: Request,
+    model: str,
+    *,
+    vae: str | None = None,
+    refiner: str | None = None,
+    loras: Sequence[Lora] = (),
+    controls: Sequence[str] = (),
 ) -> str:
     """The recipe in AUTOMATIC1111's ``parameters`` format, where adapters are told in the prompt."""
     sampler = request.sampler or ""
@@ -44,6 +50,7 @@ def parameters_text(
         "Model": _quoted(model),
         **({} if vae is None else {"VAE": _quoted(vae)}),
         **({} if refiner is None else {"Refiner": _quoted(refiner), "Refiner switch at": request.refiner_start}),
+        **_controlled(request, controls),
         "Version": "sdonnx",
     }
     lines = [" ".join([request.prompt, *(f"<lora:{lora.path.stem}:{lora.scale:g}>" for lora in loras)])]
@@ -65,6 +72,17 @@ def _read(request: Request) -> dict[str, str | int]:
     if request.weighting != "a1111":
         settings["Weighting"] = request.weighting
     return settings
+
+
+def _controlled(request: Request, names: Sequence[str]) -> dict[str, str]:
+    """As A1111's extension for ControlNets writes them."""
+    return {
+        f"ControlNet {index}": _quoted(
+            f"Model: {name}, Weight: {control.scale:g}, "
+            f"Guidance Start: {control.start:g}, Guidance End: {control.end:g}"
+        )
+        for index, (name, control) in enumerate(zip(names, request.controls, strict=True))
+    }
 
 
 def _varied(request: Request) -> dict[str, str]:
@@ -130,10 +148,17 @@ def save_png(result: Result, index: int, path: Path, *, enlarge: int = 1) -> Non
     """
     info = PngInfo()
     request = of_image(result.request, index)
-    text = parameters_text(request, result.model, vae=result.vae, refiner=result.refiner, loras=result.loras)
+    named = {"vae": result.vae, "refiner": result.refiner}
+    text = parameters_text(request, result.model, **named, loras=result.loras, controls=result.controls)
     info.add_text("parameters", text)
-    loras = [{"name": lora.path.stem, "scale": lora.scale} for lora in result.loras]
-    others = {"vae": result.vae, "refiner": result.refiner, "loras": loras}
+    others = {
+        **named,
+        "loras": [{"name": lora.path.stem, "scale": lora.scale} for lora in result.loras],
+        "controls": [
+            {"name": name, "scale": each.scale, "start": each.start, "end": each.end}
+            for name, each in zip(result.controls, request.controls, strict=True)
+        ],
+    }
     data = {**recipe(request), "model": result.model, **{kind: name for kind, name in others.items() if name}}
     info.add_text("sdonnx", json.dumps(data, ensure_ascii=False))
     with replacing(path) as stream:

@@ -95,4 +95,4 @@ def export(
             report=lambda what, done: bar.update(task, description=what, completed=done),
         )
     chosen = _USE[sdonnx.Package.open(directory).manifest.family].format(directory)
-    err.print(f"""{directory} is ready: sdonnx run "a photograph of a cat" {chosen}""", highlight=False)
+    err.print(f"""{directory} is ready: sdonnx run "a photograph of a cat" {chosen}""", highlight=False, soft_wrap=True)

@@ -116,6 +116,17 @@ MODULES = {
 """LyCORIS's kinds."""
 
 
+def lycoris_network(pipe, kind):
+    """LyCORIS's modules put into a U-Net, in whose forward passes they are from then on; their tensors."""
+    state = {}
+    for seed, (name, layer) in enumerate(layers(pipe.unet, LINEAR + KERNELS).items()):
+        module = lycoris(layer, kind, seed).eval()
+        module.apply_to()
+        tensors = {key: value.clone() for key, value in module.state_dict().items()}
+        state |= {f"lora_unet_{name.replace('.', '_')}.{key}": value for key, value in tensors.items()}
+    return state
+
+
 def lycoris(layer, kind, seed):
     """One of LyCORIS's modules of a layer, with random weights."""
     module, options = MODULES[kind]

@@ -85,11 +85,22 @@ def test_pictures_equal_those_of_diffusers(family, tmp_path, name, kind):
     assert_equal(ours(package, [(file, scale)]), fused(pipe, [(file, scale)]), ours(package))
 
 
-@pytest.mark.parametrize("original", [False, True])
-def test_pictures_of_sdxl_equal_those_of_diffusers(family, tmp_path, original):
+@pytest.mark.parametrize("kind", ["kohya", "kohya with kernels", "original names", "peft", "dora"])
+def test_pictures_of_sdxl_equal_those_of_diffusers(family, tmp_path, kind):
     pipe, package = family("sdxl")
-    file = lora_fixture.save(lora_fixture.kohya(pipe, kernels=True, original=original), tmp_path / "a.safetensors")
-    assert_equal(ours(package, [(file, 0.7)]), fused(pipe, [(file, 0.7)]), ours(package))
+    original = {"original names": lambda pipe: lora_fixture.kohya(pipe, kernels=True, original=True)}
+    file = lora_fixture.save({**FILES, **original}[kind](pipe), tmp_path / "a.safetensors")
+    scale = 1.0 if kind == "dora" else 0.7
+    assert_equal(ours(package, [(file, scale)]), fused(pipe, [(file, scale)]), ours(package))
+
+
+@pytest.mark.parametrize("kind", ["loha", "loha with kernels", "lokr", "lokr with kernels", "locon", "dora of inputs"])
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_pictures_equal_those_with_lycoris_in_the_unet(family, tmp_path, name, kind):
+    pipe, package = family(name)
+    file = lora_fixture.save(lora_fixture.lycoris_network(pipe, kind), tmp_path / "a.safetensors")
+    wanted = reference(pipe, prompt=PROMPT, **SETTINGS)
+    assert_equal(ours(package, [file]), wanted, ours(package))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

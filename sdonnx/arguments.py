@@ -154,18 +154,20 @@ def parse_numbers(name: str, numbers: str | None) -> tuple[float, ...] | None:
         raise sdonnx.RequestError(f"{name} are '{numbers}'; give numbers with commas, such as 14.6,3.2,0.7") from None
 
 
-def parse_interval(interval: str | None) -> tuple[float, float] | None:
-    """The noise levels of "0.3,5.4".
+def parse_interval(interval: str | None) -> dict[str, tuple[float, float]]:
+    """The request's field of the noise levels of "0.3,5.4", or of the shares of the steps of "0.1:0.9".
 
     Raises:
         RequestError: it is something else.
     """
-    numbers = parse_numbers("guidance-interval", interval)
-    if numbers is None:
-        return None
+    if interval is None:
+        return {}
+    field = "guidance_steps" if ":" in interval else "guidance_interval"
+    numbers = parse_numbers("guidance-interval", interval.replace(":", ",")) or ()
     if len(numbers) != 2:
-        raise sdonnx.RequestError(f"guidance-interval is '{interval}'; give two noise levels, such as 0.3,5.4")
-    return numbers[0], numbers[1]
+        said = "two noise levels, such as 0.3,5.4, or two shares of the steps, such as 0.1:0.9"
+        raise sdonnx.RequestError(f"guidance-interval is '{interval}'; give {said}")
+    return {field: (numbers[0], numbers[1])}
 
 
 def output_paths(output: Path | None, request: sdonnx.Request) -> list[Path]:

@@ -374,8 +374,8 @@ TokenDownsampling: TypeAlias = Annotated[
 GuidanceInterval: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        metavar="LOW,HIGH",
-        help="Guide only between these noise levels; elsewhere a step is half the work.",
+        metavar="LOW,HIGH|A:B",
+        help="Guide only between these noise levels, or shares of the steps; elsewhere a step is half the work.",
         rich_help_panel=_FASTER,
     ),
 ]

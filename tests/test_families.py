@@ -102,6 +102,26 @@ def test_text_to_image(saved, name, layout, guidance):
     assert_equal(sdonnx.load(package).generate(PROMPT, seed=SEED, **common), wanted)
 
 
+def test_guidance_between_shares_of_the_steps(saved):
+    """As diffusers' documentation has it: a callback that leaves the unconditional row out from a step on."""
+    pipe, package = saved("sd2 base", families.sd2)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+
+    def unguided(pipe, step, _timestep, given):
+        if step == 2:  # the third of five steps is done
+            pipe._guidance_scale = 0.0
+            given["prompt_embeds"] = given["prompt_embeds"].chunk(2)[-1]
+        return given
+
+    common = {"negative_prompt": NEGATIVE, "num_inference_steps": 5, "guidance_scale": 6.0, **SIZE}
+    told = {"callback_on_step_end": unguided, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    wanted = reference(pipe, prompt=PROMPT, **common, **told)
+    pipeline = sdonnx.load(package)
+    assert_equal(pipeline.generate(PROMPT, seed=SEED, sampler="ddim", guidance_steps=(0.0, 0.6), **common), wanted)
+    always = pipeline.generate(PROMPT, seed=SEED, sampler="ddim", **common)
+    assert np.abs(always.latents - wanted[0]).max() > 1e-2
+
+
 def test_an_empty_negative_of_sdxl_is_zeros(saved):
     pipe, package = saved("sdxl", families.sdxl)
     common = {"num_inference_steps": 3, "guidance_scale": 6.0, **SIZE}

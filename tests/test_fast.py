@@ -254,10 +254,11 @@ def test_the_interval_is_open_below_and_closed_above():
     [
         ({"reuse": 0}, "reuse is 0; give a whole number from 1 to 1000"),
         ({"reuse": True}, "reuse is True; give a whole number"),
-        ({"guidance_interval": 3}, "guidance_interval is 3; give two noise levels, such as (0.3, 5.4)"),
+        ({"guidance_interval": 3}, "guidance_interval is 3; give two noise levels, the lower one first"),
         ({"guidance_interval": (2, 1)}, "guidance_interval is (2, 1); give the lower noise level first"),
         ({"guidance_interval": (-1, 1)}, "noise level is -1; give a number from 0 to 1000000.0"),
         ({"guidance_interval": (0, float("inf"))}, "noise level is inf"),
+        ({"guidance_steps": (0.5, 1.5)}, "guidance_steps's share is 1.5; give a number from 0 to 1"),
     ],
 )
 def test_values_out_of_range(package, change, message):
@@ -369,11 +370,12 @@ def test_fast_is_a_preset_whose_parts_can_be_chosen_otherwise(package, tmp_path)
     assert sdonnx.FAST.items() <= asked("--fast").items()
     changed = asked("--fast", "--reuse", "1", "--no-token-downsampling", "--guidance-interval", "0.3,5.4")
     assert {"reuse": 1, "token_downsampling": False, "guidance_interval": [0.3, 5.4]}.items() <= changed.items()
+    assert asked("--guidance-interval", "0.1:0.9")["guidance_steps"] == [0.1, 0.9]
     plain = asked()
     assert {"reuse": 1, "token_downsampling": False, "guidance_interval": None}.items() <= plain.items()
 
 
-@pytest.mark.parametrize("text", ["3", "1,2,3", "low,high"])
+@pytest.mark.parametrize("text", ["3", "1,2,3", "low,high", "0.1:0.5:0.9"])
 def test_an_interval_is_two_numbers(package, text):
     ran = CliRunner().invoke(app, ["run", "a cat", "-m", str(package), "--guidance-interval", text])
     assert isinstance(ran.exception, sdonnx.RequestError)

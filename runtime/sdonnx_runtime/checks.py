@@ -86,7 +86,8 @@ def check_request(
     request = _check_refiner(request, refined=refined)
     _check_sizes(request)
     _check_controls(request, controls)
-    _check_interval(request.guidance_interval)
+    _check_interval("guidance_interval", request.guidance_interval, "noise level", MAX_SIGMA)
+    _check_interval("guidance_steps", request.guidance_steps, "share", 1)
     _whole("reuse", request.reuse, 1, 1000)
     _flag("token_downsampling", request.token_downsampling)
     _check_variation(request)
@@ -169,16 +170,16 @@ def _check_hires(request: Request, multiple: int) -> Request:
     return request
 
 
-def _check_interval(interval: object) -> None:
+def _check_interval(name: str, interval: object, of: str, highest: float) -> None:
     if interval is None:
         return
     if not isinstance(interval, tuple) or len(cast("tuple[object, ...]", interval)) != 2:
-        raise RequestError(f"guidance_interval is {interval!r}; give two noise levels, such as (0.3, 5.4)")
+        raise RequestError(f"{name} is {interval!r}; give two {of}s, the lower one first")
     low, high = cast("tuple[float, float]", interval)
     for value in (low, high):
-        _number("guidance_interval's noise level", value, 0, MAX_SIGMA)
+        _number(f"{name}'s {of}", value, 0, highest)
     if low >= high:
-        raise RequestError(f"guidance_interval is {interval!r}; give the lower noise level first")
+        raise RequestError(f"{name} is {interval!r}; give the lower {of} first")
 
 
 def _check_variation(request: Request) -> None:

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 
 from sdonnx_runtime.arrays import AnyArray, Array
+from sdonnx_runtime.denoise import within_steps
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.manifest import read_json
 from sdonnx_runtime.package import Package
@@ -260,8 +261,7 @@ class Controlled:
         total = dict(self._nothing)
         for net in self._nets:
             control = net.control
-            begun, over = self._step / self._steps >= control.start, (self._step + 1) / self._steps > control.end
-            if control.scale == 0 or not begun or over:
+            if control.scale == 0 or not within_steps((control.start, control.end), self._step, self._steps):
                 continue
             for name, value in net(inputs, guess=self._guess).items():
                 total[name] = total[name] + value

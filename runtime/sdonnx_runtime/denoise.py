@@ -137,18 +137,29 @@ def unguided(model: Model, weights: Sequence[float]) -> Model:
 
 
 def _of_request(
-    run: Run, inputs: Mapping[str, AnyArray], beside: Array | None, weights: Sequence[float], request: Request
+    run: Run,
+    inputs: Mapping[str, AnyArray],
+    beside: Array | None,
+    weights: Sequence[float],
+    request: Request,
+    *,
+    guided: bool,
 ) -> Model:
-    """The U-Net as a model of one row, guided as a checked request says."""
+    """The U-Net as a model of one row, guided as a checked request says, where it is to be ``guided``."""
     count, model = len(weights), predict(run, inputs, beside)
     if len(inputs["encoder_hidden_states"]) == count:
         return unguided(model, weights)
-    model = guide(model, given(request.guidance_scale), request.guidance_rescale, request.image_guidance_scale, weights)
-    if request.guidance_interval is None:
-        return model
     alone = {name: rows[-count:] for name, rows in inputs.items()}
-    conditional = predict(run, alone, None if beside is None else beside[-count:])
-    return within(request.guidance_interval, model, unguided(conditional, weights))
+    conditional = unguided(predict(run, alone, None if beside is None else beside[-count:]), weights)
+    if not guided:
+        return conditional
+    model = guide(model, given(request.guidance_scale), request.guidance_rescale, request.image_guidance_scale, weights)
+    return model if request.guidance_interval is None else within(request.guidance_interval, model, conditional)
+
+
+def within_steps(share: tuple[float, float], step: int, steps: int) -> bool:
+    """Whether a step, from 0, lies within a share of the steps, as diffusers counts it for ControlNets."""
+    return step / steps >= share[0] and (step + 1) / steps <= share[1]
 
 
 class ByStep:
@@ -185,8 +196,12 @@ def by_step(
         weights: of each conditional row.
         request: of the pass.
     """
-    models = {id(each): _of_request(run, each, beside, weights, request) for each in inputs}
-    return ByStep([models[id(each)] for each in inputs])
+    share, count = request.guidance_steps, len(inputs)
+    steps = [(each, share is None or within_steps(share, index, count)) for index, each in enumerate(inputs)]
+    models = {
+        (id(each), guided): _of_request(run, each, beside, weights, request, guided=guided) for each, guided in steps
+    }
+    return ByStep([models[id(each), guided] for each, guided in steps])
 
 
 def handed_over(first: Model, second: Model, below: float, leave: Callable[[], None]) -> Model:

@@ -89,6 +89,8 @@ class Request:
     """(low, high), 0 to 1e6: guidance where low < sigma <= high, the noise level, and none elsewhere, at half the work.
 
     arXiv:2404.07724. None is everywhere."""
+    guidance_steps: tuple[float, float] | None = None
+    """(start, end), 0 to 1: the same by steps, guidance between these shares of a pass' steps; None is in all."""
     reuse: int = 1
     """1 to 1000: of so many steps one runs the whole U-Net, the others its outermost part; DeepCache, arXiv:2312.00858.
 

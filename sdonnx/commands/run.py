@@ -87,11 +87,7 @@ def run(
     [dim]sdonnx run "a photograph of a cat" -m sd15-onnx --seed 7[/dim]
     [dim]sdonnx run "a tiger on a white background" --image cat.png --strength 0.6[/dim]
     """
-    lossy = {
-        "reuse": reuse,
-        "token_downsampling": token_downsampling,
-        "guidance_interval": parse_interval(guidance_interval),
-    }
+    lossy = {"reuse": reuse, "token_downsampling": token_downsampling, **parse_interval(guidance_interval)}
     other, refined = parse_refiner(refiner)
     nets = [parse_control(each) for each in control or ()]
     if control_prep is not None and not nets:

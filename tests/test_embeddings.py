@@ -22,22 +22,22 @@ SETTINGS = {"num_inference_steps": 3, "guidance_scale": 4.0, **SIZE}
 TAUGHT = "a photograph of my-cat, and a MY-CAT in my-category"
 
 
+def saved_pair(directory, name):
+    """A family's pipeline, and our package of it."""
+    pipe = getattr(families, name)()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(directory / name)
+    return pipe, export(str(directory / name), directory / f"{name}-onnx")
+
+
 @pytest.fixture(scope="module")
 def sd1(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("embeddings")
-    pipe = families.sd1()
-    pipe.set_progress_bar_config(disable=True)
-    pipe.save_pretrained(directory / "sd1")
-    return pipe, export(str(directory / "sd1"), directory / "sd1-onnx")
+    return saved_pair(tmp_path_factory.mktemp("embeddings"), "sd1")
 
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("embeddings")
-    pipe = families.sdxl()
-    pipe.set_progress_bar_config(disable=True)
-    pipe.save_pretrained(directory / "sdxl")
-    return pipe, export(str(directory / "sdxl"), directory / "sdxl-onnx")
+    return saved_pair(tmp_path_factory.mktemp("embeddings"), "sdxl")
 
 
 def vectors(count, width=64, seed=0):

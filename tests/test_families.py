@@ -15,7 +15,7 @@ from optimum.onnxruntime import ORTStableDiffusionXLPipeline
 from PIL import Image
 from sdonnx_export.export import export
 from sdonnx_runtime.conditioning import CONDITIONING
-from sdonnx_runtime.manifest import FAMILIES
+from sdonnx_runtime.manifest import CONTROLS, FAMILIES, VAE_ALONE
 from sdonnx_runtime.pictures import bicubic
 from sdonnx_runtime.starts import pictures_of
 
@@ -323,7 +323,7 @@ def test_without_its_peculiarity_a_family_gives_another_picture(saved, tmp_path,
 
 
 def test_every_family_has_its_conditioning():
-    assert {*CONDITIONING, "vae"} == FAMILIES.keys()
+    assert {*CONDITIONING, VAE_ALONE, *CONTROLS} == FAMILIES.keys()
 
 
 def test_what_a_model_needs_is_asked_for(saved):

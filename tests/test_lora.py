@@ -48,7 +48,7 @@ def family(tmp_path_factory):
 def fused(pipe, files):
     """diffusers' picture with files and their scales."""
     for index, (path, scale) in enumerate(files):
-        pipe.load_lora_weights(str(path), adapter_name=f"a{index}")
+        pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=f"a{index}")
         pipe.set_adapters([f"a{index}"], [1.0])
         pipe.fuse_lora(lora_scale=scale, adapter_names=[f"a{index}"])
         pipe.unload_lora_weights()
@@ -176,7 +176,7 @@ def test_what_is_taken_off_leaves_nothing_behind(family, file, tmp_path, keep_lo
 
 def test_with_steps_reused_and_tokens_downsampled(family, file):
     pipe, package = family("sd1")
-    pipe.load_lora_weights(str(file))
+    pipe.load_lora_weights(str(file.parent), weight_name=file.name)
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     pipe.save_pretrained(file.parent / "fused")
@@ -221,7 +221,7 @@ def test_weights_of_every_precision(family, file, precision):
     """What is stored comes to the stored weights and what diffusers adds, but for rounding anew."""
     pipe, package = family("sd1", precision)
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
-    pipe.load_lora_weights(str(file))
+    pipe.load_lora_weights(str(file.parent), weight_name=file.name)
     pipe.fuse_lora(lora_scale=0.7)
     pipe.unload_lora_weights()
     opened = sdonnx.Package.open(package)

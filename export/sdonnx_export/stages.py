@@ -23,6 +23,14 @@ def name_edges(graph: ir.Graph) -> None:
             value.name = stage if index == 0 else f"{stage}.{index}"
 
 
+def slim(graph: ir.Graph) -> None:
+    """Takes from a graph what nothing reads: long names of values within a stage, and their shapes."""
+    for index, (stage, nodes) in enumerate(groupby(graph, key=stage_of)):
+        inner = [value for node in nodes for value in node.outputs if not _leaves(value, stage)]
+        for number, value in enumerate(inner):
+            value.name, value.type, value.shape = f"{index}.{number}", None, None
+
+
 def cut(model: ir.Model) -> list[ir.Model]:
     """One model for each stage, in the order of running.
 
@@ -36,7 +44,7 @@ def cut(model: ir.Model) -> list[ir.Model]:
         made = {value for node in nodes for value in node.outputs}
         read = [value for node in nodes for value in node.inputs if value is not None and value not in made]
         inputs = [v for v in dict.fromkeys(read) if v not in given or v in graph.inputs]
-        outputs = [v for node in nodes for v in node.outputs if v.is_graph_output() or _crosses(v, stage)]
+        outputs = [v for node in nodes for v in node.outputs if _leaves(v, stage)]
         piece = ir.convenience.extract(graph, inputs, outputs)
         pieces.append(ir.Model(piece, ir_version=model.ir_version))
     return pieces
@@ -63,6 +71,10 @@ def embedded_graph(model: ir.Model) -> ir.Model:
     tokens = next(value for node in graph for value in node.outputs if value.name == EMBEDS)
     piece = ir.convenience.extract(graph, [*graph.inputs, tokens], graph.outputs)
     return ir.Model(piece, ir_version=model.ir_version)
+
+
+def _leaves(value: ir.Value, stage: str) -> bool:
+    return value.is_graph_output() or _crosses(value, stage)
 
 
 def _crosses(value: ir.Value, stage: str) -> bool:

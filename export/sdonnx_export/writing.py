@@ -17,6 +17,7 @@ from sdonnx_export.clip_vocabulary import write_clip_tokenizer
 from sdonnx_export.graph import components_of
 from sdonnx_export.parts import Checkpoint
 from sdonnx_export.precision import Choice, label
+from sdonnx_export.stages import slim
 
 Report = Callable[[str, float], None]
 """Told what is being done and how much of it is, 0 to 1."""
@@ -124,6 +125,7 @@ def _save(model: ir.Model, folder: Path, done: Callable[[float], None]) -> None:
         written += 1
         done(written / info.total)
 
+    slim(model.graph)
     ir.save(
         model,
         folder / GRAPH,
@@ -141,6 +143,7 @@ def _save_variants(graphs: Mapping[str, ir.Model], folder: Path) -> None:
         for name, value in model.graph.initializers.items():
             if name in stored and isinstance(stored[name].const_value, ir.ExternalTensor):
                 value.const_value = stored[name].const_value
+        slim(model.graph)
         ir.save(model, folder / f"{variant}.onnx")
 
 

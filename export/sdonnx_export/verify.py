@@ -102,7 +102,8 @@ def _run(path: Path, feeds: Mapping[str, AnyArray], seen: dict[bytes, dict[str, 
             content = stage.read_bytes()
             if content not in seen:
                 session = Session(stage, device="cpu")
-                seen[content] = session.run({port.name: _zeros(port) for port in session.inputs} | values)
+                outputs = session.run({port.name: _zeros(port) for port in session.inputs} | values)
+                seen[content] = {name: value.copy() for name, value in outputs.items()}  # as they are, all its memory
             values.update(seen[content])
     finally:
         stage.unlink(missing_ok=True)

@@ -143,6 +143,17 @@ def test_words_are_found_whatever_their_case_and_not_within_others(sd1, tmp_path
     mine = list(learned.words["my-cat"])
     wanted = [*plain.ids("a photograph of"), *mine, *plain.ids(", and a"), *mine, *plain.ids("in my-category")]
     assert tokenizer.ids(TAUGHT) == wanted
+    assert tokenizer.ids("mY-\u212aat, MY-CAT") == [*plain.ids("mY-\u212aat,"), *mine]
+    odd = Tokenizer.open(sd1[1] / "tokenizer", length=77, learned={"kit": (2**31,), "kits": (2**31 + 1,)})
+    assert odd.ids("\u212ait, k\u0131t, kit\u017f, KITS") == [
+        2**31,
+        *plain.ids(","),
+        2**31,
+        *plain.ids(","),
+        2**31 + 1,
+        *plain.ids(","),
+        2**31 + 1,
+    ]
     long = "a red apple " * 24 + "my-cat twice and more"
     assert tokenizer.encode(long).truncated == "and more"
     assert tokenizer.encode("big big " + long).truncated == "my-cat twice and more"

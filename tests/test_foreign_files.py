@@ -53,6 +53,23 @@ def test_a_file_of_another_kind_is_named(kind, tmp_path):
     assert ("--vae" in str(error.value)) == (what == "a VAE alone")
 
 
+CUT = {
+    "original ControlNet without a prefix": ("a ControlNet", "input_hint_block.0.weight"),
+    "diffusers ControlNet": ("a ControlNet", "controlnet_cond_embedding.conv_in.weight", "down_blocks.0.resnets.0.x"),
+    "diffusers T2I-Adapter": ("a T2I-Adapter", "adapter.body.0.resnets.0.block1.weight", "adapter.conv_in.weight"),
+}
+"""What could be exported, were it whole."""
+
+
+@pytest.mark.parametrize("kind", CUT)
+def test_a_net_that_is_cut_is_named(kind, tmp_path):
+    what, *names = CUT[kind]
+    save_file({name: torch.zeros(4, 4) for name in names}, tmp_path / "x.safetensors")
+    with pytest.raises(ExportError, match=f"x.safetensors looks like {what}, but ") as error:
+        open_checkpoint(str(tmp_path / "x.safetensors"))
+    assert "\n" not in str(error.value)
+
+
 def test_pickled_textual_inversions_are_named(tmp_path):
     """AUTOMATIC1111's and CompVis's: a dictionary in a dictionary."""
     learned = {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.zeros(2, 768)}, "name": "x"}

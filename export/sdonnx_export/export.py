@@ -64,7 +64,8 @@ def export(
         via: ``native`` (written graphs, no torch) or ``optimum`` (traced by optimum-onnx).
         calibration: what int8 takes its ranges from: full or fast (a trajectory for each of the prompts that come
             with sdonnx, or for the first of them), none (ranges are found while running, and fewer layers are int8),
-            or a file of prompts, one to a line. A VAE alone has no prompts: full and fast are random colours.
+            or a file of prompts, one to a line. A VAE alone has no prompts: full and fast are random colours. A
+            ControlNet or T2I-Adapter can't be observed alone: whichever it is, its larger kernels compute in float32.
         defaults: fields of `Defaults` that suit the model and that its configs don't say.
         loras: adapters that become part of it for good.
         force: replaces ``output`` if it exists.
@@ -85,6 +86,8 @@ def export(
     with _finished_at(output, replacing=force) as directory:
         if via == "native":
             checkpoint = baked(opened(source, vae, revision, report), loras)
+            if source is not None and "unet" not in checkpoint.parts and calibration not in ("full", "fast", "none"):
+                raise ExportError(f"{name} has no U-Net that prompts could be shown to; leave out --calibration")
             defaults = {**checkpoint.defaults, **defaults}
             seen = None
             if "int8" in _precisions(checkpoint, chosen) and "vae" in checkpoint.parts:

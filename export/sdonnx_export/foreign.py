@@ -4,17 +4,21 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-EXPORTABLE = "what can be exported is a whole checkpoint of Stable Diffusion 1, 2 or XL"
+EXPORTABLE = (
+    "what can be exported is a whole checkpoint of Stable Diffusion 1, 2 or XL, or a ControlNet or T2I-Adapter of one"
+)
 
 _SIGNS = {
     r"(control_model\.|input_hint_block\.|controlnet_|lora_controlnet$|lllite_|.*\bzero_convs\.)": (
-        "a ControlNet; give the checkpoint that it steers"
+        "a ControlNet of a kind that isn't read, or a part of one; give a whole one, or the checkpoint that it steers"
     ),
     r"(lora_|lycoris_|.*\.lora[_.]|.*_lora\.|.*\.(hada_[wt]|lokr_[wt]|oft_|dora_scale|alpha$))": (
         "a LoRA or a relative of it; give the checkpoint that it changes"
     ),
     r"(ip_adapter\.|image_proj\.|image_proj_model\.)": "an IP-Adapter; give the checkpoint that it extends",
-    r"(adapter\.)?body\.\d+\.": "a T2I-Adapter; give the checkpoint that it steers",
+    r"(adapter\.)?body\.\d+\.": (
+        "a T2I-Adapter of a kind that isn't read, or a part of one; give a whole one, or the checkpoint that it steers"
+    ),
     r"(emb_params$|string_to_param|clip_[lg]$|<[^>]+>$)": (
         "a textual inversion; give the checkpoint that it was trained with"
     ),

@@ -20,6 +20,7 @@ def read_control(path: Path, weights: Weights) -> dict[str, Part]:
     Raises:
         ExportError: parts of it are missing or unknown.
     """
+    what = "ControlNet"
     try:
         for prefix in ("control_model.", ""):
             mine = below(weights, prefix)
@@ -27,15 +28,18 @@ def read_control(path: Path, weights: Weights) -> dict[str, Part]:
                 return {"controlnet": _part(_original(mine))}
             if "controlnet_cond_embedding.conv_in.weight" in mine:
                 return {"controlnet": _part(mine)}
-        adapter = below(weights, "adapter.") or weights
+        adapter, what = below(weights, "adapter.") or weights, "T2I-Adapter"
         if "body.0.resnets.0.block1.weight" in adapter:
             return {"adapter": _adapter(path, adapter)}
         if any(re.match(r"body\.0\.(body\.0\.)?block1\.weight", name) for name in adapter):
             light = "body.0.out_conv.weight" in adapter
             mine = {_adapter_name(name, light=light): weight for name, weight in adapter.items()}
             return {"adapter": _adapter(path, mine)}
-    except KeyError as missing:
-        raise ExportError(f"{path} lacks the weight {missing}; download it again") from None
+    except (ExportError, KeyError) as error:
+        reason = (
+            f"lacks the weight {error}; download it again" if isinstance(error, KeyError) else f"can't be read: {error}"
+        )
+        raise ExportError(f"{path} looks like a {what}, but {reason}") from None
     return {}
 
 

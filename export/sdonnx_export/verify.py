@@ -103,7 +103,7 @@ def _run(path: Path, feeds: Mapping[str, AnyArray], seen: dict[bytes, dict[str, 
             if content not in seen:
                 session = Session(stage, device="cpu")
                 outputs = session.run({port.name: _zeros(port) for port in session.inputs} | values)
-                seen[content] = {name: value.copy() for name, value in outputs.items()}  # as they are, all its memory
+                seen[content] = {name: value.copy() for name, value in outputs.items()}  # they'd keep its memory alive
             values.update(seen[content])
     finally:
         stage.unlink(missing_ok=True)

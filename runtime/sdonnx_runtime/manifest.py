@@ -15,6 +15,9 @@ FORMAT = 1
 VAE_ALONE = "vae"
 CONTROLS = ("controlnet", "adapter")
 """Families of what steers another package's U-Net; each has one component, of the same name."""
+ALONE: Mapping[str, str] = {VAE_ALONE: "vae_decoder", **{family: family for family in CONTROLS}}
+"""Families that make no pictures of their own, but serve other packages; and a component that each has."""
+
 FAMILIES: Mapping[str, str] = {
     "sd1": "Stable Diffusion 1",
     "sd2": "Stable Diffusion 2",
@@ -147,7 +150,7 @@ class Manifest:
 
     format: int = FORMAT
     family: str
-    """One of FAMILIES; VAE_ALONE and CONTROLS have no U-Net, text encoders, scheduler; their defaults mean nothing."""
+    """One of FAMILIES; those of ALONE have no U-Net, text encoders and scheduler; their defaults mean nothing."""
     target: str
     """What the graphs were written for: any device of DEVICES (``generic``)."""
     defaults: Defaults

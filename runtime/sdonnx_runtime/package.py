@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from sdonnx_runtime.errors import PackageError
-from sdonnx_runtime.manifest import CONTROLS, FAMILIES, MANIFEST, VAE_ALONE, Manifest, read_manifest
+from sdonnx_runtime.manifest import ALONE, CONTROLS, FAMILIES, MANIFEST, VAE_ALONE, Manifest, read_manifest
 from sdonnx_runtime.optimum_layout import infer_manifest
 
 VAE = ("vae_decoder", "vae_encoder")
@@ -32,6 +32,11 @@ class Package:
     def vae(self) -> "Package | None":
         """The package whose VAE it has instead of its own."""
         return self.elsewhere.get("vae_decoder")
+
+    @property
+    def makes_pictures(self) -> bool:
+        """Whether it does so by itself."""
+        return self.manifest.family not in ALONE
 
     @property
     def is_vae_alone(self) -> bool:
@@ -70,7 +75,7 @@ class Package:
         Raises:
             PackageError: it has other latents, or no VAE.
         """
-        if other.control is not None:
+        if "vae_decoder" not in other.manifest.components:
             raise PackageError(f"{other.root} is {other.kind}; give a package with a VAE, and this one with --control")
         mine, its = self.manifest.latents, other.manifest.latents
         if (mine.channels, mine.downscale) != (its.channels, its.downscale):
@@ -111,9 +116,7 @@ class Package:
 def _check_files(package: Package) -> None:
     manifest = package.manifest
     encoders = (encoder.component for encoder in manifest.text_encoders)
-    needed = {"unet", "vae_decoder", *encoders}
-    if package.is_vae_alone or package.control is not None:
-        needed = {"vae_decoder"} if package.control is None else {package.control}
+    needed = {"unet", "vae_decoder", *encoders} if package.makes_pictures else {ALONE[manifest.family]}
     for name in sorted(needed):
         package.graph(name)
     for encoder in manifest.text_encoders:

@@ -66,7 +66,7 @@ class Pipeline:
         lora_folder: Path | None = None,
         controls: Sequence[Package] = (),
     ) -> None:
-        if package.is_vae_alone or package.control is not None:
+        if not package.makes_pictures:
             option = "--vae (or vae=)" if package.control is None else "--control (or controls=)"
             raise PackageError(f"{package.root} is {package.kind}; give a whole package, and this one with {option}")
         if refiner is not None:
@@ -259,7 +259,7 @@ def check_refiner(package: Package, refiner: Package) -> None:
     Raises:
         PackageError: it can't.
     """
-    if refiner.is_vae_alone or refiner.control is not None:
+    if not refiner.makes_pictures:
         raise PackageError(f"{refiner.root} is {refiner.kind}; give a package with a U-Net to refine with")
     mine, other = package.manifest, refiner.manifest
     if other.conditions.beside is not None or mine.conditions.beside is not None:

@@ -140,22 +140,28 @@ class Tokenizer:
         """Where in the text the word begins that holds the token of this index; its end if there are fewer."""
         for begin, part, ids in self._parts(text):
             if token < len(ids):
-                return begin + (0 if part.lower() in self.learned else self.speller.start(part, token))
+                return begin + (self.speller.start(part, token) if part else 0)
             token -= len(ids)
         return len(text)
 
     def _parts(self, text: str) -> Iterator[tuple[int, str, Sequence[int]]]:
-        """Learned words and what is between them: where each begins, its text and its ids."""
-        begin = 0
-        for index, part in enumerate(self._border.split(text) if self.learned else [text]):
-            yield begin, part, self.learned[part.lower()] if index % 2 == 1 else self.speller.ids(part)
-            begin += len(part)
+        """Learned words and what is between them: where each begins, its text (of learned words none) and its ids."""
+        begin, words = 0, self._longest_first
+        for found in self._learned_words.finditer(text) if words else ():
+            yield begin, text[begin : found.start()], self.speller.ids(text[begin : found.start()])
+            yield found.start(), "", self.learned[words[int(found.lastindex or 0) - 1]]
+            begin = found.end()
+        yield begin, text[begin:], self.speller.ids(text[begin:])
 
     @cached_property
-    def _border(self) -> re.Pattern[str]:
-        """Learned words, not within others."""
-        words = "|".join(re.escape(word) for word in sorted(self.learned, key=len, reverse=True))
-        return re.compile(rf"((?<!\w)(?:{words})(?!\w))", re.IGNORECASE)
+    def _longest_first(self) -> list[str]:
+        return sorted(self.learned, key=len, reverse=True)
+
+    @cached_property
+    def _learned_words(self) -> re.Pattern[str]:
+        """Learned words, not within others, each a group: what a word's letters match has other spellings than its."""
+        words = "|".join(f"({re.escape(word)})" for word in self._longest_first)
+        return re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ def load(
     threads: int | None = None,
     keep_loaded: bool = False,
     memory_limit: int | None = None,
+    low_memory: bool = False,
     refiner: str | Path | None = None,
     loras: Sequence[AnyLora] = (),
     lora_folder: str | Path | None = None,
@@ -39,6 +40,7 @@ def load(
         threads: CPU threads; None is one for each physical core.
         keep_loaded: keeps components in memory, for many pictures in a row.
         memory_limit: bytes the device may use (CUDA).
+        low_memory: holds a stage of a graph and a tile of a picture at a time; slower.
         refiner: another package, named as ``model`` is, whose U-Net takes the last steps, such as SDXL's refiner.
         loras: files of adapters, each with its scale where that isn't 1; see `Pipeline.set_loras`.
         lora_folder: where the adapters are that prompts name, as ``<lora:name:0.8>``.
@@ -60,6 +62,7 @@ def load(
         threads=threads,
         keep_loaded=keep_loaded,
         memory_limit=memory_limit,
+        low_memory=low_memory,
         refiner=None if refiner is None else Package.open(find_model(refiner)),
         lora_folder=None if lora_folder is None else Path(lora_folder),
         controls=[Package.open(find_model(control)) for control in controls],

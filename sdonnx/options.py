@@ -23,6 +23,10 @@ Threads: TypeAlias = Annotated[
     int | None, typer.Option(metavar="N", help="CPU threads. Default: one for each physical core.")
 ]
 
+LowMemory: TypeAlias = Annotated[
+    bool, typer.Option("--low-memory", help="Hold a part of the model at a time, and of the picture; slower.")
+]
+
 Vae: TypeAlias = Annotated[
     str | None,
     typer.Option(metavar="PACKAGE", help="Encode and decode with this package's VAE, which may be a VAE alone."),

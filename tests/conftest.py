@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import random_checkpoint
 from sdonnx_export.export import export
-from sdonnx_runtime import components
+from sdonnx_runtime import chain
 
 import sdonnx
 
@@ -48,7 +48,7 @@ def opened(tmp_path_factory):
 @pytest.fixture
 def told(monkeypatch):
     """What every call of a U-Net was given from now on, and every call of a text encoder."""
-    calls, texts, real = [], [], components.Session.run
+    calls, texts, real = [], [], chain.Session.run
 
     def run(self, feeds):
         if "timestep" in feeds:
@@ -57,5 +57,5 @@ def told(monkeypatch):
             texts.append(feeds["input_ids"])
         return real(self, feeds)
 
-    monkeypatch.setattr(components.Session, "run", run)
+    monkeypatch.setattr(chain.Session, "run", run)
     return calls, texts

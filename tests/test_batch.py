@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from sdonnx_runtime import components
+from sdonnx_runtime import chain
 from typer.testing import CliRunner
 
 import sdonnx
@@ -93,14 +93,14 @@ def test_each_line_of_jsonl_is_a_request_and_failures_are_told_of_at_the_end(pac
 
 def test_the_package_is_opened_once(package, tmp_path, monkeypatch):
     opened = []
-    real = components.Session
+    real = chain.Session
 
     class Watched(real):
         def __init__(self, path, **options):
             super().__init__(path, **options)
             opened.append(path.parent.name)
 
-    monkeypatch.setattr("sdonnx_runtime.pipeline.Session", Watched)
+    monkeypatch.setattr("sdonnx_runtime.chain.Session", Watched)
     (tmp_path / "p.txt").write_text("a cat\na dog\na fox\n")
     made = CliRunner().invoke(app, ["run", "--batch-file", str(tmp_path / "p.txt"), "-m", str(package), *FAST,
                                     "-o", str(tmp_path / "o.png")])  # fmt: skip

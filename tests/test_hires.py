@@ -11,7 +11,7 @@ from ldm_fixture import VARIATIONS, tiny_pipeline
 from PIL import Image
 from sd_parsers import ParserManager
 from sdonnx_export.export import export
-from sdonnx_runtime import components
+from sdonnx_runtime import chain
 from sdonnx_runtime.errors import DeviceError, RequestError
 from sdonnx_runtime.latents import load_latents, save_latents
 from sdonnx_runtime.samplers import SAMPLERS
@@ -148,7 +148,7 @@ def test_a_recipe_tells_of_both_passes_and_makes_the_picture_again(opened, tmp_p
 
 
 def test_a_second_pass_that_fails_leaves_the_first_ones_latents(pair, monkeypatch):
-    real = components.Session.run
+    real = chain.Session.run
 
     def run(self, feeds):
         if "sample" in feeds and feeds["sample"].shape[-1] == 16:
@@ -157,7 +157,7 @@ def test_a_second_pass_that_fails_leaves_the_first_ones_latents(pair, monkeypatc
 
     with sdonnx.load(pair[1]) as pipe:
         first = pipe.generate(PROMPT, **FIRST)
-        monkeypatch.setattr(components.Session, "run", run)
+        monkeypatch.setattr(chain.Session, "run", run)
         stream = pipe.stream(PROMPT, hires_scale=2, **FIRST)
         with pytest.raises(DeviceError):
             list(stream)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sdonnx_runtime import components
+from sdonnx_runtime import chain
 
 import sdonnx
 
@@ -26,7 +26,7 @@ def pipe(package):
 def opened(monkeypatch):
     """Names of the components in the order in which sessions are opened, and how many are alive at once."""
     log, alive, most = [], set(), [0]
-    real = components.Session
+    real = chain.Session
 
     class Watched(real):
         def __init__(self, path: Path, **options):
@@ -38,7 +38,7 @@ def opened(monkeypatch):
         def __del__(self):
             alive.discard(id(self))
 
-    monkeypatch.setattr("sdonnx_runtime.pipeline.Session", Watched)
+    monkeypatch.setattr("sdonnx_runtime.chain.Session", Watched)
     return log, alive, most
 
 
@@ -90,14 +90,14 @@ def test_a_random_seed_is_reported_and_repeats(pipe):
 @pytest.mark.parametrize(("guidance", "rows"), [(1, 1), (1.0, 1), (7.5, 2), (0, 1), (0.5, 2)])
 def test_guidance_1_or_0_runs_the_unet_on_one_row(package, monkeypatch, guidance, rows):
     seen = []
-    real = components.Session.run
+    real = chain.Session.run
 
     def run(self, feeds):
         if "timestep" in feeds:
             seen.append(len(feeds["encoder_hidden_states"]))
         return real(self, feeds)
 
-    monkeypatch.setattr(components.Session, "run", run)
+    monkeypatch.setattr(chain.Session, "run", run)
     sdonnx.load(package).generate("a cat", seed=1, guidance_scale=guidance, **SMALL)
     assert seen == [rows] * SMALL["num_inference_steps"]
 
@@ -242,9 +242,10 @@ def test_a_package_is_taken_from_the_hubs_cache(package, tmp_path, monkeypatch):
     (cache / "refs" / "main").write_text("abc123")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    found = sdonnx.load("org/name").generate("a cat", seed=1, **SMALL)
     here = sdonnx.load(package).generate("a cat", seed=1, **SMALL)
-    np.testing.assert_array_equal(found.latents, here.latents)
+    for low_memory in (False, True):
+        found = sdonnx.load("org/name", low_memory=low_memory).generate("a cat", seed=1, **SMALL)
+        np.testing.assert_array_equal(found.latents, here.latents)
 
 
 def test_models_that_are_not_there(tmp_path, monkeypatch):

@@ -9,13 +9,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 from sdonnx_runtime.arrays import AnyArray
+from sdonnx_runtime.chain import Model
 from sdonnx_runtime.errors import RequestError
-from sdonnx_runtime.initializers import Elements
-from sdonnx_runtime.machine import give_back
-from sdonnx_runtime.merging import Changes, merged
+from sdonnx_runtime.merging import Changes
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.request import Timings
-from sdonnx_runtime.session import Cancelled, Session
+from sdonnx_runtime.session import Cancelled
+from sdonnx_runtime.tiles import in_tiles
 
 REFINER = "refiner/"
 """What the names of a refiner's components begin with."""
@@ -26,35 +26,37 @@ class Components:
 
     Args:
         package: where the graphs are.
-        open_session: opens a graph file, with other weights in the place of some of its own.
+        open_session: opens a graph file, with what adapters do to it.
         keep_loaded: makes `release` do nothing.
         others: where those of components are whose names begin so, up to the slash.
+        tile: latent cells of the sides of what the VAE works on at a time; None is all.
     """
 
     def __init__(
         self,
         package: Package,
-        open_session: Callable[[Path, Mapping[str, Elements]], Session],
+        open_session: Callable[[Path, Changes], Model],
         *,
         keep_loaded: bool,
         others: Mapping[str, Package] = MappingProxyType({}),
+        tile: int | None = None,
     ) -> None:
         self._busy = threading.Lock()
         self._package, self._others = package, others
         self._open_session, self._keep_loaded = open_session, keep_loaded
-        self._sessions: dict[tuple[str, str], Session] = {}
+        self._sessions: dict[tuple[str, str], Model] = {}
         self._changes: Mapping[str, Changes] = {}
+        pixels = package.manifest.latents.downscale
+        self.tiles = {} if tile is None else {"vae_decoder": tile, "vae_encoder": tile * pixels}
+        """Sides of what components work on at a time, in their own places; of others' not in it, all."""
 
-    def session(self, name: str, variant: str = "plain") -> Session:
+    def session(self, name: str, variant: str = "plain") -> Model:
         """The session of a component's variant, opened if it is not."""
         key = name, variant
         if key not in self._sessions:
             place, slash, component = name.rpartition("/")
             graph = self._others.get(place + slash, self._package).graph(component, variant)
-            changes = self._changes.get(name, {})
-            self._sessions[key] = self._open_session(graph, merged(graph, changes) if changes else {})
-            if changes:
-                give_back()
+            self._sessions[key] = self._open_session(graph, self._changes.get(name, {}))
         return self._sessions[key]
 
     def release(self, name: str) -> None:
@@ -98,7 +100,7 @@ class Runner:
 
     def __init__(self, components: Components) -> None:
         self.components = components
-        self._active: Session | None = None
+        self._active: Model | None = None
         self._cancelled = False
         self._load: dict[str, float] = defaultdict(float)
         self._run: dict[str, float] = defaultdict(float)
@@ -115,10 +117,15 @@ class Runner:
         loaded = time.perf_counter()
         self._load[name] += loaded - start
         self._active = session
-        try:
+
+        def whole(feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
             if self._cancelled:
                 raise Cancelled("the generation was cancelled")
             return session.run(feeds)
+
+        side = self.components.tiles.get(name)
+        try:
+            return whole(feeds) if side is None else in_tiles(whole, feeds, side)
         finally:
             self._active = None
             self._run[name] += time.perf_counter() - loaded

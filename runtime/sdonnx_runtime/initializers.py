@@ -1,7 +1,7 @@
 """A graph's initializers, read without the onnx library: what its weights are called, and what is in them."""
 
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import numpy as np
 
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import PackageError
+from sdonnx_runtime.protobuf import fields, parts, varints
 
 FLOAT, INT4 = 1, 22
 """ONNX's numbers for two types; of 4 bits there are two elements to a byte, the first in its lower half."""
@@ -20,8 +21,8 @@ _DTYPES: Mapping[int, Any] = {
 }  # fmt: skip
 """By ONNX's numbers for element types."""
 
-_GRAPH, _INITIALIZER = 7, 5
-_DIMS, _DATA_TYPE, _NAME, _RAW_DATA, _EXTERNAL_DATA = 1, 2, 8, 9, 13
+GRAPH, INITIALIZER = 7, 5
+_DIMS, _DATA_TYPE, _NAME, _RAW_DATA, EXTERNAL_DATA = 1, 2, 8, 9, 13
 """Fields of onnx.proto's ModelProto, GraphProto and TensorProto."""
 
 
@@ -120,13 +121,8 @@ def read_initializers(path: Path) -> dict[str, Initializer]:
     """
     try:
         data = memoryview(path.read_bytes())
-        graphs = [part for number, part in _fields(data) if number == _GRAPH and isinstance(part, memoryview)]
-        found = [
-            _initializer(path, data, part)
-            for graph in graphs
-            for number, part in _fields(graph)
-            if number == _INITIALIZER and isinstance(part, memoryview)
-        ]
+        tensors = [tensor for graph in parts(data, GRAPH) for tensor in parts(graph, INITIALIZER)]
+        found = [initializer_of(path, data, tensor) for tensor in tensors]
     except (IndexError, ValueError) as error:
         raise PackageError(f"{path} is damaged ({error}); run 'sdonnx export' again") from None
     except OSError as error:
@@ -134,21 +130,22 @@ def read_initializers(path: Path) -> dict[str, Initializer]:
     return {each.name: each for each in found}
 
 
-def _initializer(path: Path, whole: memoryview, tensor: memoryview) -> Initializer:
+def initializer_of(path: Path, whole: memoryview, tensor: memoryview) -> Initializer:
+    """What a TensorProto says, a part of the ``whole`` file at ``path``; raises ValueError or IndexError."""
     name, data_type, inside = "", 0, memoryview(b"")
     shape: list[int] = []
     where = {"location": "", "offset": "0", "length": "0"}
-    for number, value in _fields(tensor):
+    for number, value in fields(tensor):
         if number == _DIMS:
-            shape.extend([value] if isinstance(value, int) else _varints(value))
+            shape.extend([value] if isinstance(value, int) else varints(value))
         elif number == _DATA_TYPE and isinstance(value, int):
             data_type = value
         elif number == _NAME and isinstance(value, memoryview):
             name = str(value, "utf-8")
         elif number == _RAW_DATA and isinstance(value, memoryview):
             inside = value
-        elif number == _EXTERNAL_DATA and isinstance(value, memoryview):
-            key, text = (str(part, "utf-8") for _, part in _fields(value) if isinstance(part, memoryview))
+        elif number == EXTERNAL_DATA and isinstance(value, memoryview):
+            key, text = (str(part, "utf-8") for _, part in fields(value) if isinstance(part, memoryview))
             where[key] = text
     if where["location"] == "":
         return Initializer(
@@ -169,44 +166,3 @@ def _distance(whole: memoryview, part: memoryview) -> int:
         return 0
     first, second = (np.frombuffer(each, np.uint8).ctypes.data for each in (whole, part))
     return second - first
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, "int | memoryview"]]:
-    """The fields of a protocol buffer's message: numbers, and numbers or bytes."""
-    place = 0
-    while place < len(data):
-        key, place = _varint(data, place)
-        kind = key & 7
-        if kind == 0:
-            value, place = _varint(data, place)
-            yield key >> 3, value
-            continue
-        if kind == 2:
-            length, place = _varint(data, place)
-        else:
-            length = {1: 8, 5: 4}.get(kind, len(data))
-        if place + length > len(data):
-            raise ValueError("it is cut")
-        yield key >> 3, data[place : place + length]
-        place += length
-
-
-def _varints(data: memoryview) -> Iterator[int]:
-    place = 0
-    while place < len(data):
-        value, place = _varint(data, place)
-        yield value
-
-
-def _varint(data: memoryview, place: int) -> tuple[int, int]:
-    """A number of seven bits to a byte, and where what follows it begins."""
-    value = shift = 0
-    while True:
-        byte = data[place]
-        place += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, place
-        shift += 7
-        if shift > 63:
-            raise ValueError("a number has no end")

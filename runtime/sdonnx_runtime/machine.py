@@ -82,6 +82,25 @@ def give_back() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+def give_back_at_once() -> None:
+    """Makes this process hand large buffers back to the system as soon as they are free (glibc); elsewhere nothing.
+
+    glibc keeps the larger buffers for reuse, the more of them have been freed: by and by they lie about in pieces.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            c_library = ctypes.CDLL(None)
+            c_library.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+            c_library.mallopt(_M_ARENA_MAX, 1)
+
+
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
+"""Of malloc.h."""
+
+_LARGE = 1 << 20
+"""Bytes."""
+
+
 def _read(readers: dict[str, Callable[[], str]]) -> str:
     """What this system's reader gives; empty where there is none, or it fails."""
     reader = readers.get(sys.platform)

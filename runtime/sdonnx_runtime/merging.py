@@ -116,7 +116,11 @@ def merged(graph: Path, changes: Changes) -> dict[str, Elements]:
         RequestError: a change is of another size than its weight.
         PackageError: the graph is damaged.
     """
-    initializers = read_initializers(graph)
+    return changed(graph, read_initializers(graph), changes) if changes else {}
+
+
+def changed(graph: Path, initializers: Mapping[str, Initializer], changes: Changes) -> dict[str, Elements]:
+    """Like `merged`, of some of a graph's ``initializers``; those of a layer are all there, or none."""
     pieces: dict[str, list[Initializer]] = defaultdict(list)
     for name, each in initializers.items():
         match = _WEIGHT.match(name)

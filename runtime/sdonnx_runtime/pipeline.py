@@ -1,14 +1,16 @@
 """The pipeline: what `sdonnx.load` gives."""
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
 
 from sdonnx_runtime.arrays import Array
+from sdonnx_runtime.chain import open_model
 from sdonnx_runtime.checks import check_request
 from sdonnx_runtime.components import REFINER, Components, Runner
 from sdonnx_runtime.controls import check_control, check_sizes, place
@@ -17,14 +19,16 @@ from sdonnx_runtime.embeddings import Learned, read_embedding
 from sdonnx_runtime.encoding import tags_of
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.generation import Generation, Progress, decode, plan
-from sdonnx_runtime.initializers import Elements
 from sdonnx_runtime.lora import AnyLora, Lora, in_folder
 from sdonnx_runtime.merging import Adapters, adapters_of
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.request import Request, Result, passes
 from sdonnx_runtime.samplers import resolve_sampler
 from sdonnx_runtime.scheduler_config import SchedulerConfig, default_sampler
-from sdonnx_runtime.session import Cancelled, Session
+from sdonnx_runtime.session import Cancelled
+
+TILE = 24
+"""Latent cells of the sides of a tile that the VAE works on where memory is low."""
 
 MAX_THREADS = 1024
 """More than a machine has; ONNX Runtime would start as many as it is told, for minutes."""
@@ -43,6 +47,8 @@ class Pipeline:
             and costs memory; without it the text encoder is gone before the U-Net runs, and the U-Net before
             the VAE decodes.
         memory_limit: bytes the device may use (CUDA).
+        low_memory: runs graphs a stage at a time and the VAE in tiles of TILE cells: the least memory, the most time.
+            The C library is told to hand memory back at once, in the whole process.
         refiner: a package whose U-Net takes the last steps, such as SDXL's refiner.
         lora_folder: where the adapters are that prompts name, as ``<lora:name:0.8>``.
         controls: packages of ControlNets and T2I-Adapters, for which each request has a `Control`.
@@ -62,6 +68,7 @@ class Pipeline:
         threads: int | None = None,
         keep_loaded: bool = False,
         memory_limit: int | None = None,
+        low_memory: bool = False,
         refiner: Package | None = None,
         lora_folder: Path | None = None,
         controls: Sequence[Package] = (),
@@ -80,14 +87,15 @@ class Pipeline:
         self.package, self.refiner, self.controls = package, refiner, tuple(controls)
         self._scheduler = SchedulerConfig.from_dict(package.manifest.scheduler)
 
-        def opened(path: Path, weights: Mapping[str, Elements]) -> Session:
-            return Session(path, device=device, threads=threads, memory_limit=memory_limit, weights=weights)
-
+        how = {"device": device, "threads": threads, "memory_limit": memory_limit}
+        opened = partial(open_model, low_memory=low_memory, **how)
+        tile = TILE if low_memory else None
         others = {place(index): net for index, net in enumerate(self.controls)}
         others |= {} if refiner is None else {REFINER: refiner}
-        self._components = Components(package, opened, keep_loaded=keep_loaded, others=others)
+        self._components = Components(package, opened, keep_loaded=keep_loaded, others=others, tile=tile)
         self._shown = None if preview_vae is None else package.with_vae(preview_vae)
-        self._previews = Components(package if self._shown is None else self._shown, opened, keep_loaded=True)
+        shown = package if self._shown is None else self._shown
+        self._previews = Components(shown, opened, keep_loaded=True, tile=tile)
         self._adapters, self._lenient = Adapters(), False
         self._lora_folder = lora_folder
         self._tagged: tuple[tuple[Lora, ...], Adapters] = (), self._adapters

@@ -117,6 +117,8 @@ class Session:
         memory_limit: bytes the device may use, where it knows such a limit.
         profile: where ONNX Runtime's profile goes, a path to which it adds; None is nowhere.
         weights: what is taken in the place of initializers that lie in the weights file, by name.
+        model: a graph that is opened in the place of the file's, beside the same weights.
+        frugal: lets go of every buffer at once, on the CPU; slower.
 
     Raises:
         DeviceError: the device is absent or fails to initialise.
@@ -132,11 +134,16 @@ class Session:
         memory_limit: int | None = None,
         profile: Path | None = None,
         weights: Mapping[str, Elements] = MappingProxyType({}),
+        model: bytes | None = None,
+        frugal: bool = False,
     ) -> None:
         self.path = path
         self._weights = weights  # ONNX Runtime reads them where they are
         settings = _settings(threads, profile, weights)
-        self.device, self._session = _open(path, device, settings, memory_limit)
+        if model is not None:
+            settings.add_session_config_entry(_FOLDER, str(path.resolve().parent))
+        settings.enable_cpu_mem_arena = not frugal
+        self.device, self._session = _open(path, model, device, settings, memory_limit)
         self.inputs = _ports(self._session.get_inputs())
         self.outputs = _ports(self._session.get_outputs())
         self._options: Any = None
@@ -154,7 +161,8 @@ class Session:
             Cancelled: `cancel` was called.
         """
         options = _runtime().RunOptions()
-        prepared = self._matched({port.name: self._fit(port, feeds) for port in self.inputs})
+        leading = {port.name: port.shape[0] for port in self.inputs if port.shape and isinstance(port.shape[0], str)}
+        prepared = matched({port.name: self._fit(port, feeds) for port in self.inputs}, leading)
         outcome: list[Any] = []
         done = threading.Event()  # not Thread.join: interrupted once, it takes the thread for ended ever after
 
@@ -200,17 +208,6 @@ class Session:
         given = feeds[port.name].astype(port.dtype, copy=False)
         return given.reshape((1,) * (len(port.shape) - given.ndim) + given.shape)
 
-    def _matched(self, feeds: dict[str, AnyArray]) -> dict[str, AnyArray]:
-        rows: dict[str, int] = {}
-        leading = {port.name: port.shape[0] for port in self.inputs if port.shape and isinstance(port.shape[0], str)}
-        for name, size in leading.items():
-            rows[str(size)] = max(rows.get(str(size), 1), len(feeds[name]))
-        for name, size in leading.items():
-            times, rest = divmod(rows[str(size)], len(feeds[name]))
-            if times > 1 and rest == 0:
-                feeds[name] = np.concatenate([feeds[name]] * times)
-        return feeds
-
     def _sorted_out(self, outcome: Any, *, terminated: bool) -> dict[str, AnyArray]:
         if isinstance(outcome, Exception):
             if terminated:
@@ -228,13 +225,27 @@ class Session:
         return results
 
 
-def _open(path: Path, device: str, settings: Any, memory_limit: int | None) -> tuple[str, Any]:
+def matched(feeds: Mapping[str, AnyArray], leading: Mapping[str, str]) -> dict[str, AnyArray]:
+    """Inputs of as many rows as the most of those whose ``leading`` sizes have one name, where that is a multiple."""
+    rows: dict[str, int] = {}
+    known = {name: size for name, size in leading.items() if name in feeds and feeds[name].ndim > 0}
+    for name, size in known.items():
+        rows[size] = max(rows.get(size, 1), len(feeds[name]))
+    found = dict(feeds)
+    for name, size in known.items():
+        times, rest = divmod(rows[size], len(feeds[name]))
+        if times > 1 and rest == 0:
+            found[name] = np.concatenate([feeds[name]] * times)
+    return found
+
+
+def _open(path: Path, model: bytes | None, device: str, settings: Any, memory_limit: int | None) -> tuple[str, Any]:
     if not path.is_file():
         raise PackageError(f"{path} is missing; run 'sdonnx export' again")
     names = candidates(device)
     for index, name in enumerate(names):
         try:
-            return name, _open_on(path, name, settings, memory_limit)
+            return name, _open_on(path, model, name, settings, memory_limit)
         except DeviceError as error:
             if index == len(names) - 1:
                 raise
@@ -259,14 +270,15 @@ def _settings(threads: int | None, profile: Path | None, weights: Mapping[str, E
     return settings
 
 
-def _open_on(path: Path, name: str, settings: Any, memory_limit: int | None) -> Any:
+def _open_on(path: Path, model: bytes | None, name: str, settings: Any, memory_limit: int | None) -> Any:
     runtime, device = _runtime(), DEVICES[name]
     settings.enable_mem_pattern = device.memory_pattern
     providers = [(device.provider, provider_options(name, memory_limit if name != "cpu" else None))]
     if name != "cpu":
         providers.append((DEVICES["cpu"].provider, {}))  # for the few operators that a device leaves out
     try:
-        session = runtime.InferenceSession(str(path), settings, providers=providers, enable_fallback=0)
+        graph = str(path) if model is None else model
+        session = runtime.InferenceSession(graph, settings, providers=providers, enable_fallback=0)
     except Exception as error:
         if name == "cpu":
             raise PackageError(f"{path} can't be loaded: {_first_line(error)}; run 'sdonnx export' again") from None
@@ -304,6 +316,9 @@ def _ports(described: Sequence[Any]) -> tuple[Port, ...]:
         for item in described
     )
 
+
+_FOLDER = "session.model_external_initializers_file_folder_path"
+"""What ONNX Runtime calls the place of the weights of a graph that comes from no file."""
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),

@@ -12,7 +12,7 @@ from sdonnx_runtime.request import seeds_of
 
 import sdonnx
 from sdonnx.arguments import output_paths
-from sdonnx.options import Device, Threads, Vae
+from sdonnx.options import Device, LowMemory, Threads, Vae
 from sdonnx.show import err
 
 logger = logging.getLogger(__name__)
@@ -38,13 +38,15 @@ def decode(
     ] = None,
     device: Device = "auto",
     threads: Threads = None,
+    low_memory: LowMemory = False,
 ) -> None:
     """Make pictures of latents that were sampled before, as they are: without a mask's pasting, not enlarged."""
     sampled, request, name = load_latents(latents)
     paths = output_paths(output, request)
     for path in paths:
         check_writable(path)
-    with sdonnx.load(DEFAULT if model is None else model, vae=vae, device=device, threads=threads) as pipe:
+    package = DEFAULT if model is None else model
+    with sdonnx.load(package, vae=vae, device=device, threads=threads, low_memory=low_memory) as pipe:
         if pipe.package.name != name and model is None:
             raise sdonnx.RequestError(f"the latents are of the model '{name}'; give its package with -m")
         if pipe.package.name != name:

@@ -2,19 +2,18 @@
 
     python bench/memory.py PACKAGE… --size 512x512 --steps 3 --json FILE
 
-Each figure comes from a process of its own. The peak is the most resident memory (VmHWM), with its anonymous and its
-file-backed part as they were when it was largest, looked for every millisecond; step and whole are seconds.
+Each figure is a median over processes that do nothing else. The peak is the most resident memory (VmHWM), with its
+anonymous and its file-backed part as they were when it was largest, which is looked at every 2 ms; Linux.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
-from peers import measured
 from sdonnx_runtime.machine import peak_memory
 
 import sdonnx
@@ -22,25 +21,8 @@ import sdonnx
 WAYS = {"usual": False, "low memory": True}
 
 
-class Watch(threading.Thread):
-    """Notes what the resident memory is made of while it is largest; Linux."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.most = {"VmRSS": 0, "RssAnon": 0, "RssFile": 0}
-
-    def run(self) -> None:
-        while True:
-            lines = Path("/proc/self/status").read_text().splitlines()
-            found = {key: int(line.split()[1]) for line in lines for key in self.most if line.startswith(f"{key}:")}
-            self.most = max(self.most, found, key=lambda each: each["VmRSS"])
-            time.sleep(0.001)
-
-
 def work(package: Path, way: str, steps: int, size: dict[str, int]) -> None:
     """Makes a picture; prints what it took."""
-    watch = Watch()
-    watch.start()
     start = time.perf_counter()
     with sdonnx.load(package, low_memory=WAYS[way]) as pipe:
         result = pipe.generate("a photograph of a cat", seed=1, num_inference_steps=steps, sampler="euler", **size)
@@ -49,10 +31,24 @@ def work(package: Path, way: str, steps: int, size: dict[str, int]) -> None:
         "step_s": statistics.median(result.timings.steps[1:] or result.timings.steps),
         "decode_s": result.timings.run["vae_decoder"],
         "peak_rss_mb": peak_memory() / 1e6,
-        "anonymous_mb": watch.most["RssAnon"] * 1024 / 1e6,
-        "file_mb": watch.most["RssFile"] * 1024 / 1e6,
     }
     print(json.dumps(found))
+
+
+def watched(command: list[str]) -> dict[str, float]:
+    """What a worker prints, and what its resident memory was made of while it was largest."""
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+    status, most = Path(f"/proc/{process.pid}/status"), {"VmRSS": 0, "RssAnon": 0, "RssFile": 0}
+    while process.poll() is None:
+        lines = status.read_text().splitlines()
+        found = {key: int(line.split()[1]) for line in lines for key in most if line.startswith(f"{key}:")}
+        most = max(most, found, key=lambda each: each.get("VmRSS", 0))
+        time.sleep(0.002)
+    printed, _ = process.communicate()
+    if process.returncode != 0:
+        sys.exit(f"{' '.join(command)} failed")
+    parts = {"anonymous_mb": most["RssAnon"] * 1024 / 1e6, "file_mb": most["RssFile"] * 1024 / 1e6}
+    return {**json.loads(printed), **parts}
 
 
 def main() -> None:
@@ -76,8 +72,7 @@ def main() -> None:
         rounds = {way: [] for way in ways}
         for _ in range(args.repeats):
             for way, found in rounds.items():
-                printed, _, _ = measured([__file__, str(package), *options, "--worker", way])
-                found.append(json.loads(printed))
+                found.append(watched([__file__, str(package), *options, "--worker", way]))
         for way, found in rounds.items():
             medians = {key: statistics.median(each[key] for each in found) for key in found[0]}
             rows.append({"package": package.name, "way": way, **medians})

@@ -161,7 +161,8 @@ def test_a_run_is_cancelled_between_stages(made, monkeypatch):
 
 
 def test_what_a_graph_lacks_is_named(made):
-    chain = Chain(made("sd1") / "unet" / "model.onnx", {})
+    path = made("sd1") / "unet" / "model.onnx"
+    chain = Chain(path, read_stages(path), {})
     with pytest.raises(
         sdonnx.PackageError, match="wants an input 'encoder_hidden_states' that this version can't give"
     ):

@@ -10,7 +10,7 @@ from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.machine import give_back, give_back_at_once
 from sdonnx_runtime.merging import Changes, changed, merged
 from sdonnx_runtime.session import Cancelled, Session, matched
-from sdonnx_runtime.stages import Stage, read_stages
+from sdonnx_runtime.stages import Stage, Staged, read_stages
 
 
 class Chain:
@@ -18,22 +18,18 @@ class Chain:
 
     Args:
         path: the ``.onnx`` file.
+        graph: what it is cut into.
         changes: what adapters do to it. They are merged whenever a stage is opened, which takes its time.
         **how: as `Session` is opened.
-
-    Raises:
-        PackageError: the graph is damaged.
     """
 
-    def __init__(self, path: Path, changes: Changes, **how: Any) -> None:
+    def __init__(self, path: Path, graph: Staged, changes: Changes, **how: Any) -> None:
         self.path = path
-        self._changes, self._how = changes, how
-        self._graph = read_stages(path)
+        self._graph, self._changes, self._how = graph, changes, how
         self._last = {name: index for index, stage in enumerate(self._graph.stages) for name in stage.inputs}
         self._last |= dict.fromkeys(self._graph.outputs, len(self._graph.stages))
         self._active: Session | None = None
         self._cancelled = False
-        give_back_at_once()
 
     def run(self, feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
         """As `Session.run`."""
@@ -84,15 +80,18 @@ Model: TypeAlias = Session | Chain
 
 
 def open_model(path: Path, changes: Changes, *, low_memory: bool = False, **how: Any) -> Model:
-    """A graph as adapters change it: whole, or with ``low_memory`` a stage at a time.
+    """A graph as adapters change it: whole, or with ``low_memory`` a stage at a time, where it has several.
 
     Raises:
         RequestError: a change is of another size than its weight.
         PackageError, DeviceError: as `Session` does; of a graph in stages only when it runs.
     """
     if low_memory:
-        return Chain(path, changes, **how)
-    session = Session(path, weights=merged(path, changes), **how)
+        give_back_at_once()
+        graph = read_stages(path)
+        if len(graph.stages) > 1:
+            return Chain(path, graph, changes, **how)
+    session = Session(path, weights=merged(path, changes), frugal=low_memory, **how)
     if changes:
         give_back()
     return session

@@ -97,7 +97,7 @@ def give_back_at_once() -> None:
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 """Of malloc.h."""
 
-_LARGE = 1 << 20
+_LARGE = 1 << 18
 """Bytes."""
 
 

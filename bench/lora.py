@@ -13,16 +13,17 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from peers import measured
 from safetensors.numpy import save_file
+from sdonnx_runtime.chain import open_model
 from sdonnx_runtime.components import Components, Runner
 from sdonnx_runtime.initializers import read_initializers
 from sdonnx_runtime.lora import Lora
 from sdonnx_runtime.merging import adapters_of
-from sdonnx_runtime.session import Session
 
 import sdonnx
 
@@ -47,12 +48,8 @@ def make(package: sdonnx.Package, path: Path, rank: int) -> None:
 
 def work(package: sdonnx.Package, lora: Path | None, size: int) -> None:
     """Opens the U-Net and runs a step; prints its times."""
-
-    def opened(path, weights):
-        return Session(path, device="cpu", weights=weights)
-
     changes = adapters_of(package, [] if lora is None else [Lora(path=lora)]).changes
-    components = Components(package, opened, keep_loaded=True)
+    components = Components(package, partial(open_model, device="cpu"), keep_loaded=True)
     cells, channels = size // package.manifest.latents.downscale, package.manifest.latents.channels
     width = json.loads((package.root / "unet" / "config.json").read_text())["cross_attention_dim"]
     feeds = {

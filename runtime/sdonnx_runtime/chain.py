@@ -41,14 +41,11 @@ class Chain:
             )
         values = matched(feeds, self._graph.leading)
         self._cancelled = False
-        try:
-            for index, stage in enumerate(stages):
-                if index + 1 < len(stages):
-                    _read_ahead(stages[index + 1])
-                values |= self._run(stage, values)
-                values = {name: value for name, value in values.items() if self._last.get(name, -1) > index}
-        finally:
-            self._active = None
+        for index, stage in enumerate(stages):
+            if index + 1 < len(stages):
+                _read_ahead(stages[index + 1])
+            values |= self._run(stage, values)
+            values = {name: value for name, value in values.items() if self._last.get(name, -1) > index}
         return {name: values[name] for name in self._graph.outputs}
 
     def cancel(self) -> None:
@@ -66,6 +63,7 @@ class Chain:
     def _run(self, stage: Stage, values: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
         weights = changed(self.path, stage.weights, self._changes)
         session = self._active = Session(self.path, model=stage.model, weights=weights, frugal=True, **self._how)
+        self._how["device"] = session.device  # what auto came to, once for all
         try:
             if self._cancelled:
                 raise Cancelled("the run was cancelled")

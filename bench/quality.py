@@ -136,7 +136,7 @@ def draw(
     package: str, cases: list[Case], settings: dict, *, empty: bool, unet: Path | None = None, **adapters: Any
 ) -> np.ndarray:
     """(N, 64, 64, 3) uint8, one picture for each case; ``unet`` is OpenVINO's model of it."""
-    with sdonnx.load(package, keep_loaded=True, **adapters) as pipe:
+    with sdonnx.load(package, memory="max", **adapters) as pipe:
         if unet is not None:
             openvino_models.attach(pipe, {"unet": unet})
         made = [

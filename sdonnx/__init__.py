@@ -13,12 +13,14 @@ from sdonnx_runtime.images import save_png
 from sdonnx_runtime.lora import Lora
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.pipeline import Pipeline, Stream
+from sdonnx_runtime.planning import Choice, Plan
 from sdonnx_runtime.request import FAST, Control, Request, Result, Timings
 
 from sdonnx.models import load
 
 __all__ = [
     "FAST",
+    "Choice",
     "Control",
     "DeviceError",
     "ExportError",
@@ -26,6 +28,7 @@ __all__ = [
     "Package",
     "PackageError",
     "Pipeline",
+    "Plan",
     "Progress",
     "Request",
     "RequestError",

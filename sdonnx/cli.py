@@ -14,6 +14,7 @@ from sdonnx.commands.bench import bench
 from sdonnx.commands.decode import decode
 from sdonnx.commands.export import export
 from sdonnx.commands.listings import info, models, samplers
+from sdonnx.commands.plan import plan
 from sdonnx.commands.run import run
 from sdonnx.commands.sensitivity import sensitivity
 from sdonnx.show import err, log_handler
@@ -25,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Stable Diffusion on ONNX Runtime, without PyTorch: export a checkpoint once, then run it anywhere.",
 )
-for command in (export, sensitivity, run, decode, bench, info, models, samplers):
+for command in (export, sensitivity, run, decode, plan, bench, info, models, samplers):
     app.command()(command)
 
 

@@ -15,7 +15,7 @@ from sdonnx_runtime.request import given
 
 import sdonnx
 from sdonnx.arguments import check_outputs, output_paths, unused
-from sdonnx.show import progress
+from sdonnx.show import print_plan, progress
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,8 @@ def _in_whole_cells(request: sdonnx.Request, manifest: Manifest) -> sdonnx.Reque
 def _generate(pipe: sdonnx.Pipeline, request: sdonnx.Request, preview: Path | None, rescue: Path) -> sdonnx.Result:
     """The result; should decoding fail, what was sampled is in ``rescue``."""
     stream = pipe.stream(request)
+    if stream.plan is not None:
+        print_plan(stream.plan)
     try:
         _follow(stream, preview, pipe.package.manifest.latents.downscale)
     except (sdonnx.SdonnxError, MemoryError) as error:

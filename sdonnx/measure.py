@@ -21,6 +21,7 @@ from sdonnx_runtime.errors import DeviceError
 from sdonnx_runtime.generation import Generation
 from sdonnx_runtime.machine import peak_memory
 from sdonnx_runtime.package import Package
+from sdonnx_runtime.protobuf import message
 from sdonnx_runtime.request import Request, given
 from sdonnx_runtime.scheduler_config import SchedulerConfig
 from sdonnx_runtime.session import DEVICES, Session, runtime_version
@@ -136,6 +137,29 @@ def operators(
     return {provider: dict(count) for provider, count in placed.items()}
 
 
+def multiplications_a_second(path: Path, threads: int | None = None) -> float:
+    """How many multiplications with additions the CPU does in float32, in large matrices, here and now.
+
+    Args:
+        path: any graph; it isn't opened.
+        threads: as for `Session`.
+    """
+    tensor = message((1, 1), (2, message(*((1, message((1, _SIDE))) for _ in range(2)))))
+    ports = [(number, message((1, name), (2, message((1, tensor))))) for number, name in ((11, b"x"), (12, b"y"))]
+    product = message((1, b"x"), (1, b"x"), (2, b"y"), (4, b"MatMul"))
+    model = message((1, 8), (8, message((2, 13))), (7, message((1, product), (2, b"speed"), *ports)))
+    session = Session(path, device="cpu", threads=threads, model=model, frugal=True)
+    feeds, times = {"x": np.ones((_SIDE, _SIDE), np.float32)}, list[float]()
+    for _ in range(8):
+        start = time.perf_counter()
+        session.run(feeds)
+        times.append(time.perf_counter() - start)
+    return _SIDE**3 / min(times)
+
+
+_SIDE = 1024
+
+
 class _Recorder(Runner):
     """A runner that keeps what components were given and gave."""
 
@@ -154,7 +178,7 @@ def measure_picture(package: Package, request: Request, device: str, threads: in
     runtime_version()
     start = time.perf_counter()
 
-    def opened(path: Path, _weights: object) -> Session:
+    def opened(path: Path, *_: object) -> Session:
         return Session(path, device=device, threads=threads)
 
     run = _Recorder(Components(package, opened, keep_loaded=False))

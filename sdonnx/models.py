@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdonnx_models import Recipe, bundled, recipes
+from sdonnx_runtime.budget import AUTO
 from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.lora import AnyLora
 from sdonnx_runtime.package import Package
@@ -21,9 +22,7 @@ def load(
     preview_vae: str | Path | None = None,
     device: str = "auto",
     threads: int | None = None,
-    keep_loaded: bool = False,
-    memory_limit: int | None = None,
-    low_memory: bool = False,
+    memory: str | int = AUTO,
     refiner: str | Path | None = None,
     loras: Sequence[AnyLora] = (),
     lora_folder: str | Path | None = None,
@@ -38,9 +37,8 @@ def load(
         preview_vae: a package whose VAE (a tiny one, say) makes the pictures of `Progress.preview`, in full size.
         device: auto (the best there is), cuda, directml or cpu.
         threads: CPU threads; None is one for each physical core.
-        keep_loaded: keeps components in memory, for many pictures in a row.
-        memory_limit: bytes the device may use (CUDA).
-        low_memory: holds a stage of a graph and a tile of a picture at a time; slower.
+        memory: what the process may take, in bytes or such as "600MB" or "2GiB"; "auto" is what is free, "max" keeps
+            all loaded for many pictures in a row, "min" is as little as there is a way to.
         refiner: another package, named as ``model`` is, whose U-Net takes the last steps, such as SDXL's refiner.
         loras: files of adapters, each with its scale where that isn't 1; see `Pipeline.set_loras`.
         lora_folder: where the adapters are that prompts name, as ``<lora:name:0.8>``.
@@ -51,8 +49,8 @@ def load(
     Raises:
         PackageError: there is no such package, it is damaged, a VAE has other latents than it, or the refiner or a
             control doesn't go with it.
-        RequestError: ``threads`` is out of its range, or a file of adapters or of a textual inversion is damaged or
-            for another model.
+        RequestError: ``threads`` is out of its range, ``memory`` is no size, or a file of adapters or of a textual
+            inversion is damaged or for another model.
     """
     package = Package.open(find_model(model))
     pipeline = Pipeline(
@@ -60,9 +58,7 @@ def load(
         preview_vae=None if preview_vae is None else Package.open(find_model(preview_vae)),
         device=device,
         threads=threads,
-        keep_loaded=keep_loaded,
-        memory_limit=memory_limit,
-        low_memory=low_memory,
+        memory=memory,
         refiner=None if refiner is None else Package.open(find_model(refiner)),
         lora_folder=None if lora_folder is None else Path(lora_folder),
         controls=[Package.open(find_model(control)) for control in controls],

@@ -23,8 +23,11 @@ Threads: TypeAlias = Annotated[
     int | None, typer.Option(metavar="N", help="CPU threads. Default: one for each physical core.")
 ]
 
-LowMemory: TypeAlias = Annotated[
-    bool, typer.Option("--low-memory", help="Hold a part of the model at a time, and of the picture; slower.")
+Memory: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE|auto|max|min", help="Memory to keep to, such as 2GB; auto is what is free. Less is slower."
+    ),
 ]
 
 Vae: TypeAlias = Annotated[

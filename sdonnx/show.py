@@ -108,6 +108,21 @@ def described(result: sdonnx.Result, paths: list[Path]) -> dict[str, Any]:
     }
 
 
+def way(choice: sdonnx.Choice) -> str:
+    """How a component is run."""
+    how, kept = choice.way, len(choice.way.kept)
+    words = [f"{choice.stages} stages" + (f", {kept} kept" if kept else "")] if how.staged and choice.stages > 1 else []
+    words += [f"tiles of {how.tile} cells"] if how.tile is not None else []
+    words += ["nothing for reuse"] if how.frugal else []
+    return "; ".join(words) or "whole"
+
+
+def print_plan(plan: sdonnx.Plan) -> None:
+    """Says how a picture is going to be made, and what that takes."""
+    parts = ", ".join(f"{choice.component}: {way(choice)}" for choice in plan.choices if way(choice) != "whole")
+    err.print(f"{plan.peak / 1e6:,.0f} MB at most; {parts or 'every component whole'}", highlight=False, soft_wrap=True)
+
+
 def print_made(result: sdonnx.Result, paths: list[Path]) -> None:
     """Says where pictures are."""
     for path, seed in zip(paths, result.seeds, strict=True):

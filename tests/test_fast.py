@@ -147,7 +147,7 @@ def test_all_graphs_point_into_one_weights_file(checkpoint, precision, tmp_path)
     within = [each for path in files.values() for each in read_initializers(path).values() if not each.external]
     assert max(each.length for each in within) <= 64  # no weights in any of them
     settings = {"num_inference_steps": 4, "seed": 1, **SMALL}
-    with sdonnx.load(package, keep_loaded=True) as pipe:
+    with sdonnx.load(package, memory="max") as pipe:
         plain, fast = pipe.generate("a cat", **settings), pipe.generate("a cat", **settings, **sdonnx.FAST)
     assert 1e-4 < np.abs(plain.latents - fast.latents).max() < 2 * np.abs(plain.latents).max()
 
@@ -224,7 +224,7 @@ def test_a_walk_equals_one_over_diffusers_unet(pair, settings):
     if low is not None:
         lossy["guidance_interval"] = (low, min(high, 1e6))
         assert set(rows) == {1, 2}
-    with sdonnx.load(package, keep_loaded=True) as ours:
+    with sdonnx.load(package, memory="max") as ours:
         found = ours.generate("a cat", **asked, **lossy).latents
         without = ours.generate("a cat", **asked).latents
     scale = np.abs(wanted).max()
@@ -234,7 +234,7 @@ def test_a_walk_equals_one_over_diffusers_unet(pair, settings):
 
 def test_none_of_it_is_the_plain_loop(package):
     settings = {"num_inference_steps": 5, "seed": 5, **SMALL}
-    with sdonnx.load(package, keep_loaded=True) as pipe:
+    with sdonnx.load(package, memory="max") as pipe:
         plain = pipe.generate("a cat", **settings).latents
         none = {"reuse": 1, "token_downsampling": False, "guidance_interval": (0, 1e6)}
         same = pipe.generate("a cat", **none, **settings).latents
@@ -340,7 +340,7 @@ def test_more_rows_than_are_kept_are_computed_whole():
 def test_pictures_of_every_kind_reuse_steps(package):
     """From noise, from a picture, with a mask; several at once are those made alone."""
     picture = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
-    with sdonnx.load(package, keep_loaded=True) as pipe:
+    with sdonnx.load(package, memory="max") as pipe:
         for start in ({}, {"image": picture}, {"image": picture, "mask_image": picture}):
             settings = {**SMALL, "num_inference_steps": 7, **start}
             both = pipe.generate("a cat", seed=3, num_images=2, reuse=3, **settings)

@@ -38,7 +38,7 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opened(pair):
-    with sdonnx.load(pair[1], keep_loaded=True) as pipe:
+    with sdonnx.load(pair[1], memory="max") as pipe:
         yield pipe
 
 

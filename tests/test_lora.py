@@ -155,12 +155,12 @@ def test_two_files_are_their_sum(family, file, tmp_path):
     assert_equal(ours(package, both), fused(pipe, both), ours(package))
 
 
-@pytest.mark.parametrize("keep_loaded", [False, True])
-def test_what_is_taken_off_leaves_nothing_behind(family, file, tmp_path, keep_loaded):
+@pytest.mark.parametrize("memory", ["auto", "max"])
+def test_what_is_taken_off_leaves_nothing_behind(family, file, tmp_path, memory):
     pipe, package = family("sd1")
     other = lora_fixture.save(lora_fixture.peft(pipe), tmp_path / "b.safetensors")
     before = {path: path.read_bytes() for path in package.rglob("*") if path.is_file()}
-    with sdonnx.load(package, keep_loaded=keep_loaded) as pipe:
+    with sdonnx.load(package, memory=memory) as pipe:
         found = []
         for loras in ([], [file], [(file, 0.0)], [other], [file], []):
             pipe.set_loras(loras)
@@ -286,14 +286,14 @@ def test_what_has_no_place_is_counted_or_left_out(family, file, tmp_path):
         pipe.set_loras([alone], lenient=True)
 
 
-@pytest.mark.parametrize("keep_loaded", [False, True])
-def test_files_that_prompts_name(family, file, tmp_path, keep_loaded):
+@pytest.mark.parametrize("memory", ["auto", "max"])
+def test_files_that_prompts_name(family, file, tmp_path, memory):
     _, package = family("sd1")
     other = lora_fixture.save(lora_fixture.peft(family("sd1")[0]), tmp_path / "own.safetensors")
     folder = tmp_path / "loras" / "within"
     folder.mkdir(parents=True)
     (folder / "fur.safetensors").write_bytes(file.read_bytes())
-    with sdonnx.load(package, lora_folder=tmp_path / "loras", keep_loaded=keep_loaded) as pipe:
+    with sdonnx.load(package, lora_folder=tmp_path / "loras", memory=memory) as pipe:
         plain = pipe.generate(PROMPT, seed=SEED, **SETTINGS)
         named = pipe.generate(f"{PROMPT}<lora:fur:0.7>", seed=SEED, **SETTINGS)
         again = pipe.generate(PROMPT, seed=SEED, **SETTINGS)

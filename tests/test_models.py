@@ -34,7 +34,7 @@ def theirs():
 )
 def test_its_pictures_equal_those_of_diffusers(sampler, scheduler, theirs):
     theirs.scheduler = scheduler.from_pretrained(PICTOGRAM / "checkpoint", subfolder="scheduler")
-    with sdonnx.load(DEFAULT, keep_loaded=True) as pipe:
+    with sdonnx.load(DEFAULT, memory="max") as pipe:
         for seed, prompt in enumerate(["a red apple on a blue background", "tiger", "an owl on a pink background"]):
             found = pipe.generate(prompt, seed=seed, sampler=sampler)
             wanted = theirs(
@@ -52,7 +52,7 @@ def test_step_counts_that_trailing_spacing_gives_one_more(theirs):
     """np.arange(1000, 0, -1000 / 61) has 62 numbers; the recipe has to lead to them again."""
     theirs.scheduler = EulerDiscreteScheduler.from_pretrained(PICTOGRAM / "checkpoint", subfolder="scheduler")
     settings = {"num_inference_steps": 61, "guidance_scale": 1.0, "height": 64, "width": 64}
-    with sdonnx.load(DEFAULT, keep_loaded=True) as pipe:
+    with sdonnx.load(DEFAULT, memory="max") as pipe:
         found = pipe.generate("tiger", seed=1, sampler="euler", **settings)
         assert found.request.num_inference_steps == 61
     wanted = theirs("tiger", generator=torch.Generator("cpu").manual_seed(1), **settings)

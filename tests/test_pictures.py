@@ -196,7 +196,7 @@ def test_sampling_settings_reach_the_sampler(pair):
     """Each changes the picture; the timesteps that are the default's do not."""
     _, package = pair
     base = {"seed": SEED, "num_inference_steps": 4, "width": 64, "height": 64}
-    with sdonnx.load(package, keep_loaded=True) as pipe:
+    with sdonnx.load(package, memory="max") as pipe:
         plain = pipe.generate(PROMPT, sampler="ddim", **base).latents
         for changes in (
             {"eta": 1.0},

@@ -113,7 +113,7 @@ def test_one_component_is_in_memory_at_a_time(package, opened):
 
 def test_keep_loaded_opens_each_component_once(package, opened):
     log, alive, _ = opened
-    with sdonnx.load(package, keep_loaded=True) as pipeline:
+    with sdonnx.load(package, memory="max") as pipeline:
         pipeline.generate("a cat", seed=1, **SMALL)
         pipeline.generate("a dog", seed=1, **SMALL)
         assert log == ["text_encoder", "unet", "vae_decoder"]
@@ -243,8 +243,8 @@ def test_a_package_is_taken_from_the_hubs_cache(package, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     here = sdonnx.load(package).generate("a cat", seed=1, **SMALL)
-    for low_memory in (False, True):
-        found = sdonnx.load("org/name", low_memory=low_memory).generate("a cat", seed=1, **SMALL)
+    for memory in ("auto", "min"):
+        found = sdonnx.load("org/name", memory=memory).generate("a cat", seed=1, **SMALL)
         np.testing.assert_array_equal(found.latents, here.latents)
 
 

@@ -140,7 +140,7 @@ def observe(
         _write_tapped(checkpoint, precision, work / "package", defaults, report)
         mark.write_text(stamp, encoding="utf-8")
     package = Package.open(work / "package")
-    components = Components(package, lambda path, _weights: Session(path, device="cpu"), keep_loaded=False)
+    components = Components(package, lambda path, *_: Session(path, device="cpu"), keep_loaded=False)
     runs = calibration.runs()
     observer = _Observer(components, work / "seen", sum(runs), report)
     if package.is_vae_alone:

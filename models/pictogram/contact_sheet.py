@@ -40,7 +40,7 @@ def main() -> None:
     """Seed i for prompt i, twice enlarged, the prompt below."""
     sheet = Image.new("RGB", (COLUMNS * TILE, len(PROMPTS) // COLUMNS * (TILE + LINE)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
-    with sdonnx.load("pictogram", keep_loaded=True) as pipe:
+    with sdonnx.load("pictogram", memory="max") as pipe:
         for seed, prompt in enumerate(PROMPTS):
             left, top = seed % COLUMNS * TILE, seed // COLUMNS * (TILE + LINE)
             picture = pipe.generate(prompt, seed=seed).images[0]

@@ -1,7 +1,7 @@
 """A graph that runs a stage at a time: what `Session` does, with the weights of one stage in memory."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -9,6 +9,7 @@ from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.machine import give_back, give_back_at_once
 from sdonnx_runtime.merging import Changes, changed, merged
+from sdonnx_runtime.planning import Way
 from sdonnx_runtime.session import Cancelled, Session, matched
 from sdonnx_runtime.stages import Stage, Staged, read_stages
 
@@ -20,11 +21,13 @@ class Chain:
         path: the ``.onnx`` file.
         graph: what it is cut into.
         changes: what adapters do to it. They are merged whenever a stage is opened, which takes its time.
+        kept: the places of stages that stay open once they are.
         **how: as `Session` is opened.
     """
 
-    def __init__(self, path: Path, graph: Staged, changes: Changes, **how: Any) -> None:
+    def __init__(self, path: Path, graph: Staged, changes: Changes, *, kept: Collection[int] = (), **how: Any) -> None:
         self.path = path
+        self._kept, self._open = kept, dict[int, Session]()
         self._graph, self._changes, self._how = graph, changes, how
         self._last = {name: index for index, stage in enumerate(self._graph.stages) for name in stage.inputs}
         self._last |= dict.fromkeys(self._graph.outputs, len(self._graph.stages))
@@ -41,10 +44,10 @@ class Chain:
             )
         values = matched(feeds, self._graph.leading)
         self._cancelled = False
-        for index, stage in enumerate(stages):
-            if index + 1 < len(stages):
+        for index in range(len(stages)):
+            if index + 1 < len(stages) and index + 1 not in self._open:
                 _read_ahead(stages[index + 1])
-            values |= self._run(stage, values)
+            values |= self._run(index, values)
             values = {name: value for name, value in values.items() if self._last.get(name, -1) > index}
         return {name: values[name] for name in self._graph.outputs}
 
@@ -60,36 +63,44 @@ class Chain:
         read = {name for stage in self._graph.stages for name in stage.inputs}
         return read - {name for stage in self._graph.stages for name in stage.outputs}
 
-    def _run(self, stage: Stage, values: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
-        weights = changed(self.path, stage.weights, self._changes)
-        session = self._active = Session(self.path, model=stage.model, weights=weights, frugal=True, **self._how)
-        self._how["device"] = session.device  # what auto came to, once for all
+    def _run(self, index: int, values: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+        session = self._active = self._open.get(index) or self._opened(self._graph.stages[index])
+        if index in self._kept:
+            self._open[index] = session
         try:
             if self._cancelled:
                 raise Cancelled("the run was cancelled")
             return session.run(values)
         finally:
             self._active = None
-            del session, weights
-            give_back()
+            del session
+            if index not in self._open:
+                give_back()
+
+    def _opened(self, stage: Stage) -> Session:
+        weights = changed(self.path, stage.weights, self._changes)
+        session = Session(self.path, model=stage.model, weights=weights, **self._how)
+        self._how["device"] = session.device  # what auto came to, once for all
+        return session
 
 
 Model: TypeAlias = Session | Chain
 
 
-def open_model(path: Path, changes: Changes, *, low_memory: bool = False, **how: Any) -> Model:
-    """A graph as adapters change it: whole, or with ``low_memory`` a stage at a time, where it has several.
+def open_model(path: Path, changes: Changes, way: Way, **how: Any) -> Model:
+    """A graph as adapters change it, to be run in a way; one without stages is whole.
 
     Raises:
         RequestError: a change is of another size than its weight.
         PackageError, DeviceError: as `Session` does; of a graph in stages only when it runs.
     """
-    if low_memory:
+    if way.frugal:
         give_back_at_once()
-        graph = read_stages(path)
-        if len(graph.stages) > 1:
-            return Chain(path, graph, changes, **how)
-    session = Session(path, weights=merged(path, changes), frugal=low_memory, **how)
+    graph = read_stages(path) if way.staged else None
+    if graph is not None and len(graph.stages) > 1:
+        kept = {place for name, place in way.kept if name == path.name}
+        return Chain(path, graph, changes, kept=kept, frugal=way.frugal, **how)
+    session = Session(path, weights=merged(path, changes), frugal=way.frugal, **how)
     if changes:
         give_back()
     return session

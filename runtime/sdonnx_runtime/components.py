@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -13,8 +13,9 @@ from sdonnx_runtime.chain import Model
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.merging import Changes
 from sdonnx_runtime.package import Package
+from sdonnx_runtime.planning import Way
 from sdonnx_runtime.request import Timings
-from sdonnx_runtime.session import Cancelled
+from sdonnx_runtime.session import Cancelled, empty_arena
 from sdonnx_runtime.tiles import in_tiles
 
 REFINER = "refiner/"
@@ -26,29 +27,27 @@ class Components:
 
     Args:
         package: where the graphs are.
-        open_session: opens a graph file, with what adapters do to it.
+        open_session: opens a graph file, with what adapters do to it, to be run in a way.
         keep_loaded: makes `release` do nothing.
         others: where those of components are whose names begin so, up to the slash.
-        tile: latent cells of the sides of what the VAE works on at a time; None is all.
+        ways: how components are run; those not in it, whole.
     """
 
     def __init__(
         self,
         package: Package,
-        open_session: Callable[[Path, Changes], Model],
+        open_session: Callable[[Path, Changes, Way], Model],
         *,
         keep_loaded: bool,
         others: Mapping[str, Package] = MappingProxyType({}),
-        tile: int | None = None,
+        ways: Mapping[str, Way] = MappingProxyType({}),
     ) -> None:
         self._busy = threading.Lock()
         self._package, self._others = package, others
         self._open_session, self._keep_loaded = open_session, keep_loaded
         self._sessions: dict[tuple[str, str], Model] = {}
         self._changes: Mapping[str, Changes] = {}
-        pixels = package.manifest.latents.downscale
-        self.tiles = {} if tile is None else {"vae_decoder": tile, "vae_encoder": tile * pixels}
-        """Sides of what components work on at a time, in their own places; of others' not in it, all."""
+        self._ways = ways
 
     def session(self, name: str, variant: str = "plain") -> Model:
         """The session of a component's variant, opened if it is not."""
@@ -56,20 +55,32 @@ class Components:
         if key not in self._sessions:
             place, slash, component = name.rpartition("/")
             graph = self._others.get(place + slash, self._package).graph(component, variant)
-            self._sessions[key] = self._open_session(graph, self._changes.get(name, {}))
+            self._sessions[key] = self._open_session(graph, self._changes.get(name, {}), self._way(name))
         return self._sessions[key]
+
+    def tile(self, name: str) -> int | None:
+        """The sides of what a component works on at a time, in its own places; None is all."""
+        cells, pixels = self._way(name).tile, self._package.manifest.latents.downscale
+        sides = {} if cells is None else {"vae_decoder": cells, "vae_encoder": cells * pixels}
+        return sides.get(name)
+
+    def _way(self, name: str) -> Way:
+        return self._ways.get(name, Way())
 
     def release(self, name: str) -> None:
         """Unloads a component, unless components are kept."""
         if not self._keep_loaded:
-            self._sessions = {key: session for key, session in self._sessions.items() if key[0] != name}
+            self._close({name})
 
     @contextmanager
-    def reserved(self, changes: Mapping[str, Changes] | None = None) -> Generator[None, None, None]:
+    def reserved(
+        self, changes: Mapping[str, Changes] | None = None, ways: Mapping[str, Way] | None = None
+    ) -> Generator[None, None, None]:
         """For one generation at a time; at its end components are unloaded, unless they are kept.
 
         Args:
             changes: what adapters do to the package's components from now on; None is what they did.
+            ways: how components are run from now on; None is as they were.
 
         Raises:
             RequestError: another generation is under way.
@@ -78,7 +89,11 @@ class Components:
             raise RequestError("this pipeline is making another picture; finish or close that stream first")
         try:
             if changes is not None:
-                self._adapt(changes)
+                self._close(_differing(changes, self._changes))
+                self._changes = changes
+            if ways is not None:
+                self._close(_differing(ways, self._ways))
+                self._ways = ways
             yield
         finally:
             for name, _ in list(self._sessions):
@@ -87,12 +102,18 @@ class Components:
 
     def close(self) -> None:
         """Unloads every component."""
-        self._sessions.clear()
+        self._close({name for name, _ in self._sessions})
 
-    def _adapt(self, changes: Mapping[str, Changes]) -> None:
-        touched = {name for name in {*changes, *self._changes} if changes.get(name) != self._changes.get(name)}
-        self._sessions = {key: session for key, session in self._sessions.items() if key[0] not in touched}
-        self._changes = changes
+    def _close(self, names: Collection[str]) -> None:
+        left = {key: session for key, session in self._sessions.items() if key[0] not in names}
+        if len(left) < len(self._sessions):
+            self._sessions = left
+            empty_arena()
+
+
+def _differing(new: Mapping[str, object], old: Mapping[str, object]) -> set[str]:
+    """The names that stand for something else in one than in the other, or are in one alone."""
+    return {name for name in {*new, *old} if new.get(name) != old.get(name)}
 
 
 class Runner:
@@ -123,7 +144,7 @@ class Runner:
                 raise Cancelled("the generation was cancelled")
             return session.run(feeds)
 
-        side = self.components.tiles.get(name)
+        side = self.components.tile(name)
         try:
             return whole(feeds) if side is None else in_tiles(whole, feeds, side)
         finally:

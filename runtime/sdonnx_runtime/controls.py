@@ -1,6 +1,6 @@
 """ControlNets (arXiv:2302.05543) and T2I-Adapters (arXiv:2302.08453): what a picture adds to a U-Net, step by step."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
@@ -179,8 +179,8 @@ class Net:
         rows = slice(-1, None) if guess else slice(None)
         feeds = {name: inputs[name][rows] for name in ("sample", "encoder_hidden_states", *self.told)}
         feeds["sample"] = feeds["sample"][:, : self.channels]
-        *beside, middle = self.run({**feeds, "timestep": inputs["timestep"], "controlnet_cond": self.picture}).values()
-        found = {**{f"{_BESIDE}.{index}": value for index, value in enumerate(beside)}, _MIDDLE: middle}
+        made = self.run({**feeds, "timestep": inputs["timestep"], "controlnet_cond": self.picture})
+        found = dict(zip(added_by(self.kind, made), made.values(), strict=True))
         weights = np.logspace(-1, 0, len(found)) if guess else np.ones(len(found))
         count = len(inputs["encoder_hidden_states"])
         scaled = {
@@ -188,6 +188,12 @@ class Net:
             for (name, value), weight in zip(found.items(), weights, strict=True)
         }
         return {name: _last_of(count, value) for name, value in scaled.items()} if guess else scaled
+
+
+def added_by(kind: str, outputs: Collection[str]) -> list[str]:
+    """What a U-Net calls the outputs of a net of a kind, in their order."""
+    beside = [f"{_BESIDE}.{index}" for index in range(len(outputs) - 1)]
+    return [*outputs] if kind == "adapter" else [*beside, _MIDDLE]
 
 
 def _last_of(count: int, row: Array) -> Array:

@@ -21,6 +21,7 @@ from sdonnx_runtime.manifest import Manifest
 from sdonnx_runtime.merging import Adapters
 from sdonnx_runtime.noise import Noise, between
 from sdonnx_runtime.package import Package
+from sdonnx_runtime.planning import Way
 from sdonnx_runtime.regions import Region
 from sdonnx_runtime.request import Request, Result, given, of_image, passes, seeds_of
 from sdonnx_runtime.samplers import SAMPLERS, sampler_options, steps_taken
@@ -115,6 +116,7 @@ class Generation:
         refiner: whose U-Net takes the last steps; its components are those of ``run`` behind REFINER.
         adapters: what is applied to the package.
         controls: what steers the package's U-Net; their components are those behind `controls.place`.
+        ways: how components are run.
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class Generation:
         refiner: Package | None = None,
         adapters: Adapters | None = None,
         controls: Sequence[Package] = (),
+        ways: Mapping[str, Way] | None = None,
     ) -> None:
         self.result: Result | None = None
         self.latents: Array | None = None
@@ -133,12 +136,12 @@ class Generation:
         self._package, self._run, self._scheduler, self._refiner = package, run, scheduler, refiner
         self._requests = passes(request, package.manifest.latents.downscale)
         self._script = script_of(self._requests)
-        self._manifest, self._controls = package.manifest, controls
+        self._manifest, self._controls, self._ways = package.manifest, controls, ways
         self._adapters = Adapters() if adapters is None else adapters
 
     def steps(self) -> Generator[Progress, None, None]:
         """Runs everything, handing over each denoising step."""
-        with self._run.components.reserved(self._adapters.changes):
+        with self._run.components.reserved(self._adapters.changes, self._ways):
             conditions = [
                 conditions_of(package, place, self._run, self.request, self._script, self._adapters.embeddings)
                 for place, package in self._models().items()

@@ -75,6 +75,90 @@ def peak_memory() -> int:
     return largest if sys.platform == "darwin" else largest * 1024
 
 
+def resident_memory() -> int:
+    """The resident memory of this process now, in bytes; its peak where the system doesn't say."""
+    now = _proc_value(Path("/proc/self/status"), "VmRSS")
+    return int(now.split()[0]) * 1024 if now else peak_memory()
+
+
+def available_memory() -> int | None:
+    """Bytes that this process can still take without swapping, control groups' limits respected; None is unknown."""
+    readers = {"linux": _linux_available, "darwin": _macos_available, "win32": _windows_available}
+    found = _read({system: lambda reader=reader: str(reader()) for system, reader in readers.items()})
+    return int(found) if found else None
+
+
+def _linux_available() -> int:
+    free = int(_proc_value(Path("/proc/meminfo"), "MemAvailable").split()[0]) * 1024
+    return min([free, *group_memory(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def group_memory(membership: Path, root: Path) -> list[int]:
+    """What is left to a process under each limit of its control groups, of version 2 and 1, in bytes.
+
+    Args:
+        membership: the file that says which they are, /proc/self/cgroup.
+        root: where they are mounted, /sys/fs/cgroup.
+    """
+    found = list[int]()
+    for line in membership.read_text(encoding="utf-8").splitlines():
+        _, controllers, inside = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top = root / controllers
+        names = ("memory.max", "memory.current") if controllers == "" else _GROUP_FILES
+        place = top / inside.lstrip("/")
+        for folder in (place, *place.parents):
+            limit, used, cache = (_number(folder / name) for name in (*names, "memory.stat"))
+            if limit is not None and used is not None and limit < _NO_LIMIT:
+                found.append(limit - used + (cache or 0))
+            if folder == top:
+                break
+    return found
+
+
+_GROUP_FILES = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+_NO_LIMIT = 1 << 60
+"""What a group of version 1 without a limit says is more."""
+
+
+def _number(path: Path) -> int | None:
+    """What a file says; of one of several lines, what is cached and not in use."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError:
+        return None
+    if path.name == "memory.stat":
+        lines = dict(line.split() for line in text.splitlines() if len(line.split()) == 2)
+        return int(lines.get("inactive_file", lines.get("total_inactive_file", 0)))
+    return int(text) if text.strip().isdigit() else None
+
+
+def _macos_available() -> int:
+    """Pages that are free or can be at once."""
+    listing = subprocess.run(["/usr/bin/vm_stat"], capture_output=True, text=True, timeout=5, check=True).stdout
+    pages = {key.strip(): value.strip(" .") for key, _, value in (line.partition(":") for line in listing.splitlines())}
+    size = next(int(word) for word in listing.split() if word.isdigit())  # "(page size of 16384 bytes)"
+    return size * sum(int(pages[f"Pages {kind}"]) for kind in ("free", "inactive", "speculative", "purgeable"))
+
+
+class _MemoryStatus(ctypes.Structure):
+    """MEMORYSTATUSEX of sysinfoapi.h."""
+
+    _fields_ = (
+        ("length", ctypes.c_uint32),
+        ("load", ctypes.c_uint32),
+        *((name, ctypes.c_uint64) for name in ("total", "available", "a", "b", "c", "d", "e")),
+    )
+
+
+def _windows_available() -> int:
+    status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
+    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+        raise OSError("Windows does not say how much memory is free")
+    return int(status.available)
+
+
 def give_back() -> None:
     """Hands memory that is free back to the system where the C library keeps it (glibc); elsewhere nothing."""
     if sys.platform == "linux":

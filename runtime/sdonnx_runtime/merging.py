@@ -105,8 +105,14 @@ def _adapted(package: Package) -> list[str]:
 
 def _modules(graph: Path) -> list[str]:
     """The modules that have a weight which adapters can change."""
-    matches = (_WEIGHT.match(name) for name, each in read_initializers(graph).items() if len(each.shape) in (2, 4))
-    return list(dict.fromkeys(match["module"] for match in matches if match is not None))
+    found = (module_of(name) for name, each in read_initializers(graph).items() if len(each.shape) in (2, 4))
+    return list(dict.fromkeys(module for module in found if module is not None))
+
+
+def module_of(initializer: str) -> str | None:
+    """The module whose weight, or a piece of it, an initializer is."""
+    match = _WEIGHT.match(initializer)
+    return None if match is None else match["module"]
 
 
 def merged(graph: Path, changes: Changes) -> dict[str, Elements]:

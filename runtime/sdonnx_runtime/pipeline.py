@@ -1,7 +1,7 @@
 """The pipeline: what `sdonnx.load` gives."""
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -10,25 +10,28 @@ from typing import Any
 from PIL.Image import Image
 
 from sdonnx_runtime.arrays import Array
+from sdonnx_runtime.budget import AUTO, LEAST, MOST, Budget
 from sdonnx_runtime.chain import open_model
 from sdonnx_runtime.checks import check_request
 from sdonnx_runtime.components import REFINER, Components, Runner
 from sdonnx_runtime.controls import check_control, check_sizes, place
 from sdonnx_runtime.denoise import unet_graphs
 from sdonnx_runtime.embeddings import Learned, read_embedding
-from sdonnx_runtime.encoding import tags_of
+from sdonnx_runtime.encoding import script_of, tags_of
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.generation import Generation, Progress, decode, plan
 from sdonnx_runtime.lora import AnyLora, Lora, in_folder
 from sdonnx_runtime.merging import Adapters, adapters_of
 from sdonnx_runtime.package import Package
-from sdonnx_runtime.request import Request, Result, passes
+from sdonnx_runtime.phases import decoding, phases_of
+from sdonnx_runtime.planning import SMALLEST, Phase, Plan, Way
+from sdonnx_runtime.request import Request, Result, given, passes
 from sdonnx_runtime.samplers import resolve_sampler
 from sdonnx_runtime.scheduler_config import SchedulerConfig, default_sampler
 from sdonnx_runtime.session import Cancelled
 
-TILE = 24
-"""Latent cells of the sides of a tile that the VAE works on where memory is low."""
+_PIXEL = 8192
+"""Bytes for each pixel, more than the widest VAE takes."""
 
 MAX_THREADS = 1024
 """More than a machine has; ONNX Runtime would start as many as it is told, for minutes."""
@@ -43,18 +46,18 @@ class Pipeline:
             It is loaded for the first of them, and stays.
         device: auto, cuda, directml or cpu.
         threads: CPU threads; None is one for each physical core.
-        keep_loaded: keeps every component in memory between and during generations, which saves loading time
-            and costs memory; without it the text encoder is gone before the U-Net runs, and the U-Net before
-            the VAE decodes.
-        memory_limit: bytes the device may use (CUDA).
-        low_memory: runs graphs a stage at a time and the VAE in tiles of TILE cells: the least memory, the most time.
-            The C library is told to hand memory back at once, in the whole process.
+        memory: what the process may take, in bytes or such as "600MB" or "2GiB", of which each request makes a `Plan`;
+            "auto" is what is free. The text encoder is gone then before the U-Net runs, and the U-Net before the VAE
+            decodes. "max" keeps every component in memory between and during generations; "min" takes the least there
+            is a way to. Where a plan needs it, the C library is told to hand memory back at once, in the whole process.
+            On CUDA a size limits the device's memory.
         refiner: a package whose U-Net takes the last steps, such as SDXL's refiner.
         lora_folder: where the adapters are that prompts name, as ``<lora:name:0.8>``.
         controls: packages of ControlNets and T2I-Adapters, for which each request has a `Control`.
 
     Raises:
-        RequestError: ``threads`` is out of its range, 1 to MAX_THREADS, or ``lora_folder`` is none.
+        RequestError: ``threads`` is out of its range, 1 to MAX_THREADS, ``memory`` is no size, or ``lora_folder`` no
+            folder.
         PackageError: the package makes no pictures, its scheduler is one that this version can't honour, the preview's
             VAE has other latents, or the refiner or a control is of another kind.
     """
@@ -66,9 +69,7 @@ class Pipeline:
         preview_vae: Package | None = None,
         device: str = "auto",
         threads: int | None = None,
-        keep_loaded: bool = False,
-        memory_limit: int | None = None,
-        low_memory: bool = False,
+        memory: str | int = AUTO,
         refiner: Package | None = None,
         lora_folder: Path | None = None,
         controls: Sequence[Package] = (),
@@ -87,15 +88,15 @@ class Pipeline:
         self.package, self.refiner, self.controls = package, refiner, tuple(controls)
         self._scheduler = SchedulerConfig.from_dict(package.manifest.scheduler)
 
-        how = {"device": device, "threads": threads, "memory_limit": memory_limit}
-        opened = partial(open_model, low_memory=low_memory, **how)
-        tile = TILE if low_memory else None
+        self._budget = Budget(memory)
+        self._device = device
+        opened = partial(open_model, device=device, threads=threads, memory_limit=self._budget.bytes_of_device())
         others = {place(index): net for index, net in enumerate(self.controls)}
         others |= {} if refiner is None else {REFINER: refiner}
-        self._components = Components(package, opened, keep_loaded=keep_loaded, others=others, tile=tile)
+        self._components = Components(package, opened, keep_loaded=memory == MOST, others=others)
         self._shown = None if preview_vae is None else package.with_vae(preview_vae)
         shown = package if self._shown is None else self._shown
-        self._previews = Components(shown, opened, keep_loaded=True, tile=tile)
+        self._previews = Components(shown, opened, keep_loaded=True)
         self._adapters, self._lenient = Adapters(), False
         self._lora_folder = lora_folder
         self._tagged: tuple[tuple[Lora, ...], Adapters] = (), self._adapters
@@ -157,6 +158,7 @@ class Pipeline:
     def stream(self, request: Request | str, **changes: Any) -> "Stream":
         """Like `generate`, step by step: iterate for progress, stop iterating to cancel, then take ``result``."""
         checked = self.check(request, **changes)
+        found = self.plan(checked)
         run = Runner(self._components)
         generation = Generation(
             self.package,
@@ -166,8 +168,52 @@ class Pipeline:
             self.refiner,
             controls=self.controls,
             adapters=self._adapters_for(checked),
+            ways=self._ways(found),
         )
-        return Stream(generation, run, self._previewer())
+        return Stream(generation, run, self._previewer(), found)
+
+    def plan(self, request: Request | str, *, whole: bool = False, **changes: Any) -> Plan | None:
+        """How a request would be run in the memory there is for it; None where all of it may be open and whole.
+
+        Args:
+            request: the prompt, or a whole request.
+            whole: gives the plan in that case too.
+            **changes: fields of `Request`, over those of ``request``.
+
+        Raises:
+            RequestError: as `check` does; or the memory that the pipeline was given is too little.
+            DeviceError: what is free is too little.
+            PackageError: the package is damaged.
+        """
+        checked = self.check(request, **changes)
+        largest = passes(checked, self.package.manifest.latents.downscale)
+
+        def phases() -> list[Phase]:
+            return phases_of(
+                self.package,
+                largest[-1],
+                script_of(largest),
+                refiner=self.refiner,
+                controls=self.controls,
+                adapters=self._adapters_for(checked),
+            )
+
+        pixels = given(largest[-1].width) * given(largest[-1].height)
+        return self._budget.plan(phases, self._enough(pixels), self.package.name, whole=whole)
+
+    def _ways(self, found: Plan | None) -> Mapping[str, Way]:
+        """How components are run."""
+        if found is None and self._budget.asked == LEAST:
+            return dict.fromkeys(self.package.manifest.components, SMALLEST)
+        return {} if found is None else found.ways
+
+    def _enough(self, pixels: int) -> int:
+        """Bytes that are certainly no less than a picture takes."""
+        packages = [each for each in (self.package, self.refiner, self._shown, *self.controls) if each is not None]
+        files = sum(
+            file.size for each in packages for part in each.manifest.components.values() for file in part.files.values()
+        )
+        return 4 * files + _PIXEL * pixels
 
     def decode(self, latents: Array) -> tuple[Image, ...]:
         """Pictures of latents, (N, C, h, w), as `Result.latents` has them.
@@ -179,7 +225,12 @@ class Pipeline:
         channels = self.package.manifest.latents.channels
         if latents.ndim != 4 or latents.shape[1] != channels or 0 in latents.shape:
             raise RequestError(f"the latents are {latents.shape}; {self.package.name} has (N, {channels}, h, w)")
-        with self._components.reserved():
+        pixels = latents.shape[2] * latents.shape[3] * self.package.manifest.latents.downscale**2
+        count, _, height, width = latents.shape
+        found = self._budget.plan(
+            lambda: [decoding(self.package, height, width, count)], self._enough(pixels), self.package.name
+        )
+        with self._components.reserved(ways=self._ways(found)):
             return decode(Runner(self._components), self.package.manifest, latents)
 
     def check(self, request: Request | str, **changes: Any) -> Request:
@@ -286,7 +337,15 @@ class Stream(Iterator[Progress]):
     the current step, and the loop ends.
     """
 
-    def __init__(self, generation: Generation, run: Runner, previewer: Callable[[Array], Image] | None = None) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        run: Runner,
+        previewer: Callable[[Array], Image] | None = None,
+        plan: Plan | None = None,
+    ) -> None:
+        self.plan = plan
+        """How it is run; None where every component is whole."""
         self._generation, self._run, self._previewer = generation, run, previewer
         self._steps = generation.steps()
 

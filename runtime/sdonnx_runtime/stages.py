@@ -9,7 +9,7 @@ from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.initializers import EXTERNAL_DATA, GRAPH, INITIALIZER, Initializer, initializer_of
 from sdonnx_runtime.protobuf import fields, message, parts
 
-_NODE, _GRAPH_NAME, _INPUT, _OUTPUT, _VALUE_INFO = 1, 2, 11, 12, 13
+NODE, _GRAPH_NAME, _INPUT, _OUTPUT, _VALUE_INFO = 1, 2, 11, 12, 13
 _READ, _MADE, _MARK = 1, 2, 9
 _VALUE_NAME, _TENSOR_NAME = 1, 8
 """Fields of onnx.proto's GraphProto, NodeProto, ValueInfoProto and TensorProto."""
@@ -38,31 +38,47 @@ class _Node:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Input:
+    """What a graph is given, as its file describes it."""
+
+    data_type: int
+    """ONNX's number for its element type."""
+    sizes: tuple[int | str, ...]
+    """Of each axis the size, or what it is called; empty where it isn't called anything."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Staged:
     """A whole graph, cut."""
 
     stages: tuple[Stage, ...]
     """In the order of running; of a graph without marks there is one."""
     outputs: tuple[str, ...]
-    leading: Mapping[str, str]
-    """What inputs call their first size, where it is free."""
+    inputs: Mapping[str, Input]
+    """By name."""
+
+    @property
+    def leading(self) -> dict[str, str]:
+        """What inputs call their first size, where it is free."""
+        sizes = {name: each.sizes[0] for name, each in self.inputs.items() if each.sizes}
+        return {name: size for name, size in sizes.items() if isinstance(size, str)}
 
 
-def read_stages(path: Path) -> Staged:
-    """The stages of an ``.onnx`` file.
+def read_stages(path: Path, *, cut: bool = True) -> Staged:
+    """The stages of an ``.onnx`` file; without ``cut``, all of it as one.
 
     Raises:
         PackageError: it is damaged or missing, or doesn't say what its edges are.
     """
     try:
-        return _cut(path, memoryview(path.read_bytes()))
+        return _cut(path, memoryview(path.read_bytes()), cut)
     except (IndexError, KeyError, ValueError) as error:
         raise PackageError(f"{path} is damaged ({error}); run 'sdonnx export' again") from None
     except OSError as error:
         raise PackageError(f"{path} can't be read ({error.strerror}); run 'sdonnx export' again") from None
 
 
-def _cut(path: Path, data: memoryview) -> Staged:
+def _cut(path: Path, data: memoryview, cut: bool) -> Staged:
     (graph,) = parts(data, GRAPH)
     head = [(number, part) for number, part in fields(data) if number != GRAPH]
     tensors = {_text(part, _TENSOR_NAME): part for part in parts(graph, INITIALIZER)}
@@ -71,7 +87,8 @@ def _cut(path: Path, data: memoryview) -> Staged:
     )
     described = {**edges, **results, **given}
     pieces = [
-        (name, list(nodes)) for name, nodes in groupby(map(_node, parts(graph, _NODE)), key=lambda node: node.stage)
+        (name, list(nodes))
+        for name, nodes in groupby(map(_node, parts(graph, NODE)), key=lambda node: node.stage if cut else "")
     ]
     last = {value: index for index, (_, nodes) in enumerate(pieces) for node in nodes for value in node.reads}
     last |= dict.fromkeys(results, len(pieces))
@@ -84,7 +101,7 @@ def _cut(path: Path, data: memoryview) -> Staged:
         outputs = [value for value in made if last.get(value, index) > index]
         body = message(
             (_GRAPH_NAME, name.encode()),
-            *((_NODE, node.data) for node in nodes),
+            *((NODE, node.data) for node in nodes),
             *((INITIALIZER, _placed(path, tensor)) for tensor in mine),
             *((_INPUT, described[value]) for value in inputs),
             *((_OUTPUT, described[value]) for value in outputs),
@@ -99,8 +116,8 @@ def _cut(path: Path, data: memoryview) -> Staged:
                 weights={weight.name: weight for weight in weights},
             )
         )
-    leading = {name: first for name, part in given.items() for first in _first_size(part)}
-    return Staged(stages=tuple(stages), outputs=tuple(results), leading=leading)
+    inputs = {name: _input(part) for name, part in given.items()}
+    return Staged(stages=tuple(stages), outputs=tuple(results), inputs=inputs)
 
 
 def _node(data: memoryview) -> _Node:
@@ -130,10 +147,14 @@ def _text(data: memoryview, number: int) -> str:
     return str(parts(data, number)[0], "utf-8")
 
 
-def _first_size(described: memoryview) -> list[str]:
-    """What a ValueInfoProto calls its first size; none of one that is fixed, or of a number."""
-    found = [described]
-    for number in (2, 1, 2):  # type, tensor_type, shape
-        found = [part for each in found for part in parts(each, number)]
-    dims = [part for each in found for part in parts(each, 1)]
-    return [str(name, "utf-8") for name in parts(dims[0], 2)] if dims else []
+def _input(described: memoryview) -> Input:
+    """What a ValueInfoProto says of it."""
+    (kind,) = parts(parts(described, 2)[0], 1)
+    data_type = next((value for number, value in fields(kind) if number == 1 and isinstance(value, int)), 0)
+    dims = [dim for shape in parts(kind, 2) for dim in parts(shape, 1)]
+    return Input(data_type=data_type, sizes=tuple(_size(dim) for dim in dims))
+
+
+def _size(dim: memoryview) -> int | str:
+    found = [value if isinstance(value, int) else str(value, "utf-8") for _, value in fields(dim)]
+    return found[0] if found else ""

@@ -30,8 +30,8 @@ def in_tiles(
         return dict(run(feeds))
     step, output = side - side // OVERLAP, ""
     rows: list[list[Array]] = []
-    for top in range(0, height, step):
-        pieces = [picture[:, :, top : top + side, left : left + side] for left in range(0, width, step)]
+    for top in tiles_of(height, side):
+        pieces = [picture[:, :, top : top + side, left : left + side] for left in tiles_of(width, side)]
         made = [run({name: np.ascontiguousarray(piece)}) for piece in pieces]
         ((output, _),) = made[0].items()
         rows.append([outputs[output].copy() for outputs in made])
@@ -44,6 +44,11 @@ def in_tiles(
             _blend(before, tile, shared, axis=3)
     joined = [np.concatenate([tile[:, :, :kept, :kept] for tile in row], axis=3) for row in rows]
     return {output: np.concatenate(joined, axis=2)}
+
+
+def tiles_of(size: int, side: int) -> range:
+    """Where tiles of a ``side`` begin on one of ``size``."""
+    return range(0, size, side - side // OVERLAP)
 
 
 def _blend(before: Array, tile: Array, shared: int, *, axis: int) -> None:

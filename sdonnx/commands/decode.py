@@ -12,7 +12,7 @@ from sdonnx_runtime.request import seeds_of
 
 import sdonnx
 from sdonnx.arguments import output_paths
-from sdonnx.options import Device, LowMemory, Threads, Vae
+from sdonnx.options import Device, Memory, Threads, Vae
 from sdonnx.show import err
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def decode(
     ] = None,
     device: Device = "auto",
     threads: Threads = None,
-    low_memory: LowMemory = False,
+    memory: Memory = "auto",
 ) -> None:
     """Make pictures of latents that were sampled before, as they are: without a mask's pasting, not enlarged."""
     sampled, request, name = load_latents(latents)
@@ -46,7 +46,7 @@ def decode(
     for path in paths:
         check_writable(path)
     package = DEFAULT if model is None else model
-    with sdonnx.load(package, vae=vae, device=device, threads=threads, low_memory=low_memory) as pipe:
+    with sdonnx.load(package, vae=vae, device=device, threads=threads, memory=memory) as pipe:
         if pipe.package.name != name and model is None:
             raise sdonnx.RequestError(f"the latents are of the model '{name}'; give its package with -m")
         if pipe.package.name != name:

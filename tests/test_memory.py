@@ -1,4 +1,5 @@
-"""Graphs run a stage at a time, against the whole; the VAE in tiles, beside diffusers."""
+"""Memory: plans and what they predict, beside what ONNX Runtime and the system say; graphs run a stage at a time,
+against the whole; the VAE in tiles, beside diffusers."""
 
 import threading
 
@@ -16,6 +17,7 @@ from sdonnx_models import bundled
 from sdonnx_runtime.chain import Chain
 from sdonnx_runtime.components import Components, Runner
 from sdonnx_runtime.package import Package
+from sdonnx_runtime.planning import Way
 from sdonnx_runtime.session import Session
 from sdonnx_runtime.stages import read_stages
 from test_control import adapter, controlnet
@@ -46,8 +48,8 @@ def made(tmp_path_factory):
 def whole_and_low(package, request="a cat", loading=None, **changes):
     """Latents of a request, and what they are with little memory."""
     results = []
-    for low_memory in (False, True):
-        with sdonnx.load(package, low_memory=low_memory, **(loading or {})) as pipe:
+    for memory in ("auto", "min"):
+        with sdonnx.load(package, memory=memory, **(loading or {})) as pipe:
             results.append(pipe.generate(request, **{**ASKED, **changes}))
     assert np.abs(results[0].latents).max() > 0.1
     return [result.latents for result in results]
@@ -137,23 +139,23 @@ def test_no_more_than_one_stage_is_open(made, monkeypatch):
             alive.discard(id(self))
 
     monkeypatch.setattr("sdonnx_runtime.chain.Session", Watched)
-    sdonnx.load(made("sdxl"), low_memory=True).generate("a cat", **ASKED)
+    sdonnx.load(made("sdxl"), memory="min").generate("a cat", **ASKED)
     assert most[0] == 1
     assert most[1] > 4 * len(read_stages(made("sdxl") / "unet" / "model.onnx").stages)
 
 
 def test_a_run_is_cancelled_between_stages(made, monkeypatch):
-    stream = sdonnx.load(made("sd1"), low_memory=True).stream("a cat", **ASKED)
+    stream = sdonnx.load(made("sd1"), memory="min").stream("a cat", **ASKED)
     next(stream)
     stages, real = [], Chain._run
 
-    def run(self, stage, values):
-        stages.append(stage.name)
+    def run(self, index, values):
+        stages.append(index)
         if len(stages) == 3:
             closer = threading.Thread(target=stream.close)
             closer.start()
             closer.join()
-        return real(self, stage, values)
+        return real(self, index, values)
 
     monkeypatch.setattr(Chain, "_run", run)
     assert list(stream) == []
@@ -182,7 +184,8 @@ def test_a_cut_graph_is_named(keep, made, tmp_path):
 def in_tiles(package, name, feeds, cells):
     """A component's output in tiles of so many latent cells."""
     opened = Package.open(package)
-    components = Components(opened, lambda path, _changes: Session(path, device="cpu"), keep_loaded=False, tile=cells)
+    ways = {name: Way(tile=cells)}
+    components = Components(opened, lambda path, *_: Session(path, device="cpu"), keep_loaded=False, ways=ways)
     (output,) = Runner(components)(name, feeds).values()
     return output
 

@@ -106,7 +106,8 @@ def drawn(rows: Sequence[Mapping[str, Any]]) -> str:
         parts.append(f'<polyline points="{line}" stroke="{color}" fill="none"/>')
         parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{color}"/>' for x, y in (at(*point) for point in mine)]
         parts.append(f'<g fill="{color}">{text(x1, y1 + 16 * (index + 1), package, "end")}</g>')
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">'
+    style = 'font-family="sans-serif" font-size="12"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" {style}>'
     return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *parts, "</svg>\n"])
 
 

@@ -12,9 +12,10 @@ from sdonnx_runtime.generation import Progress
 from sdonnx_runtime.images import save_png
 from sdonnx_runtime.lora import Lora
 from sdonnx_runtime.package import Package
-from sdonnx_runtime.pipeline import Pipeline, Stream
+from sdonnx_runtime.pipeline import Pipeline
 from sdonnx_runtime.planning import Choice, Plan
 from sdonnx_runtime.request import FAST, Control, Request, Result, Timings
+from sdonnx_runtime.stream import Stream
 
 from sdonnx.models import load
 

@@ -1,12 +1,14 @@
 """Pictures made, followed on the screen, and saved: what `sdonnx run` does once or for each line of a file."""
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
 from rich.progress import MofNCompleteColumn, TextColumn
+from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.images import save_preview
 from sdonnx_runtime.latents import save_latents
 from sdonnx_runtime.manifest import Manifest
@@ -55,7 +57,14 @@ def make(
     paths = output_paths(outputs.pictures, request)
     check_outputs(paths, outputs.preview, outputs.latents)
     rescue = outputs.latents or unused(paths[0].with_suffix(".npz"))
-    result = _generate(pipe, request, outputs.preview, rescue)
+    try:
+        result = _generate(pipe, request, outputs.preview, rescue)
+    except sdonnx.SdonnxError:  # it says what is kept
+        raise
+    except BaseException:
+        _tidy(rescue, outputs)
+        raise
+    _tidy(rescue, outputs)
     keeps_size = request.padding_mask_crop is not None
     factor = pipe.package.manifest.defaults.enlarge if outputs.enlarge and not keeps_size else 1
     try:
@@ -65,6 +74,12 @@ def make(
         if outputs.latents is not None:
             save_latents(outputs.latents, result.latents, result.request, result.model)
     return result, paths
+
+
+def _tidy(rescue: Path, outputs: Outputs) -> None:
+    """Removes what was kept in case of need alone."""
+    if rescue != outputs.latents:
+        rescue.unlink(missing_ok=True)
 
 
 def _checked(pipe: sdonnx.Pipeline, fields: dict[str, Any], margins: Margins | None) -> sdonnx.Request:
@@ -99,8 +114,17 @@ def _in_whole_cells(request: sdonnx.Request, manifest: Manifest) -> sdonnx.Reque
 
 
 def _generate(pipe: sdonnx.Pipeline, request: sdonnx.Request, preview: Path | None, rescue: Path) -> sdonnx.Result:
-    """The result; should decoding fail, what was sampled is in ``rescue``."""
+    """The result; what was sampled is in ``rescue`` before it is decoded, should that fail or end the process."""
     stream = pipe.stream(request)
+
+    def keep(latents: Array, of: sdonnx.Request) -> None:
+        save_latents(rescue, latents, of, pipe.package.name)
+
+    def keep_if_possible(latents: Array, of: sdonnx.Request) -> None:
+        with suppress(sdonnx.SdonnxError):
+            keep(latents, of)
+
+    stream.before_decoding(keep_if_possible)
     if stream.plan is not None:
         print_plan(stream.plan)
     try:
@@ -111,7 +135,7 @@ def _generate(pipe: sdonnx.Pipeline, request: sdonnx.Request, preview: Path | No
         kind = sdonnx.DeviceError if isinstance(error, MemoryError) else type(error)
         said = "there is too little memory to go on" if isinstance(error, MemoryError) else str(error)
         try:
-            save_latents(rescue, stream.latents, stream.latents_request, pipe.package.name)
+            keep(stream.latents, stream.latents_request)
         except sdonnx.SdonnxError as other:
             raise kind(f"{said}; what was sampled is lost too: {other}") from None
         vae = "" if pipe.package.vae is None else f" --vae {pipe.package.vae.root}"

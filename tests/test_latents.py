@@ -69,6 +69,26 @@ def test_a_failing_decode_keeps_what_was_sampled(package, tmp_path):
         assert "a cat" in found.text["parameters"]
 
 
+ENDED = """
+import os, sys
+import sdonnx_runtime.generation
+sdonnx_runtime.generation.decode = lambda *_: os._exit(9)
+from sdonnx.cli import main
+main()
+"""
+
+
+def test_what_was_sampled_outlives_the_process(package, tmp_path):
+    """A decode that takes more memory than there is ends it without a word."""
+    run = [sys.executable, "-c", ENDED, "run", "a cat", "-m", str(package), *TYPED, "-o", "cat.png"]
+    assert subprocess.run(run, cwd=tmp_path, check=False).returncode == 9
+    assert [path.name for path in tmp_path.iterdir()] == ["cat.npz"]
+    decoded = command("decode", "cat.npz", "-m", package, "-o", "cat.png", cwd=tmp_path)
+    assert decoded.returncode == 0, decoded.stderr
+    assert command("run", "a cat", "-m", package, *TYPED, "-o", "dog.png", cwd=tmp_path).returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cat.npz", "cat.png", "dog.png"]
+
+
 def test_what_is_kept_takes_the_place_of_nothing_else(package, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(package, broken)

@@ -1,30 +1,46 @@
 """Memory: plans and what they predict, beside what ONNX Runtime and the system say; graphs run a stage at a time,
 against the whole; the VAE in tiles, beside diffusers."""
 
+import json
+import re
+import subprocess
+import sys
 import threading
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from drawings import photograph
-from families import sd1, sd2, sdxl
+from families import sd1, sd2, sdxl, tiny_vae
 from safetensors.torch import save_file
 from sdonnx_export.export import export
 from sdonnx_export.precision import PRECISIONS
 from sdonnx_export.stages import cut
 from sdonnx_models import bundled
+from sdonnx_runtime import shapes
+from sdonnx_runtime.budget import Budget
 from sdonnx_runtime.chain import Chain
 from sdonnx_runtime.components import Components, Runner
+from sdonnx_runtime.initializers import GRAPH
+from sdonnx_runtime.machine import available_memory, group_memory
 from sdonnx_runtime.package import Package
+from sdonnx_runtime.pipeline import Pipeline
 from sdonnx_runtime.planning import Way
+from sdonnx_runtime.protobuf import parts
 from sdonnx_runtime.session import Session
-from sdonnx_runtime.stages import read_stages
+from sdonnx_runtime.stages import NODE, read_stages
 from test_control import adapter, controlnet
 
 import sdonnx
 
 ASKED = {"width": 64, "height": 96, "num_inference_steps": 4, "guidance_scale": 5.0, "seed": 3}
+PICTOGRAM = Path(__file__).parents[1] / "models" / "pictogram" / "checkpoint"
 FAMILIES = {"sd1": sd1, "sd2": sd2, "sdxl": sdxl}
 
 
@@ -214,3 +230,262 @@ def test_a_small_picture_is_one_tile():
     latents = np.random.default_rng(3).standard_normal((1, 4, 16, 16), np.float32)
     whole, tiled = (in_tiles(package.root, "vae_decoder", {"latent_sample": latents}, cells) for cells in (None, 24))
     np.testing.assert_array_equal(whole, tiled)
+
+
+SIZES = {"batch": 2, "states": 1, "height": 16, "width": 24, "tokens": 77, "pooled": 64, "ids": 6, "pictures": 1}
+SIZES |= {"picture_height": 128, "picture_width": 192}
+
+
+def compare_shapes(path, **sizes):
+    """Of every value in a graph, beside what ONNX Runtime gives."""
+    model = onnx.load(path)
+    del model.graph.value_info[:]
+    known = {each.name for each in model.graph.output}
+    names = dict.fromkeys(name for node in model.graph.node for name in node.output if name not in known)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    feeds, sizes = {}, {**SIZES, **sizes}
+    for port in session.get_inputs():
+        free = dict.fromkeys((f"{port.name}.{axis}" for axis in ("batch", "channels", "height", "width")), 1)
+        shape = [size if isinstance(size, int) else {**free, **sizes}[size] for size in port.shape]
+        feeds[port.name] = np.ones(shape, np.int64 if port.type == "tensor(int64)" else np.float32)
+    given = dict(zip((each.name for each in session.get_outputs()), session.run(None, feeds), strict=True))
+    (stage,) = read_stages(path, cut=False).stages
+    values = {name: shapes.Value.of(each) for name, each in feeds.items()}
+    for name, weight in stage.weights.items():
+        inside = weight.read() if not weight.external else None
+        values[name] = shapes.Value(weight.shape, weight.length / max(np.prod(weight.shape), 1), inside)
+    (graph,) = parts(memoryview(stage.model), GRAPH)
+    for _ in shapes.measured([shapes.node_of(part) for part in parts(graph, NODE)], values):
+        pass
+    assert len(given) > 10
+    assert {name: (values[name].shape, values[name].itemsize) for name in given} == {
+        name: (each.shape, each.itemsize) for name, each in given.items()
+    }
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_shapes_are_those_of_onnx_runtime(family, precision, made):
+    package = Package.open(made(family, precision))
+    for component, listed in package.manifest.components.items():
+        for variant in listed.graphs:
+            if not variant.startswith("reusing"):
+                compare_shapes(package.graph(component, variant))
+
+
+@pytest.mark.parametrize("make", [controlnet, adapter, tiny_vae])
+def test_shapes_of_what_goes_with_a_model(make, tmp_path):
+    (make(sd1().unet) if make is controlnet else make()).save_pretrained(tmp_path / "net")
+    alone = make is tiny_vae
+    source, vae = (None, str(tmp_path / "net")) if alone else (str(tmp_path / "net"), None)
+    package = Package.open(export(source, tmp_path / "package", vae=vae))
+    for component in package.manifest.components:
+        compare_shapes(package.graph(component), **({"height": 128, "width": 192} if component == "adapter" else {}))
+
+
+WAYS = {
+    "stages": Way(staged=True),
+    "some kept": Way(staged=True, kept=frozenset({("model.onnx", 0), ("model.onnx", 3)})),
+    "all kept, frugal": Way(staged=True, frugal=True, kept=frozenset(("model.onnx", place) for place in range(99))),
+    "frugal": Way(frugal=True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_every_way_gives_the_same(way, precision, made, monkeypatch):
+    package = made("sd1", precision)
+    expected = sdonnx.load(package).generate("a cat", **ASKED)
+    ways = dict.fromkeys(Package.open(package).manifest.components, WAYS[way])
+    monkeypatch.setattr(Pipeline, "plan", lambda *_, **__: SimpleNamespace(ways=ways))
+    found = sdonnx.load(package).generate("a cat", **ASKED)
+    np.testing.assert_array_equal(found.latents, expected.latents)
+    np.testing.assert_array_equal(np.asarray(found.images[0]), np.asarray(expected.images[0]))
+
+
+def test_stages_that_are_kept_are_opened_once(made, monkeypatch):
+    opened = []
+
+    class Watched(Session):
+        def __init__(self, path, **options):
+            super().__init__(path, **options)
+            opened.append(options["model"])
+
+    monkeypatch.setattr("sdonnx_runtime.chain.Session", Watched)
+    path = made("sd1") / "unet" / "model.onnx"
+    stages = read_stages(path)
+    chain = Chain(path, stages, {}, kept={1, 2}, device="cpu")
+    feeds = {"sample": np.ones((1, 4, 8, 8), np.float32), "encoder_hidden_states": np.ones((2, 77, 64), np.float32)}
+    for _ in range(3):
+        chain.run({**feeds, "timestep": np.array(1, np.float32)})
+    assert [opened.count(stage.model) for stage in stages.stages] == [
+        1 if place in (1, 2) else 3 for place in range(len(stages.stages))
+    ]
+
+
+WORKER = """
+import json, sys
+import sdonnx
+from sdonnx_runtime.machine import peak_memory, resident_memory
+asked = dict(width=int(sys.argv[3]), height=int(sys.argv[3]), num_inference_steps=2, seed=1)
+with sdonnx.load(sys.argv[1], memory=sys.argv[2]) as pipe:
+    plan = pipe.plan("a cat", whole=True, **asked)
+    pipe.generate("a cat", **asked)
+print(json.dumps({"predicted": plan.peak, "least": plan.least, "peak": peak_memory(), "after": resident_memory()}))
+"""
+
+
+def worked(memory, side=512, enter="", package="pictogram"):
+    """What a picture took in a process of its own, in which ``enter`` is run first."""
+    command = [sys.executable, "-c", enter + WORKER, str(package), str(memory), str(side)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a peak can't be told from those before it")
+
+
+@on_linux
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_prediction_is_within_10_percent_of_what_the_system_says(precision, tmp_path):
+    package = "pictogram"
+    if precision == "int8":
+        package = export(str(PICTOGRAM), tmp_path / "int8", precision="int8", calibration="fast")
+    found = {memory: json.loads(worked(memory, package=package).stdout) for memory in ("auto", "min")}
+    middle = (found["auto"]["predicted"] + found["min"]["predicted"]) // 2
+    found["middle"] = json.loads(worked(f"{middle}B", package=package).stdout)
+    for each in found.values():
+        assert each["predicted"] == pytest.approx(each["peak"], rel=0.1), found
+        assert each["after"] < found["min"]["peak"] * 0.7, found  # the arena is handed back
+    assert found["min"]["peak"] < found["middle"]["peak"] * 0.9 < found["auto"]["peak"] * 0.8, found
+
+
+@contextmanager
+def control_group(limit):
+    """A group of so many bytes; gives what a process runs to be in it."""
+    first, *_ = [line.split(":")[2] for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    for root, name in (
+        (Path("/sys/fs/cgroup"), "memory.max"),
+        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
+    ):
+        folder = root / "sdonnx-test"
+        try:
+            folder.mkdir()
+        except OSError:
+            continue
+        try:
+            if not (folder / name).exists():  # a folder and no group
+                continue
+            (folder / name).write_text(str(limit))
+            yield f"from pathlib import Path; import os; Path('{folder}/cgroup.procs').write_text(str(os.getpid()))\n"
+            return
+        except OSError:
+            continue
+        finally:
+            folder.rmdir()
+    pytest.skip(f"no control group of memory can be made here (this process is in {first})")
+
+
+@on_linux
+def test_a_control_group_is_kept_to():
+    alone = json.loads(worked("min").stdout)
+    with control_group(alone["least"] * 11 // 10) as enter:
+        assert json.loads(worked(f"{alone['least'] + (5 << 20)}B", enter=enter).stdout)["peak"] < alone["least"] * 1.1
+    with control_group(alone["least"] * 6 // 10) as enter:
+        refused = worked("auto", enter=enter)
+    assert refused.returncode == 1
+    assert re.search(r"DeviceError: \d+ MB of memory are there, and this takes \d+ MB at least", refused.stderr)
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "left"),
+    [
+        ("0::/app/x", {"app/memory.max": "500", "app/memory.current": "200", "app/x/memory.max": "max"}, [300]),
+        (
+            "0::/app",
+            {"app/memory.max": "500", "app/memory.current": "200", "app/memory.stat": "anon 90\ninactive_file 50\n"},
+            [350],
+        ),
+        (
+            "1:cpu:/a\n4:memory:/a/b",
+            {"memory/a/memory.limit_in_bytes": "900", "memory/a/memory.usage_in_bytes": "1"},
+            [899],
+        ),
+        (
+            "4:memory:/gone",
+            {"memory/memory.limit_in_bytes": str(2**63 - 4096), "memory/memory.usage_in_bytes": "1"},
+            [],
+        ),
+    ],
+)
+def test_limits_of_control_groups(membership, files, left, tmp_path):
+    """As the kernel's documentation has them, cgroup-v1/memory.rst and cgroup-v2.rst."""
+    for name, text in {**files, "membership": membership}.items():
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_text(text)
+    assert group_memory(tmp_path / "root" / "membership", tmp_path / "root") == left
+
+
+def test_what_is_free_is_some_of_what_there_is():
+    free = available_memory()
+    assert free is not None
+    assert free > 1 << 26
+    if sys.platform == "linux":
+        total = int(re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+        assert free < total
+
+
+def test_too_little_is_refused_and_what_would_do_is_named():
+    with pytest.raises(sdonnx.RequestError, match="20MB of memory is too little for this; give ") as refusal:
+        sdonnx.load("pictogram", memory="20MB").generate("a cat", seed=1)
+    least = int(re.search(r"give (\d+)MB", str(refusal.value))[1])
+    pipe = sdonnx.load("pictogram", memory=f"{least + 20}MB")  # what this process has may have grown since
+    assert pipe.plan("a cat").peak <= (least + 20) * 10**6
+    with pytest.raises(sdonnx.RequestError, match="too little"):
+        sdonnx.load("pictogram", memory="20MB").decode(np.zeros((1, 4, 8, 8), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("asked", "size"), [("600MB", 6e8), ("2GiB", 2**31), ("1.5g", 1.5e9), ("700 kB", 7e5), (800, 800)]
+)
+def test_sizes(asked, size):
+    assert Budget(asked).bytes_of_device() == size
+
+
+@pytest.mark.parametrize("asked", ["", "much", "-1GB", "0MB", "6X", "1e9", 0, -5, "1GBit"])
+def test_what_is_no_size(asked):
+    with pytest.raises(sdonnx.RequestError, match="give a size such as 600MB or 2GB, or auto, max or min"):
+        sdonnx.load("pictogram", memory=asked)
+
+
+def test_what_is_not_known_can_only_be_run_whole_or_as_small_as_can_be(monkeypatch):
+    monkeypatch.delitem(shapes._RULES, "Conv")
+    for memory in ("auto", "max", "min"):
+        sdonnx.load("pictogram", memory=memory).generate("a cat", seed=1, width=72, height=72, num_inference_steps=1)
+    with pytest.raises(sdonnx.RequestError, match="can't be told, for its graphs are of another program"):
+        sdonnx.load("pictogram", memory="1GB").generate("a cat", seed=1, width=104)
+
+
+def test_everything_that_is_asked_for_is_in_the_plan(made, tmp_path):
+    """With a refiner, a net, a second pass, a picture to start from and reuse."""
+    controlnet(sd1().unet).save_pretrained(tmp_path / "net")
+    package = export(str(tmp_path / "net"), tmp_path / "package")
+    pipe = sdonnx.load(made("sd1"), controls=[package], memory="min")
+    asked = {"image": photograph(), "strength": 0.5, "reuse": 2, "hires_scale": 2, "hires_upscaler": "lanczos"}
+    plan = pipe.plan("a cat AND a dog", controls=(sdonnx.Control(image=photograph()),), **{**ASKED, **asked})
+    assert {choice.component for choice in plan.choices} == {
+        "text_encoder", "control.0/controlnet", "unet", "vae_encoder", "vae_decoder",
+    }  # fmt: skip
+    xl = sdonnx.load(made("sdxl"), memory="min").plan("a cat", **ASKED)
+    assert [choice.component for choice in xl.choices] == ["text_encoder", "text_encoder_2", "unet", "vae_decoder"]
+    assert (
+        pipe.plan(
+            "a cat",
+            whole=True,
+            **{**ASKED, "width": 128, "height": 128},
+            controls=(sdonnx.Control(image=photograph()),),
+        ).peak
+        > 0
+    )

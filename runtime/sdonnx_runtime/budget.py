@@ -77,7 +77,7 @@ class Budget:
                 "checkpoint with 'sdonnx export', or give auto, max or min"
             ) from None
         if found.peak <= budget or self.asked == LEAST:
-            share_arena(found.arena)
+            share_arena(1.5 * found.arena)  # or what came to lie in pieces would need another, larger region
             return found
         least = -(-found.least // _STEP) * _STEP / 1e6
         if self.asked == AUTO:

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import PackageError
-from sdonnx_runtime.machine import give_back, give_back_at_once
+from sdonnx_runtime.machine import give_back
 from sdonnx_runtime.merging import Changes, changed, merged
 from sdonnx_runtime.planning import Way
 from sdonnx_runtime.session import Cancelled, Session, matched
@@ -65,8 +65,9 @@ class Chain:
 
     def _run(self, index: int, values: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
         session = self._active = self._open.get(index) or self._opened(self._graph.stages[index])
-        if index in self._kept:
+        if index in self._kept and index not in self._open:
             self._open[index] = session
+            give_back()  # what opening it took besides
         try:
             if self._cancelled:
                 raise Cancelled("the run was cancelled")
@@ -94,8 +95,6 @@ def open_model(path: Path, changes: Changes, way: Way, **how: Any) -> Model:
         RequestError: a change is of another size than its weight.
         PackageError, DeviceError: as `Session` does; of a graph in stages only when it runs.
     """
-    if way.frugal:
-        give_back_at_once()
     graph = read_stages(path) if way.staged else None
     if graph is not None and len(graph.stages) > 1:
         kept = {place for name, place in way.kept if name == path.name}

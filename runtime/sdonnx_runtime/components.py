@@ -11,6 +11,7 @@ from types import MappingProxyType
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.chain import Model
 from sdonnx_runtime.errors import RequestError
+from sdonnx_runtime.machine import give_back_at_once
 from sdonnx_runtime.merging import Changes
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.planning import Way
@@ -94,6 +95,8 @@ class Components:
             if ways is not None:
                 self._close(_differing(ways, self._ways))
                 self._ways = ways
+            if any(way.frugal for way in self._ways.values()):
+                give_back_at_once()  # before any other has put its own about
             yield
         finally:
             for name, _ in list(self._sessions):

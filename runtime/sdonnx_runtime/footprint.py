@@ -41,6 +41,8 @@ class Footprint:
     """Of the weights those in codes that are packed anew, where other buffers come from."""
     mapped: int
     """Of these the ones whose file is in memory until all are packed."""
+    spread: int
+    """What of all that is packed anew is left lying about in the arena, if it is opened as a whole."""
     values: int
     """The most of values and of workspace at a time, without what the stage is given."""
     outputs: Mapping[str, Value]
@@ -85,12 +87,13 @@ def footprint(stage: Stage, given: Mapping[str, Value]) -> Footprint:
         done = {*dying, *(buffers[name] for name in node.outputs if name in buffers)}
         live -= sum(values[name].nbytes for name in done if users[name] == index)
     outputs = {name: values[name] for name in stage.outputs}
-    kept, opening, packed, mapped = _weights(stage, nodes, values)
+    kept, opening, packed, mapped, spread = _weights(stage, nodes, values)
     return Footprint(
         weights=kept,
         opening=opening,
         packed=packed,
         mapped=mapped,
+        spread=spread,
         values=max(most, 2 * sum(each.nbytes for each in outputs.values())),  # they are copied
         outputs=outputs,
         written=written,
@@ -116,15 +119,16 @@ def _inside(nodes: Sequence[Node], readers: Mapping[str, int], weights: Collecti
     return codes | folded | {node.outputs[0] for node in nodes if node.op in _WIDENED and node.outputs[0] in matrices}
 
 
-def _weights(stage: Stage, nodes: Sequence[Node], values: Mapping[str, Value]) -> tuple[int, int, int, int]:
-    """What a stage's weights take once it is open, the most before, and of them those packed and those mapped."""
+def _weights(stage: Stage, nodes: Sequence[Node], values: Mapping[str, Value]) -> tuple[int, int, int, int, int]:
+    """What a stage's weights take once it is open, the most before, and of them `packed`, `mapped` and `spread`."""
     readers: dict[str, list[Node]] = defaultdict(list)
     for node in nodes:
         for name in node.inputs:
             if name in stage.weights:
                 readers[name].append(node)
     kernels = {node.inputs[1] for node in nodes if node.op == "Conv"}
-    folded = reordered = before = largest = packed = mapped = 0
+    folded = reordered = before = largest = packed = mapped = blocks = 0
+    matrices = {node.inputs[1] for node in nodes if node.op == "MatMul"}
     kept = len(nodes) * _NODE_BYTES
     for name, users in readers.items():
         ops = {node.op for node in users}
@@ -141,9 +145,11 @@ def _weights(stage: Stage, nodes: Sequence[Node], values: Mapping[str, Value]) -
             before += size
         else:
             largest = max(largest, size)
+        blocks += size if any(node.op == "DequantizeLinear" and node.outputs[0] in matrices for node in users) else 0
         packed += size if ops & _IN_CODES else 0
         mapped += size if "QLinearConv" in ops else 0
-    return kept, max(folded + reordered, kept + largest), packed, mapped
+    kept += blocks // 5  # codes that are multiplied with as they are have sums beside them
+    return kept, max(folded + reordered, kept + largest), packed, mapped, blocks // 2
 
 
 _IN_CODES = {"MatMulIntegerToFloat", "QLinearConv"}

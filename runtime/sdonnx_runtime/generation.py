@@ -133,6 +133,7 @@ class Generation:
         self.result: Result | None = None
         self.latents: Array | None = None
         self.latents_request = self.request = request
+        self.before_decoding: Callable[[Array, Request], None] | None = None
         self._package, self._run, self._scheduler, self._refiner = package, run, scheduler, refiner
         self._requests = passes(request, package.manifest.latents.downscale)
         self._script = script_of(self._requests)
@@ -155,6 +156,8 @@ class Generation:
             self._leave()
             self._run.components.release(f"{REFINER}unet")
             assert self.latents is not None  # noqa: S101 — for the type checker
+            if self.before_decoding is not None:
+                self.before_decoding(self.latents, self.latents_request)
             images = decode(self._run, self._manifest, self.latents)
             self.result = Result(
                 images=images if start is None else tuple(pasted(made, start, self.request) for made in images),

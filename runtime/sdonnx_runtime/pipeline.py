@@ -1,7 +1,7 @@
 """The pipeline: what `sdonnx.load` gives."""
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from sdonnx_runtime.denoise import unet_graphs
 from sdonnx_runtime.embeddings import Learned, read_embedding
 from sdonnx_runtime.encoding import script_of, tags_of
 from sdonnx_runtime.errors import PackageError, RequestError
-from sdonnx_runtime.generation import Generation, Progress, decode, plan
+from sdonnx_runtime.generation import Generation, decode, plan
 from sdonnx_runtime.lora import AnyLora, Lora, in_folder
 from sdonnx_runtime.merging import Adapters, adapters_of
 from sdonnx_runtime.package import Package
@@ -28,7 +28,7 @@ from sdonnx_runtime.planning import SMALLEST, Phase, Plan, Way
 from sdonnx_runtime.request import Request, Result, given, passes
 from sdonnx_runtime.samplers import resolve_sampler
 from sdonnx_runtime.scheduler_config import SchedulerConfig, default_sampler
-from sdonnx_runtime.session import Cancelled
+from sdonnx_runtime.stream import Stream
 
 _PIXEL = 8192
 """Bytes for each pixel, more than the widest VAE takes."""
@@ -155,7 +155,7 @@ class Pipeline:
             pass
         return stream.result
 
-    def stream(self, request: Request | str, **changes: Any) -> "Stream":
+    def stream(self, request: Request | str, **changes: Any) -> Stream:
         """Like `generate`, step by step: iterate for progress, stop iterating to cancel, then take ``result``."""
         checked = self.check(request, **changes)
         found = self.plan(checked)
@@ -328,69 +328,3 @@ def check_refiner(package: Package, refiner: Package) -> None:
             f"{refiner.name} has latents of {other.latents.channels} channels, {package.name} of "
             f"{mine.latents.channels}; give a refiner of the same family"
         )
-
-
-class Stream(Iterator[Progress]):
-    """A generation under way; made by `Pipeline.stream`.
-
-    Dropping it, `close` or an exception in the loop around it cancels; from another thread `close` stops inside
-    the current step, and the loop ends.
-    """
-
-    def __init__(
-        self,
-        generation: Generation,
-        run: Runner,
-        previewer: Callable[[Array], Image] | None = None,
-        plan: Plan | None = None,
-    ) -> None:
-        self.plan = plan
-        """How it is run; None where every component is whole."""
-        self._generation, self._run, self._previewer = generation, run, previewer
-        self._steps = generation.steps()
-
-    @property
-    def request(self) -> Request:
-        """The request with every choice made."""
-        return self._generation.request
-
-    @property
-    def result(self) -> Result:
-        """The pictures, once the iteration has ended by itself.
-
-        Raises:
-            RequestError: it has not.
-        """
-        if self._generation.result is None:
-            raise RequestError("the generation has no result: it was cancelled, or not all its steps were taken")
-        return self._generation.result
-
-    @property
-    def latents(self) -> Array | None:
-        """(num_images, C, h, w), once every step is taken, even if decoding fails then; None before.
-
-        Of two passes, the first one's until the second has taken its steps.
-        """
-        return self._generation.latents
-
-    @property
-    def latents_request(self) -> Request:
-        """The request that ``latents`` are what was asked for: without a second pass until it has taken its steps."""
-        return self._generation.latents_request
-
-    def close(self) -> None:
-        """Cancels, from any thread."""
-        self._run.cancel()
-        try:
-            self._steps.close()
-        except ValueError:  # another thread is inside the step, which ends now
-            return
-
-    def __next__(self) -> Progress:
-        try:
-            return replace(next(self._steps), decoder=self._previewer)
-        except Cancelled:
-            raise StopIteration from None
-
-    def __del__(self) -> None:
-        self.close()

@@ -12,8 +12,11 @@ from sdonnx_runtime.shapes import Value
 from sdonnx_runtime.stages import read_stages
 from sdonnx_runtime.tiles import tiles_of
 
-_WHOLE, _STAGED = 1.36, 1.5
-"""How many times the values of a graph, and of a stage, the arena takes: it comes to lie in pieces."""
+_VAE_IN_CODES, _WHOLE, _STAGED = 1.25, 1.5, 1.5
+"""How many times the values of an int8 VAE, of any other graph, and of a stage, the arena takes: in pieces."""
+
+_PINNED = 0.045
+"""By how much more for each stage that stays open, for its weights lie in the arena among what comes and goes."""
 
 _OPENED, _WRITTEN, _IN_CODES = 0.8e9, 3e9, 2.2
 """Bytes of weights opened, and of fresh pages handed out, in a second; how many times faster products in 8 bits are."""
@@ -209,13 +212,18 @@ class _Run:
         found = [(stage, stage.footprint) for stage in self.stages]
         moving = [each for each in found if each[0] not in self.kept]
         if not self.way.staged:
-            return int(max(s.held + max(_WHOLE * each.values, each.opening - each.weights) for s, each in found))
+            coded = self._part.cells is not None and self.stages[0].footprint.mapped > 0
+            times = _VAE_IN_CODES if coded else _WHOLE
+            return int(
+                max(s.held + each.spread + max(times * each.values, each.opening - each.weights) for s, each in found)
+            )
         if self.way.frugal:
             return max(
                 s.held + (each.values if s in self.kept else max(each.opening, each.weights + each.values))
                 for s, each in found
             )
-        arena = max(s.held + _STAGED * each.values + (0 if s in self.kept else each.packed) for s, each in found)
+        times = _STAGED + min(1.0, _PINNED * len(self.kept))
+        arena = max(s.held + times * each.values + (0 if s in self.kept else each.packed) for s, each in found)
         outside = max((max(each.mapped, each.opening - each.packed) for _, each in moving), default=0)
         return int(arena + outside)
 

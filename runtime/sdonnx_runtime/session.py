@@ -117,7 +117,7 @@ class Session:
         path: the ``.onnx`` file; weights beside it are memory-mapped.
         device: auto, or a key of DEVICES.
         threads: CPU threads; None is one for each physical core.
-        memory_limit: bytes the device may use, where it knows such a limit.
+        memory_limit: bytes the device may use, where it knows such a limit (CUDA).
         profile: where ONNX Runtime's profile goes, a path to which it adds; None is nowhere.
         weights: what is taken in the place of initializers that lie in the weights file, by name.
         model: a graph that is opened in the place of the file's, beside the same weights.
@@ -280,7 +280,8 @@ def _settings(threads: int | None, profile: Path | None, weights: Mapping[str, E
 def _open_on(path: Path, model: bytes | None, name: str, settings: Any, memory_limit: int | None) -> Any:
     runtime, device = _runtime(), DEVICES[name]
     settings.enable_mem_pattern = device.memory_pattern
-    providers = [(device.provider, provider_options(name, memory_limit if name != "cpu" else None))]
+    limit = memory_limit if device.memory_limit_option is not None else None
+    providers = [(device.provider, provider_options(name, limit))]
     if name != "cpu":
         providers.append((DEVICES["cpu"].provider, {}))  # for the few operators that a device leaves out
     try:
@@ -316,7 +317,8 @@ def share_arena(region: float = 1 << 28) -> bool:
 
 
 _sharing, _shared = threading.Lock(), list[bool]()
-_SMALLEST, _LARGEST = 1 << 24, 1 << 30
+_SMALLEST, _LARGEST = 1 << 24, 127 << 24
+"""The latter is the most that ONNX Runtime's setting holds."""
 
 
 def _registered(region: int) -> bool:

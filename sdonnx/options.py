@@ -24,10 +24,7 @@ Threads: TypeAlias = Annotated[
 ]
 
 Memory: TypeAlias = Annotated[
-    str,
-    typer.Option(
-        metavar="SIZE|auto|max|min", help="Memory to keep to, such as 2GB; auto is what is free. Less is slower."
-    ),
+    str, typer.Option(metavar="SIZE|auto|max|min", help="Memory to keep to, such as 2GB; auto is what is free.")
 ]
 
 Vae: TypeAlias = Annotated[

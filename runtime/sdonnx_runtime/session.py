@@ -147,8 +147,7 @@ class Session:
         if model is not None:
             settings.add_session_config_entry(_FOLDER, str(path.resolve().parent))
         settings.enable_cpu_mem_arena = not frugal
-        if not frugal and share_arena():
-            settings.add_session_config_entry("session.use_env_allocators", "1")
+        settings.add_session_config_entry(_SHARED_ARENA, str(int(not frugal and share_arena())))
         self.device, self._session = _open(path, model, device, settings, memory_limit)
         self.inputs = _ports(self._session.get_inputs())
         self.outputs = _ports(self._session.get_outputs())
@@ -305,36 +304,32 @@ def share_arena(region: float = 1 << 28) -> bool:
     """Makes the arena that the sessions on the CPU share, once in a process; later calls change nothing.
 
     Args:
-        region: bytes that it asks the system for at a time, at first; the next region is twice as large. What is put
-            into one and done with is one piece again. Of each 32 bytes one is taken for its book, at once.
+        region: bytes that it first asks the system for; the next region is twice as large. What is put into one and
+            done with is one piece again. Of each 32 bytes one is taken for its book, at once.
 
     Returns whether there is one.
     """
     with _sharing:
-        if not _shared:
-            _shared.append(_registered(min(max(int(region), _SMALLEST), _LARGEST) & -_SMALLEST))
+        _shared.extend([] if _shared else [_registered(min(max(int(region), _SMALLEST), _LARGEST) & -_SMALLEST)])
     return _shared[0]
 
 
 _sharing, _shared = threading.Lock(), list[bool]()
-_SMALLEST, _LARGEST = 1 << 24, 127 << 24
-"""The latter is the most that ONNX Runtime's setting holds."""
+_SHARED_ARENA = "session.use_env_allocators"
+_ZERO = np.zeros((), np.float32)
+_SMALLEST, _LARGEST = 1 << 24, 127 << 24  # which is the most that ONNX Runtime's setting holds
 
 
 def _registered(region: int) -> bool:
     runtime = _runtime()
     where = runtime.OrtMemoryInfo("Cpu", runtime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, runtime.OrtMemType.DEFAULT)
-    growth = {
-        "arena_extend_strategy": 0,
-        "initial_chunk_size_bytes": 1 << 16,
-        "initial_growth_chunk_size_bytes": region,
-        "max_dead_bytes_per_chunk": 1 << 16,
-    }
+    growth = dict.fromkeys(("initial_chunk_size_bytes", "max_dead_bytes_per_chunk"), 1 << 16)
+    growth |= {"initial_growth_chunk_size_bytes": region, "arena_extend_strategy": 0}
     try:
         runtime.create_and_register_allocator(where, runtime.OrtArenaCfg(growth))
     except Exception as error:
         return "already" in str(error)  # by who else uses ONNX Runtime in this process
-    _nothing(True).run(None, {"x": np.zeros((), np.float32)})  # its first region, which is never handed back
+    _nothing(True).run(None, {"x": _ZERO})  # its first region, which is never handed back
     return True
 
 
@@ -343,7 +338,7 @@ def empty_arena() -> None:
     if any(_shared):
         options = _runtime().RunOptions()
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        binding, place = _nothing(True).io_binding(), _runtime().OrtValue.ortvalue_from_numpy(np.zeros((), np.float32))
+        binding, place = _nothing(True).io_binding(), _runtime().OrtValue.ortvalue_from_numpy(_ZERO)
         binding.bind_ortvalue_input("x", place)
         binding.bind_ortvalue_output("y", place)  # or what it gives would be in the arena
         _nothing(True).run_with_iobinding(binding, options)
@@ -364,8 +359,7 @@ def _nothing(sharing: bool) -> Any:
     model = message((1, 8), (8, message((2, 13))), (7, graph))
     settings = _settings(1, None, {})
     settings.enable_cpu_mem_arena = sharing
-    if sharing:
-        settings.add_session_config_entry("session.use_env_allocators", "1")
+    settings.add_session_config_entry(_SHARED_ARENA, str(int(sharing)))
     return _runtime().InferenceSession(model, settings, providers=[DEVICES["cpu"].provider])
 
 

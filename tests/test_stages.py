@@ -1,0 +1,316 @@
+"""Graphs run a stage at a time, against the whole; the VAE in tiles, beside diffusers; shapes, beside ONNX Runtime."""
+
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from drawings import photograph
+from families import sd1, sd2, sdxl, tiny_vae
+from safetensors.torch import save_file
+from sdonnx_export.export import export
+from sdonnx_export.precision import PRECISIONS
+from sdonnx_export.stages import cut
+from sdonnx_models import bundled
+from sdonnx_runtime import shapes
+from sdonnx_runtime.chain import Chain
+from sdonnx_runtime.components import Components, Runner
+from sdonnx_runtime.initializers import GRAPH
+from sdonnx_runtime.package import Package
+from sdonnx_runtime.pipeline import Pipeline
+from sdonnx_runtime.planning import Way
+from sdonnx_runtime.protobuf import parts
+from sdonnx_runtime.session import Session
+from sdonnx_runtime.stages import NODE, read_stages
+from test_control import adapter, controlnet
+
+import sdonnx
+
+ASKED = {"width": 64, "height": 96, "num_inference_steps": 4, "guidance_scale": 5.0, "seed": 3}
+FAMILIES = {"sd1": sd1, "sd2": sd2, "sdxl": sdxl}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A family's package of a precision; made once."""
+    directory, known = tmp_path_factory.mktemp("low-memory"), {}
+
+    def get(family, precision="fp32"):
+        if family not in known:
+            known[family] = directory / family
+            FAMILIES[family]().save_pretrained(known[family])
+        if (family, precision) not in known:
+            output = directory / f"{family}-{precision}"
+            known[family, precision] = export(str(known[family]), output, precision=precision, calibration="fast")
+        return known[family, precision]
+
+    return get
+
+
+def whole_and_low(package, request="a cat", loading=None, **changes):
+    """Latents of a request, and what they are with little memory."""
+    results = []
+    for memory in ("auto", "min"):
+        with sdonnx.load(package, memory=memory, **(loading or {})) as pipe:
+            results.append(pipe.generate(request, **{**ASKED, **changes}))
+    assert np.abs(results[0].latents).max() > 0.1
+    return [result.latents for result in results]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stages_give_bit_by_bit_what_the_whole_gives(family, precision, made):
+    np.testing.assert_array_equal(*whole_and_low(made(family, precision)))
+
+
+@pytest.mark.core
+def test_the_bundled_model_too():
+    np.testing.assert_array_equal(*whole_and_low("pictogram", "a red apple on a blue background", width=64, height=64))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reuse": 2},
+        {"token_downsampling": True},
+        {**sdonnx.FAST},
+        {"image": photograph(), "strength": 0.7},
+        {"guidance_scale": 1},
+        {"num_images": 2, "guidance_interval": (1.0, 5.0)},
+    ],
+    ids=str,
+)
+def test_whatever_is_asked(changes, made):
+    np.testing.assert_array_equal(*whole_and_low(made("sd1", "int8"), **changes))
+
+
+@pytest.mark.parametrize("make", [controlnet, adapter])
+def test_with_a_net(make, made, tmp_path):
+    net = make(sd1().unet) if make is controlnet else make()
+    net.save_pretrained(tmp_path / "net")
+    package = export(str(tmp_path / "net"), tmp_path / "package")
+    control = sdonnx.Control(image=photograph())
+    changed = whole_and_low(made("sd1"), loading={"controls": [package]}, controls=(control,))
+    np.testing.assert_array_equal(*changed)
+    assert not np.array_equal(changed[0], whole_and_low(made("sd1"))[0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_with_an_adapter(precision, made, tmp_path):
+    pipe, state = sd1(), {}
+    for part, end in (
+        ("unet", "attn1.to_k"),
+        ("unet", "ff.net.0.proj"),
+        ("unet", "conv1"),
+        ("text_encoder", "mlp.fc1"),
+    ):
+        name, layer = [each for each in getattr(pipe, part).named_modules() if each[0].endswith(end)][-1]
+        outputs, inputs, *kernel = layer.weight.shape
+        state[f"{part}.{name}.lora_A.weight"] = torch.randn(4, inputs, *kernel) / 4
+        state[f"{part}.{name}.lora_B.weight"] = torch.randn(outputs, 4, *[1 for _ in kernel]) / 4
+    save_file(state, tmp_path / "lora.safetensors")
+    package = made("sd1", precision)
+    changed = whole_and_low(package, loading={"loras": [tmp_path / "lora.safetensors"]})
+    np.testing.assert_array_equal(*changed)
+    assert not np.array_equal(changed[0], whole_and_low(package)[0])
+
+
+def test_stages_are_those_that_an_export_cuts(made):
+    """By the onnx_ir library."""
+    package = Package.open(made("sdxl", "int8"))
+    for component, listed in package.manifest.components.items():
+        for graph in listed.graphs.values():
+            found, wanted = read_stages(package.root / graph), cut(ir.load(package.root / graph))
+            assert len(found.stages) == len(wanted) > (1 if component == "unet" else 0)
+            for mine, theirs in zip(found.stages, wanted, strict=True):
+                assert set(mine.inputs) == {each.name for each in theirs.graph.inputs}
+                assert set(mine.outputs) == {each.name for each in theirs.graph.outputs}
+                assert set(mine.weights) == set(theirs.graph.initializers)
+
+
+def test_no_more_than_one_stage_is_open(made, monkeypatch):
+    alive, most = set(), [0, 0]
+
+    class Watched(Session):
+        def __init__(self, path, **options):
+            super().__init__(path, **options)
+            alive.add(id(self))
+            most[:] = [max(most[0], len(alive)), most[1] + 1]
+
+        def __del__(self):
+            alive.discard(id(self))
+
+    monkeypatch.setattr("sdonnx_runtime.chain.Session", Watched)
+    sdonnx.load(made("sdxl"), memory="min").generate("a cat", **ASKED)
+    assert most[0] == 1
+    assert most[1] > 4 * len(read_stages(made("sdxl") / "unet" / "model.onnx").stages)
+
+
+def test_a_run_is_cancelled_between_stages(made, monkeypatch):
+    stream = sdonnx.load(made("sd1"), memory="min").stream("a cat", **ASKED)
+    next(stream)
+    stages, real = [], Chain._run
+
+    def run(self, index, values):
+        stages.append(index)
+        if len(stages) == 3:
+            closer = threading.Thread(target=stream.close)
+            closer.start()
+            closer.join()
+        return real(self, index, values)
+
+    monkeypatch.setattr(Chain, "_run", run)
+    assert list(stream) == []
+    assert len(stages) == 3
+
+
+def test_what_a_graph_lacks_is_named(made):
+    path = made("sd1") / "unet" / "model.onnx"
+    chain = Chain(path, read_stages(path), {})
+    with pytest.raises(
+        sdonnx.PackageError, match="wants an input 'encoder_hidden_states' that this version can't give"
+    ):
+        chain.run({"sample": np.ones((1, 4, 8, 8), np.float32), "timestep": np.array(1, np.float32)})
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.99])
+def test_a_cut_graph_is_named(keep, made, tmp_path):
+    data = (made("sd1") / "unet" / "model.onnx").read_bytes()
+    (tmp_path / "model.onnx").write_bytes(data[: int(len(data) * keep)])
+    with pytest.raises(sdonnx.PackageError, match="model.onnx is damaged"):
+        read_stages(tmp_path / "model.onnx")
+    with pytest.raises(sdonnx.PackageError, match="can't be read"):
+        read_stages(tmp_path / "nothing.onnx")
+
+
+def in_tiles(package, name, feeds, cells):
+    """A component's output in tiles of so many latent cells."""
+    opened = Package.open(package)
+    ways = {name: Way(tile=cells)}
+    components = Components(opened, lambda path, *_: Session(path, device="cpu"), keep_loaded=False, ways=ways)
+    (output,) = Runner(components)(name, feeds).values()
+    return output
+
+
+@pytest.mark.parametrize("size", [(20, 12), (8, 9), (13, 30), (16, 16)])
+def test_tiles_equal_those_of_diffusers(size, made):
+    """`AutoencoderKL.enable_tiling`, of tiles of 8 cells."""
+    vae, generator = sd1().vae, np.random.default_rng(1)
+    pixels = 2 ** (len(vae.config.block_out_channels) - 1)
+    vae.enable_tiling()
+    vae.tile_latent_min_size, vae.tile_sample_min_size = 8, 8 * pixels
+    latents = generator.standard_normal((1, 4, *size), np.float32)
+    picture = generator.uniform(-1, 1, (1, 3, size[0] * pixels, size[1] * pixels)).astype(np.float32)
+    with torch.no_grad():
+        decoded = vae.decode(torch.from_numpy(latents)).sample.numpy()
+        encoded = vae.encode(torch.from_numpy(picture)).latent_dist.parameters.numpy()
+        vae.disable_tiling()
+        plain = vae.decode(torch.from_numpy(latents)).sample.numpy()
+    np.testing.assert_allclose(in_tiles(made("sd1"), "vae_decoder", {"latent_sample": latents}, 8), decoded, atol=1e-4)
+    np.testing.assert_allclose(in_tiles(made("sd1"), "vae_encoder", {"sample": picture}, 8), encoded, atol=1e-4)
+    assert np.abs(decoded - plain).max() > 0.01
+
+
+def test_a_small_picture_is_one_tile():
+    package = Package.open(bundled()["pictogram"])
+    latents = np.random.default_rng(3).standard_normal((1, 4, 16, 16), np.float32)
+    whole, tiled = (in_tiles(package.root, "vae_decoder", {"latent_sample": latents}, cells) for cells in (None, 24))
+    np.testing.assert_array_equal(whole, tiled)
+
+
+SIZES = {"batch": 2, "states": 1, "height": 16, "width": 24, "tokens": 77, "pooled": 64, "ids": 6, "pictures": 1}
+SIZES |= {"picture_height": 128, "picture_width": 192}
+
+
+def compare_shapes(path, **sizes):
+    """Of every value in a graph, beside what ONNX Runtime gives."""
+    model = onnx.load(path)
+    del model.graph.value_info[:]
+    known = {each.name for each in model.graph.output}
+    names = dict.fromkeys(name for node in model.graph.node for name in node.output if name not in known)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    feeds, sizes = {}, {**SIZES, **sizes}
+    for port in session.get_inputs():
+        free = dict.fromkeys((f"{port.name}.{axis}" for axis in ("batch", "channels", "height", "width")), 1)
+        shape = [size if isinstance(size, int) else {**free, **sizes}[size] for size in port.shape]
+        feeds[port.name] = np.ones(shape, np.int64 if port.type == "tensor(int64)" else np.float32)
+    given = dict(zip((each.name for each in session.get_outputs()), session.run(None, feeds), strict=True))
+    (stage,) = read_stages(path, cut=False).stages
+    values = {name: shapes.Value.of(each) for name, each in feeds.items()}
+    for name, weight in stage.weights.items():
+        inside = weight.read() if not weight.external else None
+        values[name] = shapes.Value(weight.shape, weight.length / max(np.prod(weight.shape), 1), inside)
+    (graph,) = parts(memoryview(stage.model), GRAPH)
+    for _ in shapes.measured([shapes.node_of(part) for part in parts(graph, NODE)], values):
+        pass
+    assert len(given) > 10
+    assert {name: (values[name].shape, values[name].itemsize) for name in given} == {
+        name: (each.shape, each.itemsize) for name, each in given.items()
+    }
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_shapes_are_those_of_onnx_runtime(family, precision, made):
+    package = Package.open(made(family, precision))
+    for component, listed in package.manifest.components.items():
+        for variant in listed.graphs:
+            if not variant.startswith("reusing"):
+                compare_shapes(package.graph(component, variant))
+
+
+@pytest.mark.parametrize("make", [controlnet, adapter, tiny_vae])
+def test_shapes_of_what_goes_with_a_model(make, tmp_path):
+    (make(sd1().unet) if make is controlnet else make()).save_pretrained(tmp_path / "net")
+    alone = make is tiny_vae
+    source, vae = (None, str(tmp_path / "net")) if alone else (str(tmp_path / "net"), None)
+    package = Package.open(export(source, tmp_path / "package", vae=vae))
+    for component in package.manifest.components:
+        compare_shapes(package.graph(component), **({"height": 128, "width": 192} if component == "adapter" else {}))
+
+
+WAYS = {
+    "stages": Way(staged=True),
+    "some kept": Way(staged=True, kept=frozenset({("model.onnx", 0), ("model.onnx", 3)})),
+    "all kept, frugal": Way(staged=True, frugal=True, kept=frozenset(("model.onnx", place) for place in range(99))),
+    "frugal": Way(frugal=True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_every_way_gives_the_same(way, precision, made, monkeypatch):
+    package = made("sd1", precision)
+    expected = sdonnx.load(package).generate("a cat", **ASKED)
+    ways = dict.fromkeys(Package.open(package).manifest.components, WAYS[way])
+    monkeypatch.setattr(Pipeline, "plan", lambda *_, **__: SimpleNamespace(ways=ways))
+    found = sdonnx.load(package).generate("a cat", **ASKED)
+    np.testing.assert_array_equal(found.latents, expected.latents)
+    np.testing.assert_array_equal(np.asarray(found.images[0]), np.asarray(expected.images[0]))
+
+
+def test_stages_that_are_kept_are_opened_once(made, monkeypatch):
+    opened = []
+
+    class Watched(Session):
+        def __init__(self, path, **options):
+            super().__init__(path, **options)
+            opened.append(options["model"])
+
+    monkeypatch.setattr("sdonnx_runtime.chain.Session", Watched)
+    path = made("sd1") / "unet" / "model.onnx"
+    stages = read_stages(path)
+    chain = Chain(path, stages, {}, kept={1, 2}, device="cpu")
+    feeds = {"sample": np.ones((1, 4, 8, 8), np.float32), "encoder_hidden_states": np.ones((2, 77, 64), np.float32)}
+    for _ in range(3):
+        chain.run({**feeds, "timestep": np.array(1, np.float32)})
+    assert [opened.count(stage.model) for stage in stages.stages] == [
+        1 if place in (1, 2) else 3 for place in range(len(stages.stages))
+    ]

@@ -17,7 +17,7 @@ from sdonnx_runtime.request import given
 
 import sdonnx
 from sdonnx.arguments import check_outputs, output_paths, unused
-from sdonnx.show import print_plan, progress
+from sdonnx.show import print_plan, print_taken, progress
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +140,8 @@ def _generate(pipe: sdonnx.Pipeline, request: sdonnx.Request, preview: Path | No
             raise kind(f"{said}; what was sampled is lost too: {other}") from None
         vae = "" if pipe.package.vae is None else f" --vae {pipe.package.vae.root}"
         raise kind(f"{said}; what was sampled is kept: sdonnx decode {rescue} -m {pipe.package.root}{vae}") from None
+    if stream.plan is not None:
+        print_taken(stream.result)
     return stream.result
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import statistics
 import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from sdonnx_models import Recipe
+from sdonnx_runtime.machine import peak_memory
 from sdonnx_runtime.manifest import Defaults, Manifest
 from sdonnx_runtime.request import recipe as recipe_of
 from sdonnx_runtime.samplers import A1111_NAMES, SAMPLERS
@@ -121,6 +123,12 @@ def print_plan(plan: sdonnx.Plan) -> None:
     """Says how a picture is going to be made, and what that takes."""
     parts = ", ".join(f"{choice.component}: {way(choice)}" for choice in plan.choices if way(choice) != "whole")
     err.print(f"{plan.peak / 1e6:,.0f} MB at most; {parts or 'every component whole'}", highlight=False, soft_wrap=True)
+
+
+def print_taken(result: sdonnx.Result) -> None:
+    """Says what memory and time a picture took that there was a plan for."""
+    seconds = statistics.median(result.timings.steps) if result.timings.steps else 0.0
+    err.print(f"took {peak_memory() / 1e6:,.0f} MB at most, {seconds:.2g} s a step", highlight=False, soft_wrap=True)
 
 
 def print_made(result: sdonnx.Result, paths: list[Path]) -> None:

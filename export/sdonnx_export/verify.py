@@ -101,7 +101,7 @@ def _run(path: Path, feeds: Mapping[str, AnyArray], seen: dict[bytes, dict[str, 
             ir.save(piece, stage)
             content = stage.read_bytes()
             if content not in seen:
-                session = Session(stage, device="cpu")
+                session = Session(stage, device="cpu", frugal=True)
                 outputs = session.run({port.name: _zeros(port) for port in session.inputs} | values)
                 seen[content] = {name: value.copy() for name, value in outputs.items()}  # they'd keep its memory alive
             values.update(seen[content])

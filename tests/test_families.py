@@ -244,9 +244,9 @@ def test_the_base_model_is_unloaded_before_the_refiner_is_opened(saved, monkeypa
     opened, alive = [], pipeline._components
     open_session = alive._open_session
 
-    def watched(path, weights):
+    def watched(path, *how):
         opened.append((path.parent.parent, path.parent.name, [name for name, _ in alive._sessions]))
-        return open_session(path, weights)
+        return open_session(path, *how)
 
     monkeypatch.setattr(alive, "_open_session", watched)
     result = pipeline.generate(PROMPT, seed=1, num_inference_steps=5, num_images=2, **SIZE)

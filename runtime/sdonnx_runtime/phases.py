@@ -1,6 +1,8 @@
 """What a request has open at one time, and in which sizes: what `planning` makes a plan for."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import inf
 from pathlib import Path
 from types import MappingProxyType
 
@@ -12,7 +14,7 @@ from sdonnx_runtime.encoding import Script
 from sdonnx_runtime.initializers import read_initializers
 from sdonnx_runtime.merging import Adapters, module_of
 from sdonnx_runtime.package import Package
-from sdonnx_runtime.planning import Graph, Part, Phase, outputs_of
+from sdonnx_runtime.planning import Graph, Part, Phase, make_plan, outputs_of
 from sdonnx_runtime.request import Request, given
 from sdonnx_runtime.shapes import ITEMSIZES, Value
 from sdonnx_runtime.stages import read_stages
@@ -29,6 +31,7 @@ def phases_of(
     refiner: Package | None = None,
     controls: Sequence[Package] = (),
     adapters: Adapters | None = None,
+    preview: Package | None = None,
 ) -> list[Phase]:
     """What is open at a time, in the order of running.
 
@@ -39,6 +42,7 @@ def phases_of(
         refiner: whose U-Net takes the last steps.
         controls: what steers the package's U-Net.
         adapters: what is applied to the package.
+        preview: whose VAE makes previews, and stays.
 
     Raises:
         KeyError: a graph is of another program, with inputs or operators that aren't known here.
@@ -64,7 +68,12 @@ def phases_of(
     if request.image is not None or request.hires_upscaler == "lanczos":
         encoder = _graph(package.graph("vae_encoder"), {"batch": 1, "height": height, "width": width})
         phases.append([_part("vae_encoder", [encoder], applied, cells=space.downscale, pixels=height * width)])
-    return [*phases, decoding(package, height // space.downscale, width // space.downscale, request.num_images)]
+    cells = height // space.downscale, width // space.downscale
+    phases.append(decoding(package, *cells, request.num_images))
+    if preview is None:
+        return phases
+    shown = make_plan([decoding(preview, *cells, 1)], inf, 0).peak
+    return [[replace(first, beside=first.beside + shown), *others] for first, *others in phases]
 
 
 def decoding(package: Package, height: int, width: int, pictures: int) -> Phase:

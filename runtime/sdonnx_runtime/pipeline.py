@@ -196,6 +196,7 @@ class Pipeline:
                 refiner=self.refiner,
                 controls=self.controls,
                 adapters=self._adapters_for(checked),
+                preview=self._shown,
             )
 
         pixels = given(largest[-1].width) * given(largest[-1].height)

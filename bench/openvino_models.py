@@ -65,7 +65,7 @@ def attach(pipe: Any, models: Mapping[str, Path]) -> None:
     from sdonnx_runtime.components import Components
     from sdonnx_runtime.session import Session
 
-    def opened(path: Path, _weights: object) -> Any:
+    def opened(path: Path, *_: object) -> Any:
         model = models.get(path.parent.name)
         return Session(path, device="cpu") if model is None else OpenVinoSession(model)
 

@@ -21,7 +21,7 @@ from sdonnx_runtime.errors import DeviceError
 from sdonnx_runtime.generation import Generation
 from sdonnx_runtime.machine import peak_memory
 from sdonnx_runtime.package import Package
-from sdonnx_runtime.protobuf import message
+from sdonnx_runtime.protobuf import model_of
 from sdonnx_runtime.request import Request, given
 from sdonnx_runtime.scheduler_config import SchedulerConfig
 from sdonnx_runtime.session import DEVICES, Session, runtime_version
@@ -144,11 +144,7 @@ def multiplications_a_second(path: Path, threads: int | None = None) -> float:
         path: any graph; it isn't opened.
         threads: as for `Session`.
     """
-    tensor = message((1, 1), (2, message(*((1, message((1, _SIDE))) for _ in range(2)))))
-    ports = [(number, message((1, name), (2, message((1, tensor))))) for number, name in ((11, b"x"), (12, b"y"))]
-    product = message((1, b"x"), (1, b"x"), (2, b"y"), (4, b"MatMul"))
-    model = message((1, 8), (8, message((2, 13))), (7, message((1, product), (2, b"speed"), *ports)))
-    session = Session(path, device="cpu", threads=threads, model=model, frugal=True)
+    session = Session(path, device="cpu", threads=threads, model=model_of("MatMul", 2, _SIDE, _SIDE), frugal=True)
     feeds, times = {"x": np.ones((_SIDE, _SIDE), np.float32)}, list[float]()
     for _ in range(8):
         start = time.perf_counter()

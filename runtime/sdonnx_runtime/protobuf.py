@@ -39,6 +39,17 @@ def message(*parts: tuple[int, "int | bytes | memoryview"]) -> bytes:
     return b"".join(pieces)
 
 
+def model_of(op: str, inputs: int, *sizes: int) -> bytes:
+    """An ``.onnx`` file of one operator of opset 13 that is given ``x`` so many times and gives ``y``, both in float32.
+
+    ``sizes`` are those of both.
+    """
+    tensor = message((1, 1), (2, message(*((1, message((1, size))) for size in sizes))))
+    ports = [(number, message((1, name), (2, message((1, tensor))))) for number, name in ((11, b"x"), (12, b"y"))]
+    node = message(*[(1, b"x")] * inputs, (2, b"y"), (4, op.encode()))
+    return message((1, 8), (8, message((2, 13))), (7, message((1, node), (2, b"one"), *ports)))
+
+
 def _number(value: int) -> bytes:
     """What `_varint` reads."""
     digits = [value >> shift & 127 for shift in range(0, max(value.bit_length(), 1), 7)]

@@ -17,7 +17,7 @@ from sdonnx_runtime import machine
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import DeviceError, PackageError, RequestError, SdonnxError
 from sdonnx_runtime.initializers import Elements
-from sdonnx_runtime.protobuf import message
+from sdonnx_runtime.protobuf import model_of
 
 logger = logging.getLogger(__name__)
 
@@ -353,14 +353,10 @@ def warm_up() -> None:
 @cache
 def _nothing(sharing: bool) -> Any:
     """A session that gives what it is given."""
-    tensor = message((1, 1), (2, b""))  # of float32, without sizes
-    ports = [(number, message((1, name), (2, message((1, tensor))))) for number, name in ((11, b"x"), (12, b"y"))]
-    graph = message((1, message((1, b"x"), (2, b"y"), (4, b"Identity"))), (2, b"nothing"), *ports)
-    model = message((1, 8), (8, message((2, 13))), (7, graph))
     settings = _settings(1, None, {})
     settings.enable_cpu_mem_arena = sharing
     settings.add_session_config_entry(_SHARED_ARENA, str(int(sharing)))
-    return _runtime().InferenceSession(model, settings, providers=[DEVICES["cpu"].provider])
+    return _runtime().InferenceSession(model_of("Identity", 1), settings, providers=[DEVICES["cpu"].provider])
 
 
 def _runtime() -> ModuleType:

@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 Changes: TypeAlias = Mapping[str, Sequence[tuple[Change, float]]]
 """What is done to a component's modules, each with its scale."""
 
-_WEIGHT = re.compile(r"(?P<module>.+)\.weight(?P<codes>(?:_(?P<start>\d+))?_codes)?$")
-"""A module's weight in a graph, or its codes, of which a graph may have several pieces."""
+_WEIGHT = re.compile(r"(?P<module>.+)\.weight(?:_(?P<start>\d+))?(?P<codes>_codes)?$")
+"""A module's weight in a graph, or its codes; or one of several pieces."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,12 +158,12 @@ class _Layer:
     """The pieces that one layer's weight is stored in: matrices (in, out), kernels (out, in, k, k).
 
     One that reads two pictures' channels has a piece for each, of fewer inputs; one that gates has two pieces of
-    fewer outputs. How many there are the ``outputs`` tell.
+    fewer outputs. How many there are the ``outputs`` tell. A wide kernel has pieces of fewer outputs.
     """
 
     def __init__(self, pieces: Sequence[Initializer], stored: Mapping[str, Initializer], outputs: int | None) -> None:
         self._pieces, self._stored = pieces, stored
-        self._by_output = len(pieces) > 1 and pieces[0].shape[1] != outputs
+        self._by_output = len(pieces) > 1 and (len(pieces[0].shape) == 4 or pieces[0].shape[1] != outputs)
 
     def whole(self) -> Array:
         """(out, n) in float32."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.initializers import EXTERNAL_DATA, GRAPH, INITIALIZER, Initializer, initializer_of
+from sdonnx_runtime.narrowing import Narrowing
 from sdonnx_runtime.protobuf import fields, message, parts
 
 NODE, _GRAPH_NAME, _INPUT, _OUTPUT, _VALUE_INFO = 1, 2, 11, 12, 13
@@ -63,9 +64,17 @@ class Staged:
         sizes = {name: each.sizes[0] for name, each in self.inputs.items() if each.sizes}
         return {name: size for name, size in sizes.items() if isinstance(size, str)}
 
+    @property
+    def rows_are_apart(self) -> bool:
+        """Whether each row comes out bit by bit as it would alone: with weights in codes it doesn't.
+
+        Ranges are found over all rows, or products are shared out among threads otherwise.
+        """
+        return not any(b"DequantizeLinear" in stage.model or b"MatMulInteger" in stage.model for stage in self.stages)
+
 
 def read_stages(path: Path, *, cut: bool = True) -> Staged:
-    """The stages of an ``.onnx`` file; without ``cut``, all of it as one.
+    """The stages of an ``.onnx`` file, with narrow kernels; without ``cut``, all of it as one, as it is.
 
     Raises:
         PackageError: it is damaged or missing, or doesn't say what its edges are.
@@ -86,9 +95,9 @@ def _cut(path: Path, data: memoryview, cut: bool) -> Staged:
         {_text(part, _VALUE_NAME): part for part in parts(graph, number)} for number in (_INPUT, _OUTPUT, _VALUE_INFO)
     )
     described = {**edges, **results, **given}
+    written = Narrowing(path, data, tensors)(parts(graph, NODE)) if cut else parts(graph, NODE)
     pieces = [
-        (name, list(nodes))
-        for name, nodes in groupby(map(_node, parts(graph, NODE)), key=lambda node: node.stage if cut else "")
+        (name, list(nodes)) for name, nodes in groupby(map(_node, written), key=lambda node: node.stage if cut else "")
     ]
     last = {value: index for index, (_, nodes) in enumerate(pieces) for node in nodes for value in node.reads}
     last |= dict.fromkeys(results, len(pieces))

@@ -114,6 +114,7 @@ def way(choice: sdonnx.Choice) -> str:
     """How a component is run."""
     how, kept = choice.way, len(choice.way.kept)
     words = [f"{choice.stages} stages" + (f", {kept} kept" if kept else "")] if how.staged and choice.stages > 1 else []
+    words += ["a row at a time"] if how.rows else []
     words += [f"tiles of {how.tile} cells"] if how.tile is not None else []
     words += ["nothing for reuse"] if how.frugal else []
     return "; ".join(words) or "whole"

@@ -1,6 +1,8 @@
 """Graphs run a stage at a time, against the whole; the VAE in tiles, beside diffusers; shapes, beside ONNX Runtime."""
 
 import threading
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from drawings import photograph
 from families import sd1, sd2, sdxl, tiny_vae
 from safetensors.torch import save_file
@@ -16,13 +19,13 @@ from sdonnx_export.export import export
 from sdonnx_export.precision import PRECISIONS
 from sdonnx_export.stages import cut
 from sdonnx_models import bundled
-from sdonnx_runtime import shapes
-from sdonnx_runtime.chain import Chain
+from sdonnx_runtime import narrowing, shapes
+from sdonnx_runtime.chain import Chain, Tiles, open_model
 from sdonnx_runtime.components import Components, Runner
 from sdonnx_runtime.initializers import GRAPH
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.pipeline import Pipeline
-from sdonnx_runtime.planning import Way
+from sdonnx_runtime.planning import TILES, Way
 from sdonnx_runtime.protobuf import parts
 from sdonnx_runtime.session import Session
 from sdonnx_runtime.stages import NODE, read_stages
@@ -31,6 +34,7 @@ from test_control import adapter, controlnet
 import sdonnx
 
 ASKED = {"width": 64, "height": 96, "num_inference_steps": 4, "guidance_scale": 5.0, "seed": 3}
+CHECKPOINT = Path(__file__).parents[1] / "models" / "pictogram" / "checkpoint"
 FAMILIES = {"sd1": sd1, "sd2": sd2, "sdxl": sdxl}
 
 
@@ -99,9 +103,9 @@ def test_with_a_net(make, made, tmp_path):
     assert not np.array_equal(changed[0], whole_and_low(made("sd1"))[0])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-def test_with_an_adapter(precision, made, tmp_path):
-    pipe, state = sd1(), {}
+def lora(pipe, directory):
+    """A file that changes layers of each kind."""
+    state = {}
     for part, end in (
         ("unet", "attn1.to_k"),
         ("unet", "ff.net.0.proj"),
@@ -112,11 +116,29 @@ def test_with_an_adapter(precision, made, tmp_path):
         outputs, inputs, *kernel = layer.weight.shape
         state[f"{part}.{name}.lora_A.weight"] = torch.randn(4, inputs, *kernel) / 4
         state[f"{part}.{name}.lora_B.weight"] = torch.randn(outputs, 4, *[1 for _ in kernel]) / 4
-    save_file(state, tmp_path / "lora.safetensors")
+    save_file(state, directory / "lora.safetensors")
+    return directory / "lora.safetensors"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_with_an_adapter(precision, made, tmp_path):
     package = made("sd1", precision)
-    changed = whole_and_low(package, loading={"loras": [tmp_path / "lora.safetensors"]})
+    changed = whole_and_low(package, loading={"loras": [lora(sd1(), tmp_path)]})
     np.testing.assert_array_equal(*changed)
     assert not np.array_equal(changed[0], whole_and_low(package)[0])
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_narrow_kernels_give_the_same(precision, adapted, made, tmp_path, monkeypatch):
+    loading = {"loras": [lora(sd1(), tmp_path)]} if adapted else {}
+    package = made("sd1", precision)
+    expected = sdonnx.load(package, **loading).generate("a cat", **ASKED)
+    monkeypatch.setattr(narrowing, "LIMIT", 80_000)
+    weights = {name for stage in read_stages(package / "unet" / "model.onnx").stages for name in stage.weights}
+    assert "mid_block.resnets.0.conv1.weight_32" in weights
+    found = sdonnx.load(package, memory="min", **loading).generate("a cat", **ASKED)
+    np.testing.assert_array_equal(found.latents, expected.latents)
 
 
 def test_stages_are_those_that_an_export_cuts(made):
@@ -187,19 +209,10 @@ def test_a_cut_graph_is_named(keep, made, tmp_path):
         read_stages(tmp_path / "nothing.onnx")
 
 
-def in_tiles(package, name, feeds, cells):
-    """A component's output in tiles of so many latent cells."""
-    opened = Package.open(package)
-    ways = {name: Way(tile=cells)}
-    components = Components(opened, lambda path, *_: Session(path, device="cpu"), keep_loaded=False, ways=ways)
-    (output,) = Runner(components)(name, feeds).values()
-    return output
-
-
 @pytest.mark.parametrize("size", [(20, 12), (8, 9), (13, 30), (16, 16)])
 def test_tiles_equal_those_of_diffusers(size, made):
-    """`AutoencoderKL.enable_tiling`, of tiles of 8 cells."""
-    vae, generator = sd1().vae, np.random.default_rng(1)
+    """`AutoencoderKL.enable_tiling`, of tiles of 8 cells: where a graph's norms can't be told of the whole."""
+    vae, generator, package = sd1().vae, np.random.default_rng(1), Package.open(made("sd1"))
     pixels = 2 ** (len(vae.config.block_out_channels) - 1)
     vae.enable_tiling()
     vae.tile_latent_min_size, vae.tile_sample_min_size = 8, 8 * pixels
@@ -210,16 +223,73 @@ def test_tiles_equal_those_of_diffusers(size, made):
         encoded = vae.encode(torch.from_numpy(picture)).latent_dist.parameters.numpy()
         vae.disable_tiling()
         plain = vae.decode(torch.from_numpy(latents)).sample.numpy()
-    np.testing.assert_allclose(in_tiles(made("sd1"), "vae_decoder", {"latent_sample": latents}, 8), decoded, atol=1e-4)
-    np.testing.assert_allclose(in_tiles(made("sd1"), "vae_encoder", {"sample": picture}, 8), encoded, atol=1e-4)
+    decoder, encoder = (Session(package.graph(name), device="cpu") for name in ("vae_decoder", "vae_encoder"))
+    (mine,) = Tiles(decoder, 8).run({"latent_sample": latents}).values()
+    np.testing.assert_allclose(mine, decoded, atol=1e-4)
+    (mine,) = Tiles(encoder, 8 * pixels).run({"sample": picture}).values()
+    np.testing.assert_allclose(mine, encoded, atol=1e-4)
     assert np.abs(decoded - plain).max() > 0.01
 
 
+def in_tiles(package, name, picture, cells):
+    """What a component gives for a picture in tiles of so many latent cells; None is all."""
+    ways = {name: Way(staged=cells is not None, tile=cells)}
+    components = Components(package, partial(open_model, device="cpu"), keep_loaded=False, ways=ways)
+    feeds = {"latent_sample" if name == "vae_decoder" else "sample": picture}
+    return next(iter(Runner(components)(name, feeds).values()))
+
+
+def decibels(found, expected):
+    """Of pictures in -1..1."""
+    return 10 * np.log10(4 / np.mean((found.clip(-1, 1) - expected.clip(-1, 1)) ** 2))
+
+
+def canvas(seed):
+    """A picture of 320x448 pixels: smooth colours, or many of the bundled model's subjects side by side."""
+    if seed % 2:
+        picture = photograph(320, 448, seed=seed)
+    else:
+        subjects = np.load(CHECKPOINT.parent / "composites.npz")["pictures"][seed : seed + 35]
+        picture = subjects.reshape(7, 5, 64, 64, 3).swapaxes(1, 2).reshape(448, 320, 3)
+    return (np.asarray(picture).astype(np.float32) / 127.5 - 1).transpose(2, 0, 1)[None]
+
+
+@pytest.fixture(scope="module")
+def pictogram_vae():
+    return AutoencoderKL.from_pretrained(CHECKPOINT, subfolder="vae", torch_dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize("seed", [2, 5])
+def test_tiles_are_within_40_db_of_the_whole(seed, precision, pictogram_vae, tmp_path):
+    """Of the bundled model's VAE, diffusers' where it isn't int8; without norms of the whole they aren't."""
+    package, picture = Package.open(bundled()["pictogram"]), canvas(seed)
+    with torch.no_grad():
+        latents = pictogram_vae.encode(torch.from_numpy(picture)).latent_dist.mean
+        whole = pictogram_vae.decode(latents).sample.numpy()
+    latents, again = latents.numpy(), whole
+    if precision == "int8":
+        package = Package.open(export(str(CHECKPOINT), tmp_path / "package", precision=precision, calibration="fast"))
+        whole = in_tiles(package, "vae_decoder", latents, None)
+        encoded = in_tiles(package, "vae_encoder", picture, None)[:, :4]
+        again = in_tiles(package, "vae_decoder", encoded, None)
+    for cells in TILES:
+        assert decibels(in_tiles(package, "vae_decoder", latents, cells), whole) > 40
+        encoded = in_tiles(package, "vae_encoder", picture, cells)[:, :4]
+        assert decibels(in_tiles(package, "vae_decoder", encoded, None), again) > 40
+    (alone,) = (
+        Tiles(Session(package.graph("vae_decoder"), device="cpu"), TILES[-1]).run({"latent_sample": latents}).values()
+    )
+    assert decibels(alone, whole) < 40
+
+
 def test_a_small_picture_is_one_tile():
-    package = Package.open(bundled()["pictogram"])
-    latents = np.random.default_rng(3).standard_normal((1, 4, 16, 16), np.float32)
-    whole, tiled = (in_tiles(package.root, "vae_decoder", {"latent_sample": latents}, cells) for cells in (None, 24))
-    np.testing.assert_array_equal(whole, tiled)
+    package, latents = (
+        Package.open(bundled()["pictogram"]),
+        np.random.default_rng(3).standard_normal((1, 4, 16, 16), np.float32),
+    )
+    whole, tiled = (in_tiles(package, "vae_decoder", latents, cells) for cells in (None, 24))
+    np.testing.assert_allclose(tiled, whole, atol=1e-5)
 
 
 SIZES = {"batch": 2, "states": 1, "height": 16, "width": 24, "tokens": 77, "pooled": 64, "ids": 6, "pictures": 1}
@@ -277,7 +347,9 @@ def test_shapes_of_what_goes_with_a_model(make, tmp_path):
 
 
 WAYS = {
+    "rows": Way(rows=True),
     "stages": Way(staged=True),
+    "rows in stages": Way(rows=True, staged=True),
     "some kept": Way(staged=True, kept=frozenset({("model.onnx", 0), ("model.onnx", 3)})),
     "all kept, frugal": Way(staged=True, frugal=True, kept=frozenset(("model.onnx", place) for place in range(99))),
     "frugal": Way(frugal=True),

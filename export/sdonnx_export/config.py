@@ -331,6 +331,8 @@ class VaeConfig:
     scaling_factor: float
     """Latents the U-Net sees are the encoder's, less the shift, times this."""
     shift_factor: float
+    tiled: bool = False
+    """Whether it works on tiles, with norms over the whole picture."""
 
     @property
     def downscale(self) -> int:

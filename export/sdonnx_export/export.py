@@ -15,14 +15,15 @@ from typing import Any
 import onnx_ir as ir
 from sdonnx_runtime.errors import ExportError, RequestError, SdonnxError
 from sdonnx_runtime.lora import Lora
-from sdonnx_runtime.manifest import Manifest, Source, write_manifest
+from sdonnx_runtime.manifest import TILED, Manifest, Source, write_manifest
+from sdonnx_runtime.package import VAE
 from sdonnx_runtime.request import given
 
 from sdonnx_export.baking import baked
 from sdonnx_export.calibration import Calibration, Seen, observe
 from sdonnx_export.checkpoint import check_pipeline, open_checkpoint, open_vae, open_vae_alone
 from sdonnx_export.config import UNetConfig
-from sdonnx_export.graph import COMPONENTS, build, components_of, layers
+from sdonnx_export.graph import COMPONENTS, build, components_of, has_norms, layers
 from sdonnx_export.int8 import Int8Operators
 from sdonnx_export.parts import Checkpoint, Part
 from sdonnx_export.precision import Choice, Mix, Precision, named, precision_of
@@ -148,6 +149,8 @@ def _graphs(checkpoint: Checkpoint, chosen: Choice, seen: Seen | None, name: str
     plain = _model(checkpoint, chosen, seen, name)
     if name.startswith("text_encoder"):
         return {"plain": plain, "embedded": embedded_graph(plain)}
+    if name in VAE and has_norms(checkpoint.parts["vae"].config):
+        return {"plain": plain, TILED: _model(checkpoint, chosen, seen, name, tiled=True)}
     if name != "unet":
         return {"plain": plain}
     stage = kept_stage(UNetConfig.from_dict(checkpoint.parts["unet"].config))

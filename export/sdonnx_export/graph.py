@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnxscript.nn import Module
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import ExportError
+from sdonnx_runtime.manifest import GIVEN, MOMENTS
 
 from sdonnx_export.adapter import Adapter, AdapterConfig
 from sdonnx_export.clip import ClipTextEncoder
@@ -113,16 +114,30 @@ def _vae(config: Mapping[str, Any]) -> tuple[Any, ...]:
     return parse.from_dict(config), decoder, encoder
 
 
-def _vae_decoder(config: Mapping[str, Any]) -> tuple[Module, tuple[Port, ...]]:
+def has_norms(config: Mapping[str, Any]) -> bool:
+    """Whether a VAE normalizes over a picture, so that a tile of it has to be told of the whole."""
+    return config.get("_class_name", "AutoencoderKL") == "AutoencoderKL"
+
+
+def _vae_decoder(config: Mapping[str, Any], **choices: bool) -> tuple[Module, tuple[Port, ...]]:
     parsed, decoder, _ = _vae(config)
-    shape = ("batch", parsed.latent_channels, "height", "width")
-    return decoder(parsed), (Port(name="latent_sample", dtype=_FLOAT, shape=shape),)
+    port = Port(name="latent_sample", dtype=_FLOAT, shape=("batch", parsed.latent_channels, "height", "width"))
+    return _half(decoder(replace(parsed, **choices)), port)
 
 
-def _vae_encoder(config: Mapping[str, Any]) -> tuple[Module, tuple[Port, ...]]:
+def _vae_encoder(config: Mapping[str, Any], **choices: bool) -> tuple[Module, tuple[Port, ...]]:
     parsed, _, encoder = _vae(config)
-    shape = ("batch", parsed.in_channels, "height", "width")
-    return encoder(parsed), (Port(name="sample", dtype=_FLOAT, shape=shape),)
+    port = Port(name="sample", dtype=_FLOAT, shape=("batch", parsed.in_channels, "height", "width"))
+    return _half(encoder(replace(parsed, **choices)), port)
+
+
+def _half(module: Any, picture: Port) -> tuple[Module, tuple[Port, ...]]:
+    """One half of a VAE, with what its norms are given where it works on tiles."""
+    moments: tuple[int, int] | None = getattr(module, "moments", None)
+    if moments is None:
+        return module, (picture,)
+    norms = Port(name=MOMENTS, dtype=_FLOAT, shape=("batch", *moments)), Port(name=GIVEN, dtype=_FLOAT, shape=())
+    return module, (picture, *norms)
 
 
 COMPONENTS = {
@@ -180,7 +195,7 @@ def build(
         part: its config and weights.
         precision: of the package.
         operators: what the graph is written in; called as `Operators` is.
-        **choices: of the U-Net, ``token_downsampling`` and ``controlled``.
+        **choices: of the U-Net, ``token_downsampling`` and ``controlled``; of a KL autoencoder's halves, ``tiled``.
 
     Raises:
         ExportError: the config has a value without a written graph; a weight is missing, is left over, or has

@@ -105,19 +105,21 @@ class Int8Operators(Operators):
 
     def group_norm(self, x: ir.Value, weight: Parameter, bias: Parameter, *, groups: int, eps: float) -> ir.Value:
         """Group normalization (arXiv:1803.08494) of (N, H, W, C), from each channel's mean and mean square."""
-        channels = sizes(weight)[0]
+        return self._normed(x, weight, bias, groups=groups, eps=eps)
+
+    def _moments(self, x: ir.Value, groups: int) -> tuple[ir.Value, ir.Value]:
+        """Of each group the mean and the mean square (N, G, 1)."""
         sums = self.ReduceSum(x, [2], keepdims=0), self.ReduceSumSquare(x, [2], keepdims=0)  # row by row: in parallel
         width = self.Cast(self.Shape(x, start=2, end=3), to=ir.DataType.FLOAT)
         means, squares = (self.ReduceMean(self.Div(each, width), [1]) for each in sums)  # (N, 1, C)
         mean, square = (
             self.ReduceMean(self.Reshape(each, [0, groups, -1]), [2], keepdims=1) for each in (means, squares)
-        )  # (N, G, 1)
-        variance = self.Relu(self.Sub(square, self.Mul(mean, mean)))  # rounding may leave less than 0
-        spread = self.Sqrt(self.Add(variance, self.constant(f"eps_{eps:g}", np.array(eps, np.float32))))
-        scale = self.Div(self.Reshape(weight, [1, groups, -1]), spread)  # (N, G, C / G)
-        shift = self.Sub(self.Reshape(bias, [1, groups, -1]), self.Mul(mean, scale))
-        scale, shift = (self.Reshape(each, [0, 1, 1, channels]) for each in (scale, shift))
-        return self.Add(self.Mul(x, scale), shift)
+        )
+        return mean, square
+
+    def _channels_of(self, channels: int) -> list[int]:
+        """The shape of what is the same at all places of a picture."""
+        return [0, 1, 1, channels]
 
     def _extent(self, picture: ir.Value) -> ir.Value:
         """Its height and width."""

@@ -47,11 +47,26 @@ class Operators(OpBuilder):
         self.precision_of = precision_of
         self._weights = weights
         self._widened: dict[str, ir.Value] = {}
+        self._whole: tuple[ir.Value, ir.Value] | None = None
+        self._moments_seen: list[ir.Value] = []
         self.stage = ""
 
     def begin_stage(self, name: str) -> None:
         """Everything from here to the next call belongs to the stage ``name`` (see `stages.cut`)."""
         self.stage = name
+
+    def begin_tile(self, moments: ir.Value, given: ir.Value) -> None:
+        """From here on pictures are tiles of one, over whose whole their norms have a mean and a mean square.
+
+        Norms take those of ``moments`` (N, 2 K, groups), two rows for each, if ``given`` () is 1, and their own of the
+        tile if it is 0.
+        """
+        self._whole = moments, given
+
+    def end_tile(self) -> ir.Value:
+        """The moments (N, 2 K, groups) that the norms found in the tile."""
+        self._whole = None
+        return self.Concat(*self._moments_seen, axis=1)
 
     def _call_op(self, op_type: str, inputs: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         result = super()._call_op(op_type, inputs, kwargs)
@@ -155,14 +170,49 @@ class Operators(OpBuilder):
     def group_norm(self, x: ir.Value, weight: Parameter, bias: Parameter, *, groups: int, eps: float) -> ir.Value:
         """Group normalization (arXiv:1803.08494): weight and bias (C,).
 
-        Instance normalization over (N, groups, C / groups * H * W), then the affine map per channel.
+        Instance normalization over (N, groups, C / groups * H * W), then the affine map per channel; of a tile, by the
+        moments of the whole.
         """
+        if self._whole is not None:
+            return self._normed(x, weight, bias, groups=groups, eps=eps)
         grouped = self.Reshape(x, [0, groups, -1])
         ones = self.constant(f"ones_{groups}", np.ones(groups, np.float32))
         zeros = self.constant(f"zeros_{groups}", np.zeros(groups, np.float32))
         normed = self.InstanceNormalization(grouped, ones, zeros, epsilon=eps)
         normed = self.Reshape(normed, self.Shape(x))
         return self.Add(self.Mul(normed, self._per_channel(weight)), self._per_channel(bias))
+
+    def _normed(self, x: ir.Value, weight: Parameter, bias: Parameter, *, groups: int, eps: float) -> ir.Value:
+        """Group normalization by each group's mean and mean square."""
+        mean, square = (self._of_whole(each, groups) for each in self._moments(x, groups))
+        variance = self.Relu(self.Sub(square, self.Mul(mean, mean)))  # rounding may leave less than 0
+        spread = self.Sqrt(self.Add(variance, self.constant(f"eps_{eps:g}", np.array(eps, np.float32))))
+        scale = self.Div(self.Reshape(weight, [1, groups, -1]), spread)  # (N, G, C / G)
+        shift = self.Sub(self.Reshape(bias, [1, groups, -1]), self.Mul(mean, scale))
+        scale, shift = (self.Reshape(each, self._channels_of(sizes(weight)[0])) for each in (scale, shift))
+        return self.Add(self.Mul(x, scale), shift)
+
+    def _moments(self, x: ir.Value, groups: int) -> tuple[ir.Value, ir.Value]:
+        """Of each group the mean and the mean square (N, G, 1)."""
+        grouped = self.Reshape(x, [0, groups, -1])
+        count = self.Cast(self.Shape(grouped, start=2), to=ir.DataType.FLOAT)
+        return self.ReduceMean(grouped, [2], keepdims=1), self.Div(
+            self.ReduceSumSquare(grouped, [2], keepdims=1), count
+        )
+
+    def _of_whole(self, moment: ir.Value, groups: int) -> ir.Value:
+        """A tile's moment, or the whole picture's."""
+        if self._whole is None:
+            return moment
+        own = self.Reshape(moment, [0, 1, groups])
+        moments, given = self._whole
+        whole = self.Gather(moments, [len(self._moments_seen)], axis=1)
+        self._moments_seen.append(own)
+        return self.Reshape(self.Add(own, self.Mul(given, self.Sub(whole, own))), [0, groups, 1])
+
+    def _channels_of(self, channels: int) -> list[int]:
+        """The shape of what is the same at all places of a picture."""
+        return [0, channels, 1, 1]
 
     def layer_norm(self, x: ir.Value, weight: Parameter, bias: Parameter, *, eps: float) -> ir.Value:
         """Layer normalization over the last axis: weight and bias (C,)."""

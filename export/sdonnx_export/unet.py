@@ -242,7 +242,7 @@ class UpBlock(_Level):
 
 
 class MidBlock(_Level):
-    """At the lowest resolution residual block, attention, residual block; or one residual block. One stage."""
+    """At the lowest resolution residual block with attention, and residual block, two stages; or one residual block."""
 
     def __init__(self, config: UNetConfig) -> None:
         level, width, attends = len(config.channels) - 1, config.channels[-1], config.attends_in_the_middle
@@ -254,7 +254,10 @@ class MidBlock(_Level):
 
     def forward(self, op: Operators, x: ir.Value, temb: ir.Value, context: ir.Value) -> ir.Value:
         x = self._block(op, 0, x, temb, context)
-        return self.resnets[1](op, x, temb) if self._attends else x
+        if not self._attends:
+            return x
+        op.begin_stage("mid_block.resnets.1")
+        return self.resnets[1](op, x, temb)
 
 
 def _resnet(config: UNetConfig, in_channels: int, out_channels: int) -> ResnetBlock:

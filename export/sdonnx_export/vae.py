@@ -1,7 +1,10 @@
 """The KL autoencoder's two halves (arXiv:2112.10752), as diffusers' AutoencoderKL names their weights."""
 
+from collections.abc import Callable
+
 import onnx_ir as ir
 from onnxscript.nn import Module, ModuleList
+from sdonnx_runtime.manifest import MEASURED
 
 from sdonnx_export.config import VaeConfig
 from sdonnx_export.layers import Attention, Conv2d, GroupNorm, ResnetBlock
@@ -12,32 +15,71 @@ _EPS = 1e-6
 
 
 class VaeDecoder(Module):
-    """Latents (N, 4, h, w), unscaled, to pictures (N, 3, 8 h, 8 w) in about -1..1."""
+    """Latents (N, 4, h, w), unscaled, to pictures (N, 3, 8 h, 8 w) in about -1..1.
+
+    Tiled, it is two stages: the middle of the whole, and the rest of a tile of what that gives.
+    """
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__("")
         latent = config.latent_channels
         self.post_quant_conv = Conv2d(latent, latent, 1) if config.post_quant_conv else None
         self.decoder = _Decoder(config)
+        self.outputs = ("sample", MEASURED) if config.tiled else ("sample",)
+        self.moments = _moments(config, layers=config.layers + 1, more=1)
 
-    def forward(self, op: Operators, latents: ir.Value) -> ir.Value:
+    def forward(self, op: Operators, latents: ir.Value, *norms: ir.Value) -> tuple[ir.Value, ...]:
+        def into_tiles(x: ir.Value) -> ir.Value:
+            edge = op.to_output(x)
+            op.begin_stage("tile")
+            op.begin_tile(*norms)
+            return op.from_input(edge)
+
+        if norms:
+            op.begin_stage("middle")
         x = op.from_input(latents)
         x = x if self.post_quant_conv is None else self.post_quant_conv(op, x)
-        return op.to_output(self.decoder(op, x))
+        picture = op.to_output(self.decoder(op, x, into_tiles if norms else _as_it_is))
+        return (picture, op.end_tile()) if norms else (picture,)
 
 
 class VaeEncoder(Module):
-    """Pictures (N, 3, H, W) in -1..1 to the posterior's means and log variances (N, 8, H / 8, W / 8)."""
+    """Pictures (N, 3, H, W) in -1..1 to the posterior's means and log variances (N, 8, H / 8, W / 8).
+
+    Tiled, it is two stages: all down to the smallest size of a tile, and the middle of the whole.
+    """
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__("")
         moments = 2 * config.latent_channels
         self.encoder = _Encoder(config)
         self.quant_conv = Conv2d(moments, moments, 1) if config.quant_conv else None
+        self.outputs = ("latent_parameters", MEASURED) if config.tiled else ("latent_parameters",)
+        self.moments = _moments(config, layers=config.layers)
 
-    def forward(self, op: Operators, picture: ir.Value) -> ir.Value:
-        x = self.encoder(op, op.from_input(picture))
-        return op.to_output(x if self.quant_conv is None else self.quant_conv(op, x))
+    def forward(self, op: Operators, picture: ir.Value, *norms: ir.Value) -> tuple[ir.Value, ...]:
+        measured = list[ir.Value]()
+
+        def from_tiles(x: ir.Value) -> ir.Value:
+            edge = op.to_output(x)
+            measured.append(op.end_tile())
+            op.begin_stage("middle")
+            return op.from_input(edge)
+
+        if norms:
+            op.begin_stage("tile")
+            op.begin_tile(*norms)
+        x = self.encoder(op, op.from_input(picture), from_tiles if norms else _as_it_is)
+        return op.to_output(x if self.quant_conv is None else self.quant_conv(op, x)), *measured
+
+
+def _as_it_is(x: ir.Value) -> ir.Value:
+    return x
+
+
+def _moments(config: VaeConfig, *, layers: int, more: int = 0) -> tuple[int, int] | None:
+    """How many moments the norms of a tile have, and of how many groups: two each, two norms to a residual block."""
+    return (2 * (2 * layers * len(config.channels) + more), config.groups) if config.tiled else None
 
 
 class _Decoder(Module):
@@ -54,8 +96,9 @@ class _Decoder(Module):
         self.conv_norm_out = GroupNorm(config.groups, widths[-1], _EPS)
         self.conv_out = Conv2d(widths[-1], config.out_channels)
 
-    def forward(self, op: Operators, x: ir.Value) -> ir.Value:
-        x = self.mid_block(op, self.conv_in(op, x))
+    def forward(self, op: Operators, x: ir.Value, between: Callable[[ir.Value], ir.Value]) -> ir.Value:
+        """``between`` is done to what the middle gives."""
+        x = between(self.mid_block(op, self.conv_in(op, x)))
         for block in self.up_blocks:
             x = block(op, x)
         return self.conv_out(op, op.silu(self.conv_norm_out(op, x)))
@@ -75,11 +118,12 @@ class _Encoder(Module):
         self.conv_norm_out = GroupNorm(config.groups, widths[-1], _EPS)
         self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels)
 
-    def forward(self, op: Operators, x: ir.Value) -> ir.Value:
+    def forward(self, op: Operators, x: ir.Value, between: Callable[[ir.Value], ir.Value]) -> ir.Value:
+        """``between`` is done to what the middle is given."""
         x = self.conv_in(op, x)
         for block in self.down_blocks:
             x = block(op, x)
-        x = self.mid_block(op, x)
+        x = self.mid_block(op, between(x))
         return self.conv_out(op, op.silu(self.conv_norm_out(op, x)))
 
 

@@ -137,13 +137,15 @@ def _save(model: ir.Model, folder: Path, done: Callable[[float], None]) -> None:
 
 
 def _save_variants(graphs: Mapping[str, ir.Model], folder: Path) -> None:
-    """Writes more graphs beside a component's plain one, over the same weights file."""
+    """Writes more graphs beside a component's plain one, over the same weights file, without their operators' names."""
     stored = ir.load(folder / GRAPH).graph.initializers
     for variant, model in graphs.items():
         for name, value in model.graph.initializers.items():
             if name in stored and isinstance(stored[name].const_value, ir.ExternalTensor):
                 value.const_value = stored[name].const_value
         slim(model.graph)
+        for node in model.graph:
+            node.name = None
         ir.save(model, folder / f"{variant}.onnx")
 
 

@@ -5,13 +5,17 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.machine import give_back
+from sdonnx_runtime.manifest import GIVEN, MEASURED, MOMENTS
 from sdonnx_runtime.merging import Changes, changed, merged
 from sdonnx_runtime.planning import Way
 from sdonnx_runtime.session import Cancelled, Session, matched
 from sdonnx_runtime.stages import Stage, Staged, read_stages
+from sdonnx_runtime.tiles import in_tiles, with_norms_of_all
 
 
 class Chain:
@@ -22,11 +26,24 @@ class Chain:
         graph: what it is cut into.
         changes: what adapters do to it. They are merged whenever a stage is opened, which takes its time.
         kept: the places of stages that stay open once they are.
+        rows: runs each stage for one row after another, where each comes out as it would alone.
+        tile: the side of what is worked on at a time by stages that do so, in places of what they are given.
         **how: as `Session` is opened.
     """
 
-    def __init__(self, path: Path, graph: Staged, changes: Changes, *, kept: Collection[int] = (), **how: Any) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        graph: Staged,
+        changes: Changes,
+        *,
+        kept: Collection[int] = (),
+        rows: bool = False,
+        tile: int | None = None,
+        **how: Any,
+    ) -> None:
+        self.path, self._tile = path, tile
+        self._rows = rows and graph.rows_are_apart
         self._kept, self._open = kept, dict[int, Session]()
         self._graph, self._changes, self._how = graph, changes, how
         self._last = {name: index for index, stage in enumerate(self._graph.stages) for name in stage.inputs}
@@ -42,14 +59,19 @@ class Chain:
             raise PackageError(
                 f"{self.path} wants an input '{missing}' that this version can't give; it gives {', '.join(feeds)}"
             )
-        values = matched(feeds, self._graph.leading)
+        rows = self._apart(matched(feeds, self._graph.leading))
         self._cancelled = False
         for index in range(len(stages)):
             if index + 1 < len(stages) and index + 1 not in self._open:
                 _read_ahead(stages[index + 1])
-            values |= self._run(index, values)
-            values = {name: value for name, value in values.items() if self._last.get(name, -1) > index}
-        return {name: values[name] for name in self._graph.outputs}
+            self._run(index, rows)
+            for row in rows:
+                for name in [name for name in row if self._last.get(name, -1) <= index]:
+                    del row[name]
+        outputs = [name for name in self._graph.outputs if name != MEASURED]
+        if len(rows) == 1:
+            return {name: rows[0][name] for name in outputs}
+        return {name: np.concatenate([row[name] for row in rows]) for name in outputs}
 
     def cancel(self) -> None:
         """As `Session.cancel`."""
@@ -61,22 +83,49 @@ class Chain:
     def _inputs(self) -> set[str]:
         """Of the whole."""
         read = {name for stage in self._graph.stages for name in stage.inputs}
-        return read - {name for stage in self._graph.stages for name in stage.outputs}
+        return read - {MOMENTS, GIVEN} - {name for stage in self._graph.stages for name in stage.outputs}
 
-    def _run(self, index: int, values: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+    def _apart(self, values: Mapping[str, AnyArray]) -> list[dict[str, AnyArray]]:
+        """What each row is given, or all together."""
+        counts = {name: len(values[name]) for name in self._graph.leading if name in values}
+        count = max(counts.values(), default=1)
+        if not self._rows or {*counts.values()} - {1, count}:
+            return [dict(values)]
+        split = {name for name, found in counts.items() if found > 1}
+        return [
+            {name: value[row : row + 1] if name in split else value for name, value in values.items()}
+            for row in range(count)
+        ]
+
+    def _run(self, index: int, rows: list[dict[str, AnyArray]]) -> None:
+        """Adds what a stage gives to each row's values."""
         session = self._active = self._open.get(index) or self._opened(self._graph.stages[index])
         if index in self._kept and index not in self._open:
             self._open[index] = session
             give_back()  # what opening it took besides
         try:
-            if self._cancelled:
-                raise Cancelled("the run was cancelled")
-            return session.run(values)
+            for row in rows:
+                row |= self._made(session, index, row)
         finally:
             self._active = None
             del session
             if index not in self._open:
                 give_back()
+
+    def _made(self, session: Session, index: int, values: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+        """What a stage gives, in tiles if it works on those."""
+
+        def run(feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+            if self._cancelled:
+                raise Cancelled("the run was cancelled")
+            return session.run(feeds)
+
+        inputs = self._graph.stages[index].inputs
+        if self._tile is None or MOMENTS not in inputs:
+            return run(values)
+        (picture,) = {*inputs} - {MOMENTS, GIVEN}
+        norms = tuple(int(size) for size in self._graph.inputs[MOMENTS].sizes[1:])
+        return with_norms_of_all(run, {picture: values[picture]}, self._tile, norms)
 
     def _opened(self, stage: Stage) -> Session:
         weights = changed(self.path, stage.weights, self._changes)
@@ -85,24 +134,50 @@ class Chain:
         return session
 
 
-Model: TypeAlias = Session | Chain
+class Tiles:
+    """Runs a session tile by tile, as it is."""
+
+    def __init__(self, session: Session, side: int) -> None:
+        self.path, self._session, self._side = session.path, session, side
+        self._cancelled = False
+
+    def run(self, feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+        """As `Session.run`."""
+        self._cancelled = False
+
+        def run(feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+            if self._cancelled:
+                raise Cancelled("the run was cancelled")
+            return self._session.run(feeds)
+
+        return in_tiles(run, feeds, self._side)
+
+    def cancel(self) -> None:
+        """As `Session.cancel`."""
+        self._cancelled = True
+        self._session.cancel()
+
+
+Model: TypeAlias = Session | Chain | Tiles
 
 
 def open_model(path: Path, changes: Changes, way: Way, **how: Any) -> Model:
     """A graph as adapters change it, to be run in a way; one without stages is whole.
 
+    A tile's side is in places of what the graph is given.
+
     Raises:
         RequestError: a change is of another size than its weight.
         PackageError, DeviceError: as `Session` does; of a graph in stages only when it runs.
     """
-    graph = read_stages(path) if way.staged else None
-    if graph is not None and len(graph.stages) > 1:
-        kept = {place for name, place in way.kept if name == path.name}
-        return Chain(path, graph, changes, kept=kept, frugal=way.frugal, **how)
+    graph = read_stages(path, cut=way.staged) if way.staged or way.rows else None
+    if graph is not None and (len(graph.stages) > 1 or not way.staged):
+        kept = {place for name, place in way.kept if name == path.name} if way.staged else {0}
+        return Chain(path, graph, changes, kept=kept, rows=way.rows, tile=way.tile, frugal=way.frugal, **how)
     session = Session(path, weights=merged(path, changes), frugal=way.frugal, **how)
     if changes:
         give_back()
-    return session
+    return session if way.tile is None else Tiles(session, way.tile)
 
 
 def _read_ahead(stage: Stage) -> None:

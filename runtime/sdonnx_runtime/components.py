@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -12,12 +13,12 @@ from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.chain import Model
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.machine import give_back_at_once
+from sdonnx_runtime.manifest import TILED
 from sdonnx_runtime.merging import Changes
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.planning import Way
 from sdonnx_runtime.request import Timings
 from sdonnx_runtime.session import Cancelled, empty_arena
-from sdonnx_runtime.tiles import in_tiles
 
 REFINER = "refiner/"
 """What the names of a refiner's components begin with."""
@@ -55,18 +56,18 @@ class Components:
         key = name, variant
         if key not in self._sessions:
             place, slash, component = name.rpartition("/")
-            graph = self._others.get(place + slash, self._package).graph(component, variant)
-            self._sessions[key] = self._open_session(graph, self._changes.get(name, {}), self._way(name))
+            package, way = self._others.get(place + slash, self._package), self._way(name)
+            if way.tile is not None and TILED in package.manifest.components[component].graphs:
+                variant = TILED
+            graph = package.graph(component, variant)
+            self._sessions[key] = self._open_session(graph, self._changes.get(name, {}), way)
         return self._sessions[key]
 
-    def tile(self, name: str) -> int | None:
-        """The sides of what a component works on at a time, in its own places; None is all."""
-        cells, pixels = self._way(name).tile, self._package.manifest.latents.downscale
-        sides = {} if cells is None else {"vae_decoder": cells, "vae_encoder": cells * pixels}
-        return sides.get(name)
-
     def _way(self, name: str) -> Way:
-        return self._ways.get(name, Way())
+        """How a component is run, with a tile's side in places of what it is given."""
+        way, pixels = self._ways.get(name, Way()), self._package.manifest.latents.downscale
+        sides = {} if way.tile is None else {"vae_decoder": way.tile, "vae_encoder": way.tile * pixels}
+        return replace(way, tile=sides.get(name))
 
     def release(self, name: str) -> None:
         """Unloads a component, unless components are kept."""
@@ -142,14 +143,10 @@ class Runner:
         self._load[name] += loaded - start
         self._active = session
 
-        def whole(feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+        try:
             if self._cancelled:
                 raise Cancelled("the generation was cancelled")
             return session.run(feeds)
-
-        side = self.components.tile(name)
-        try:
-            return whole(feeds) if side is None else in_tiles(whole, feeds, side)
         finally:
             self._active = None
             self._run[name] += time.perf_counter() - loaded

@@ -37,6 +37,13 @@ KEPT = "kept"
 EMBEDS = "inputs_embeds"
 """What a text encoder's graph ``embedded`` takes: (N, S, C), its tokens' vectors."""
 
+TILED = "tiled"
+"""A VAE's graphs for tiles of a picture."""
+
+MOMENTS, GIVEN, MEASURED = "moments", "given", "measured"
+"""What they take and give besides pictures: of each norm of a tile the means and mean squares
+(N, 2 K, groups) that it is to have if ``given`` () is 1, and those that it had of the tile itself."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class File:

@@ -12,6 +12,7 @@ from sdonnx_runtime.controls import added_by, place
 from sdonnx_runtime.denoise import unet_graphs
 from sdonnx_runtime.encoding import Script
 from sdonnx_runtime.initializers import read_initializers
+from sdonnx_runtime.manifest import TILED
 from sdonnx_runtime.merging import Adapters, module_of
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.planning import Graph, Part, Phase, make_plan, outputs_of
@@ -66,8 +67,7 @@ def phases_of(
         nets = list(controls) if prefix == "" else []
         phases.append(_unets(prefix, model, nets, request, sizes, applied))
     if request.image is not None or request.hires_upscaler == "lanczos":
-        encoder = _graph(package.graph("vae_encoder"), {"batch": 1, "height": height, "width": width})
-        phases.append([_part("vae_encoder", [encoder], applied, cells=space.downscale, pixels=height * width)])
+        phases.append([_vae(package, "vae_encoder", height, width, cells=space.downscale, pixels=height * width)])
     cells = height // space.downscale, width // space.downscale
     phases.append(decoding(package, *cells, request.num_images))
     if preview is None:
@@ -82,9 +82,23 @@ def decoding(package: Package, height: int, width: int, pictures: int) -> Phase:
     Raises:
         KeyError, PackageError: as `phases_of` does.
     """
-    graph = _graph(package.graph("vae_decoder"), {"batch": 1, "height": height, "width": width})
     pixels = height * width * package.manifest.latents.downscale**2 * pictures
-    return [_part("vae_decoder", [graph], Adapters(), cells=1, pixels=pixels)]
+    return [_vae(package, "vae_decoder", height, width, cells=1, pixels=pixels)]
+
+
+def _vae(package: Package, component: str, height: int, width: int, *, cells: int, pixels: int) -> Part:
+    """A VAE's half; it works on so many ``pixels`` in all, and on pictures of so many places to a latent cell."""
+    sizes, there = {"batch": 1, "height": height, "width": width}, package.manifest.components[component].graphs
+    plain, tiled = (
+        _graph(package.graph(component, name), sizes) for name in ("plain", TILED if TILED in there else "plain")
+    )
+    return Part(
+        component=component,
+        graphs=(plain,),
+        tiled=tiled,
+        cells=cells,
+        beside=12 * _PICTURES * pixels,
+    )
 
 
 def _unets(
@@ -109,15 +123,12 @@ def _unets(
     return [*found, _part(f"{prefix}unet", graphs, applied)]
 
 
-def _part(
-    component: str, graphs: Sequence[Graph], applied: Adapters, *, cells: int | None = None, pixels: int = 0
-) -> Part:
+def _part(component: str, graphs: Sequence[Graph], applied: Adapters) -> Part:
     changes, merged = applied.changes.get(component, {}), 0
     if changes:
         weights = read_initializers(graphs[0].path)
         merged = sum(each.length for name, each in weights.items() if module_of(name) in changes)
-    beside = 12 * _PICTURES * pixels
-    return Part(component=component, graphs=tuple(graphs), cells=cells, beside=beside, merged=merged)
+    return Part(component=component, graphs=tuple(graphs), merged=merged)
 
 
 def _graph(path: Path, sizes: Mapping[str, int], known: Mapping[str, Value] = MappingProxyType({})) -> Graph:

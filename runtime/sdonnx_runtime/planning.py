@@ -8,8 +8,9 @@ from pathlib import Path
 
 from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.footprint import Footprint, footprint
+from sdonnx_runtime.manifest import MOMENTS
 from sdonnx_runtime.shapes import Value
-from sdonnx_runtime.stages import read_stages
+from sdonnx_runtime.stages import Stage, read_stages
 from sdonnx_runtime.tiles import tiles_of
 
 _VAE_IN_CODES, _WHOLE, _STAGED = 1.25, 1.45, 1.5
@@ -29,6 +30,8 @@ TILES = (64, 48, 32, 24)
 class Way:
     """How a component is run."""
 
+    rows: bool = False
+    """One row of what it is given at a time, such as of guidance."""
     staged: bool = False
     """A stage at a time, instead of all of it."""
     kept: frozenset[tuple[str, int]] = frozenset()
@@ -39,7 +42,7 @@ class Way:
     """Latent cells of the sides of what it works on at a time; None is all."""
 
 
-SMALLEST = Way(staged=True, frugal=True, tile=TILES[-1])
+SMALLEST = Way(rows=True, staged=True, frugal=True, tile=TILES[-1])
 """What takes the least memory, and the most time."""
 
 
@@ -49,6 +52,8 @@ class Graph:
 
     path: Path
     inputs: tuple[tuple[str, Value], ...]
+    tile: int | None = None
+    """The side of what is worked on at a time, in places of what it is given; None is all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +63,10 @@ class Part:
     component: str
     graphs: tuple[Graph, ...]
     """What is open at a time, if all of it is."""
-    cells: int | None = None
-    """Places of its input for each latent cell, of a VAE, which can work on tiles."""
+    tiled: Graph | None = None
+    """What works on tiles instead, of a VAE."""
+    cells: int = 1
+    """Places of what that is given for each latent cell."""
     beside: int = 0
     """Bytes of what is made of it outside."""
     merged: int = 0
@@ -143,16 +150,13 @@ def outputs_of(graph: Graph) -> Mapping[str, Value]:
     return _walked(graph, False)[-1].footprint.outputs
 
 
-def _ways(phase: Phase) -> Iterator[list[Way]]:
+def _ways(phase: Phase) -> list[list[Way]]:
     """The ways for what is open at a time, fastest first."""
-    tiled = all(part.cells is not None for part in phase)
-    yield [Way() for _ in phase]
-    if not tiled:
-        yield [Way(staged=True) for _ in phase]
-    yield [Way(staged=True, frugal=True) for _ in phase]
-    if tiled:
-        yield from ([Way(tile=tile) for _ in phase] for tile in TILES)
-        yield [SMALLEST for _ in phase]
+    tiled = all(part.tiled is not None for part in phase)
+    whole = [Way(), Way(staged=True, frugal=True), *(Way(staged=True, tile=tile) for tile in TILES), SMALLEST]
+    apart = [Way(rows=rows, staged=staged) for staged in (False, True) for rows in (False, True)]
+    least = [Way(rows=rows, staged=True, frugal=True) for rows in (False, True)]
+    return [[way] * len(phase) for way in (whole if tiled else [*apart, *least])]
 
 
 def _peak(runs: Sequence["_Run"]) -> int:
@@ -177,26 +181,21 @@ class _Stage:
     footprint: Footprint
     held: int
     """Bytes of values that are kept for it and those after it while it runs."""
+    times: float = 1
+    """How often it runs, in tiles of the size that its footprint is of."""
 
 
 class _Run:
     """A part run in a way: what stays in memory while others of its phase run, and what is added while it does."""
 
     def __init__(self, part: Part, way: Way) -> None:
-        self.way, self._part = way, part
-        self._tiles = 1.0
-        graphs = part.graphs
-        if way.tile is not None and part.cells is not None:
-            ((name, value),) = graphs[0].inputs
-            side = way.tile * part.cells
-            if max(value.shape[2:]) > side:
-                covered = prod(sum(min(side, size - at) for at in tiles_of(size, side)) for size in value.shape[2:])
-                self._tiles = covered / side**2
-            shape = (*value.shape[:2], *(min(size, side) for size in value.shape[2:]))
-            graphs = (replace(graphs[0], inputs=((name, replace(value, shape=shape)),)),)
-        walks = [_walked(graph, way.staged) for graph in graphs]
+        self._part, graphs = part, part.graphs
+        if way.tile is not None and part.tiled is not None:
+            graphs = (replace(part.tiled, tile=way.tile * part.cells),)
+        walks = [_walked(graph, way.staged, way.rows) for graph in graphs]
         self.cut = any(len(walk) > 1 for walk in walks)
         self.stages = [stage for walk in walks for stage in walk]
+        self.way = replace(way, rows=any(stage.times > 1 for stage in self.stages) and way.tile is None and way.rows)
         self.kept = set[_Stage]()
 
     @property
@@ -212,7 +211,7 @@ class _Run:
         found = [(stage, stage.footprint) for stage in self.stages]
         moving = [each for each in found if each[0] not in self.kept]
         if not self.way.staged:
-            coded = self._part.cells is not None and self.stages[0].footprint.mapped > 0
+            coded = self._part.tiled is not None and self.stages[0].footprint.mapped > 0
             times = _VAE_IN_CODES if coded else _WHOLE
             return int(
                 max(s.held + each.spread + max(times * each.values, each.opening - each.weights) for s, each in found)
@@ -231,36 +230,67 @@ class _Run:
         opened = sum(stage.footprint.weights for stage in self.stages if stage not in self.kept)
         extra = opened / _OPENED if self.way.staged and self.cut else 0.0
         if self.way.frugal:
-            extra += self._tiles * sum(stage.footprint.written for stage in self.stages) / _WRITTEN
-        work = sum(each.footprint.work / (_IN_CODES if each.footprint.coded else 1) for each in self.stages)
+            extra += sum(stage.times * stage.footprint.written for stage in self.stages) / _WRITTEN
+        work = sum(
+            each.times * each.footprint.work / (_IN_CODES if each.footprint.coded else 1) for each in self.stages
+        )
         return Choice(
             component=self._part.component,
             way=replace(self.way, kept=frozenset(stage.place for stage in self.kept)),
             stages=len(self.stages),
             peak=peak,
-            work=self._tiles * work,
+            work=work,
             extra=extra,
             moves=self.moves,
         )
 
 
-def _walked(graph: Graph, cut: bool) -> tuple[_Stage, ...]:
+def _walked(graph: Graph, cut: bool, rows: bool = False) -> tuple[_Stage, ...]:
     try:
-        return _walk(graph, cut, graph.path.stat().st_mtime_ns)
+        return _walk(graph, cut, rows, graph.path.stat().st_mtime_ns)
     except OSError as error:
         raise PackageError(f"{graph.path} can't be read ({error.strerror}); run 'sdonnx export' again") from None
 
 
 @lru_cache(maxsize=64)
-def _walk(graph: Graph, cut: bool, _changed: int) -> tuple[_Stage, ...]:
-    staged = read_stages(graph.path, cut=cut)
-    values, found = dict(graph.inputs), list[_Stage]()
+def _walk(graph: Graph, cut: bool, rows: bool, _changed: int) -> tuple[_Stage, ...]:
+    staged, values, found = read_stages(graph.path, cut=cut), dict(graph.inputs), list[_Stage]()
+    count = max((values[name].shape[0] for name in staged.leading), default=1) if rows and staged.rows_are_apart else 1
+    if count > 1:
+        values |= {name: replace(values[name], shape=(1, *values[name].shape[1:])) for name in staged.leading}
     last = {name: index for index, stage in enumerate(staged.stages) for name in stage.inputs}
     last |= dict.fromkeys(staged.outputs, len(staged.stages))
     alive = set(values)
     for index, stage in enumerate(staged.stages):
-        held = sum(values[name].nbytes for name in alive)
-        found.append(_Stage((graph.path.name, index), footprint(stage, values), held))
-        values |= found[-1].footprint.outputs
+        held = count * sum(values[name].nbytes for name in alive)
+        given, times = {name: values[name] for name in stage.inputs}, float(count)
+        if graph.tile is not None and (MOMENTS in given or len(staged.stages) == 1):
+            taken, times = _in_tiles(stage, given, graph.tile)
+        else:
+            taken = footprint(stage, given)
+        found.append(_Stage((graph.path.name, index), taken, held, times))
+        values |= taken.outputs
         alive = {name for name in {*alive, *stage.outputs} if last.get(name, -1) > index}
     return tuple(found)
+
+
+def _in_tiles(stage: Stage, given: Mapping[str, Value], side: int) -> tuple[Footprint, float]:
+    """What a stage takes for a tile of its picture and gives for all of them, and how often it runs."""
+    ((name, picture),) = [(name, value) for name, value in given.items() if len(value.shape) == 4]
+    whole = picture.shape[2:]
+    part = tuple(min(size, side) for size in whole)
+    taken = footprint(stage, {**given, name: replace(picture, shape=(*picture.shape[:2], *part))})
+    covered = prod(sum(min(side, size - at) for at in tiles_of(size, side)) for size in whole)
+    measured = 2 * prod(whole) if MOMENTS in given else 0
+    outputs = {
+        name: replace(value, shape=(*value.shape[:2], *_scaled(value.shape[2:], whole, part)))
+        for name, value in taken.outputs.items()
+        if len(value.shape) == 4
+    }
+    return replace(taken, outputs={**taken.outputs, **outputs}), (covered + measured) / prod(
+        part
+    ) if part != whole else 1
+
+
+def _scaled(sizes: Sequence[int], whole: Sequence[int], part: Sequence[int]) -> Iterator[int]:
+    return (size * all_ // some for size, all_, some in zip(sizes, whole, part, strict=True))

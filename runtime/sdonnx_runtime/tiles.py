@@ -1,19 +1,24 @@
 """A picture worked on in tiles that overlap and are blended, as diffusers' VAEs do it."""
 
 from collections.abc import Callable, Mapping
-from itertools import pairwise
+from functools import partial
+from itertools import pairwise, product
+from typing import TypeAlias
 
 import numpy as np
 
 from sdonnx_runtime.arrays import AnyArray, Array
+from sdonnx_runtime.manifest import GIVEN, MEASURED, MOMENTS
 
 OVERLAP = 4
 """One part of so many of a tile's side is shared with the next."""
 
 
-def in_tiles(
-    run: Callable[[Mapping[str, AnyArray]], Mapping[str, AnyArray]], feeds: Mapping[str, AnyArray], side: int
-) -> dict[str, Array]:
+Run: TypeAlias = Callable[[Mapping[str, AnyArray]], Mapping[str, AnyArray]]
+"""What a component gives for what it is given."""
+
+
+def in_tiles(run: Run, feeds: Mapping[str, AnyArray], side: int) -> dict[str, Array]:
     """What a component of one input and one output gives for a picture (N, C, H, W), worked on tile by tile.
 
     Where tiles overlap, one passes into the other linearly, first from above, then from the left. What normalizes
@@ -44,6 +49,42 @@ def in_tiles(
             _blend(before, tile, shared, axis=3)
     joined = [np.concatenate([tile[:, :, :kept, :kept] for tile in row], axis=3) for row in rows]
     return {output: np.concatenate(joined, axis=2)}
+
+
+def with_norms_of_all(run: Run, feeds: Mapping[str, AnyArray], side: int, norms: tuple[int, ...]) -> dict[str, Array]:
+    """Like `in_tiles`, but norms see the whole picture, or nearly.
+
+    A norm's moments over the picture are the mean of those over tiles without overlap, if the norms before it have seen
+    the picture too. So all tiles are run first with each norm's moments of the tile, then with the means of those; the
+    two that come of it lie on either side of the truth, and pictures are made with what is between.
+
+    Args:
+        run: gives a tile, and the moments MEASURED, for a picture, MOMENTS and GIVEN.
+        feeds: the one picture (N, C, H, W).
+        side: as for `in_tiles`.
+        norms: the sizes (2 K, groups) of a picture's moments.
+    """
+    ((name, picture),) = feeds.items()
+    count, _, height, width = picture.shape
+
+    def tile(feeds: Mapping[str, AnyArray], moments: Array | None) -> dict[str, AnyArray]:
+        known = np.zeros((count, *norms), np.float32) if moments is None else moments
+        return dict(run({**feeds, MOMENTS: known, GIVEN: np.array(moments is not None, np.float32)}))
+
+    def measure(moments: Array | None) -> Array:
+        found = np.zeros((count, *norms))
+        for top, left in product(range(0, height, side), range(0, width, side)):
+            piece = np.ascontiguousarray(picture[:, :, top : top + side, left : left + side])
+            found += tile({name: piece}, moments)[MEASURED] * (piece[0, 0].size / (height * width))
+        return found.astype(np.float32)
+
+    def draw(feeds: Mapping[str, AnyArray], moments: Array | None) -> dict[str, AnyArray]:
+        return {output: made for output, made in tile(feeds, moments).items() if output != MEASURED}
+
+    if height <= side and width <= side:
+        return draw(feeds, None)
+    first = measure(None)
+    return in_tiles(partial(draw, moments=(first + measure(first)) / 2), feeds, side)
 
 
 def tiles_of(size: int, side: int) -> range:

@@ -58,6 +58,24 @@ def test_a_prediction_is_within_10_percent_of_what_the_system_says(precision, tm
     assert found["min"]["peak"] < found["middle"]["peak"] * 0.9 < found["2GB"]["peak"] * 0.8, found
 
 
+@on_linux
+def test_pictures_leave_nothing_behind():
+    worker = """
+import sdonnx
+from sdonnx_runtime.machine import resident_memory
+with sdonnx.load("pictogram") as pipe:
+    for seed in range(45):
+        pipe.generate("a cat", num_inference_steps=2, seed=seed)
+        if seed in (2, 44):
+            print(resident_memory())
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", worker], capture_output=True, text=True, timeout=300, check=True
+    ).stdout
+    third, last = map(int, said.split())
+    assert last < 1.02 * third
+
+
 @contextmanager
 def control_group(limit):
     """A group of so many bytes; gives what a process runs to be in it."""

@@ -9,6 +9,7 @@ from sdonnx_runtime.errors import DeviceError, RequestError
 from sdonnx_runtime.machine import available_memory, resident_memory
 from sdonnx_runtime.planning import Phase, Plan, make_plan
 from sdonnx_runtime.session import share_arena, warm_up
+from sdonnx_runtime.shapes import UnknownGraph
 
 AUTO, MOST, LEAST = "auto", "max", "min"
 """What is free; everything kept loaded; as little as there is a way to."""
@@ -69,7 +70,7 @@ class Budget:
         budget = inf if plenty else self._room(free)
         try:
             found = self._made(phases(), budget, base)
-        except KeyError:
+        except UnknownGraph:
             if self.asked in (AUTO, LEAST) and not whole:
                 return None
             raise RequestError(

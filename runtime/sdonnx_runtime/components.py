@@ -96,8 +96,8 @@ class Components:
             if ways is not None:
                 self._close(_differing(ways, self._ways))
                 self._ways = ways
-            if any(way.frugal for way in self._ways.values()):
-                give_back_at_once()  # before any other has put its own about
+            if not self._keep_loaded:  # before any has put its own about
+                give_back_at_once(one_heap=any(way.frugal for way in self._ways.values()))
             yield
         finally:
             for name, _ in list(self._sessions):

@@ -58,7 +58,7 @@ def footprint(stage: Stage, given: Mapping[str, Value]) -> Footprint:
     """What a stage takes for inputs of these shapes.
 
     Raises:
-        KeyError: it has an operator that packages of sdonnx don't have.
+        UnknownGraph: it has an operator that packages of sdonnx don't have.
     """
     (graph,) = parts(memoryview(stage.model), GRAPH)
     nodes = _as_run([node_of(part) for part in parts(graph, NODE)])

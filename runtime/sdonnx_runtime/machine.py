@@ -166,16 +166,20 @@ def give_back() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def give_back_at_once() -> None:
+def give_back_at_once(*, one_heap: bool) -> None:
     """Makes this process hand large buffers back to the system as soon as they are free (glibc); elsewhere nothing.
 
     glibc keeps the larger buffers for reuse, the more of them have been freed: by and by they lie about in pieces.
+
+    Args:
+        one_heap: makes threads to come take small buffers from one heap too, which is slower if many do at a time.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             c_library = ctypes.CDLL(None)
             c_library.mallopt(_M_MMAP_THRESHOLD, _LARGE)
-            c_library.mallopt(_M_ARENA_MAX, 1)
+            if one_heap:
+                c_library.mallopt(_M_ARENA_MAX, 1)
 
 
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8

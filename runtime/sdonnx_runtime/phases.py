@@ -11,13 +11,12 @@ from sdonnx_runtime.conditioning import texts_of
 from sdonnx_runtime.controls import added_by, place
 from sdonnx_runtime.denoise import unet_graphs
 from sdonnx_runtime.encoding import Script
-from sdonnx_runtime.initializers import read_initializers
 from sdonnx_runtime.manifest import TILED
-from sdonnx_runtime.merging import Adapters, module_of
+from sdonnx_runtime.merging import Adapters
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.planning import Graph, Part, Phase, make_plan, outputs_of
 from sdonnx_runtime.request import Request, given
-from sdonnx_runtime.shapes import ITEMSIZES, Value
+from sdonnx_runtime.shapes import ITEMSIZES, UnknownGraph, Value
 from sdonnx_runtime.stages import read_stages
 
 _PICTURES = 6
@@ -46,7 +45,7 @@ def phases_of(
         preview: whose VAE makes previews, and stays.
 
     Raises:
-        KeyError: a graph is of another program, with inputs or operators that aren't known here.
+        UnknownGraph: a graph is of another program, with inputs or operators that aren't known here.
         PackageError: a graph is damaged.
     """
     applied = Adapters() if adapters is None else adapters
@@ -80,7 +79,7 @@ def decoding(package: Package, height: int, width: int, pictures: int) -> Phase:
     """What a package's VAE decoder has open for latents of a size in cells.
 
     Raises:
-        KeyError, PackageError: as `phases_of` does.
+        UnknownGraph, PackageError: as `phases_of` does.
     """
     pixels = height * width * package.manifest.latents.downscale**2 * pictures
     return [_vae(package, "vae_decoder", height, width, cells=1, pixels=pixels)]
@@ -124,11 +123,8 @@ def _unets(
 
 
 def _part(component: str, graphs: Sequence[Graph], applied: Adapters) -> Part:
-    changes, merged = applied.changes.get(component, {}), 0
-    if changes:
-        weights = read_initializers(graphs[0].path)
-        merged = sum(each.length for name, each in weights.items() if module_of(name) in changes)
-    return Part(component=component, graphs=tuple(graphs), merged=merged)
+    adapted = frozenset(applied.changes.get(component, {}))
+    return Part(component=component, graphs=tuple(replace(graph, adapted=adapted) for graph in graphs))
 
 
 def _graph(path: Path, sizes: Mapping[str, int], known: Mapping[str, Value] = MappingProxyType({})) -> Graph:
@@ -137,9 +133,11 @@ def _graph(path: Path, sizes: Mapping[str, int], known: Mapping[str, Value] = Ma
     for name, port in read_stages(path).inputs.items():
         free = {f"{name}.{axis}": 1 for axis in ("batch", "channels", "height", "width")}
         called = {**free, **sizes}
+        shape = [size if isinstance(size, int) else called.get(size) for size in port.sizes]
         if name in known:
             inputs[name] = known[name]
+        elif None in shape or port.data_type not in ITEMSIZES:
+            raise UnknownGraph(f"the input {name}")
         else:
-            shape = (size if isinstance(size, int) else called[size] for size in port.sizes)
-            inputs[name] = Value(tuple(shape), ITEMSIZES[port.data_type])
+            inputs[name] = Value(tuple(given(size) for size in shape), ITEMSIZES[port.data_type])
     return Graph(path=path, inputs=tuple(inputs.items()))

@@ -49,8 +49,8 @@ class Pipeline:
         memory: what the process may take, in bytes or such as "600MB" or "2GiB", of which each request makes a `Plan`;
             "auto" is what is free. The text encoder is gone then before the U-Net runs, and the U-Net before the VAE
             decodes. "max" keeps every component in memory between and during generations; "min" takes the least there
-            is a way to. Where a plan needs it, the C library is told to hand memory back at once, in the whole process.
-            On CUDA a size limits the device's memory.
+            is a way to. But for "max" the C library (glibc) is told to hand large buffers back at once, in the whole
+            process. On CUDA a size limits the device's memory.
         refiner: a package whose U-Net takes the last steps, such as SDXL's refiner.
         lora_folder: where the adapters are that prompts name, as ``<lora:name:0.8>``.
         controls: packages of ControlNets and T2I-Adapters, for which each request has a `Control`.

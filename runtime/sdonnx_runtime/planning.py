@@ -1,5 +1,6 @@
 """A budget of memory made a plan: how each component is run, what that takes at most, and how long it takes."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -9,6 +10,7 @@ from pathlib import Path
 from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.footprint import Footprint, footprint
 from sdonnx_runtime.manifest import MOMENTS
+from sdonnx_runtime.merging import module_of
 from sdonnx_runtime.shapes import Value
 from sdonnx_runtime.stages import Stage, read_stages
 from sdonnx_runtime.tiles import tiles_of
@@ -18,6 +20,9 @@ _VAE_IN_CODES, _WHOLE, _STAGED = 1.25, 1.45, 1.5
 
 _PINNED = 0.045
 """By how much more for each stage that stays open, for its weights lie in the arena among what comes and goes."""
+
+_MERGING = 2.25
+"""How many times a weight is there in float32 while it is changed."""
 
 _OPENED, _WRITTEN, _IN_CODES = 0.8e9, 3e9, 2.2
 """Bytes of weights opened, and of fresh pages handed out, in a second; how many times faster products in 8 bits are."""
@@ -54,6 +59,8 @@ class Graph:
     inputs: tuple[tuple[str, Value], ...]
     tile: int | None = None
     """The side of what is worked on at a time, in places of what it is given; None is all."""
+    adapted: frozenset[str] = frozenset()
+    """The modules that adapters change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +76,6 @@ class Part:
     """Places of what that is given for each latent cell."""
     beside: int = 0
     """Bytes of what is made of it outside."""
-    merged: int = 0
-    """Bytes of the weights that adapters change."""
 
 
 Phase = Sequence[Part]
@@ -128,7 +133,7 @@ def make_plan(phases: Sequence[Phase], budget: float, base: int) -> Plan:
         base: bytes of it that are taken already, or for something else.
 
     Raises:
-        KeyError: a graph has operators or inputs that packages of sdonnx don't have.
+        UnknownGraph: a graph has operators or inputs that packages of sdonnx don't have.
         PackageError: a graph is damaged.
     """
     choices, least = list[Choice](), 0
@@ -145,7 +150,7 @@ def outputs_of(graph: Graph) -> Mapping[str, Value]:
     """What a graph gives.
 
     Raises:
-        KeyError, PackageError: as `make_plan` does.
+        UnknownGraph, PackageError: as `make_plan` does.
     """
     return _walked(graph, False)[-1].footprint.outputs
 
@@ -183,6 +188,20 @@ class _Stage:
     """Bytes of values that are kept for it and those after it while it runs."""
     times: float = 1
     """How often it runs, in tiles of the size that its footprint is of."""
+    merged: int = 0
+    """Bytes of the weights that adapters change, which are there beside what a session makes of them."""
+    merging: int = 0
+    """Bytes that the widest of them take while they are changed, in float32."""
+
+    @property
+    def opened(self) -> int:
+        """What it takes while it is open."""
+        return self.footprint.weights + self.merged
+
+    @property
+    def opening(self) -> int:
+        """The most that it takes before."""
+        return max(self.footprint.opening + 2 * self.merged, self.merging)
 
 
 class _Run:
@@ -200,11 +219,8 @@ class _Run:
 
     @property
     def stays(self) -> int:
-        open_, part = self.kept if self.way.staged else self.stages, self._part
-        merged = (
-            part.merged if not self.way.staged else min(part.merged, 2 * max(s.footprint.weights for s in self.stages))
-        )
-        return sum(stage.footprint.weights for stage in open_) + part.beside + merged
+        open_ = self.kept if self.way.staged else self.stages
+        return sum(stage.opened for stage in open_) + self._part.beside
 
     @property
     def moves(self) -> int:
@@ -213,17 +229,15 @@ class _Run:
         if not self.way.staged:
             coded = self._part.tiled is not None and self.stages[0].footprint.mapped > 0
             times = _VAE_IN_CODES if coded else _WHOLE
-            return int(
-                max(s.held + each.spread + max(times * each.values, each.opening - each.weights) for s, each in found)
-            )
+            return int(max(s.held + each.spread + max(times * each.values, s.opening - s.opened) for s, each in found))
         if self.way.frugal:
             return max(
-                s.held + (each.values if s in self.kept else max(each.opening, each.weights + each.values))
+                s.held + (each.values if s in self.kept else max(s.opening, s.opened + each.values))
                 for s, each in found
             )
         times = _STAGED + min(1.0, _PINNED * len(self.kept))
         arena = max(s.held + times * each.values + (0 if s in self.kept else each.packed) for s, each in found)
-        outside = max((max(each.mapped, each.opening - each.packed) for _, each in moving), default=0)
+        outside = max((max(each.mapped, s.opening - each.packed) for s, each in moving), default=0)
         return int(arena + outside)
 
     def choice(self, peak: int) -> Choice:
@@ -268,10 +282,22 @@ def _walk(graph: Graph, cut: bool, rows: bool, _changed: int) -> tuple[_Stage, .
             taken, times = _in_tiles(stage, given, graph.tile)
         else:
             taken = footprint(stage, given)
-        found.append(_Stage((graph.path.name, index), taken, held, times))
+        merged, merging = _adapted(stage, graph.adapted)
+        found.append(_Stage((graph.path.name, index), taken, held, times, merged, merging))
         values |= taken.outputs
         alive = {name for name in {*alive, *stage.outputs} if last.get(name, -1) > index}
     return tuple(found)
+
+
+def _adapted(stage: Stage, modules: frozenset[str]) -> tuple[int, int]:
+    """Bytes of the weights that are changed, and what changing the widest takes."""
+    stored, widened = 0, Counter[str]()
+    for name, weight in stage.weights.items():
+        module = module_of(name)
+        if module is not None and module in modules:
+            stored += weight.length
+            widened[module] += 4 * prod(weight.shape)
+    return stored, int(_MERGING * max(widened.values(), default=0))
 
 
 def _in_tiles(stage: Stage, given: Mapping[str, Value], side: int) -> tuple[Footprint, float]:

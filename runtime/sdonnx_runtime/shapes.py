@@ -18,6 +18,10 @@ ITEMSIZES: Mapping[int, int] = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8
 """Bytes, by ONNX's numbers for element types."""
 
 
+class UnknownGraph(Exception):  # noqa: N818 — it is no fault
+    """A graph has an operator, or an input, that those of sdonnx don't have."""
+
+
 @dataclass(frozen=True)
 class Value:
     """An array that isn't there."""
@@ -75,9 +79,12 @@ def measured(nodes: Sequence[Node], values: dict[str, Value]) -> Iterator[Node]:
     """Goes through nodes in their order: ``values``, what is given, has what each gives when it comes out.
 
     Raises:
-        KeyError: an operator is none of those of packages, or an input is missing.
+        UnknownGraph: an operator is none of those of packages, or an input is missing.
     """
     for node in nodes:
+        missing = [name for name in node.inputs if name and name not in values]
+        if missing:
+            raise UnknownGraph(f"'{missing[0]}' comes from elsewhere")
         given = [values[name] if name else None for name in node.inputs]
         values.update(zip(node.outputs, _given(node, given), strict=False))
         yield node
@@ -88,7 +95,10 @@ def _given(node: Node, given: Sequence[Value | None]) -> list[Value]:
     if compute is not None and all(each is None or each.known is not None for each in given):
         known = [each.known for each in given if each is not None and each.known is not None]
         return [Value.of(np.asarray(compute(known, node.attributes)))]
-    found = _RULES[node.op]([each if each is not None else Value(()) for each in given], node.attributes)
+    try:
+        found = _RULES[node.op]([each if each is not None else Value(()) for each in given], node.attributes)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UnknownGraph(f"the operator {node.op}, or how it is written") from error
     return found if isinstance(found, list) else [found]
 
 
@@ -262,5 +272,5 @@ def _ints(value: Value) -> list[int]:
 
 def _listed(known: AnyArray | None) -> list[Any]:
     if known is None:
-        raise KeyError("a shape that isn't known")
+        raise UnknownGraph("a shape that isn't known")
     return [*known.reshape(-1)]

@@ -113,7 +113,8 @@ def described(result: sdonnx.Result, paths: list[Path]) -> dict[str, Any]:
 def way(choice: sdonnx.Choice) -> str:
     """How a component is run."""
     how, kept = choice.way, len(choice.way.kept)
-    words = [f"{choice.stages} stages" + (f", {kept} kept" if kept else "")] if how.staged and choice.stages > 1 else []
+    cut = how.staged and choice.stages > 1 and how.tile is None
+    words = [f"{choice.stages} stages" + (f", {kept} kept" if kept else "")] if cut else []
     words += ["a row at a time"] if how.rows else []
     words += [f"tiles of {how.tile} cells"] if how.tile is not None else []
     words += ["nothing for reuse"] if how.frugal else []

@@ -1,8 +1,7 @@
-"""Graphs run a stage at a time, against the whole; the VAE in tiles, beside diffusers; shapes, beside ONNX Runtime."""
+"""Graphs run a stage at a time, against the whole; shapes, beside ONNX Runtime."""
 
 import threading
-from functools import partial
-from pathlib import Path
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,21 +10,20 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from drawings import photograph
 from families import sd1, sd2, sdxl, tiny_vae
 from safetensors.torch import save_file
 from sdonnx_export.export import export
 from sdonnx_export.precision import PRECISIONS
 from sdonnx_export.stages import cut
-from sdonnx_models import bundled
 from sdonnx_runtime import narrowing, shapes
-from sdonnx_runtime.chain import Chain, Tiles, open_model
-from sdonnx_runtime.components import Components, Runner
+from sdonnx_runtime.chain import Chain, open_model
 from sdonnx_runtime.initializers import GRAPH
+from sdonnx_runtime.lora import Lora
+from sdonnx_runtime.merging import adapters_of, changed
 from sdonnx_runtime.package import Package
 from sdonnx_runtime.pipeline import Pipeline
-from sdonnx_runtime.planning import TILES, Way
+from sdonnx_runtime.planning import Way, _adapted
 from sdonnx_runtime.protobuf import parts
 from sdonnx_runtime.session import Session
 from sdonnx_runtime.stages import NODE, read_stages
@@ -34,7 +32,6 @@ from test_control import adapter, controlnet
 import sdonnx
 
 ASKED = {"width": 64, "height": 96, "num_inference_steps": 4, "guidance_scale": 5.0, "seed": 3}
-CHECKPOINT = Path(__file__).parents[1] / "models" / "pictogram" / "checkpoint"
 FAMILIES = {"sd1": sd1, "sd2": sd2, "sdxl": sdxl}
 
 
@@ -88,8 +85,9 @@ def test_the_bundled_model_too():
     ],
     ids=str,
 )
-def test_whatever_is_asked(changes, made):
-    np.testing.assert_array_equal(*whole_and_low(made("sd1", "int8"), **changes))
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_whatever_is_asked(precision, changes, made):
+    np.testing.assert_array_equal(*whole_and_low(made("sd1", precision), **changes))
 
 
 @pytest.mark.parametrize("make", [controlnet, adapter])
@@ -103,15 +101,13 @@ def test_with_a_net(make, made, tmp_path):
     assert not np.array_equal(changed[0], whole_and_low(made("sd1"))[0])
 
 
-def lora(pipe, directory):
-    """A file that changes layers of each kind."""
+LAYERS = (("unet", "attn1.to_k"), ("unet", "ff.net.0.proj"), ("unet", "conv1"), ("text_encoder", "mlp.fc1"))
+
+
+def lora(pipe, directory, layers=LAYERS):
+    """A file that changes the last layer of each kind."""
     state = {}
-    for part, end in (
-        ("unet", "attn1.to_k"),
-        ("unet", "ff.net.0.proj"),
-        ("unet", "conv1"),
-        ("text_encoder", "mlp.fc1"),
-    ):
+    for part, end in layers:
         name, layer = [each for each in getattr(pipe, part).named_modules() if each[0].endswith(end)][-1]
         outputs, inputs, *kernel = layer.weight.shape
         state[f"{part}.{name}.lora_A.weight"] = torch.randn(4, inputs, *kernel) / 4
@@ -126,6 +122,22 @@ def test_with_an_adapter(precision, made, tmp_path):
     changed = whole_and_low(package, loading={"loras": [lora(sd1(), tmp_path)]})
     np.testing.assert_array_equal(*changed)
     assert not np.array_equal(changed[0], whole_and_low(package)[0])
+
+
+@pytest.mark.parametrize("layer", ["conv1", "ff.net.0.proj"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_merging_takes_what_is_planned(precision, layer, made, tmp_path):
+    package, file = Package.open(made("sd1", precision)), lora(sd1(), tmp_path, [("unet", layer)])
+    path, changes = package.graph("unet"), adapters_of(package, [Lora.of(file)]).changes["unet"]
+    stages, traced = read_stages(path).stages, []
+    for stage in stages:
+        changed(path, stage.weights, changes)
+        tracemalloc.start()
+        changed(path, stage.weights, changes)
+        traced.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    planned = max(_adapted(stage, frozenset(changes))[1] for stage in stages)
+    assert 0.7 * planned < max(traced) < 1.1 * planned
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -209,89 +221,6 @@ def test_a_cut_graph_is_named(keep, made, tmp_path):
         read_stages(tmp_path / "nothing.onnx")
 
 
-@pytest.mark.parametrize("size", [(20, 12), (8, 9), (13, 30), (16, 16)])
-def test_tiles_equal_those_of_diffusers(size, made):
-    """`AutoencoderKL.enable_tiling`, of tiles of 8 cells: where a graph's norms can't be told of the whole."""
-    vae, generator, package = sd1().vae, np.random.default_rng(1), Package.open(made("sd1"))
-    pixels = 2 ** (len(vae.config.block_out_channels) - 1)
-    vae.enable_tiling()
-    vae.tile_latent_min_size, vae.tile_sample_min_size = 8, 8 * pixels
-    latents = generator.standard_normal((1, 4, *size), np.float32)
-    picture = generator.uniform(-1, 1, (1, 3, size[0] * pixels, size[1] * pixels)).astype(np.float32)
-    with torch.no_grad():
-        decoded = vae.decode(torch.from_numpy(latents)).sample.numpy()
-        encoded = vae.encode(torch.from_numpy(picture)).latent_dist.parameters.numpy()
-        vae.disable_tiling()
-        plain = vae.decode(torch.from_numpy(latents)).sample.numpy()
-    decoder, encoder = (Session(package.graph(name), device="cpu") for name in ("vae_decoder", "vae_encoder"))
-    (mine,) = Tiles(decoder, 8).run({"latent_sample": latents}).values()
-    np.testing.assert_allclose(mine, decoded, atol=1e-4)
-    (mine,) = Tiles(encoder, 8 * pixels).run({"sample": picture}).values()
-    np.testing.assert_allclose(mine, encoded, atol=1e-4)
-    assert np.abs(decoded - plain).max() > 0.01
-
-
-def in_tiles(package, name, picture, cells):
-    """What a component gives for a picture in tiles of so many latent cells; None is all."""
-    ways = {name: Way(staged=cells is not None, tile=cells)}
-    components = Components(package, partial(open_model, device="cpu"), keep_loaded=False, ways=ways)
-    feeds = {"latent_sample" if name == "vae_decoder" else "sample": picture}
-    return next(iter(Runner(components)(name, feeds).values()))
-
-
-def decibels(found, expected):
-    """Of pictures in -1..1."""
-    return 10 * np.log10(4 / np.mean((found.clip(-1, 1) - expected.clip(-1, 1)) ** 2))
-
-
-def canvas(seed):
-    """A picture of 320x448 pixels: smooth colours, or many of the bundled model's subjects side by side."""
-    if seed % 2:
-        picture = photograph(320, 448, seed=seed)
-    else:
-        subjects = np.load(CHECKPOINT.parent / "composites.npz")["pictures"][seed : seed + 35]
-        picture = subjects.reshape(7, 5, 64, 64, 3).swapaxes(1, 2).reshape(448, 320, 3)
-    return (np.asarray(picture).astype(np.float32) / 127.5 - 1).transpose(2, 0, 1)[None]
-
-
-@pytest.fixture(scope="module")
-def pictogram_vae():
-    return AutoencoderKL.from_pretrained(CHECKPOINT, subfolder="vae", torch_dtype=torch.float32).eval()
-
-
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
-@pytest.mark.parametrize("seed", [2, 5])
-def test_tiles_are_within_40_db_of_the_whole(seed, precision, pictogram_vae, tmp_path):
-    """Of the bundled model's VAE, diffusers' where it isn't int8; without norms of the whole they aren't."""
-    package, picture = Package.open(bundled()["pictogram"]), canvas(seed)
-    with torch.no_grad():
-        latents = pictogram_vae.encode(torch.from_numpy(picture)).latent_dist.mean
-        whole = pictogram_vae.decode(latents).sample.numpy()
-    latents, again = latents.numpy(), whole
-    if precision == "int8":
-        package = Package.open(export(str(CHECKPOINT), tmp_path / "package", precision=precision, calibration="fast"))
-        whole = in_tiles(package, "vae_decoder", latents, None)
-        encoded = in_tiles(package, "vae_encoder", picture, None)[:, :4]
-        again = in_tiles(package, "vae_decoder", encoded, None)
-    for cells in TILES:
-        assert decibels(in_tiles(package, "vae_decoder", latents, cells), whole) > 40
-        encoded = in_tiles(package, "vae_encoder", picture, cells)[:, :4]
-        assert decibels(in_tiles(package, "vae_decoder", encoded, None), again) > 40
-    (alone,) = (
-        Tiles(Session(package.graph("vae_decoder"), device="cpu"), TILES[-1]).run({"latent_sample": latents}).values()
-    )
-    assert decibels(alone, whole) < 40
-
-
-def test_a_small_picture_is_one_tile():
-    package, latents = (
-        Package.open(bundled()["pictogram"]),
-        np.random.default_rng(3).standard_normal((1, 4, 16, 16), np.float32),
-    )
-    whole, tiled = (in_tiles(package, "vae_decoder", latents, cells) for cells in (None, 24))
-    np.testing.assert_allclose(tiled, whole, atol=1e-5)
-
-
 SIZES = {"batch": 2, "states": 1, "height": 16, "width": 24, "tokens": 77, "pooled": 64, "ids": 6, "pictures": 1}
 SIZES |= {"picture_height": 128, "picture_width": 192}
 
@@ -366,6 +295,23 @@ def test_every_way_gives_the_same(way, precision, made, monkeypatch):
     found = sdonnx.load(package).generate("a cat", **ASKED)
     np.testing.assert_array_equal(found.latents, expected.latents)
     np.testing.assert_array_equal(np.asarray(found.images[0]), np.asarray(expected.images[0]))
+
+
+@pytest.mark.parametrize(("precision", "rows"), [("fp32", 1), ("fp16", 1), ("int8", 2), ("int4", 2)])
+def test_rows_are_apart_where_that_gives_the_same(precision, rows, made, monkeypatch):
+    seen, run = set(), Session.run
+
+    def watched(self, feeds):
+        seen.update(len(feeds[port.name]) for port in self.inputs if port.name == "encoder_hidden_states")
+        return run(self, feeds)
+
+    monkeypatch.setattr(Session, "run", watched)
+    path, generator = made("sd1", precision) / "unet" / "model.onnx", np.random.default_rng(4)
+    model = open_model(path, {}, Way(rows=True, staged=True), device="cpu")
+    feeds = {"sample": (1, 4, 8, 8), "encoder_hidden_states": (2, 77, 64), "timestep": ()}
+    outputs = model.run({name: generator.standard_normal(shape).astype(np.float32) for name, shape in feeds.items()})
+    assert outputs["out_sample"].shape == (2, 4, 8, 8)
+    assert seen == {rows}
 
 
 def test_stages_that_are_kept_are_opened_once(made, monkeypatch):

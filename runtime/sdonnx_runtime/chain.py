@@ -19,7 +19,7 @@ from sdonnx_runtime.tiles import in_tiles, with_norms_of_all
 
 
 class Chain:
-    """Opens, runs and closes the stages of a graph one after another; bit by bit what the whole gives.
+    """Opens, runs and closes the stages of a graph one after another; but for tiles, bit by bit what the whole gives.
 
     Args:
         path: the ``.onnx`` file.
@@ -60,14 +60,16 @@ class Chain:
                 f"{self.path} wants an input '{missing}' that this version can't give; it gives {', '.join(feeds)}"
             )
         rows = self._apart(matched(feeds, self._graph.leading))
-        self._cancelled = False
-        for index in range(len(stages)):
-            if index + 1 < len(stages) and index + 1 not in self._open:
-                _read_ahead(stages[index + 1])
-            self._run(index, rows)
-            for row in rows:
-                for name in [name for name in row if self._last.get(name, -1) <= index]:
-                    del row[name]
+        try:
+            for index in range(len(stages)):
+                if index + 1 < len(stages) and index + 1 not in self._open:
+                    _read_ahead(stages[index + 1])
+                self._run(index, rows)
+                for row in rows:
+                    for name in [name for name in row if self._last.get(name, -1) <= index]:
+                        del row[name]
+        finally:
+            self._cancelled = False
         outputs = [name for name in self._graph.outputs if name != MEASURED]
         if len(rows) == 1:
             return {name: rows[0][name] for name in outputs}
@@ -135,7 +137,7 @@ class Chain:
 
 
 class Tiles:
-    """Runs a session tile by tile, as it is."""
+    """Runs a session tile by tile; its norms see a tile."""
 
     def __init__(self, session: Session, side: int) -> None:
         self.path, self._session, self._side = session.path, session, side
@@ -143,14 +145,16 @@ class Tiles:
 
     def run(self, feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
         """As `Session.run`."""
-        self._cancelled = False
 
         def run(feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
             if self._cancelled:
                 raise Cancelled("the run was cancelled")
             return self._session.run(feeds)
 
-        return in_tiles(run, feeds, self._side)
+        try:
+            return in_tiles(run, feeds, self._side)
+        finally:
+            self._cancelled = False
 
     def cancel(self) -> None:
         """As `Session.cancel`."""

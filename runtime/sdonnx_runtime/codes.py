@@ -39,7 +39,8 @@ def codes8(data: AnyArray, scales: Array, axis: int) -> AnyArray:
 def codes4(data: AnyArray, scales: Array, axis: int) -> AnyArray:
     """Codes of 4 bits, as int8, of ``data`` under `block_scales`."""
     blocks = _blocked(data, axis) / np.expand_dims(scales, axis + 1)
-    return np.rint(blocks).clip(-8, 7).reshape(data.shape).astype(np.int8)
+    np.rint(blocks, out=blocks)
+    return blocks.clip(-8, 7, out=blocks).reshape(data.shape).astype(np.int8)
 
 
 def widened(codes: AnyArray, scales: Array, axis: int) -> Array:

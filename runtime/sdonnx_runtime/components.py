@@ -142,7 +142,6 @@ class Runner:
         loaded = time.perf_counter()
         self._load[name] += loaded - start
         self._active = session
-
         try:
             if self._cancelled:
                 raise Cancelled("the generation was cancelled")

@@ -132,7 +132,8 @@ def _hadamard(tensors: Tensors) -> Array:
         _through(tensors.get(f"hada_t{index}"), tensors[f"hada_w{index}_a"], tensors[f"hada_w{index}_b"])
         for index in (1, 2)
     )
-    return _flat(first * second)
+    first *= second
+    return _flat(first)
 
 
 def _kronecker(tensors: Tensors) -> Array:
@@ -166,12 +167,15 @@ def _directed(weight: Array, difference: Array, tensors: Tensors) -> Array:
     norms = tensors.get("output_norms", tensors.get("norms"))
     if norms is None:
         return difference
-    whole = weight + difference
-    if "output_norms" in tensors or len(norms) == len(weight):
-        return whole * (norms.reshape(-1, 1) / np.linalg.norm(whole, axis=1, keepdims=True)) - weight
-    by_input = whole.reshape(len(weight), norms.size, -1)
-    found = np.sqrt(np.square(by_input).sum(axis=(0, 2), keepdims=True))
-    return (by_input * (norms.reshape(1, -1, 1) / found)).reshape(weight.shape) - weight
+    difference = np.ascontiguousarray(difference)
+    difference += weight
+    by_output = "output_norms" in tensors or len(norms) == len(weight)
+    places = difference.reshape(len(weight), 1 if by_output else norms.size, -1)
+    squares = [np.square(row).sum(axis=1) for row in places]  # (outputs, inputs), of a row at a time: it may be large
+    found = np.sqrt(squares if by_output else np.sum(squares, axis=0, keepdims=True))
+    places *= (norms.reshape(found.shape) / found)[:, :, None]
+    difference -= weight
+    return difference
 
 
 def _flat(data: Array) -> Array:

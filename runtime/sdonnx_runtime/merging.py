@@ -167,7 +167,8 @@ class _Layer:
 
     def whole(self) -> Array:
         """(out, n) in float32."""
-        return np.concatenate([self._read(piece) for piece in self._pieces], axis=0 if self._by_output else 1)
+        pieces = [self._read(piece) for piece in self._pieces]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=0 if self._by_output else 1)
 
     def written(self, weight: Array) -> Iterator[tuple[str, Elements]]:
         """The pieces' initializers of a weight (out, n)."""

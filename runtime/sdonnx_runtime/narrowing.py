@@ -45,7 +45,8 @@ class Narrowing:
                 for stored, made in zip(self._cut(reads[0], borders), _named(makes[0], borders), strict=True):
                     yield _changed(node, [stored], made)
                 continue
-            borders = self._widened.get(reads[1]) or self._borders(reads[1]) if op == ["Conv"] else []
+            known = op == ["Conv"] and all(name in self._tensors for name in reads[2:])
+            borders = self._widened.get(reads[1]) or self._borders(reads[1]) if known else []
             if not borders:
                 yield node
                 continue

@@ -66,7 +66,7 @@ def phases_of(
         nets = list(controls) if prefix == "" else []
         phases.append(_unets(prefix, model, nets, request, sizes, applied))
     if request.image is not None or request.hires_upscaler == "lanczos":
-        phases.append([_vae(package, "vae_encoder", height, width, cells=space.downscale, pixels=height * width)])
+        phases.append([_vae(package, "vae_encoder", height, width, scale=space.downscale, pixels=height * width)])
     cells = height // space.downscale, width // space.downscale
     phases.append(decoding(package, *cells, request.num_images))
     if preview is None:
@@ -82,22 +82,16 @@ def decoding(package: Package, height: int, width: int, pictures: int) -> Phase:
         UnknownGraph, PackageError: as `phases_of` does.
     """
     pixels = height * width * package.manifest.latents.downscale**2 * pictures
-    return [_vae(package, "vae_decoder", height, width, cells=1, pixels=pixels)]
+    return [_vae(package, "vae_decoder", height, width, scale=1, pixels=pixels)]
 
 
-def _vae(package: Package, component: str, height: int, width: int, *, cells: int, pixels: int) -> Part:
-    """A VAE's half; it works on so many ``pixels`` in all, and on pictures of so many places to a latent cell."""
-    sizes, there = {"batch": 1, "height": height, "width": width}, package.manifest.components[component].graphs
-    plain, tiled = (
-        _graph(package.graph(component, name), sizes) for name in ("plain", TILED if TILED in there else "plain")
-    )
-    return Part(
-        component=component,
-        graphs=(plain,),
-        tiled=tiled,
-        cells=cells,
-        beside=12 * _PICTURES * pixels,
-    )
+def _vae(package: Package, component: str, height: int, width: int, *, scale: int, pixels: int) -> Part:
+    """A VAE's half, whose input has ``scale`` places to a cell's side; it makes, or is given, so many ``pixels``."""
+    sizes = {"batch": 1, "height": height, "width": width}
+    plain = _graph(package.graph(component), sizes)
+    there = TILED in package.manifest.components[component].graphs
+    tiled = _graph(package.graph(component, TILED), sizes) if there else plain
+    return Part(component=component, graphs=(plain,), tiled=tiled, scale=scale, beside=12 * _PICTURES * pixels)
 
 
 def _unets(

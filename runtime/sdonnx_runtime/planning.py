@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.footprint import Footprint, footprint
+from sdonnx_runtime.initializers import INT4
 from sdonnx_runtime.manifest import MOMENTS
 from sdonnx_runtime.merging import module_of
 from sdonnx_runtime.shapes import Value
@@ -21,8 +22,8 @@ _VAE_IN_CODES, _WHOLE, _STAGED = 1.25, 1.45, 1.5
 _PINNED = 0.045
 """By how much more for each stage that stays open, for its weights lie in the arena among what comes and goes."""
 
-_MERGING = 2.25
-"""How many times a weight is there in float32 while it is changed."""
+_KERNEL, _MATRIX, _IN_4_BITS = 2.25, 3.25, 0.85
+"""How many times a weight is there in float32 while an adapter changes it, and how many more of 4 bits."""
 
 _OPENED, _WRITTEN, _IN_CODES = 0.8e9, 3e9, 2.2
 """Bytes of weights opened, and of fresh pages handed out, in a second; how many times faster products in 8 bits are."""
@@ -44,11 +45,11 @@ class Way:
     frugal: bool = False
     """Letting go of every buffer at once."""
     tile: int | None = None
-    """Latent cells of the sides of what it works on at a time; None is all."""
+    """Latent cells of the sides of what it works on at a time, but in `open_model` places; None is all."""
 
 
 SMALLEST = Way(rows=True, staged=True, frugal=True, tile=TILES[-1])
-"""What takes the least memory, and the most time."""
+"""What takes the least memory of what there is no plan for, and the most time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +73,8 @@ class Part:
     """What is open at a time, if all of it is."""
     tiled: Graph | None = None
     """What works on tiles instead, of a VAE."""
-    cells: int = 1
-    """Places of what that is given for each latent cell."""
+    scale: int = 1
+    """Sides of a latent cell in places of what that is given."""
     beside: int = 0
     """Bytes of what is made of it outside."""
 
@@ -139,8 +140,9 @@ def make_plan(phases: Sequence[Phase], budget: float, base: int) -> Plan:
     choices, least = list[Choice](), 0
     for phase in phases:
         options = [[_Run(part, way) for part, way in zip(phase, ways, strict=True)] for ways in _ways(phase)]
-        runs = next((each for each in options if base + _peak(each) <= budget), options[-1])
-        least = max(least, base + _peak(options[-1]))
+        smallest = min(options, key=_peak)  # and of those the fastest
+        runs = next((each for each in options if base + _peak(each) <= budget), smallest)
+        least = max(least, base + _peak(smallest))
         _keep_stages(runs, budget - base)
         choices += [run.choice(base + _peak(runs)) for run in runs]
     return Plan(choices=tuple(choices), least=least)
@@ -157,11 +159,13 @@ def outputs_of(graph: Graph) -> Mapping[str, Value]:
 
 def _ways(phase: Phase) -> list[list[Way]]:
     """The ways for what is open at a time, fastest first."""
-    tiled = all(part.tiled is not None for part in phase)
-    whole = [Way(), Way(staged=True, frugal=True), *(Way(staged=True, tile=tile) for tile in TILES), SMALLEST]
-    apart = [Way(rows=rows, staged=staged) for staged in (False, True) for rows in (False, True)]
-    least = [Way(rows=rows, staged=True, frugal=True) for rows in (False, True)]
-    return [[way] * len(phase) for way in (whole if tiled else [*apart, *least])]
+    if all(part.tiled is not None for part in phase):
+        tiled = [Way(staged=True, frugal=frugal, tile=tile) for frugal in (False, True) for tile in TILES]
+        found = [Way(), Way(staged=True, frugal=True), *tiled]
+    else:
+        kinds = ((False, False), (True, False), (True, True))
+        found = [Way(rows=rows, staged=staged, frugal=frugal) for staged, frugal in kinds for rows in (False, True)]
+    return [[way] * len(phase) for way in found]
 
 
 def _peak(runs: Sequence["_Run"]) -> int:
@@ -171,7 +175,8 @@ def _peak(runs: Sequence["_Run"]) -> int:
 
 def _keep_stages(runs: Sequence["_Run"], room: float) -> None:
     """Has as many stages stay open as there is room for, the largest first."""
-    staged = ((run, stage) for run in runs if run.way.staged and run.cut for stage in run.stages)
+    again = (run for run in runs if run.way.staged and run.cut and run.way.tile is None)
+    staged = ((run, stage) for run in again for stage in run.stages)
     for run, stage in sorted(staged, key=lambda each: -each[1].footprint.weights):
         run.kept.add(stage)
         if _peak(runs) > room:
@@ -187,11 +192,11 @@ class _Stage:
     held: int
     """Bytes of values that are kept for it and those after it while it runs."""
     times: float = 1
-    """How often it runs, in tiles of the size that its footprint is of."""
+    """How often it runs, for rows or tiles of the size that its footprint is of."""
     merged: int = 0
     """Bytes of the weights that adapters change, which are there beside what a session makes of them."""
     merging: int = 0
-    """Bytes that the widest of them take while they are changed, in float32."""
+    """The most of bytes while they are changed, one after another in float32."""
 
     @property
     def opened(self) -> int:
@@ -210,7 +215,7 @@ class _Run:
     def __init__(self, part: Part, way: Way) -> None:
         self._part, graphs = part, part.graphs
         if way.tile is not None and part.tiled is not None:
-            graphs = (replace(part.tiled, tile=way.tile * part.cells),)
+            graphs = (replace(part.tiled, tile=way.tile * part.scale),)
         walks = [_walked(graph, way.staged, way.rows) for graph in graphs]
         self.cut = any(len(walk) > 1 for walk in walks)
         self.stages = [stage for walk in walks for stage in walk]
@@ -282,6 +287,7 @@ def _walk(graph: Graph, cut: bool, rows: bool, _changed: int) -> tuple[_Stage, .
             taken, times = _in_tiles(stage, given, graph.tile)
         else:
             taken = footprint(stage, given)
+        held += (count - 1) * sum(value.nbytes for value in taken.outputs.values())  # of the rows before
         merged, merging = _adapted(stage, graph.adapted)
         found.append(_Stage((graph.path.name, index), taken, held, times, merged, merging))
         values |= taken.outputs
@@ -290,32 +296,35 @@ def _walk(graph: Graph, cut: bool, rows: bool, _changed: int) -> tuple[_Stage, .
 
 
 def _adapted(stage: Stage, modules: frozenset[str]) -> tuple[int, int]:
-    """Bytes of the weights that are changed, and what changing the widest takes."""
-    stored, widened = 0, Counter[str]()
+    """Bytes of the weights that are changed, and the most while they are."""
+    stored, widest = Counter[str](), Counter[str]()
     for name, weight in stage.weights.items():
         module = module_of(name)
         if module is not None and module in modules:
-            stored += weight.length
-            widened[module] += 4 * prod(weight.shape)
-    return stored, int(_MERGING * max(widened.values(), default=0))
+            times = (_KERNEL if len(weight.shape) == 4 else _MATRIX) + _IN_4_BITS * (weight.data_type == INT4)
+            stored[module] += weight.length
+            widest[module] += int(4 * prod(weight.shape) * times)
+    merged = most = 0
+    for module, size in widest.items():
+        most = max(most, merged + size)
+        merged += stored[module]
+    return merged, most
 
 
 def _in_tiles(stage: Stage, given: Mapping[str, Value], side: int) -> tuple[Footprint, float]:
     """What a stage takes for a tile of its picture and gives for all of them, and how often it runs."""
     ((name, picture),) = [(name, value) for name, value in given.items() if len(value.shape) == 4]
-    whole = picture.shape[2:]
+    whole, normed = picture.shape[2:], MOMENTS in given
     part = tuple(min(size, side) for size in whole)
     taken = footprint(stage, {**given, name: replace(picture, shape=(*picture.shape[:2], *part))})
-    covered = prod(sum(min(side, size - at) for at in tiles_of(size, side)) for size in whole)
-    measured = 2 * prod(whole) if MOMENTS in given else 0
     outputs = {
         name: replace(value, shape=(*value.shape[:2], *_scaled(value.shape[2:], whole, part)))
         for name, value in taken.outputs.items()
         if len(value.shape) == 4
     }
-    return replace(taken, outputs={**taken.outputs, **outputs}), (covered + measured) / prod(
-        part
-    ) if part != whole else 1
+    drawn = prod(sum(min(side, size - at) for at in tiles_of(size, side, normed=normed)) for size in whole)
+    measured = 2 * prod(whole) if normed and part != whole else 0
+    return replace(taken, outputs={**taken.outputs, **outputs}), (drawn + measured) / prod(part)
 
 
 def _scaled(sizes: Sequence[int], whole: Sequence[int], part: Sequence[int]) -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""A picture worked on in tiles that overlap and are blended, as diffusers' VAEs do it."""
+"""A picture worked on in tiles that overlap and are blended: as diffusers' VAEs do it, or with norms of the whole."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,16 +18,18 @@ Run: TypeAlias = Callable[[Mapping[str, AnyArray]], Mapping[str, AnyArray]]
 """What a component gives for what it is given."""
 
 
-def in_tiles(run: Run, feeds: Mapping[str, AnyArray], side: int) -> dict[str, Array]:
+def in_tiles(run: Run, feeds: Mapping[str, AnyArray], side: int, *, normed: bool = False) -> dict[str, Array]:
     """What a component of one input and one output gives for a picture (N, C, H, W), worked on tile by tile.
 
     Where tiles overlap, one passes into the other linearly, first from above, then from the left. What normalizes
-    over a picture sees a tile instead, so that tiles differ from the whole by what they can't see of it.
+    over a picture sees a tile instead, so that tiles differ from the whole by what they can't see of it, unless ``run``
+    does better.
 
     Args:
         run: gives a tile; pictures grow or shrink by it alike everywhere.
         feeds: the one input.
         side: of a tile, a multiple of OVERLAP; a picture no larger than that is one.
+        normed: lets tiles end where the picture does, as `tiles_of` has it.
     """
     ((name, picture),) = feeds.items()
     height, width = picture.shape[2:]
@@ -35,8 +37,9 @@ def in_tiles(run: Run, feeds: Mapping[str, AnyArray], side: int) -> dict[str, Ar
         return dict(run(feeds))
     step, output = side - side // OVERLAP, ""
     rows: list[list[Array]] = []
-    for top in tiles_of(height, side):
-        pieces = [picture[:, :, top : top + side, left : left + side] for left in tiles_of(width, side)]
+    for top in tiles_of(height, side, normed=normed):
+        lefts = tiles_of(width, side, normed=normed)
+        pieces = [picture[:, :, top : top + side, left : left + side] for left in lefts]
         made = [run({name: np.ascontiguousarray(piece)}) for piece in pieces]
         ((output, _),) = made[0].items()
         rows.append([outputs[output].copy() for outputs in made])
@@ -47,7 +50,10 @@ def in_tiles(run: Run, feeds: Mapping[str, AnyArray], side: int) -> dict[str, Ar
             _blend(upper, tile, shared, axis=2)
         for before, tile in pairwise(row):
             _blend(before, tile, shared, axis=3)
-    joined = [np.concatenate([tile[:, :, :kept, :kept] for tile in row], axis=3) for row in rows]
+    joined = [
+        np.concatenate([*(tile[:, :, :, :kept] for tile in row[:-1]), row[-1]], axis=3)[:, :, : kept if below else None]
+        for row, below in zip(rows, [*rows[1:], []], strict=True)
+    ]
     return {output: np.concatenate(joined, axis=2)}
 
 
@@ -84,12 +90,16 @@ def with_norms_of_all(run: Run, feeds: Mapping[str, AnyArray], side: int, norms:
     if height <= side and width <= side:
         return draw(feeds, None)
     first = measure(None)
-    return in_tiles(partial(draw, moments=(first + measure(first)) / 2), feeds, side)
+    return in_tiles(partial(draw, moments=(first + measure(first)) / 2), feeds, side, normed=True)
 
 
-def tiles_of(size: int, side: int) -> range:
-    """Where tiles of a ``side`` begin on one of ``size``."""
-    return range(0, size, side - side // OVERLAP)
+def tiles_of(size: int, side: int, *, normed: bool) -> range:
+    """Where tiles of a ``side`` begin on one of ``size``; only ``normed`` ones leave out what lies in another.
+
+    diffusers doesn't, so tiles of a picture that is no wider than one overlap each other wholly.
+    """
+    shared = side // OVERLAP
+    return range(0, max(size - shared, 1) if normed else size, side - shared)
 
 
 def _blend(before: Array, tile: Array, shared: int, *, axis: int) -> None:

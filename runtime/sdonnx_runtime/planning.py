@@ -16,7 +16,7 @@ from sdonnx_runtime.shapes import Value
 from sdonnx_runtime.stages import Stage, read_stages
 from sdonnx_runtime.tiles import tiles_of
 
-_VAE_IN_CODES, _WHOLE, _STAGED = 1.25, 1.45, 1.5
+_VAE_IN_CODES, _WHOLE, _STAGED = 1.25, 1.45, 1.4
 """How many times the values of an int8 VAE, of any other graph, and of a stage, the arena takes: in pieces."""
 
 _PINNED = 0.045

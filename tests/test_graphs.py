@@ -181,7 +181,7 @@ def test_stages_run_one_after_another_give_the_whole(tmp_path):
     pieces = cut(ir.load(path))
     assert [piece.graph.node(0).metadata_props["stage"] for piece in pieces] == [
         *["conv_in", "down_blocks.0.0", "down_blocks.0.1", "down_blocks.0.downsamplers"],
-        *["down_blocks.1.0", "down_blocks.1.1", "mid_block"],
+        *["down_blocks.1.0", "down_blocks.1.1", "mid_block", "mid_block.resnets.1"],
         *[f"up_blocks.0.{layer}" for layer in (0, 1, 2, "upsamplers")],
         *[f"up_blocks.1.{layer}" for layer in range(3)],
         "conv_out",

@@ -24,13 +24,14 @@ from sdonnx_runtime.machine import peak_memory
 import sdonnx
 
 
-def work(package: Path, memory: str, steps: int, size: Mapping[str, int]) -> None:
+def work(package: Path, memory: str, steps: int, fields: Mapping[str, Any]) -> None:
     """Makes a picture; prints what it took, and was to take."""
     start = time.perf_counter()
-    asked: dict[str, Any] = {"num_inference_steps": steps, "seed": 1, "sampler": "euler", **size}
+    asked: dict[str, Any] = {"num_inference_steps": steps, "seed": 1, "sampler": "euler", **fields}
+    prompt = asked.pop("prompt", "a photograph of a cat")
     with sdonnx.load(package, memory=memory) as pipe:
-        plan = pipe.plan("a photograph of a cat", whole=True, **asked)
-        result = pipe.generate("a photograph of a cat", **asked)
+        plan = pipe.plan(prompt, whole=True, **asked)
+        result = pipe.generate(prompt, **asked)
     peak = peak_memory() / 1e6
     found = {
         "picture_s": time.perf_counter() - start,
@@ -118,6 +119,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", action="append", help="as for sdonnx run. Default: auto and min.")
+    parser.add_argument(
+        "--fields", default="{}", help='more of a request\'s, as JSON: {"guidance_scale": 1, "prompt": "a cat"}'
+    )
     parser.add_argument("--leaks", action="store_true", help="make many pictures in one process")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, metavar="FILE.svg")
@@ -125,10 +129,13 @@ def main() -> None:
     args = parser.parse_args()
     size = {} if args.size is None else dict(zip(("width", "height"), map(int, args.size.split("x")), strict=True))
     if args.worker:
-        (leaks if args.leaks else work)(args.packages[0], args.memory[0], args.steps, size)
+        if args.leaks:
+            leaks(args.packages[0], args.memory[0], args.steps, size)
+        else:
+            work(args.packages[0], args.memory[0], args.steps, {**size, **json.loads(args.fields)})
         return
     options = ["--steps", str(args.steps), *(["--size", args.size] if args.size is not None else [])]
-    options += ["--leaks"] if args.leaks else []
+    options += ["--fields", args.fields, *(["--leaks"] if args.leaks else [])]
     rows = []
     for package in args.packages:
         rounds = {memory: [] for memory in args.memory or ["auto", "min"]}

@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 from peers import measured
 from safetensors.numpy import save_file
-from sdonnx_runtime.chain import open_model
-from sdonnx_runtime.components import Components, Runner
-from sdonnx_runtime.initializers import read_initializers
-from sdonnx_runtime.lora import Lora
-from sdonnx_runtime.merging import adapters_of
+from sdonnx_runtime.adapters.lora import Lora
+from sdonnx_runtime.adapters.merging import adapters_of
+from sdonnx_runtime.execution.components import Components, Runner
+from sdonnx_runtime.execution.staged_model import open_model
+from sdonnx_runtime.graphs.initializers import read_initializers
 
 import sdonnx
 

@@ -62,8 +62,8 @@ def whole(feeds: Feeds) -> dict[str, np.ndarray]:
 
 def attach(pipe: Any, models: Mapping[str, Path]) -> None:
     """Lets OpenVINO run some of a pipeline's components."""
-    from sdonnx_runtime.components import Components
-    from sdonnx_runtime.session import Session
+    from sdonnx_runtime.execution.components import Components
+    from sdonnx_runtime.execution.session import Session
 
     def opened(path: Path, *_: object) -> Any:
         model = models.get(path.parent.name)
@@ -155,8 +155,8 @@ def trajectories(package: str, pictures: int) -> list[Feeds]:
     from quality import FIRST_SEED, Judge
 
     import sdonnx
-    from sdonnx.measure import measure_picture
-    from sdonnx.models import find_model
+    from sdonnx.benchmark.worker import measure_picture
+    from sdonnx.loading import find_model
 
     opened = sdonnx.Package.open(find_model(package))
     pipe = sdonnx.Pipeline(opened)

@@ -24,11 +24,11 @@ import onnxruntime
 import openvino_models
 from PIL import Image
 from sdonnx_models import DEFAULT
-from sdonnx_runtime.session import Session
+from sdonnx_runtime.execution.session import Session
 
 import sdonnx
-from sdonnx.arguments import parse_embedding, parse_lora
-from sdonnx.models import find_model
+from sdonnx.cli.parsing import parse_embedding, parse_lora
+from sdonnx.loading import find_model
 
 JUDGE = Path(__file__).parents[1] / "models" / "pictogram"
 FIRST_SEED = 1_000_000

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
-from sdonnx_export.clip_vocabulary import write_clip_tokenizer
-from sdonnx_export.graph import COMPONENTS
-from sdonnx_export.operators import Matrix
+from sdonnx_export.models.components import COMPONENTS
+from sdonnx_export.operators.base import Matrix
+from sdonnx_export.packaging.clip_tokenizer import write_clip_tokenizer
 
 UNET = {
     "_class_name": "UNet2DConditionModel",

@@ -104,7 +104,7 @@ class Sdonnx(Runtime):
     needs = ("onnxruntime", "onnxscript")
 
     def make(self) -> None:
-        from sdonnx.cli import main
+        from sdonnx.cli.app import main
 
         how = ["--precision", self.precision, "--calibration", "fast"]  # ranges change no speed
         sys.argv[1:] = ["export", str(self.checkpoint), "-o", str(self.folder), *how]
@@ -115,7 +115,7 @@ class Sdonnx(Runtime):
                 raise
 
     def open(self, part: str) -> Callable[[Feeds], np.ndarray]:
-        from sdonnx_runtime.session import Session
+        from sdonnx_runtime.execution.session import Session
 
         import sdonnx
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sdonnx_runtime.samplers import SAMPLERS
-from sdonnx_runtime.sampling import Schedule
+from sdonnx_runtime.sampling.registry import SAMPLERS
+from sdonnx_runtime.sampling.types import Schedule
 
 WEIGHTS = np.array([0.5, 0.3, 0.2])
 MEANS = np.array([[1.0, 0.5], [-1.0, 0.8], [0.2, -1.2]])

@@ -13,7 +13,7 @@ from pathlib import Path
 from quality import Judge, draw
 from samplers import plot
 from sdonnx_models import DEFAULT
-from sdonnx_runtime.samplers import SAMPLERS
+from sdonnx_runtime.sampling.registry import SAMPLERS
 
 DISTILLED = ("lcm", "tcd")
 """For models distilled for them, which pictogram is not."""

@@ -7,17 +7,17 @@ result = pipe.generate("a photograph of an astronaut riding a horse", seed=32)
 result.images[0].save("horse.png")
 """
 
+from sdonnx_runtime.adapters.lora import Lora
 from sdonnx_runtime.errors import DeviceError, ExportError, PackageError, RequestError, SdonnxError
 from sdonnx_runtime.generation import Progress
-from sdonnx_runtime.images import save_png
-from sdonnx_runtime.lora import Lora
-from sdonnx_runtime.package import Package
+from sdonnx_runtime.memory.planner import Choice, Plan
+from sdonnx_runtime.outputs.metadata import save_png
+from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.pipeline import Pipeline
-from sdonnx_runtime.planning import Choice, Plan
 from sdonnx_runtime.request import FAST, Control, Request, Result, Timings
 from sdonnx_runtime.stream import Stream
 
-from sdonnx.models import load
+from sdonnx.loading import load
 
 __all__ = [
     "FAST",

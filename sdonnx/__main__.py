@@ -1,5 +1,5 @@
 """``python -m sdonnx`` is the command line."""
 
-from sdonnx.cli import main
+from sdonnx.cli.app import main
 
 main()

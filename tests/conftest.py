@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import random_checkpoint
 from sdonnx_export.export import export
-from sdonnx_runtime import chain
+from sdonnx_runtime.execution import staged_model as chain
 
 import sdonnx
 

@@ -21,7 +21,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from ldm_fixture import randomize
-from sdonnx_export.clip_vocabulary import write_clip_tokenizer
+from sdonnx_export.packaging.clip_tokenizer import write_clip_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 CROSS_DOWN, DOWN = "CrossAttnDownBlock2D", "DownBlock2D"

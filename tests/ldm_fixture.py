@@ -7,7 +7,7 @@ import torch
 import yaml
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
-from sdonnx_export.clip_vocabulary import write_clip_tokenizer
+from sdonnx_export.packaging.clip_tokenizer import write_clip_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 VARIATIONS = {

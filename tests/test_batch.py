@@ -10,11 +10,11 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from sdonnx_runtime import chain
+from sdonnx_runtime.execution import staged_model as chain
 from typer.testing import CliRunner
 
 import sdonnx
-from sdonnx.cli import app
+from sdonnx.cli.app import app
 
 FAST = ["--size", "64x64", "--steps", "2", "--seed", "1"]
 
@@ -100,7 +100,7 @@ def test_the_package_is_opened_once(package, tmp_path, monkeypatch):
             super().__init__(path, **options)
             opened.append(path.parent.name)
 
-    monkeypatch.setattr("sdonnx_runtime.chain.Session", Watched)
+    monkeypatch.setattr("sdonnx_runtime.execution.staged_model.Session", Watched)
     (tmp_path / "p.txt").write_text("a cat\na dog\na fox\n")
     made = CliRunner().invoke(app, ["run", "--batch-file", str(tmp_path / "p.txt"), "-m", str(package), *FAST,
                                     "-o", str(tmp_path / "o.png")])  # fmt: skip

@@ -15,11 +15,12 @@ import pytest
 import torch
 from sdonnx_models import DEFAULT
 from sdonnx_runtime.errors import DeviceError, RequestError
-from sdonnx_runtime.machine import instruction_set, named, peak_memory
+from sdonnx_runtime.execution.machine import instruction_set, named, peak_memory
 
-from sdonnx import Package, measure
-from sdonnx.bench import psnr
-from sdonnx.models import find_model
+from sdonnx import Package
+from sdonnx.benchmark import worker as measure
+from sdonnx.benchmark.report import psnr
+from sdonnx.loading import find_model
 
 
 def bench(*arguments):

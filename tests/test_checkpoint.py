@@ -9,9 +9,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from ldm_fixture import VARIATIONS, save_ldm, tiny_pipeline
 from safetensors.torch import load_file, save_file
-from sdonnx_export.checkpoint import open_checkpoint, open_vae
-from sdonnx_export.config import ClipTextConfig, UNetConfig, VaeConfig
+from sdonnx_export.checkpoints.open import open_checkpoint, open_vae
 from sdonnx_export.export import export
+from sdonnx_export.models.configs import ClipTextConfig, UNetConfig, VaeConfig
 from sdonnx_export.torch_bridge import load_pickled
 from sdonnx_runtime.errors import ExportError
 

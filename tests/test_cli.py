@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sdonnx_runtime.latents import load_latents
+from sdonnx_runtime.outputs.latents_file import load_latents
 
 FAST = ["--size", "64x64", "--steps", "2", "--seed", "1"]
 
@@ -273,7 +273,7 @@ def test_force_replaces_a_package_and_nothing_else(checkpoint, tmp_path):
 def test_a_run_imports_none_of_what_it_promises_to_do_without(package, tmp_path):
     script = """
 import sys
-from sdonnx.cli import main
+from sdonnx.cli.app import main
 try:
     main()
 except SystemExit as end:

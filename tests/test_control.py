@@ -26,11 +26,11 @@ from drawings import disc, photograph
 from families import random, scheduler, sd1, sd2, sdxl, unet
 from PIL import Image
 from sdonnx_export.export import export
-from sdonnx_runtime.canny import canny
+from sdonnx_runtime.images.canny import canny
 from test_families import assert_equal
 
 import sdonnx
-from sdonnx.arguments import parse_control
+from sdonnx.cli.parsing import parse_control
 
 PROMPT, NEGATIVE, SEED = "a photograph of an astronaut riding a horse", "blurry", 11
 ASKED = {"width": 64, "height": 96, "num_inference_steps": 4, "guidance_scale": 5.0}

@@ -10,8 +10,8 @@ from diffusers import ControlNetModel, T2IAdapter
 from families import unet, xl_unet
 from ldm_fixture import ldm_unet
 from safetensors.torch import save_file
-from sdonnx_export.checkpoint import open_checkpoint
-from sdonnx_export.controlnet import ControlNetConfig
+from sdonnx_export.checkpoints.open import open_checkpoint
+from sdonnx_export.models.controlnet import ControlNetConfig
 from test_control import adapter, controlnet
 
 

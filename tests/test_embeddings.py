@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from sdonnx_export.export import export
-from sdonnx_runtime.embeddings import Learned, read_embedding
-from sdonnx_runtime.session import Session
-from sdonnx_runtime.tokenizer import Tokenizer
+from sdonnx_runtime.adapters.textual_inversion import Learned, read_embedding
+from sdonnx_runtime.execution.session import Session
+from sdonnx_runtime.text.tokenizer import Tokenizer
 from test_families import PROMPT, SEED, SIZE, assert_equal, reference
 
 import sdonnx

@@ -14,10 +14,10 @@ from ldm_fixture import save_ldm
 from optimum.onnxruntime import ORTStableDiffusionXLPipeline
 from PIL import Image
 from sdonnx_export.export import export
-from sdonnx_runtime.conditioning import CONDITIONING
-from sdonnx_runtime.manifest import CONTROLS, FAMILIES, VAE_ALONE
-from sdonnx_runtime.pictures import bicubic
-from sdonnx_runtime.starts import pictures_of
+from sdonnx_runtime.denoising.init_image import pictures_of
+from sdonnx_runtime.images.preprocess import bicubic
+from sdonnx_runtime.packages.manifest import CONTROLS, FAMILIES, VAE_ALONE
+from sdonnx_runtime.text.conditioning import CONDITIONING
 
 import sdonnx
 

@@ -11,27 +11,27 @@ from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from ldm_fixture import VARIATIONS, tiny_pipeline
 from PIL import Image
-from sdonnx_export.config import UNetConfig
 from sdonnx_export.export import export
-from sdonnx_export.graph import build
-from sdonnx_export.int8 import Int8Operators
-from sdonnx_export.operators import Operators
-from sdonnx_export.precision import PRECISIONS
-from sdonnx_export.stages import reuse_graphs
-from sdonnx_export.unet import kept_stage
-from sdonnx_runtime.denoise import StepReuse, unet_graphs, within
-from sdonnx_runtime.initializers import read_initializers
-from sdonnx_runtime.manifest import KEPT, MANIFEST
-from sdonnx_runtime.noise import Noise
-from sdonnx_runtime.samplers import SAMPLERS, sampler_options
-from sdonnx_runtime.schedule import make_schedule
-from sdonnx_runtime.scheduler_config import SchedulerConfig
+from sdonnx_export.models.components import build
+from sdonnx_export.models.configs import UNetConfig
+from sdonnx_export.models.unet import kept_stage
+from sdonnx_export.operators.base import Operators
+from sdonnx_export.operators.int8 import Int8Operators
+from sdonnx_export.operators.partition import reuse_graphs
+from sdonnx_export.operators.precision import PRECISIONS
+from sdonnx_runtime.denoising.denoiser import StepReuse, unet_graphs, within
+from sdonnx_runtime.graphs.initializers import read_initializers
+from sdonnx_runtime.packages.manifest import KEPT, MANIFEST
+from sdonnx_runtime.sampling.noise import Noise
+from sdonnx_runtime.sampling.registry import SAMPLERS, sampler_options
+from sdonnx_runtime.sampling.schedule import make_schedule
+from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig
 from test_graphs import UNET, UNET_VARIATIONS, part_of, run, unet_feeds, unet_reference
 from typer.testing import CliRunner
 from walks import SD15
 
 import sdonnx
-from sdonnx.cli import app
+from sdonnx.cli.app import app
 
 SMALL = {"width": 64, "height": 64}
 REUSABLE = {

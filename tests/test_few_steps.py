@@ -3,8 +3,8 @@
 import families
 import pytest
 from ldm_fixture import save_ldm
-from sdonnx_export.checkpoint import open_checkpoint
-from sdonnx_export.few_steps import few_steps
+from sdonnx_export.checkpoints.few_steps import few_steps
+from sdonnx_export.checkpoints.open import open_checkpoint
 
 
 @pytest.mark.parametrize(

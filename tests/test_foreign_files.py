@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from sdonnx_export.checkpoint import open_checkpoint
+from sdonnx_export.checkpoints.open import open_checkpoint
 from sdonnx_runtime.errors import ExportError
 
 FOREIGN = {

@@ -8,11 +8,11 @@ import onnx_ir as ir
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from sdonnx_export.graph import build
-from sdonnx_export.parts import Part, Weight
-from sdonnx_export.stages import cut
+from sdonnx_export.checkpoints.parts import Part, Weight
+from sdonnx_export.models.components import build
+from sdonnx_export.operators.partition import cut
 from sdonnx_runtime.errors import ExportError
-from sdonnx_runtime.session import Session
+from sdonnx_runtime.execution.session import Session
 from transformers import CLIPTextConfig, CLIPTextModel
 
 RNG = np.random.default_rng(0)

@@ -11,12 +11,12 @@ from ldm_fixture import VARIATIONS, tiny_pipeline
 from PIL import Image
 from sd_parsers import ParserManager
 from sdonnx_export.export import export
-from sdonnx_runtime import chain
+from sdonnx_runtime.denoising.init_image import interpolated
 from sdonnx_runtime.errors import DeviceError, RequestError
-from sdonnx_runtime.latents import load_latents, save_latents
-from sdonnx_runtime.samplers import SAMPLERS
-from sdonnx_runtime.scheduler_config import CLASSES
-from sdonnx_runtime.starts import interpolated
+from sdonnx_runtime.execution import staged_model as chain
+from sdonnx_runtime.outputs.latents_file import load_latents, save_latents
+from sdonnx_runtime.sampling.registry import SAMPLERS
+from sdonnx_runtime.sampling.scheduler_config import CLASSES
 
 import sdonnx
 

@@ -8,7 +8,7 @@ import torch
 from drawings import disc, photograph
 from PIL import Image
 from sdonnx_runtime.errors import RequestError
-from sdonnx_runtime.pictures import (
+from sdonnx_runtime.images.preprocess import (
     extended,
     feathered,
     fitted,

@@ -12,19 +12,19 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from onnx.reference import ReferenceEvaluator
-from sdonnx_export import calibration
-from sdonnx_export.calibration import TappedOperators
-from sdonnx_export.codes import Range
 from sdonnx_export.export import export
-from sdonnx_export.graph import build
-from sdonnx_export.int8 import Int8Operators
-from sdonnx_export.precision import precision_of
+from sdonnx_export.models.components import build
+from sdonnx_export.operators.int8 import Int8Operators
+from sdonnx_export.operators.precision import precision_of
+from sdonnx_export.operators.quantized import Range
+from sdonnx_export.quantization import calibration
+from sdonnx_export.quantization.calibration import TappedOperators
 from sdonnx_models import bundled
-from sdonnx_runtime import machine
-from sdonnx_runtime.codes import BLOCK, block_scales, channel_scales, codes4, codes8
+from sdonnx_runtime.adapters.quantization import BLOCK, block_scales, channel_scales, codes4, codes8
 from sdonnx_runtime.errors import ExportError
-from sdonnx_runtime.package import Package
-from sdonnx_runtime.session import Session
+from sdonnx_runtime.execution import machine
+from sdonnx_runtime.execution.session import Session
+from sdonnx_runtime.packages.package import Package
 from test_graphs import (
     RNG,
     UNET,

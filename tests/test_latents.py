@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
-from sdonnx_runtime.latents import load_latents, save_latents
+from sdonnx_runtime.outputs.latents_file import load_latents, save_latents
 from test_cli import limit_file_size
 
 import sdonnx
@@ -73,7 +73,7 @@ ENDED = """
 import os, sys
 import sdonnx_runtime.generation
 sdonnx_runtime.generation.decode = lambda *_: os._exit(9)
-from sdonnx.cli import main
+from sdonnx.cli.app import main
 main()
 """
 
@@ -121,7 +121,7 @@ def test_a_preview_that_fails_stops_nothing(package, tmp_path):
     lost = """
 import pathlib, shutil
 import sdonnx_runtime.generation as generation
-from sdonnx.cli import main
+from sdonnx.cli.app import main
 real = generation.Progress.preview
 generation.Progress.preview = lambda step: (shutil.rmtree("shown", ignore_errors=True), real(step))[1]
 main()

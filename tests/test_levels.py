@@ -11,11 +11,11 @@ import torch
 from record_k_diffusion import SHAPE as K_SHAPE
 from record_k_diffusion import denoised, levels, noises
 from samplers import convergence, moments
-from sdonnx_runtime.noise import Noise
-from sdonnx_runtime.samplers import SAMPLERS
-from sdonnx_runtime.sampling import Schedule
-from sdonnx_runtime.schedule import make_schedule
-from sdonnx_runtime.scheduler_config import SchedulerConfig
+from sdonnx_runtime.sampling.noise import Noise
+from sdonnx_runtime.sampling.registry import SAMPLERS
+from sdonnx_runtime.sampling.schedule import make_schedule
+from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig
+from sdonnx_runtime.sampling.types import Schedule
 from walks import SD15, SEED, SHAPE, distance
 
 K_CASES = json.loads((Path(__file__).parent / "data" / "k_diffusion.json").read_text())["cases"]

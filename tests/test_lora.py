@@ -16,9 +16,9 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
 from sdonnx_export.export import export
-from sdonnx_runtime.initializers import unpacked
-from sdonnx_runtime.lora import read_lora
-from sdonnx_runtime.merging import adapters_of, merged
+from sdonnx_runtime.adapters.lora import read_lora
+from sdonnx_runtime.adapters.merging import adapters_of, merged
+from sdonnx_runtime.graphs.initializers import unpacked
 from test_families import PROMPT, SEED, SIZE, psnr, reference
 
 import sdonnx

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from sdonnx_export.export import export
-from sdonnx_export.graph import build
-from sdonnx_export.precision import Mix, named
+from sdonnx_export.models.components import build
+from sdonnx_export.operators.precision import Mix, named
 from sdonnx_runtime.errors import ExportError, RequestError
 from test_graphs import UNET, part_of, run, unet_feeds, unet_reference
 

@@ -13,8 +13,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
 from PIL import Image
 from sdonnx_models import DEFAULT, bundled, recipes
-from sdonnx_runtime.manifest import FAMILIES
-from sdonnx_runtime.samplers import SAMPLERS
+from sdonnx_runtime.packages.manifest import FAMILIES
+from sdonnx_runtime.sampling.registry import SAMPLERS
 
 import sdonnx
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.spatial
 import torch
-from sdonnx_runtime.noise import Noise, slerp
+from sdonnx_runtime.sampling.noise import Noise, slerp
 
 SHAPES = [
     (1, 4, 64, 64),

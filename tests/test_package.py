@@ -7,8 +7,8 @@ import pytest
 from sdonnx_export.export import export
 from sdonnx_models import bundled
 from sdonnx_runtime.errors import PackageError
-from sdonnx_runtime.manifest import MANIFEST, write_manifest
-from sdonnx_runtime.package import Package
+from sdonnx_runtime.packages.manifest import MANIFEST, write_manifest
+from sdonnx_runtime.packages.package import Package
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from ldm_fixture import VARIATIONS, save_ldm, tiny_pipeline
 from optimum.onnxruntime import ORTStableDiffusionPipeline
 from sdonnx_export.export import export
-from sdonnx_runtime.manifest import MANIFEST
+from sdonnx_runtime.packages.manifest import MANIFEST
 
 import sdonnx
 

@@ -9,10 +9,10 @@ from drawings import disc, photograph
 from ldm_fixture import VARIATIONS, tiny_pipeline
 from PIL import Image
 from sdonnx_export.export import export
-from sdonnx_export.preview import colour_fields
+from sdonnx_export.packaging.preview import colour_fields
 from sdonnx_runtime.errors import RequestError
-from sdonnx_runtime.pictures import extended
-from sdonnx_runtime.scheduler_config import CLASSES
+from sdonnx_runtime.images.preprocess import extended
+from sdonnx_runtime.sampling.scheduler_config import CLASSES
 
 import sdonnx
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sdonnx_runtime import chain
+from sdonnx_runtime.execution import staged_model as chain
 
 import sdonnx
 
@@ -38,7 +38,7 @@ def opened(monkeypatch):
         def __del__(self):
             alive.discard(id(self))
 
-    monkeypatch.setattr("sdonnx_runtime.chain.Session", Watched)
+    monkeypatch.setattr("sdonnx_runtime.execution.staged_model.Session", Watched)
     return log, alive, most
 
 

@@ -10,12 +10,12 @@ from compel.embeddings_provider import SplitLongTextMode
 from PIL import Image
 from prompting import SIZE, encoded, given_to, states
 from sd_parsers import ParserManager
-from sdonnx_runtime.images import parameters_text
+from sdonnx_runtime.outputs.metadata import parameters_text
 from sdonnx_runtime.request import Request
 from typer.testing import CliRunner
 
 import sdonnx
-from sdonnx.cli import app
+from sdonnx.cli.app import app
 
 LONG = "a cat and a dog in the wide green field " * 12
 

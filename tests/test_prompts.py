@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 from families import tokenizer as published_tokenizer
-from sdonnx_runtime.chunks import chunked, empty
-from sdonnx_runtime.prompts import Fragment, LoraTag, Rows, parse_prompt, script, sections
-from sdonnx_runtime.tokenizer import Tokenizer
+from sdonnx_runtime.text.chunks import chunked, empty
+from sdonnx_runtime.text.prompt_syntax import Fragment, LoraTag, Rows, parse_prompt, script, sections
+from sdonnx_runtime.text.tokenizer import Tokenizer
 
 import sdonnx
 

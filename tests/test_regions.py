@@ -11,10 +11,10 @@ from PIL import Image
 from sd_parsers import ParserManager
 from sdonnx_export.export import export
 from sdonnx_runtime.errors import RequestError
-from sdonnx_runtime.latents import load_latents, save_latents
-from sdonnx_runtime.pictures import mask_of
-from sdonnx_runtime.regions import region_around
-from sdonnx_runtime.scheduler_config import CLASSES
+from sdonnx_runtime.images.crop import region_around
+from sdonnx_runtime.images.preprocess import mask_of
+from sdonnx_runtime.outputs.latents_file import load_latents, save_latents
+from sdonnx_runtime.sampling.scheduler_config import CLASSES
 
 import sdonnx
 

@@ -2,9 +2,9 @@
 
 import pytest
 from sdonnx_runtime.errors import PackageError, RequestError
-from sdonnx_runtime.samplers import A1111_NAMES, SAMPLERS, resolve_sampler, sampler_options, takes
-from sdonnx_runtime.schedule import make_schedule
-from sdonnx_runtime.scheduler_config import CLASSES, SchedulerConfig, default_sampler
+from sdonnx_runtime.sampling.registry import A1111_NAMES, SAMPLERS, resolve_sampler, sampler_options, takes
+from sdonnx_runtime.sampling.schedule import make_schedule
+from sdonnx_runtime.sampling.scheduler_config import CLASSES, SchedulerConfig, default_sampler
 from walks import SD15, distance, ours, theirs
 
 

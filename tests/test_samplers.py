@@ -4,10 +4,10 @@ from itertools import product
 
 import numpy as np
 import pytest
-from sdonnx_runtime.noise import Noise
-from sdonnx_runtime.samplers import SAMPLERS, takes
-from sdonnx_runtime.schedule import make_schedule
-from sdonnx_runtime.scheduler_config import CLASSES, WHOLE_TIMESTEPS, SchedulerConfig
+from sdonnx_runtime.sampling.noise import Noise
+from sdonnx_runtime.sampling.registry import SAMPLERS, takes
+from sdonnx_runtime.sampling.schedule import make_schedule
+from sdonnx_runtime.sampling.scheduler_config import CLASSES, WHOLE_TIMESTEPS, SchedulerConfig
 from walks import IMAGE, RESPACED, SD15, distance, ours, predictions, theirs
 
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from diffusers.schedulers.scheduling_utils import AysSchedules
 from sdonnx_runtime.errors import RequestError
-from sdonnx_runtime.samplers import SAMPLERS
-from sdonnx_runtime.schedule import make_schedule
-from sdonnx_runtime.scheduler_config import CLASSES, WHOLE_TIMESTEPS, SchedulerConfig
-from sdonnx_runtime.sigmas import SCHEDULES, trained_sigmas
+from sdonnx_runtime.sampling.registry import SAMPLERS
+from sdonnx_runtime.sampling.schedule import make_schedule
+from sdonnx_runtime.sampling.scheduler_config import CLASSES, WHOLE_TIMESTEPS, SchedulerConfig
+from sdonnx_runtime.sampling.sigmas import SCHEDULES, trained_sigmas
 from walks import RESPACED, SD15, distance, ours, theirs
 
 

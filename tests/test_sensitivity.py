@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from sdonnx_export.codes import Range
 from sdonnx_export.export import export
-from sdonnx_export.graph import build
-from sdonnx_export.sensitivity import measure, sensitivity, write_mix
+from sdonnx_export.models.components import build
+from sdonnx_export.operators.quantized import Range
+from sdonnx_export.quantization.sensitivity import measure, sensitivity, write_mix
 from sdonnx_runtime.errors import RequestError
 from test_cli import sdonnx
 from test_graphs import UNET, part_of, saved, unet_reference

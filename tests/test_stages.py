@@ -14,19 +14,20 @@ from drawings import photograph
 from families import sd1, sd2, sdxl, tiny_vae
 from safetensors.torch import save_file
 from sdonnx_export.export import export
-from sdonnx_export.precision import PRECISIONS
-from sdonnx_export.stages import cut
-from sdonnx_runtime import narrowing, shapes
-from sdonnx_runtime.chain import Chain, open_model
-from sdonnx_runtime.initializers import GRAPH
-from sdonnx_runtime.lora import Lora
-from sdonnx_runtime.merging import adapters_of, changed
-from sdonnx_runtime.package import Package
+from sdonnx_export.operators.partition import cut
+from sdonnx_export.operators.precision import PRECISIONS
+from sdonnx_runtime.adapters.lora import Lora
+from sdonnx_runtime.adapters.merging import adapters_of, changed
+from sdonnx_runtime.execution.session import Session
+from sdonnx_runtime.execution.staged_model import Chain, open_model
+from sdonnx_runtime.graphs import shape_inference as shapes
+from sdonnx_runtime.graphs import split_convs as narrowing
+from sdonnx_runtime.graphs.initializers import GRAPH
+from sdonnx_runtime.graphs.onnx_proto import parts
+from sdonnx_runtime.graphs.partition import NODE, read_stages
+from sdonnx_runtime.memory.planner import Way, _adapted
+from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.pipeline import Pipeline
-from sdonnx_runtime.planning import Way, _adapted
-from sdonnx_runtime.protobuf import parts
-from sdonnx_runtime.session import Session
-from sdonnx_runtime.stages import NODE, read_stages
 from test_control import adapter, controlnet
 
 import sdonnx
@@ -178,7 +179,7 @@ def test_no_more_than_one_stage_is_open(made, monkeypatch):
         def __del__(self):
             alive.discard(id(self))
 
-    monkeypatch.setattr("sdonnx_runtime.chain.Session", Watched)
+    monkeypatch.setattr("sdonnx_runtime.execution.staged_model.Session", Watched)
     sdonnx.load(made("sdxl"), memory="min").generate("a cat", **ASKED)
     assert most[0] == 1
     assert most[1] > 4 * len(read_stages(made("sdxl") / "unet" / "model.onnx").stages)
@@ -322,7 +323,7 @@ def test_stages_that_are_kept_are_opened_once(made, monkeypatch):
             super().__init__(path, **options)
             opened.append(options["model"])
 
-    monkeypatch.setattr("sdonnx_runtime.chain.Session", Watched)
+    monkeypatch.setattr("sdonnx_runtime.execution.staged_model.Session", Watched)
     path = made("sd1") / "unet" / "model.onnx"
     stages = read_stages(path)
     chain = Chain(path, stages, {}, kept={1, 2}, device="cpu")

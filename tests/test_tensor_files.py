@@ -14,9 +14,9 @@ import sdonnx_models
 import torch
 from onnx import numpy_helper
 from safetensors.torch import save_file
+from sdonnx_runtime.adapters.tensor_files import load_pickled, open_safetensors, tensors_in
 from sdonnx_runtime.errors import PackageError, RequestError
-from sdonnx_runtime.initializers import packed, read_initializers, unpacked
-from sdonnx_runtime.tensor_files import load_pickled, open_safetensors, tensors_in
+from sdonnx_runtime.graphs.initializers import packed, read_initializers, unpacked
 
 UNET = Path(sdonnx_models.__file__).parent / "pictogram" / "unet" / "model.onnx"
 

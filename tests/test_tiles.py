@@ -11,11 +11,11 @@ from drawings import photograph
 from families import sd1
 from sdonnx_export.export import export
 from sdonnx_models import bundled
-from sdonnx_runtime.chain import Tiles, open_model
-from sdonnx_runtime.components import Components, Runner
-from sdonnx_runtime.package import Package
-from sdonnx_runtime.planning import TILES, Way
-from sdonnx_runtime.session import Session
+from sdonnx_runtime.execution.components import Components, Runner
+from sdonnx_runtime.execution.session import Session
+from sdonnx_runtime.execution.staged_model import Tiles, open_model
+from sdonnx_runtime.memory.planner import TILES, Way
+from sdonnx_runtime.packages.package import Package
 
 CHECKPOINT = Path(__file__).parents[1] / "models" / "pictogram" / "checkpoint"
 

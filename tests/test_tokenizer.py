@@ -6,9 +6,9 @@ import random
 from pathlib import Path
 
 import pytest
-from sdonnx_export.clip_vocabulary import write_clip_tokenizer
+from sdonnx_export.packaging.clip_tokenizer import write_clip_tokenizer
 from sdonnx_runtime.errors import PackageError, RequestError
-from sdonnx_runtime.tokenizer import Tokenizer
+from sdonnx_runtime.text.tokenizer import Tokenizer
 from transformers import CLIPTokenizer, CLIPTokenizerFast
 
 ALPHABETS = (

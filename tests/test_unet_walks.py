@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from sdonnx_export.graph import build
-from sdonnx_runtime.scheduler_config import CLASSES
-from sdonnx_runtime.session import Session
+from sdonnx_export.models.components import build
+from sdonnx_runtime.execution.session import Session
+from sdonnx_runtime.sampling.scheduler_config import CLASSES
 from test_graphs import part_of, saved
 from walks import RESPACED, SD15, SHAPE, distance, ours, predictions, theirs
 

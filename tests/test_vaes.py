@@ -22,15 +22,15 @@ from families import scheduler, sd1, sdxl, tiny_vae, vae
 from huggingface_hub.utils import filter_repo_objects
 from optimum.onnxruntime import ORTStableDiffusionImg2ImgPipeline
 from PIL import Image
-from sdonnx_export.calibration import TappedOperators
-from sdonnx_export.checkpoint import open_vae_alone
-from sdonnx_export.codes import Range
+from sdonnx_export.checkpoints.open import open_vae_alone
+from sdonnx_export.checkpoints.parts import Part
 from sdonnx_export.export import export
-from sdonnx_export.graph import build
-from sdonnx_export.int8 import Int8Operators
-from sdonnx_export.operators import Operators
-from sdonnx_export.parts import Part
-from sdonnx_export.precision import PRECISIONS
+from sdonnx_export.models.components import build
+from sdonnx_export.operators.base import Operators
+from sdonnx_export.operators.int8 import Int8Operators
+from sdonnx_export.operators.precision import PRECISIONS
+from sdonnx_export.operators.quantized import Range
+from sdonnx_export.quantization.calibration import TappedOperators
 from sdonnx_runtime.errors import ExportError
 from test_graphs import part_of, run
 

@@ -3,11 +3,11 @@
 import diffusers
 import numpy as np
 import torch
-from sdonnx_runtime.denoise import clean, predict
-from sdonnx_runtime.noise import Noise
-from sdonnx_runtime.samplers import SAMPLERS, sampler_options
-from sdonnx_runtime.schedule import make_schedule
-from sdonnx_runtime.scheduler_config import CLASSES, SchedulerConfig, limit_x0
+from sdonnx_runtime.denoising.denoiser import clean, predict
+from sdonnx_runtime.sampling.noise import Noise
+from sdonnx_runtime.sampling.registry import SAMPLERS, sampler_options
+from sdonnx_runtime.sampling.schedule import make_schedule
+from sdonnx_runtime.sampling.scheduler_config import CLASSES, SchedulerConfig, limit_x0
 
 SD15 = {
     "_class_name": "PNDMScheduler",

@@ -13,25 +13,25 @@ from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
+from sdonnx_runtime.adapters.lora import Lora
 from sdonnx_runtime.errors import ExportError, RequestError, SdonnxError
-from sdonnx_runtime.lora import Lora
-from sdonnx_runtime.manifest import TILED, Manifest, Source, write_manifest
-from sdonnx_runtime.package import VAE
+from sdonnx_runtime.packages.manifest import TILED, Manifest, Source, write_manifest
+from sdonnx_runtime.packages.package import VAE
 from sdonnx_runtime.request import given
 
-from sdonnx_export.baking import baked
-from sdonnx_export.calibration import Calibration, Seen, observe
-from sdonnx_export.checkpoint import check_pipeline, open_checkpoint, open_vae, open_vae_alone
-from sdonnx_export.config import UNetConfig
-from sdonnx_export.graph import COMPONENTS, build, components_of, has_norms, layers
-from sdonnx_export.int8 import Int8Operators
-from sdonnx_export.parts import Checkpoint, Part
-from sdonnx_export.precision import Choice, Mix, Precision, named, precision_of
-from sdonnx_export.preview import fit_preview
-from sdonnx_export.stages import embedded_graph, reuse_graphs
-from sdonnx_export.unet import kept_stage
-from sdonnx_export.verify import verify
-from sdonnx_export.writing import GRAPH, Report, files_of, manifest_of, write_components
+from sdonnx_export.checkpoints.fuse_lora import baked
+from sdonnx_export.checkpoints.open import check_pipeline, open_checkpoint, open_vae, open_vae_alone
+from sdonnx_export.checkpoints.parts import Checkpoint, Part
+from sdonnx_export.models.components import COMPONENTS, build, components_of, has_norms, layers
+from sdonnx_export.models.configs import UNetConfig
+from sdonnx_export.models.unet import kept_stage
+from sdonnx_export.operators.int8 import Int8Operators
+from sdonnx_export.operators.partition import embedded_graph, reuse_graphs
+from sdonnx_export.operators.precision import Choice, Mix, Precision, named, precision_of
+from sdonnx_export.packaging.preview import fit_preview
+from sdonnx_export.packaging.verify import verify
+from sdonnx_export.packaging.writer import GRAPH, Report, files_of, manifest_of, write_components
+from sdonnx_export.quantization.calibration import Calibration, Seen, observe
 
 logger = logging.getLogger(__name__)
 

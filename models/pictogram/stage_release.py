@@ -13,7 +13,7 @@ import torch
 from composites import BACKGROUNDS, Subject, compose
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from sdonnx_export.export import export
-from sdonnx_runtime.manifest import read_manifest, write_manifest
+from sdonnx_runtime.packages.manifest import read_manifest, write_manifest
 from stage_unet import BETAS
 from transformers import CLIPTextModel, CLIPTokenizer
 

@@ -10,25 +10,25 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sdonnx_runtime.adapters.merging import Adapters
 from sdonnx_runtime.arrays import AnyArray, Array
-from sdonnx_runtime.components import REFINER, Runner
-from sdonnx_runtime.controls import Controlled, components_of, net_of
-from sdonnx_runtime.denoise import Model, StepReuse, by_step, clean, handed_over, masked, unet_graphs
-from sdonnx_runtime.encoding import Conditions, conditions_of, script_of
+from sdonnx_runtime.denoising.control import Controlled, components_of, net_of
+from sdonnx_runtime.denoising.denoiser import Model, StepReuse, by_step, clean, handed_over, masked, unet_graphs
+from sdonnx_runtime.denoising.init_image import Original, Start, encoded, interpolated, pasted, seen_beside, start_of
 from sdonnx_runtime.errors import PackageError, RequestError
-from sdonnx_runtime.images import to_images
-from sdonnx_runtime.manifest import Manifest
-from sdonnx_runtime.merging import Adapters
-from sdonnx_runtime.noise import Noise, between
-from sdonnx_runtime.package import Package
-from sdonnx_runtime.planning import Way
-from sdonnx_runtime.regions import Region
+from sdonnx_runtime.execution.components import REFINER, Runner
+from sdonnx_runtime.images.crop import Region
+from sdonnx_runtime.memory.planner import Way
+from sdonnx_runtime.outputs.metadata import to_images
+from sdonnx_runtime.packages.manifest import Manifest
+from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.request import Request, Result, given, of_image, passes, seeds_of
-from sdonnx_runtime.samplers import SAMPLERS, sampler_options, steps_taken
-from sdonnx_runtime.sampling import Denoise, NoiseSource, Schedule
-from sdonnx_runtime.schedule import make_schedule
-from sdonnx_runtime.scheduler_config import SchedulerConfig, limit_x0
-from sdonnx_runtime.starts import Original, Start, encoded, interpolated, pasted, seen_beside, start_of
+from sdonnx_runtime.sampling.noise import Noise, between
+from sdonnx_runtime.sampling.registry import SAMPLERS, sampler_options, steps_taken
+from sdonnx_runtime.sampling.schedule import make_schedule
+from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig, limit_x0
+from sdonnx_runtime.sampling.types import Denoise, NoiseSource, Schedule
+from sdonnx_runtime.text.encoding import Conditions, conditions_of, script_of
 
 
 @dataclass(frozen=True, kw_only=True)

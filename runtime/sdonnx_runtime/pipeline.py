@@ -9,26 +9,26 @@ from typing import Any
 
 from PIL.Image import Image
 
+from sdonnx_runtime.adapters.lora import AnyLora, Lora, in_folder
+from sdonnx_runtime.adapters.merging import Adapters, adapters_of
+from sdonnx_runtime.adapters.textual_inversion import Learned, read_embedding
 from sdonnx_runtime.arrays import Array
-from sdonnx_runtime.budget import AUTO, LEAST, MOST, Budget
-from sdonnx_runtime.chain import open_model
-from sdonnx_runtime.checks import check_request
-from sdonnx_runtime.components import REFINER, Components, Runner
-from sdonnx_runtime.controls import check_control, check_sizes, place
-from sdonnx_runtime.denoise import unet_graphs
-from sdonnx_runtime.embeddings import Learned, read_embedding
-from sdonnx_runtime.encoding import script_of, tags_of
+from sdonnx_runtime.denoising.control import check_control, check_sizes, place
+from sdonnx_runtime.denoising.denoiser import unet_graphs
 from sdonnx_runtime.errors import PackageError, RequestError
+from sdonnx_runtime.execution.components import REFINER, Components, Runner
+from sdonnx_runtime.execution.staged_model import open_model
 from sdonnx_runtime.generation import Generation, decode, plan
-from sdonnx_runtime.lora import AnyLora, Lora, in_folder
-from sdonnx_runtime.merging import Adapters, adapters_of
-from sdonnx_runtime.package import Package
-from sdonnx_runtime.phases import decoding, phases_of
-from sdonnx_runtime.planning import SMALLEST, Phase, Plan, Way
+from sdonnx_runtime.memory.budget import AUTO, LEAST, MOST, Budget
+from sdonnx_runtime.memory.planner import SMALLEST, Phase, Plan, Way
+from sdonnx_runtime.memory.workload import decoding, phases_of
+from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.request import Request, Result, given, passes
-from sdonnx_runtime.samplers import resolve_sampler
-from sdonnx_runtime.scheduler_config import SchedulerConfig, default_sampler
+from sdonnx_runtime.sampling.registry import resolve_sampler
+from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig, default_sampler
 from sdonnx_runtime.stream import Stream
+from sdonnx_runtime.text.encoding import script_of, tags_of
+from sdonnx_runtime.validation import check_request
 
 _PIXEL = 8192
 """Bytes for each pixel, more than the widest VAE takes."""

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 from PIL.Image import Image
 
+from sdonnx_runtime.adapters.lora import Lora
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import RequestError
-from sdonnx_runtime.lora import Lora
 
 T = TypeVar("T")
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 from PIL.Image import Image
 
 from sdonnx_runtime.arrays import Array
-from sdonnx_runtime.components import Runner
 from sdonnx_runtime.errors import RequestError
+from sdonnx_runtime.execution.components import Runner
+from sdonnx_runtime.execution.session import Cancelled
 from sdonnx_runtime.generation import Generation, Progress
-from sdonnx_runtime.planning import Plan
+from sdonnx_runtime.memory.planner import Plan
 from sdonnx_runtime.request import Request, Result
-from sdonnx_runtime.session import Cancelled
 
 
 class Stream(Iterator[Progress]):

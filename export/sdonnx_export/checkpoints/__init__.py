@@ -1,0 +1,1 @@
+"""Checkpoints in every published layout, read lazily under diffusers' names."""

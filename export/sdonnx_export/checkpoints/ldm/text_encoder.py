@@ -1,0 +1,88 @@
+"""The text encoders of the original single-file layout, OpenAI's CLIP and OpenCLIP, in transformers' names."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from sdonnx_export.checkpoints.ldm.keys import Weights, count, replaced
+from sdonnx_export.checkpoints.parts import Part, Weight, current_name, is_needed
+
+_OPEN_CLIP_H = 24
+"""Layers of Stable Diffusion 2's encoder, of which the last but one is read."""
+
+
+def read_clip(weights: Weights) -> Part:
+    """OpenAI's CLIP, which these files have in transformers' names already."""
+    renamed = {current_name(name): w for name, w in weights.items() if is_needed(name, "text_encoder")}
+    return Part(config=_config(renamed, "quick_gelu"), weights=renamed)
+
+
+def read_open_clip(weights: Weights, *, projected: bool) -> Part:
+    """OpenCLIP: whole and with its projection, as SDXL has it, or what Stable Diffusion 2 reads of it.
+
+    That is the last layer but one, through the norm at the end, so the last layer is left out; files written from
+    diffusers' weights lack it, and the projection with it.
+    """
+    layers = count(weights, rf"{_LAYERS}(\d+)\.")
+    if not projected and ("text_projection" in weights or layers == _OPEN_CLIP_H):
+        last = f"transformer.resblocks.{layers - 1}."
+        weights = {name: weight for name, weight in weights.items() if not name.startswith(last)}
+    renamed: dict[str, Weight] = {}
+    for name, weight in weights.items():
+        new = replaced(name, _OPEN_CLIP)
+        if new.endswith(("in_proj_weight", "in_proj_bias")):
+            stem, kind = new.rsplit("in_proj_", 1)
+            renamed |= {f"{stem}{which}_proj.{kind}": _third(weight, at) for at, which in enumerate("qkv")}
+        elif name == "text_projection":
+            renamed["text_projection.weight"] = _turned(weight)
+        elif name != "attn_mask":
+            renamed[new] = weight
+    part = "text_encoder_2" if projected else "text_encoder"
+    renamed = {name: weight for name, weight in renamed.items() if is_needed(name, part)}
+    config = _config(renamed, "gelu")
+    if projected:
+        width = renamed["text_projection.weight"].shape[0]
+        config |= {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": width}
+    return Part(config=config, weights=renamed)
+
+
+_LAYERS = r"transformer\.resblocks\."
+
+_OPEN_CLIP = (
+    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
+    (r"^ln_final\.", "text_model.final_layer_norm."),
+    (rf"^{_LAYERS}", "text_model.encoder.layers."),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+)
+
+
+def _config(weights: Mapping[str, Weight], activation: str) -> dict[str, Any]:
+    vocabulary, width = weights["text_model.embeddings.token_embedding.weight"].shape
+    return {
+        "architectures": ["CLIPTextModel"],
+        "eos_token_id": 2,
+        "hidden_act": activation,
+        "hidden_size": width,
+        "intermediate_size": weights["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "max_position_embeddings": weights["text_model.embeddings.position_embedding.weight"].shape[0],
+        "model_type": "clip_text_model",
+        "num_attention_heads": width // 64,  # in every CLIP
+        "num_hidden_layers": count(weights, r"text_model\.encoder\.layers\.(\d+)\."),
+        "vocab_size": vocabulary,
+    }
+
+
+def _third(weight: Weight, at: int) -> Weight:
+    """Queries, keys or values of what PyTorch's attention keeps in one."""
+    width = weight.shape[0] // 3
+    rows = slice(at * width, (at + 1) * width)
+    return replace(weight, shape=(width, *weight.shape[1:]), read=lambda: weight.read()[rows])
+
+
+def _turned(weight: Weight) -> Weight:
+    """OpenCLIP multiplies from the left."""
+    return replace(weight, shape=weight.shape[::-1], read=lambda: weight.read().T)

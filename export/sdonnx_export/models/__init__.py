@@ -1,0 +1,1 @@
+"""The models, written as onnxscript modules."""

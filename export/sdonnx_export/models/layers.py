@@ -1,0 +1,111 @@
+"""The layers that every component shares; parameter names are the checkpoint's."""
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+from onnxscript.nn import Module, ModuleList, Parameter
+
+from sdonnx_export.operators.base import Matrix, Operators
+
+
+class Linear(Module):
+    """``y = x W + b`` over the last axis."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = Matrix([in_features, out_features])
+        self.bias = Parameter([out_features]) if bias else None
+
+    def forward(self, op: Operators, x: ir.Value) -> ir.Value:
+        return op.linear(x, self.weight, self.bias)
+
+
+class Conv2d(Module):
+    """A square convolution; ``pads`` defaults to keeping the size at stride 1."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int = 3,
+        *,
+        stride: int = 1,
+        pads: Sequence[int] | None = None,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.weight = Parameter([out_channels, in_channels, kernel, kernel])
+        self.bias = Parameter([out_channels]) if bias else None
+        self._stride = stride
+        self._pads = pads if pads is not None else [kernel // 2] * 4
+
+    def forward(self, op: Operators, x: ir.Value, *, enlarged: bool = False, like: ir.Value | None = None) -> ir.Value:
+        """Of ``x``, or of ``x`` enlarged by 2 or to the size of ``like``."""
+        how = {"stride": self._stride, "pads": self._pads}
+        return op.conv(x, self.weight, self.bias, **how, enlarged=enlarged, like=like)
+
+
+class GroupNorm(Module):
+    """Group normalization with an affine map per channel."""
+
+    def __init__(self, groups: int, channels: int, eps: float) -> None:
+        super().__init__()
+        self.weight = Parameter([channels])
+        self.bias = Parameter([channels])
+        self._groups, self._eps = groups, eps
+
+    def forward(self, op: Operators, x: ir.Value) -> ir.Value:
+        return op.group_norm(x, self.weight, self.bias, groups=self._groups, eps=self._eps)
+
+
+class LayerNorm(Module):
+    """Layer normalization over the last axis."""
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = Parameter([channels])
+        self.bias = Parameter([channels])
+        self._eps = eps
+
+    def forward(self, op: Operators, x: ir.Value) -> ir.Value:
+        return op.layer_norm(x, self.weight, self.bias, eps=self._eps)
+
+
+class ResnetBlock(Module):
+    """Two normalized convolutions around the time embedding, with a shortcut."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, groups: int, eps: float, temb: int | None = None
+    ) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(groups, in_channels, eps)
+        self.conv1 = Conv2d(in_channels, out_channels)
+        self.time_emb_proj = Linear(temb, out_channels) if temb is not None else None
+        self.norm2 = GroupNorm(groups, out_channels, eps)
+        self.conv2 = Conv2d(out_channels, out_channels)
+        self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, op: Operators, x: ir.Value, temb: ir.Value | None = None) -> ir.Value:
+        """``temb`` (N, T) has gone through SiLU already: every block would begin with the same one."""
+        h = self.conv1(op, op.silu(self.norm1(op, x)))
+        if self.time_emb_proj is not None:
+            h = op.add_to_pixels(h, self.time_emb_proj(op, temb))
+        h = self.conv2(op, op.silu(self.norm2(op, h)))
+        return op.Add(h, x if self.conv_shortcut is None else self.conv_shortcut(op, x))
+
+
+class Attention(Module):
+    """Multi-head attention; keys and values come from ``context`` where one is given."""
+
+    def __init__(self, channels: int, heads: int, *, context: int | None = None, bias: bool = False) -> None:
+        super().__init__()
+        self.to_q = Linear(channels, channels, bias=bias)
+        self.to_k = Linear(context if context is not None else channels, channels, bias=bias)
+        self.to_v = Linear(context if context is not None else channels, channels, bias=bias)
+        self.to_out = ModuleList([Linear(channels, channels)])
+        self._heads = heads
+
+    def forward(self, op: Operators, x: ir.Value, context: ir.Value | None = None) -> ir.Value:
+        source = x if context is None else context
+        q, k, v = self.to_q(op, x), self.to_k(op, source), self.to_v(op, source)
+        return self.to_out[0](op, op.attention(q, k, v, self._heads))

@@ -1,0 +1,1 @@
+"""ONNX operators that models are written with, for each precision."""

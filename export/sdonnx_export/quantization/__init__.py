@@ -1,0 +1,1 @@
+"""Calibration for int8, and which layers suffer from quantization."""

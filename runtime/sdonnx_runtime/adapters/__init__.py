@@ -1,0 +1,1 @@
+"""LoRA, LyCORIS and textual inversion: files to weight deltas, merged when a model is opened."""

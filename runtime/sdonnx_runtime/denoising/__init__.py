@@ -1,0 +1,1 @@
+"""The denoiser that samplers call: guidance, control, step caching, init images."""

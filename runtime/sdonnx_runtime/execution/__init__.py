@@ -1,0 +1,1 @@
+"""ONNX Runtime sessions and how components run on them: whole, in stages, in tiles."""

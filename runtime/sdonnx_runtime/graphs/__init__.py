@@ -1,0 +1,1 @@
+"""ONNX files, read without the onnx package: nodes, weights, shapes, stages."""

@@ -1,0 +1,137 @@
+"""What a request has open at one time, and in which sizes: what `planning` makes a plan for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import inf
+from pathlib import Path
+from types import MappingProxyType
+
+from sdonnx_runtime.adapters.merging import Adapters
+from sdonnx_runtime.denoising.control import added_by, place
+from sdonnx_runtime.denoising.denoiser import unet_graphs
+from sdonnx_runtime.execution.components import REFINER
+from sdonnx_runtime.graphs.partition import read_stages
+from sdonnx_runtime.graphs.shape_inference import ITEMSIZES, UnknownGraph, Value
+from sdonnx_runtime.memory.planner import Graph, Part, Phase, make_plan, outputs_of
+from sdonnx_runtime.packages.manifest import TILED
+from sdonnx_runtime.packages.package import Package
+from sdonnx_runtime.request import Request, given
+from sdonnx_runtime.text.conditioning import texts_of
+from sdonnx_runtime.text.encoding import Script
+
+_PICTURES = 6
+"""How many times a picture is there, in float32, while it is put together of tiles and turned into bytes."""
+
+
+def phases_of(
+    package: Package,
+    request: Request,
+    said: Script,
+    *,
+    refiner: Package | None = None,
+    controls: Sequence[Package] = (),
+    adapters: Adapters | None = None,
+    preview: Package | None = None,
+) -> list[Phase]:
+    """What is open at a time, in the order of running.
+
+    Args:
+        package: whose model draws.
+        request: the largest pass of a checked request.
+        said: what it says.
+        refiner: whose U-Net takes the last steps.
+        controls: what steers the package's U-Net.
+        adapters: what is applied to the package.
+        preview: whose VAE makes previews, and stays.
+
+    Raises:
+        UnknownGraph: a graph is of another program, with inputs or operators that aren't known here.
+        PackageError: a graph is damaged.
+    """
+    applied = Adapters() if adapters is None else adapters
+    space = package.manifest.latents
+    rows = max(sum(map(len, texts_of(package.manifest, request, row))) for each in said.passes for row in each)
+    height, width = given(request.height), given(request.width)
+    sizes = {"batch": rows, "states": rows if package.manifest.conditions.beside == "picture" else 1, "timestep": 1}
+    sizes |= {"height": height // space.downscale, "width": width // space.downscale}
+    phases = list[Phase]()
+    for prefix, model in {"": package, **({} if refiner is None else {REFINER: refiner})}.items():
+        for encoder in model.manifest.text_encoders:
+            graph = _graph(model.graph(encoder.component), {"batch": 1})
+            phases.append([_part(f"{prefix}{encoder.component}", [graph], applied)])
+            told = outputs_of(graph)
+            sizes["tokens"] = encoder.length
+            sizes["pooled"] = 0 if encoder.pooled is None else told[encoder.pooled].shape[1]
+        sizes["ids"] = 5 if model.manifest.family == "sdxl-refiner" else 6
+        nets = list(controls) if prefix == "" else []
+        phases.append(_unets(prefix, model, nets, request, sizes, applied))
+    if request.image is not None or request.hires_upscaler == "lanczos":
+        phases.append([_vae(package, "vae_encoder", height, width, scale=space.downscale, pixels=height * width)])
+    cells = height // space.downscale, width // space.downscale
+    phases.append(decoding(package, *cells, request.num_images))
+    if preview is None:
+        return phases
+    shown = make_plan([decoding(preview, *cells, 1)], inf, 0).peak
+    return [[replace(first, beside=first.beside + shown), *others] for first, *others in phases]
+
+
+def decoding(package: Package, height: int, width: int, pictures: int) -> Phase:
+    """What a package's VAE decoder has open for latents of a size in cells.
+
+    Raises:
+        UnknownGraph, PackageError: as `phases_of` does.
+    """
+    pixels = height * width * package.manifest.latents.downscale**2 * pictures
+    return [_vae(package, "vae_decoder", height, width, scale=1, pixels=pixels)]
+
+
+def _vae(package: Package, component: str, height: int, width: int, *, scale: int, pixels: int) -> Part:
+    """A VAE's half, whose input has ``scale`` places to a cell's side; it makes, or is given, so many ``pixels``."""
+    sizes = {"batch": 1, "height": height, "width": width}
+    plain = _graph(package.graph(component), sizes)
+    there = TILED in package.manifest.components[component].graphs
+    tiled = _graph(package.graph(component, TILED), sizes) if there else plain
+    return Part(component=component, graphs=(plain,), tiled=tiled, scale=scale, beside=12 * _PICTURES * pixels)
+
+
+def _unets(
+    prefix: str, model: Package, nets: Sequence[Package], request: Request, sizes: Mapping[str, int], applied: Adapters
+) -> Phase:
+    """A U-Net with what steers it."""
+    found, added = list[Part](), dict[str, Value]()
+    height, width = given(request.height), given(request.width)
+    seen = {
+        "adapter": {"batch": 1, "height": height, "width": width},
+        "controlnet": {**sizes, "pictures": 1, "picture_height": height, "picture_width": width},
+    }
+    for index, net in enumerate(nets):
+        kind = str(net.control)
+        graph = _graph(net.graph(kind), seen[kind])
+        found.append(_part(f"{place(index)}{kind}", [graph], Adapters()))
+        added |= dict(zip(added_by(kind, outputs_of(graph)), outputs_of(graph).values(), strict=True))
+    whole, again = unet_graphs(request.reuse, token_downsampling=request.token_downsampling, controlled=len(nets) > 0)
+    graphs = [_graph(model.graph("unet", whole), sizes, added)]
+    if again != whole:
+        graphs.append(_graph(model.graph("unet", again), sizes, {**added, **outputs_of(graphs[0])}))
+    return [*found, _part(f"{prefix}unet", graphs, applied)]
+
+
+def _part(component: str, graphs: Sequence[Graph], applied: Adapters) -> Part:
+    adapted = frozenset(applied.changes.get(component, {}))
+    return Part(component=component, graphs=tuple(replace(graph, adapted=adapted) for graph in graphs))
+
+
+def _graph(path: Path, sizes: Mapping[str, int], known: Mapping[str, Value] = MappingProxyType({})) -> Graph:
+    """A graph with its inputs' free sizes filled in; of what nothing is ``known`` of, by what they are called."""
+    inputs = dict[str, Value]()
+    for name, port in read_stages(path).inputs.items():
+        free = {f"{name}.{axis}": 1 for axis in ("batch", "channels", "height", "width")}
+        called = {**free, **sizes}
+        shape = [size if isinstance(size, int) else called.get(size) for size in port.sizes]
+        if name in known:
+            inputs[name] = known[name]
+        elif None in shape or port.data_type not in ITEMSIZES:
+            raise UnknownGraph(f"the input {name}")
+        else:
+            inputs[name] = Value(tuple(given(size) for size in shape), ITEMSIZES[port.data_type])
+    return Graph(path=path, inputs=tuple(inputs.items()))

@@ -1,0 +1,1 @@
+"""Output files: PNG with metadata, saved latents, atomic writes."""

@@ -1,0 +1,1 @@
+"""Packages: the manifest, the files, and packages that optimum exported."""

@@ -1,0 +1,1 @@
+"""Prompts to conditioning: syntax, tokenizer, chunks, weights, text encoders."""

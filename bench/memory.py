@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdonnx_runtime.execution.machine import peak_memory
+from sdonnx_runtime.execution.process_memory import peak_memory
 
 import sdonnx
 

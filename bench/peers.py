@@ -23,7 +23,7 @@ from typing import Any
 
 import random_checkpoint
 from runtimes import KEYS, RUNTIMES, Runtime
-from sdonnx_runtime.execution.machine import cpu_name, instruction_set
+from sdonnx_runtime.execution.cpu import cpu_name, instruction_set
 
 Figures = dict[str, float]
 

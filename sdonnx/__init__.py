@@ -9,12 +9,14 @@ result.images[0].save("horse.png")
 
 from sdonnx_runtime.adapters.lora import Lora
 from sdonnx_runtime.errors import DeviceError, ExportError, PackageError, RequestError, SdonnxError
+from sdonnx_runtime.execution.timings import Timings
 from sdonnx_runtime.generation import Progress
 from sdonnx_runtime.memory.planner import Choice, Plan
 from sdonnx_runtime.outputs.metadata import save_png
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.pipeline import Pipeline
-from sdonnx_runtime.request import FAST, Control, Request, Result, Timings
+from sdonnx_runtime.request import FAST, Control, Request
+from sdonnx_runtime.result import Result
 from sdonnx_runtime.stream import Stream
 
 from sdonnx.loading import load

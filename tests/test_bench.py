@@ -15,7 +15,8 @@ import pytest
 import torch
 from sdonnx_models import DEFAULT
 from sdonnx_runtime.errors import DeviceError, RequestError
-from sdonnx_runtime.execution.machine import instruction_set, named, peak_memory
+from sdonnx_runtime.execution.cpu import instruction_set, named
+from sdonnx_runtime.execution.process_memory import peak_memory
 
 from sdonnx import Package
 from sdonnx.benchmark import worker as measure

@@ -19,7 +19,8 @@ from sdonnx_export.operators.base import Operators
 from sdonnx_export.operators.int8 import Int8Operators
 from sdonnx_export.operators.partition import reuse_graphs
 from sdonnx_export.operators.precision import PRECISIONS
-from sdonnx_runtime.denoising.denoiser import StepReuse, unet_graphs, within
+from sdonnx_runtime.denoising.denoiser import within
+from sdonnx_runtime.denoising.step_cache import StepReuse, unet_graphs
 from sdonnx_runtime.graphs.initializers import read_initializers
 from sdonnx_runtime.packages.manifest import KEPT, MANIFEST
 from sdonnx_runtime.sampling.noise import Noise

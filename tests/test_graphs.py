@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from sdonnx_export.checkpoints.parts import Part, Weight
+from sdonnx_export.checkpoint_model import Part, Weight
 from sdonnx_export.models.components import build
 from sdonnx_export.operators.partition import cut
 from sdonnx_runtime.errors import ExportError

@@ -8,7 +8,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from sd_parsers import ParserManager
-from sdonnx_runtime.outputs.metadata import to_images
+from sdonnx_runtime.images.preprocess import to_images
 from sdonnx_runtime.sampling.registry import A1111_NAMES, SAMPLERS
 
 import sdonnx

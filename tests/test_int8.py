@@ -22,7 +22,7 @@ from sdonnx_export.quantization.calibration import TappedOperators
 from sdonnx_models import bundled
 from sdonnx_runtime.adapters.quantization import BLOCK, block_scales, channel_scales, codes4, codes8
 from sdonnx_runtime.errors import ExportError
-from sdonnx_runtime.execution import machine
+from sdonnx_runtime.execution import cpu
 from sdonnx_runtime.execution.session import Session
 from sdonnx_runtime.packages.package import Package
 from test_graphs import (
@@ -177,8 +177,8 @@ def test_cpus_whose_int8_kernels_may_overflow_take_slower_ones(tmp_path, monkeyp
     model = build("unet", part, "int8", partial(Int8Operators, ranges=ranges_of(part, tmp_path, feeds)))
     results = []
     for instructions in ("AVX-512 with VNNI", "AVX2 without VNNI"):
-        monkeypatch.setattr(machine, "instruction_set", lambda found=instructions: found)
-        monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
+        monkeypatch.setattr(cpu, "instruction_set", lambda found=instructions: found)
+        monkeypatch.setattr(cpu.platform, "machine", lambda: "x86_64")
         results.append(run(model, tmp_path, **feeds)["out_sample"])
     assert relative(results[1], unet_reference(unet, feeds)) < 0.04
     assert relative(*results) < 0.04

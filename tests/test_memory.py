@@ -12,7 +12,7 @@ import pytest
 from drawings import photograph
 from families import sd1, sdxl
 from sdonnx_export.export import export
-from sdonnx_runtime.execution.machine import available_memory, group_memory
+from sdonnx_runtime.execution.process_memory import available_memory, group_memory
 from sdonnx_runtime.graphs import shape_inference as shapes
 from sdonnx_runtime.memory.budget import Budget
 from test_control import controlnet
@@ -25,7 +25,7 @@ PICTOGRAM = Path(__file__).parents[1] / "models" / "pictogram" / "checkpoint"
 WORKER = """
 import json, sys
 import sdonnx
-from sdonnx_runtime.execution.machine import peak_memory, resident_memory
+from sdonnx_runtime.execution.process_memory import (peak_memory, resident_memory)
 asked = dict(width=int(sys.argv[3]), height=int(sys.argv[3]), num_inference_steps=2, seed=1)
 with sdonnx.load(sys.argv[1], memory=sys.argv[2]) as pipe:
     plan = pipe.plan("a cat", whole=True, **asked)
@@ -62,7 +62,7 @@ def test_a_prediction_is_within_10_percent_of_what_the_system_says(precision, tm
 def test_pictures_leave_nothing_behind():
     worker = """
 import sdonnx
-from sdonnx_runtime.execution.machine import resident_memory
+from sdonnx_runtime.execution.process_memory import (resident_memory)
 with sdonnx.load("pictogram") as pipe:
     for seed in range(45):
         pipe.generate("a cat", num_inference_steps=2, seed=seed)

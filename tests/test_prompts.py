@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 from families import tokenizer as published_tokenizer
 from sdonnx_runtime.text.chunks import chunked, empty
-from sdonnx_runtime.text.prompt_syntax import Fragment, LoraTag, Rows, parse_prompt, script, sections
+from sdonnx_runtime.text.prompt_schedule import Rows, script
+from sdonnx_runtime.text.prompt_syntax import Fragment, LoraTag, parse_prompt, sections
 from sdonnx_runtime.text.tokenizer import Tokenizer
 
 import sdonnx

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from ldm_fixture import ldm_state
+from sdonnx_export.checkpoint_model import Weight
 from sdonnx_export.checkpoints.ldm.checkpoint import split_checkpoint
-from sdonnx_export.checkpoints.parts import Weight
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 CROSS_DOWN, DOWN, CROSS_UP, UP = families.CROSS_DOWN, families.DOWN, families.CROSS_UP, families.UP

@@ -9,7 +9,8 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from sdonnx_runtime.errors import DeviceError, PackageError, RequestError
-from sdonnx_runtime.execution.session import DEVICES, Cancelled, Session, candidates, provider_options
+from sdonnx_runtime.execution.ort import DEVICES, candidates, provider_options
+from sdonnx_runtime.execution.session import Cancelled, Session
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ import pytest
 import torch
 from ldm_fixture import ldm_vae, ldm_value, prefixed, save_ldm
 from safetensors.torch import load_file, save_file
-from sdonnx_export.checkpoints.open import open_checkpoint, open_vae
-from sdonnx_export.export import opened
+from sdonnx_export.checkpoints.open import open_checkpoint, open_vae, opened
 from sdonnx_runtime.errors import ExportError
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")

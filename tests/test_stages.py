@@ -20,12 +20,13 @@ from sdonnx_runtime.adapters.lora import Lora
 from sdonnx_runtime.adapters.merging import adapters_of, changed
 from sdonnx_runtime.execution.session import Session
 from sdonnx_runtime.execution.staged_model import Chain, open_model
+from sdonnx_runtime.execution.strategy import Way
 from sdonnx_runtime.graphs import shape_inference as shapes
 from sdonnx_runtime.graphs import split_convs as narrowing
 from sdonnx_runtime.graphs.initializers import GRAPH
 from sdonnx_runtime.graphs.onnx_proto import parts
 from sdonnx_runtime.graphs.partition import NODE, read_stages
-from sdonnx_runtime.memory.planner import Way, _adapted
+from sdonnx_runtime.memory.planner import _adapted
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.pipeline import Pipeline
 from test_control import adapter, controlnet

@@ -14,7 +14,7 @@ from sdonnx_models import bundled
 from sdonnx_runtime.execution.components import Components, Runner
 from sdonnx_runtime.execution.session import Session
 from sdonnx_runtime.execution.staged_model import Tiles, open_model
-from sdonnx_runtime.memory.planner import TILES, Way
+from sdonnx_runtime.execution.strategy import TILES, Way
 from sdonnx_runtime.packages.package import Package
 
 CHECKPOINT = Path(__file__).parents[1] / "models" / "pictogram" / "checkpoint"

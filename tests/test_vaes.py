@@ -22,8 +22,8 @@ from families import scheduler, sd1, sdxl, tiny_vae, vae
 from huggingface_hub.utils import filter_repo_objects
 from optimum.onnxruntime import ORTStableDiffusionImg2ImgPipeline
 from PIL import Image
+from sdonnx_export.checkpoint_model import Part
 from sdonnx_export.checkpoints.open import open_vae_alone
-from sdonnx_export.checkpoints.parts import Part
 from sdonnx_export.export import export
 from sdonnx_export.models.components import build
 from sdonnx_export.operators.base import Operators

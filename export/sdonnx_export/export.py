@@ -17,11 +17,10 @@ from sdonnx_runtime.adapters.lora import Lora
 from sdonnx_runtime.errors import ExportError, RequestError, SdonnxError
 from sdonnx_runtime.packages.manifest import TILED, Manifest, Source, write_manifest
 from sdonnx_runtime.packages.package import VAE
-from sdonnx_runtime.request import given
 
+from sdonnx_export.checkpoint_model import Checkpoint, Report
 from sdonnx_export.checkpoints.fuse_lora import baked
-from sdonnx_export.checkpoints.open import check_pipeline, open_checkpoint, open_vae, open_vae_alone
-from sdonnx_export.checkpoints.parts import Checkpoint, Part
+from sdonnx_export.checkpoints.open import check_pipeline, opened
 from sdonnx_export.models.components import COMPONENTS, build, components_of, has_norms, layers
 from sdonnx_export.models.configs import UNetConfig
 from sdonnx_export.models.unet import kept_stage
@@ -30,7 +29,7 @@ from sdonnx_export.operators.partition import embedded_graph, reuse_graphs
 from sdonnx_export.operators.precision import Choice, Mix, Precision, named, precision_of
 from sdonnx_export.packaging.preview import fit_preview
 from sdonnx_export.packaging.verify import verify
-from sdonnx_export.packaging.writer import GRAPH, Report, files_of, manifest_of, write_components
+from sdonnx_export.packaging.writer import GRAPH, files_of, manifest_of, write_components
 from sdonnx_export.quantization.calibration import Calibration, Seen, observe
 
 logger = logging.getLogger(__name__)
@@ -109,27 +108,6 @@ def export(
         verify(directory, manifest, report)
     shutil.rmtree(_kept_at(output), ignore_errors=True)
     return output
-
-
-def opened(source: str | None, vae: str | None, revision: str | None, report: Report) -> Checkpoint:
-    """A checkpoint, with another VAE where one is named, or that alone; arguments and errors are those of `export`."""
-    report("reading the checkpoint", 0.0)
-    if source is None:
-        return open_vae_alone(given(vae), revision=revision)
-    checkpoint = open_checkpoint(source, revision=revision)
-    if vae is None:
-        return checkpoint
-    if "vae" not in checkpoint.parts:
-        raise ExportError(f"{source} is a ControlNet or a T2I-Adapter, which has no VAE; leave out --vae")
-    return replace(checkpoint, parts={**checkpoint.parts, "vae": _scaled(open_vae(vae), checkpoint.parts["vae"])})
-
-
-def _scaled(vae: Part, before: Part) -> Part:
-    """A VAE whose config says no scaling factor has that of the one in its place: what the U-Net was trained with."""
-    factor = before.config.get("scaling_factor")
-    if factor is None or before.config.get("_class_name") != vae.config.get("_class_name"):
-        return vae
-    return replace(vae, config={"scaling_factor": factor, **vae.config})
 
 
 def _precisions(checkpoint: Checkpoint, chosen: Choice) -> set[Precision]:

@@ -13,22 +13,25 @@ from PIL import Image
 from sdonnx_runtime.adapters.merging import Adapters
 from sdonnx_runtime.arrays import AnyArray, Array
 from sdonnx_runtime.denoising.control import Controlled, components_of, net_of
-from sdonnx_runtime.denoising.denoiser import Model, StepReuse, by_step, clean, handed_over, masked, unet_graphs
+from sdonnx_runtime.denoising.denoiser import Model, by_step, clean, handed_over, masked
 from sdonnx_runtime.denoising.init_image import Original, Start, encoded, interpolated, pasted, seen_beside, start_of
+from sdonnx_runtime.denoising.step_cache import StepReuse, unet_graphs
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.execution.components import REFINER, Runner
+from sdonnx_runtime.execution.strategy import Way
 from sdonnx_runtime.images.crop import Region
-from sdonnx_runtime.memory.planner import Way
-from sdonnx_runtime.outputs.metadata import to_images
+from sdonnx_runtime.images.preprocess import to_images
 from sdonnx_runtime.packages.manifest import Manifest
 from sdonnx_runtime.packages.package import Package
-from sdonnx_runtime.request import Request, Result, given, of_image, passes, seeds_of
+from sdonnx_runtime.request import Request, given, of_image, passes, seeds_of
+from sdonnx_runtime.result import Result
 from sdonnx_runtime.sampling.noise import Noise, between
 from sdonnx_runtime.sampling.registry import SAMPLERS, sampler_options, steps_taken
 from sdonnx_runtime.sampling.schedule import make_schedule
 from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig, limit_x0
 from sdonnx_runtime.sampling.types import Denoise, NoiseSource, Schedule
-from sdonnx_runtime.text.encoding import Conditions, conditions_of, script_of
+from sdonnx_runtime.text.encoding import Conditions, conditions_of
+from sdonnx_runtime.text.prompt_schedule import script_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,20 +14,22 @@ from sdonnx_runtime.adapters.merging import Adapters, adapters_of
 from sdonnx_runtime.adapters.textual_inversion import Learned, read_embedding
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.denoising.control import check_control, check_sizes, place
-from sdonnx_runtime.denoising.denoiser import unet_graphs
+from sdonnx_runtime.denoising.step_cache import unet_graphs
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.execution.components import REFINER, Components, Runner
 from sdonnx_runtime.execution.staged_model import open_model
+from sdonnx_runtime.execution.strategy import SMALLEST, Way
 from sdonnx_runtime.generation import Generation, decode, plan
 from sdonnx_runtime.memory.budget import AUTO, LEAST, MOST, Budget
-from sdonnx_runtime.memory.planner import SMALLEST, Phase, Plan, Way
+from sdonnx_runtime.memory.planner import Phase, Plan
 from sdonnx_runtime.memory.workload import decoding, phases_of
 from sdonnx_runtime.packages.package import Package
-from sdonnx_runtime.request import Request, Result, given, passes
+from sdonnx_runtime.request import Request, given, passes
+from sdonnx_runtime.result import Result
 from sdonnx_runtime.sampling.registry import resolve_sampler
 from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig, default_sampler
 from sdonnx_runtime.stream import Stream
-from sdonnx_runtime.text.encoding import script_of, tags_of
+from sdonnx_runtime.text.prompt_schedule import script_of, tags_of
 from sdonnx_runtime.validation import check_request
 
 _PIXEL = 8192

@@ -7,8 +7,6 @@ from typing import Any, TypeVar
 
 from PIL.Image import Image
 
-from sdonnx_runtime.adapters.lora import Lora
-from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import RequestError
 
 T = TypeVar("T")
@@ -151,43 +149,6 @@ class Request:
 
 FAST: Mapping[str, Any] = MappingProxyType({"reuse": 3, "token_downsampling": True})
 """Fields of a request that make it fast at some loss: the preset ``--fast``."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timings:
-    """Where the time went, in seconds."""
-
-    load: Mapping[str, float] = field(default_factory=lambda: dict[str, float]())
-    """Opening each component."""
-    run: Mapping[str, float] = field(default_factory=lambda: dict[str, float]())
-    """Running each component, over all its calls."""
-    steps: tuple[float, ...] = ()
-    """Each denoising step, image after image."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a generation made."""
-
-    images: "tuple[Image, ...]"
-    """RGB pictures."""
-    seeds: tuple[int, ...]
-    """The seed of each image."""
-    latents: Array
-    """(num_images, C, height / `Latents.downscale`, width / `Latents.downscale`), as the sampler left them."""
-    request: Request
-    """The request with every choice made."""
-    model: str
-    """Name of the package."""
-    timings: Timings
-    vae: str | None = None
-    """Name of the package whose VAE decoded instead of the model's own."""
-    refiner: str | None = None
-    """Name of the package that took the last steps; None if none did."""
-    loras: tuple[Lora, ...] = ()
-    """The adapters that were applied."""
-    controls: tuple[str, ...] = ()
-    """Names of the packages that steered."""
 
 
 def recipe(request: Request) -> dict[str, Any]:

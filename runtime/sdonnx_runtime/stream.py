@@ -11,7 +11,8 @@ from sdonnx_runtime.execution.components import Runner
 from sdonnx_runtime.execution.session import Cancelled
 from sdonnx_runtime.generation import Generation, Progress
 from sdonnx_runtime.memory.planner import Plan
-from sdonnx_runtime.request import Request, Result
+from sdonnx_runtime.request import Request
+from sdonnx_runtime.result import Result
 
 
 class Stream(Iterator[Progress]):

@@ -1,7 +1,6 @@
 """Whether a request can be served, and what it leaves open filled in."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
@@ -9,12 +8,12 @@ from PIL.Image import Image
 
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.images.preprocess import FITS, MAX_SIDE, UPSCALERS, check_picture, mask_of, suitable_size
-from sdonnx_runtime.packages.manifest import Defaults
+from sdonnx_runtime.packages.manifest import NEEDED, Defaults
 from sdonnx_runtime.request import PICTURES, Control, Request, passes
 from sdonnx_runtime.sampling.registry import MAX_CHURN, SAMPLERS
 from sdonnx_runtime.sampling.schedule import MAX_SIGMA, SPACINGS, listed
 from sdonnx_runtime.sampling.sigmas import SCHEDULES
-from sdonnx_runtime.text.encoding import script_of
+from sdonnx_runtime.text.prompt_schedule import script_of
 from sdonnx_runtime.text.prompt_syntax import SYNTAXES, sections
 from sdonnx_runtime.text.weighting import WEIGHTINGS
 
@@ -24,14 +23,6 @@ MAX_SEED = 2**63 - 1
 
 MAX_GUIDANCE = 1000
 """Far beyond any use, and far below where the arithmetic overflows."""
-
-
-NEEDED: Mapping[str, tuple[str, ...]] = {
-    "mask": ("image", "mask_image"),
-    "picture": ("image",),
-    "depth": ("depth_image",),
-}
-"""A request's pictures that a model can't do without, by what it is given beside the latents."""
 
 
 def check_request(

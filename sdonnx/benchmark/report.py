@@ -12,8 +12,8 @@ from PIL import Image
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.denoising.init_image import pictures_of
 from sdonnx_runtime.errors import RequestError
-from sdonnx_runtime.execution.machine import cpu_name, instruction_set
-from sdonnx_runtime.execution.session import runtime_version
+from sdonnx_runtime.execution.cpu import cpu_name, instruction_set
+from sdonnx_runtime.execution.ort import runtime_version
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.pipeline import Pipeline
 from sdonnx_runtime.request import given
@@ -47,7 +47,7 @@ class Machine:
     cpus: int | None
     """Logical CPUs."""
     instruction_set: str
-    """As `sdonnx_runtime.execution.machine.instruction_set` has it."""
+    """As `sdonnx_runtime.execution.cpu.instruction_set` has it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,9 @@ import numpy as np
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import DeviceError
 from sdonnx_runtime.execution.components import Components, Runner
-from sdonnx_runtime.execution.machine import peak_memory
-from sdonnx_runtime.execution.session import DEVICES, Session, runtime_version
+from sdonnx_runtime.execution.ort import DEVICES, runtime_version
+from sdonnx_runtime.execution.process_memory import peak_memory
+from sdonnx_runtime.execution.session import Session
 from sdonnx_runtime.generation import Generation
 from sdonnx_runtime.graphs.onnx_proto import model_of
 from sdonnx_runtime.packages.package import Package

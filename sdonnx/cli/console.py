@@ -15,7 +15,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from sdonnx_models import Recipe
-from sdonnx_runtime.execution.machine import peak_memory
+from sdonnx_runtime.execution.process_memory import peak_memory
 from sdonnx_runtime.packages.manifest import Defaults, Manifest
 from sdonnx_runtime.request import recipe as recipe_of
 from sdonnx_runtime.sampling.registry import A1111_NAMES, SAMPLERS

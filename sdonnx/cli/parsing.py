@@ -4,7 +4,7 @@ import re
 from itertools import count as count_from
 from pathlib import Path
 
-from sdonnx_runtime.outputs.metadata import check_writable
+from sdonnx_runtime.outputs.atomic import check_writable
 
 import sdonnx
 

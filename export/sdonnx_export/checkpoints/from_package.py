@@ -12,7 +12,7 @@ from sdonnx_runtime.errors import ExportError
 from sdonnx_runtime.packages.manifest import read_json
 from sdonnx_runtime.packages.package import Package
 
-from sdonnx_export.checkpoints.parts import Checkpoint, Part, Weight
+from sdonnx_export.checkpoint_model import Checkpoint, Part, Weight
 from sdonnx_export.models.components import COMPONENTS
 from sdonnx_export.operators.base import Matrix
 

@@ -8,7 +8,7 @@ from sdonnx_runtime.adapters.lora import Change, Lora
 from sdonnx_runtime.adapters.merging import Changes, find_changes
 from sdonnx_runtime.arrays import AnyArray
 
-from sdonnx_export.checkpoints.parts import Checkpoint, Part, Weight
+from sdonnx_export.checkpoint_model import Checkpoint, Part, Weight
 
 
 def baked(checkpoint: Checkpoint, loras: Sequence[Lora]) -> Checkpoint:

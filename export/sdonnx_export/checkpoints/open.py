@@ -3,18 +3,21 @@
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sdonnx_runtime.errors import ExportError
 from sdonnx_runtime.packages.manifest import MANIFEST
 from sdonnx_runtime.packages.optimum_layout import PIPELINES
+from sdonnx_runtime.request import given
 
+from sdonnx_export.checkpoint_model import Checkpoint, Part, Report, Weight
 from sdonnx_export.checkpoints.few_steps import few_steps
+from sdonnx_export.checkpoints.files import current_name, is_needed, open_file
 from sdonnx_export.checkpoints.from_package import open_package
 from sdonnx_export.checkpoints.ldm.checkpoint import split_checkpoint, split_vae
 from sdonnx_export.checkpoints.ldm.control import read_control
-from sdonnx_export.checkpoints.parts import Checkpoint, Part, Weight, current_name, is_needed, open_file
 from sdonnx_export.models.components import VAES
 
 PARTS = {
@@ -261,3 +264,24 @@ def _downloaded(source: str, revision: str | None, patterns: Sequence[str]) -> P
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExportError(f"'{source}' is no path here, and the Hub did not give it: {reason}") from None
+
+
+def opened(source: str | None, vae: str | None, revision: str | None, report: Report) -> Checkpoint:
+    """A checkpoint, with another VAE where one is named, or that alone; arguments and errors are those of `export`."""
+    report("reading the checkpoint", 0.0)
+    if source is None:
+        return open_vae_alone(given(vae), revision=revision)
+    checkpoint = open_checkpoint(source, revision=revision)
+    if vae is None:
+        return checkpoint
+    if "vae" not in checkpoint.parts:
+        raise ExportError(f"{source} is a ControlNet or a T2I-Adapter, which has no VAE; leave out --vae")
+    return replace(checkpoint, parts={**checkpoint.parts, "vae": _scaled(open_vae(vae), checkpoint.parts["vae"])})
+
+
+def _scaled(vae: Part, before: Part) -> Part:
+    """A VAE whose config says no scaling factor has that of the one in its place: what the U-Net was trained with."""
+    factor = before.config.get("scaling_factor")
+    if factor is None or before.config.get("_class_name") != vae.config.get("_class_name"):
+        return vae
+    return replace(vae, config={"scaling_factor": factor, **vae.config})

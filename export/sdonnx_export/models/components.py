@@ -12,7 +12,7 @@ from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import ExportError
 from sdonnx_runtime.packages.manifest import GIVEN, MOMENTS
 
-from sdonnx_export.checkpoints.parts import Checkpoint, Part, Weight
+from sdonnx_export.checkpoint_model import Checkpoint, Part, Weight
 from sdonnx_export.models.clip import ClipTextEncoder
 from sdonnx_export.models.configs import ClipTextConfig, ConfigReader, UNetConfig, VaeConfig
 from sdonnx_export.models.controlnet import SIZES, ControlNet, ControlNetConfig

@@ -10,7 +10,7 @@ from onnxscript.nn import Parameter
 from sdonnx_runtime.adapters.quantization import BLOCK
 from sdonnx_runtime.arrays import AnyArray
 
-from sdonnx_export.checkpoints.parts import Weight
+from sdonnx_export.checkpoint_model import Weight
 from sdonnx_export.operators.precision import PrecisionOf
 from sdonnx_export.operators.quantized import coded
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnxscript.nn import Parameter
 from sdonnx_runtime.arrays import AnyArray
 
-from sdonnx_export.checkpoints.parts import Weight
+from sdonnx_export.checkpoint_model import Weight
 from sdonnx_export.operators.base import Matrix, Operators, sizes
 from sdonnx_export.operators.precision import PrecisionOf
 from sdonnx_export.operators.quantized import Range

@@ -12,7 +12,7 @@ from sdonnx_runtime.execution.session import Port, Session
 from sdonnx_runtime.packages.manifest import CONTROLS, KEPT, Manifest, channels_beside, read_json
 from sdonnx_runtime.request import Request
 from sdonnx_runtime.text.conditioning import condition
-from sdonnx_runtime.text.prompt_syntax import Rows
+from sdonnx_runtime.text.prompt_schedule import Rows
 
 from sdonnx_export.operators.partition import cut
 

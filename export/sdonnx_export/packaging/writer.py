@@ -13,14 +13,11 @@ import onnx_ir as ir
 from sdonnx_runtime.packages.manifest import CONTROLS, Component, File, Manifest, Source, finite
 from sdonnx_runtime.packages.optimum_layout import manifest_of_control, manifest_of_layout, manifest_of_vae
 
-from sdonnx_export.checkpoints.parts import Checkpoint
+from sdonnx_export.checkpoint_model import Checkpoint, Report
 from sdonnx_export.models.components import components_of
 from sdonnx_export.operators.partition import slim
 from sdonnx_export.operators.precision import Choice, label
 from sdonnx_export.packaging.clip_tokenizer import write_clip_tokenizer
-
-Report = Callable[[str, float], None]
-"""Told what is being done and how much of it is, 0 to 1."""
 
 GRAPH, WEIGHTS = "model.onnx", "model.onnx_data"
 """What optimum calls them."""

@@ -23,13 +23,13 @@ from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.pipeline import Pipeline
 from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig
 
-from sdonnx_export.checkpoints.parts import Checkpoint, Weight
+from sdonnx_export.checkpoint_model import Checkpoint, Report, Weight
 from sdonnx_export.models.components import COMPONENTS, build
 from sdonnx_export.operators.base import Operators, sizes
 from sdonnx_export.operators.precision import Choice, PrecisionOf
 from sdonnx_export.operators.quantized import Range
 from sdonnx_export.packaging.preview import colour_fields
-from sdonnx_export.packaging.writer import Report, manifest_of, write_components
+from sdonnx_export.packaging.writer import manifest_of, write_components
 
 Seen: TypeAlias = Mapping[str, Mapping[str, Range]]
 """The ranges of activations: by component, then by the names that `Int8Operators` has."""

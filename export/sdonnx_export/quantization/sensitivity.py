@@ -18,18 +18,18 @@ import onnx_ir as ir
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import ExportError, RequestError
 from sdonnx_runtime.execution.session import Session
-from sdonnx_runtime.outputs.metadata import replacing
+from sdonnx_runtime.outputs.atomic import replacing
 from sdonnx_runtime.request import given
 
-from sdonnx_export.checkpoints.parts import Part
-from sdonnx_export.export import opened
+from sdonnx_export.checkpoint_model import Part, Report
+from sdonnx_export.checkpoints.open import opened
 from sdonnx_export.models.components import build, layers
 from sdonnx_export.operators.base import Operators
 from sdonnx_export.operators.int8 import Int8Operators
 from sdonnx_export.operators.partition import cut
 from sdonnx_export.operators.precision import Mix, Precision, precision_of
 from sdonnx_export.operators.quantized import Range
-from sdonnx_export.packaging.writer import GRAPH, Report
+from sdonnx_export.packaging.writer import GRAPH
 from sdonnx_export.quantization.calibration import Calibration, given_to, observe
 
 NARROW: tuple[Precision, ...] = ("int8", "int8-weights", "int4")

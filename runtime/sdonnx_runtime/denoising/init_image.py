@@ -20,10 +20,9 @@ from sdonnx_runtime.images.preprocess import (
     opaque,
     to_values,
 )
-from sdonnx_runtime.packages.manifest import Latents, Manifest
+from sdonnx_runtime.packages.manifest import NEEDED, Latents, Manifest
 from sdonnx_runtime.request import Request, given, guided
 from sdonnx_runtime.sampling.types import NoiseSource
-from sdonnx_runtime.validation import NEEDED
 
 
 @dataclass(frozen=True, kw_only=True)

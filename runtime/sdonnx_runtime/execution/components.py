@@ -12,13 +12,14 @@ from types import MappingProxyType
 from sdonnx_runtime.adapters.merging import Changes
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import RequestError
-from sdonnx_runtime.execution.machine import give_back_at_once
-from sdonnx_runtime.execution.session import Cancelled, empty_arena
+from sdonnx_runtime.execution.arena import empty_arena
+from sdonnx_runtime.execution.process_memory import give_back_at_once
+from sdonnx_runtime.execution.session import Cancelled
 from sdonnx_runtime.execution.staged_model import Model
-from sdonnx_runtime.memory.planner import Way
+from sdonnx_runtime.execution.strategy import Way
+from sdonnx_runtime.execution.timings import Timings
 from sdonnx_runtime.packages.manifest import TILED
 from sdonnx_runtime.packages.package import Package
-from sdonnx_runtime.request import Timings
 
 REFINER = "refiner/"
 """What the names of a refiner's components begin with."""

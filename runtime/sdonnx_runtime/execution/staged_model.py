@@ -10,11 +10,11 @@ import numpy as np
 from sdonnx_runtime.adapters.merging import Changes, changed, merged
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import PackageError
-from sdonnx_runtime.execution.machine import give_back
+from sdonnx_runtime.execution.process_memory import give_back
 from sdonnx_runtime.execution.session import Cancelled, Session, matched
+from sdonnx_runtime.execution.strategy import Way
 from sdonnx_runtime.execution.tiling import in_tiles, with_norms_of_all
 from sdonnx_runtime.graphs.partition import Stage, Staged, read_stages
-from sdonnx_runtime.memory.planner import Way
 from sdonnx_runtime.packages.manifest import GIVEN, MEASURED, MOMENTS
 
 

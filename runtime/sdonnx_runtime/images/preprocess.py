@@ -231,3 +231,9 @@ def feathered(mask: Image.Image, pixels: int) -> Image.Image:
         left = np.pad(smaller, 1, mode="edge")
         total += left
     return Image.fromarray((total[1:-1, 1:-1] / (pixels + 1)).round().astype(np.uint8))
+
+
+def to_images(pictures: Array) -> tuple[Image.Image, ...]:
+    """(N, 3, H, W) in -1..1 to RGB pictures; what lies outside is clipped."""
+    scaled = np.clip(pictures / 2 + 0.5, 0.0, 1.0).transpose(0, 2, 3, 1)  # (N, H, W, 3)
+    return tuple(Image.fromarray(picture) for picture in (scaled * 255).round().astype(np.uint8))

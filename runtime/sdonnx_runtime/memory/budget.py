@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from math import inf
 
 from sdonnx_runtime.errors import DeviceError, RequestError
-from sdonnx_runtime.execution.machine import available_memory, resident_memory
-from sdonnx_runtime.execution.session import share_arena, warm_up
+from sdonnx_runtime.execution.arena import share_arena, warm_up
+from sdonnx_runtime.execution.process_memory import available_memory, resident_memory
 from sdonnx_runtime.graphs.shape_inference import UnknownGraph
 from sdonnx_runtime.memory.planner import Phase, Plan, make_plan
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sdonnx_runtime.adapters.merging import module_of
 from sdonnx_runtime.errors import PackageError
+from sdonnx_runtime.execution.strategy import TILES, Way
 from sdonnx_runtime.execution.tiling import tiles_of
 from sdonnx_runtime.graphs.initializers import INT4
 from sdonnx_runtime.graphs.partition import Stage, read_stages
@@ -27,29 +28,6 @@ _KERNEL, _MATRIX, _IN_4_BITS = 2.25, 3.25, 0.85
 
 _OPENED, _WRITTEN, _IN_CODES = 0.8e9, 3e9, 2.2
 """Bytes of weights opened, and of fresh pages handed out, in a second; how many times faster products in 8 bits are."""
-
-TILES = (64, 48, 32, 24)
-"""Latent cells of the sides of the tiles that a VAE may work on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Way:
-    """How a component is run."""
-
-    rows: bool = False
-    """One row of what it is given at a time, such as of guidance."""
-    staged: bool = False
-    """A stage at a time, instead of all of it."""
-    kept: frozenset[tuple[str, int]] = frozenset()
-    """The stages that stay open, by their graph's file and their place in it."""
-    frugal: bool = False
-    """Letting go of every buffer at once."""
-    tile: int | None = None
-    """Latent cells of the sides of what it works on at a time, but in `open_model` places; None is all."""
-
-
-SMALLEST = Way(rows=True, staged=True, frugal=True, tile=TILES[-1])
-"""What takes the least memory of what there is no plan for, and the most time."""
 
 
 @dataclass(frozen=True, kw_only=True)

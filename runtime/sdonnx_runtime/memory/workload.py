@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from sdonnx_runtime.adapters.merging import Adapters
 from sdonnx_runtime.denoising.control import added_by, place
-from sdonnx_runtime.denoising.denoiser import unet_graphs
+from sdonnx_runtime.denoising.step_cache import unet_graphs
 from sdonnx_runtime.execution.components import REFINER
 from sdonnx_runtime.graphs.partition import read_stages
 from sdonnx_runtime.graphs.shape_inference import ITEMSIZES, UnknownGraph, Value
@@ -17,7 +17,7 @@ from sdonnx_runtime.packages.manifest import TILED
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.request import Request, given
 from sdonnx_runtime.text.conditioning import texts_of
-from sdonnx_runtime.text.encoding import Script
+from sdonnx_runtime.text.prompt_schedule import Script
 
 _PICTURES = 6
 """How many times a picture is there, in float32, while it is put together of tiles and turned into bytes."""

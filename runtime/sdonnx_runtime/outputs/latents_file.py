@@ -11,7 +11,7 @@ import numpy as np
 
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import RequestError
-from sdonnx_runtime.outputs.metadata import replacing
+from sdonnx_runtime.outputs.atomic import replacing
 from sdonnx_runtime.request import Request, recipe
 from sdonnx_runtime.validation import check_recipe
 

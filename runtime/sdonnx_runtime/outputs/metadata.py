@@ -1,27 +1,17 @@
 """Pictures: from the decoder's values to PIL, and to a file that carries its recipe."""
 
 import json
-import os
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
-import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sdonnx_runtime.adapters.lora import Lora
-from sdonnx_runtime.arrays import Array
-from sdonnx_runtime.errors import SdonnxError
-from sdonnx_runtime.request import Request, Result, of_image, recipe
+from sdonnx_runtime.outputs.atomic import replacing
+from sdonnx_runtime.request import Request, of_image, recipe
+from sdonnx_runtime.result import Result
 from sdonnx_runtime.sampling.registry import A1111_NAMES
-
-
-def to_images(pictures: Array) -> tuple[Image.Image, ...]:
-    """(N, 3, H, W) in -1..1 to RGB pictures; what lies outside is clipped."""
-    scaled = np.clip(pictures / 2 + 0.5, 0.0, 1.0).transpose(0, 2, 3, 1)  # (N, H, W, 3)
-    return tuple(Image.fromarray(picture) for picture in (scaled * 255).round().astype(np.uint8))
 
 
 def parameters_text(
@@ -182,43 +172,3 @@ def save_preview(path: Path, preview: Image.Image, size: tuple[int, int]) -> Non
     shown = preview.resize(size)
     with replacing(path) as stream:
         shown.save(stream, format="PNG")
-
-
-def check_writable(path: Path) -> None:
-    """Finds out before the work whether a picture can be written to ``path``.
-
-    Raises:
-        SdonnxError: its directory is missing or read-only, or ``path`` is a directory.
-    """
-    if path.is_dir():
-        raise SdonnxError(f"{path} is a directory; give the name of a file such as {path / 'picture.png'}")
-    with _written_beside(path):
-        pass
-
-
-@contextmanager
-def replacing(path: Path) -> Generator[IO[bytes], None, None]:
-    """A stream to write ``path`` anew with: it takes the place of what was there once it is whole.
-
-    Raises:
-        SdonnxError: the place can't be written to.
-    """
-    with _written_beside(path) as (stream, temporary):
-        yield stream
-        stream.flush()
-        stream.close()
-        temporary.replace(path)
-
-
-@contextmanager
-def _written_beside(path: Path) -> Generator[tuple[IO[bytes], Path], None, None]:
-    """A temporary file in the directory of ``path``, gone at the end unless it was renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            with temporary.open("wb") as stream:
-                yield stream, temporary
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise SdonnxError(f"{path} can't be written: {error.strerror or error}; choose another place with -o") from None

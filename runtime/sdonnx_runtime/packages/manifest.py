@@ -230,3 +230,11 @@ def read_manifest(root: Path) -> Manifest:
             f"{path}: 'enlarge' is {manifest.defaults.enlarge}, expected 1 to {MAX_ENLARGE}; export again"
         )
     return manifest
+
+
+NEEDED: Mapping[str, tuple[str, ...]] = {
+    "mask": ("image", "mask_image"),
+    "picture": ("image",),
+    "depth": ("depth_image",),
+}
+"""A request's pictures that a model can't do without, by what it is given beside the latents."""

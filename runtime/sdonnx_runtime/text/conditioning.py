@@ -7,7 +7,7 @@ import numpy as np
 from sdonnx_runtime.arrays import AnyArray, Array
 from sdonnx_runtime.packages.manifest import Manifest, TextEncoder
 from sdonnx_runtime.request import Request, given, guided
-from sdonnx_runtime.text.prompt_syntax import Rows
+from sdonnx_runtime.text.prompt_schedule import Rows
 
 Encode = Callable[[TextEncoder, str], Mapping[str, AnyArray]]
 """What a text encoder makes of a text: its outputs, each of one row."""

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
@@ -15,10 +14,11 @@ from sdonnx_runtime.execution.components import Runner
 from sdonnx_runtime.graphs.initializers import read_initializers
 from sdonnx_runtime.packages.manifest import TextEncoder
 from sdonnx_runtime.packages.package import Package
-from sdonnx_runtime.request import Request, given
+from sdonnx_runtime.request import Request
 from sdonnx_runtime.text.chunks import Chunk, chunked, cut, empty
 from sdonnx_runtime.text.conditioning import condition, texts_of
-from sdonnx_runtime.text.prompt_syntax import LoraTag, Rows, Sections, parse_prompt, script, sections
+from sdonnx_runtime.text.prompt_schedule import Rows, Script
+from sdonnx_runtime.text.prompt_syntax import Sections, sections
 from sdonnx_runtime.text.tokenizer import Tokenizer
 from sdonnx_runtime.text.weighting import WEIGHTINGS
 
@@ -28,48 +28,11 @@ _NORM, _EPSILON = "text_model.final_layer_norm", 1e-5
 """The last layer of every CLIP."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Script:
-    """What a request says at each step."""
-
-    passes: tuple[tuple[Rows, ...], ...]
-    """Of each pass the texts of each step."""
-    weights: tuple[float, ...]
-    """How far each conditional row pulls."""
-
-
 Outputs: TypeAlias = Mapping[str, AnyArray]
 """A text encoder's, by name."""
 
 Conditions: TypeAlias = Mapping[Rows, Mapping[str, AnyArray]]
 """What a U-Net is given besides latents and time, by the texts of a step."""
-
-
-def script_of(passes: Sequence[Request]) -> Script:
-    """The texts of a checked request's passes.
-
-    Raises:
-        RequestError: as `parse_prompt` does.
-    """
-    request = passes[0]
-    prompt = parse_prompt(request.prompt, request.prompt_syntax)
-    negative = parse_prompt(request.negative_prompt, request.prompt_syntax, composed=False)
-    steps = [given(each.num_inference_steps) for each in passes]
-    done = (None, *steps)
-    return Script(
-        passes=tuple(script(prompt, negative, count, before) for count, before in zip(steps, done, strict=False)),
-        weights=tuple(part.weight for part in prompt.parts),
-    )
-
-
-def tags_of(request: Request) -> list[LoraTag]:
-    """The adapters that a checked request's prompts name.
-
-    Raises:
-        RequestError: as `parse_prompt` does.
-    """
-    texts = (request.prompt, request.negative_prompt)
-    return [tag for text in texts for tag in parse_prompt(text, request.prompt_syntax, composed=False).loras]
 
 
 def conditions_of(

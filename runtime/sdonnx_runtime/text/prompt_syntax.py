@@ -291,33 +291,3 @@ def _weights(count: int, ranges: tuple[list[_Range], list[_Range]]) -> Iterator[
                     around.append((end, factor * (around[-1][1] if around else 1.0)))
             weight *= around[-1][1] if around else 1.0
         yield weight
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """The texts of one step."""
-
-    negative: str
-    conditional: tuple[str, ...]
-    """One for each part of the prompt."""
-
-
-def script(prompt: Prompt, negative: Prompt, steps: int, done: int | None = None) -> tuple[Rows, ...]:
-    """The texts of each step of a pass.
-
-    Args:
-        prompt: with any number of parts.
-        negative: with one.
-        steps: of the pass, with those that img2img leaves out; what it takes is counted from 1 all the same.
-        done: in a second pass the steps of the first, which numbers of steps count too; None is in the first.
-    """
-    parts = (*negative.parts, *prompt.parts)
-    changes = {0}.union(*(part.changes(steps, done) for part in parts))
-    rows: list[Rows] = []
-    for step in range(1, steps + 1):
-        if step - 1 in changes:
-            first, *others = (part.at(step, steps, done) for part in parts)
-            rows.append(Rows(negative=first, conditional=tuple(others)))
-        else:
-            rows.append(rows[-1])
-    return tuple(rows)

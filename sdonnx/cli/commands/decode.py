@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 from sdonnx_models import DEFAULT
+from sdonnx_runtime.outputs.atomic import check_writable
 from sdonnx_runtime.outputs.latents_file import load_latents
-from sdonnx_runtime.outputs.metadata import check_writable
 from sdonnx_runtime.request import seeds_of
 
 import sdonnx

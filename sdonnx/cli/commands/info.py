@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 from sdonnx_models import bundled, recipes
 from sdonnx_runtime.denoising.control import described as steered_by
-from sdonnx_runtime.execution.machine import cpu_name, instruction_set
+from sdonnx_runtime.execution.cpu import cpu_name, instruction_set
 from sdonnx_runtime.packages.manifest import FAMILIES
 
 import sdonnx

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import typer
-from sdonnx_runtime.outputs.metadata import check_writable
+from sdonnx_runtime.outputs.atomic import check_writable
 
 import sdonnx
 from sdonnx.cli.console import err, out, print_json, progress

@@ -13,12 +13,12 @@ from typing import Any
 import yaml
 from sdonnx_runtime.errors import ExportError
 
+from sdonnx_export.checkpoint_model import Checkpoint, Part
 from sdonnx_export.checkpoints.few_steps import few_steps
 from sdonnx_export.checkpoints.ldm.keys import Weights, below
 from sdonnx_export.checkpoints.ldm.text_encoder import read_clip, read_open_clip
 from sdonnx_export.checkpoints.ldm.unet import read_unet
 from sdonnx_export.checkpoints.ldm.vae import read_vae
-from sdonnx_export.checkpoints.parts import Checkpoint, Part
 from sdonnx_export.checkpoints.unsupported import EXPORTABLE, foreign
 
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."

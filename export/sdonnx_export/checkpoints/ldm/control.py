@@ -6,9 +6,9 @@ from typing import Any
 
 from sdonnx_runtime.errors import ExportError
 
+from sdonnx_export.checkpoint_model import Part
 from sdonnx_export.checkpoints.ldm.keys import Weights, below, count
 from sdonnx_export.checkpoints.ldm.unet import down_config, renamed
-from sdonnx_export.checkpoints.parts import Part
 
 _POOLED, _SIZES = 1280, 6
 """What SDXL is told beside the time: its pooled text, and how many numbers of sizes."""

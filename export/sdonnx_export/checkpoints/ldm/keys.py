@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 
-from sdonnx_export.checkpoints.parts import Weight
+from sdonnx_export.checkpoint_model import Weight
 
 Weights = Mapping[str, Weight]
 

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from sdonnx_export.checkpoint_model import Part, Weight
+from sdonnx_export.checkpoints.files import current_name, is_needed
 from sdonnx_export.checkpoints.ldm.keys import Weights, count, replaced
-from sdonnx_export.checkpoints.parts import Part, Weight, current_name, is_needed
 
 _OPEN_CLIP_H = 24
 """Layers of Stable Diffusion 2's encoder, of which the last but one is read."""

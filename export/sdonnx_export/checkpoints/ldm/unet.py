@@ -6,8 +6,8 @@ from typing import Any
 
 from sdonnx_runtime.errors import ExportError
 
+from sdonnx_export.checkpoint_model import Part, Weight
 from sdonnx_export.checkpoints.ldm.keys import Weights, count, replaced
-from sdonnx_export.checkpoints.parts import Part, Weight
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -3,8 +3,9 @@
 import re
 from dataclasses import replace
 
+from sdonnx_export.checkpoint_model import Part, Weight
+from sdonnx_export.checkpoints.files import current_name
 from sdonnx_export.checkpoints.ldm.keys import Weights, count, replaced
-from sdonnx_export.checkpoints.parts import Part, Weight, current_name
 
 
 def read_vae(weights: Weights, scaling_factor: float | None) -> Part:

@@ -1,60 +1,12 @@
-"""The machine that this runs on: its CPU, the instructions that decide how fast int8 is, the memory taken so far."""
+"""Memory of this process and of the machine, and glibc's malloc."""
 
 import ctypes
-import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-UNKNOWN = "unknown"
-
-_X86 = (
-    ("AMX", {"amx_int8"}),
-    ("AVX-512 with VNNI", {"avx512_vnni", "avx512vnni"}),
-    ("AVX2 with VNNI", {"avx_vnni", "avxvnni"}),
-    ("AVX-512 without VNNI", {"avx512bw"}),
-    ("AVX2 without VNNI", {"avx2"}),
-    ("no AVX2", {"sse2"}),
-)
-_ARM = (
-    ("Arm with int8 matrix multiplication", {"i8mm", "feat_i8mm"}),
-    ("Arm with dot product", {"asimddp", "feat_dotprod"}),
-    ("Arm without dot product", {"asimd", "advsimd", "neon"}),
-)
-"""What ONNX Runtime chooses its kernels by, best first, and how Linux and macOS call it."""
-
-
-def cpu_name() -> str:
-    """What the CPU calls itself, or ``unknown``."""
-    readers = {"linux": _linux_name, "darwin": lambda: _sysctl("machdep.cpu.brand_string"), "win32": _windows_name}
-    return _read(readers) or platform.processor() or UNKNOWN
-
-
-def instruction_set() -> str:
-    """The best instruction set for int8 that the CPU has of those that ONNX Runtime knows, such as "AVX-512 with VNNI".
-
-    Windows does not say whether there is VNNI; what can't be known is ``unknown``.
-    """
-    readers = {
-        "linux": lambda: named(_linux_field("flags", "Features").split()),
-        "darwin": lambda: named(_macos_features()),
-        "win32": _windows_instruction_set,
-    }
-    return _read(readers) or UNKNOWN
-
-
-def may_overflow() -> bool:
-    """Whether the fastest 8-bit kernels may run over: x86 without VNNI, or where that can't be known."""
-    found = instruction_set()
-    return platform.machine().lower() in ("x86_64", "amd64", "x86") and "with VNNI" not in found and found != "AMX"
-
-
-def named(features: Iterable[str]) -> str:
-    """The best of a CPU's features, given as /proc/cpuinfo or sysctl write them; ``unknown`` where none is known."""
-    present = {feature.lower() for feature in features}
-    return next((name for name, spellings in _X86 + _ARM if spellings & present), UNKNOWN)
+from sdonnx_runtime.execution.cpu import read_for_platform, read_proc_field
 
 
 def peak_memory() -> int:
@@ -68,7 +20,7 @@ def peak_memory() -> int:
     import resource
 
     # Linux counts in ru_maxrss what the parent had when it forked; VmHWM is this program's own.
-    mark = _proc_value(Path("/proc/self/status"), "VmHWM")
+    mark = read_proc_field(Path("/proc/self/status"), "VmHWM")
     if mark:
         return int(mark.split()[0]) * 1024
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -77,19 +29,19 @@ def peak_memory() -> int:
 
 def resident_memory() -> int:
     """The resident memory of this process now, in bytes; its peak where the system doesn't say."""
-    now = _proc_value(Path("/proc/self/status"), "VmRSS")
+    now = read_proc_field(Path("/proc/self/status"), "VmRSS")
     return int(now.split()[0]) * 1024 if now else peak_memory()
 
 
 def available_memory() -> int | None:
     """Bytes that this process can still take without swapping, control groups' limits respected; None is unknown."""
     readers = {"linux": _linux_available, "darwin": _macos_available, "win32": _windows_available}
-    found = _read({system: lambda reader=reader: str(reader()) for system, reader in readers.items()})
+    found = read_for_platform({system: lambda reader=reader: str(reader()) for system, reader in readers.items()})
     return int(found) if found else None
 
 
 def _linux_available() -> int:
-    free = int(_proc_value(Path("/proc/meminfo"), "MemAvailable").split()[0]) * 1024
+    free = int(read_proc_field(Path("/proc/meminfo"), "MemAvailable").split()[0]) * 1024
     return min([free, *group_memory(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
 
 
@@ -118,6 +70,8 @@ def group_memory(membership: Path, root: Path) -> list[int]:
 
 
 _GROUP_FILES = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+
+
 _NO_LIMIT = 1 << 60
 """What a group of version 1 without a limit says is more."""
 
@@ -185,66 +139,9 @@ def give_back_at_once(*, one_heap: bool) -> None:
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 """Of malloc.h."""
 
+
 _LARGE = 1 << 18
 """Bytes."""
-
-
-def _read(readers: dict[str, Callable[[], str]]) -> str:
-    """What this system's reader gives; empty where there is none, or it fails."""
-    reader = readers.get(sys.platform)
-    try:
-        return "" if reader is None else reader()
-    except (OSError, AttributeError, ValueError, subprocess.SubprocessError):
-        return ""
-
-
-def _proc_value(path: Path, *keys: str) -> str:
-    """What follows the first of the ``keys`` in a file of lines "key : value"; empty where there is none."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    pairs = (line.partition(":") for line in lines)
-    return next((value.strip() for key, _, value in pairs if key.strip() in keys), "")
-
-
-def _linux_field(*keys: str) -> str:
-    return _proc_value(Path("/proc/cpuinfo"), *keys)
-
-
-def _linux_name() -> str:
-    device_tree = Path("/proc/device-tree/model")
-    return _linux_field("model name", "Hardware") or device_tree.read_text(encoding="utf-8").strip("\0")
-
-
-def _sysctl(name: str) -> str:
-    command = ["/usr/sbin/sysctl", "-n", name]
-    return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-
-
-def _macos_features() -> list[str]:
-    """Names that hw.optional says 1 of, without their prefixes: "avx2_0", "arm.FEAT_DotProd"."""
-    command = ["/usr/sbin/sysctl", "hw.optional"]
-    listing = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout
-    present = [key for key, _, value in (line.partition(":") for line in listing.splitlines()) if value.strip() == "1"]
-    return [key.rsplit(".", 1)[1].removesuffix("_0") for key in present if "." in key]
-
-
-def _windows_name() -> str:
-    import winreg
-
-    path = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
-    with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, path) as key:
-        return str(winreg.QueryValueEx(key, "ProcessorNameString")[0]).strip()
-
-
-def _windows_instruction_set() -> str:
-    has = ctypes.windll.kernel32.IsProcessorFeaturePresent
-    if platform.machine().upper() == "ARM64":
-        return named(["asimddp" if has(43) else "asimd"])  # PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE
-    if has(41):  # PF_AVX512F_INSTRUCTIONS_AVAILABLE
-        return "AVX-512, VNNI unknown"
-    return "AVX2, VNNI unknown" if has(40) else UNKNOWN  # PF_AVX2_INSTRUCTIONS_AVAILABLE
 
 
 class _MemoryCounters(ctypes.Structure):

@@ -1,0 +1,128 @@
+"""ONNX Runtime: its import, its execution providers and their options."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from sdonnx_runtime.errors import DeviceError, RequestError
+from sdonnx_runtime.execution import cpu
+from sdonnx_runtime.graphs.initializers import Elements
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """How one kind of device is driven."""
+
+    provider: str
+    """ONNX Runtime's name for it."""
+    extra: str
+    """What to install for it: ``pip install "sdonnx[extra]"``."""
+    options: Mapping[str, str] = field(default_factory=lambda: dict[str, str]())
+    """Provider options."""
+    memory_limit_option: str | None = None
+    """The provider option that caps its memory, in bytes."""
+    memory_pattern: bool = True
+    """Whether buffers are planned from the first run; DirectML can't, and on the CPU it takes more memory and no less
+    time."""
+
+
+DEVICES: dict[str, Device] = {
+    "cuda": Device(
+        provider="CUDAExecutionProvider",
+        extra="cuda",
+        # Growing by powers of two would take twice what a small GPU has to give.
+        options={"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_use_max_workspace": "0"},
+        memory_limit_option="gpu_mem_limit",
+    ),
+    "directml": Device(provider="DmlExecutionProvider", extra="directml", memory_pattern=False),
+    "cpu": Device(provider="CPUExecutionProvider", extra="cpu", memory_pattern=False),
+}
+"""Best first: the order in which ``auto`` tries them."""
+
+
+def provider_options(name: str, memory_limit: int | None = None) -> dict[str, str]:
+    """The options that device ``name`` is opened with.
+
+    Args:
+        name: a key of DEVICES.
+        memory_limit: bytes that the device may use; None is no limit.
+
+    Raises:
+        RequestError: the device has no such limit.
+    """
+    device = DEVICES[name]
+    if memory_limit is None:
+        return dict(device.options)
+    if device.memory_limit_option is None:
+        limited = ", ".join(key for key, other in DEVICES.items() if other.memory_limit_option is not None)
+        raise RequestError(f"a memory limit can't be set on '{name}'; it works on {limited}")
+    return {**device.options, device.memory_limit_option: str(memory_limit)}
+
+
+def runtime_version() -> str:
+    """ONNX Runtime's version."""
+    return str(load_onnxruntime().__version__)
+
+
+def candidates(device: str) -> list[str]:
+    """The devices to try for ``device``: itself, or for ``auto`` all that this ONNX Runtime was built for.
+
+    Raises:
+        RequestError: there is no device of that name.
+        DeviceError: this ONNX Runtime was built without it.
+    """
+    built = set(load_onnxruntime().get_available_providers())
+    if device == "auto":
+        return [name for name, known in DEVICES.items() if known.provider in built]
+    if device not in DEVICES:
+        raise RequestError(f"there is no device '{device}'; choose auto, {', '.join(DEVICES)}")
+    if DEVICES[device].provider not in built:
+        raise DeviceError(
+            f"device '{device}' is not available: the installed ONNX Runtime {runtime_version()} has no "
+            f"{DEVICES[device].provider}; {install_hint(device)}"
+        )
+    return [device]
+
+
+def load_onnxruntime() -> ModuleType:
+    """Import onnxruntime.
+
+    Raises:
+        DeviceError: it is not installed.
+    """
+    try:
+        import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
+    except ImportError:
+        raise DeviceError(f"ONNX Runtime is not installed; {install_hint('cpu')} (or cuda, or directml)") from None
+    return onnxruntime
+
+
+def install_hint(device: str) -> str:
+    """The pip command that installs the ONNX Runtime for a device."""
+    return f"""install it with pip install "sdonnx[{DEVICES[device].extra}]\""""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error message, at most 300 characters."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")[:300]
+
+
+def session_options(threads: int | None, profile: Path | None, weights: Mapping[str, Elements]) -> Any:
+    """ONNX Runtime's options for a session."""
+    runtime = load_onnxruntime()
+    settings = runtime.SessionOptions()
+    settings.log_severity_level = 4  # what goes wrong comes back as an exception
+    settings.intra_op_num_threads = threads if threads is not None else 0
+    settings.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
+    settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # float32, as is written
+    settings.add_session_config_entry("session.x64quantprecision", str(int(cpu.may_overflow())))
+    settings.add_session_config_entry("session.use_device_allocator_for_initializers", "1")  # they aren't the arena's
+    settings.execution_order = runtime.ExecutionOrder.PRIORITY_BASED  # as written: what is done with is let go of
+    if profile is not None:
+        settings.enable_profiling, settings.profile_file_prefix = True, str(profile)
+    make = runtime.OrtValue.ortvalue_from_numpy_with_onnx_type
+    settings.add_external_initializers(list(weights), [make(each.data, each.data_type) for each in weights.values()])
+    return settings

@@ -1,0 +1,16 @@
+"""Where the time of a generation went."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Where the time went, in seconds."""
+
+    load: Mapping[str, float] = field(default_factory=lambda: dict[str, float]())
+    """Opening each component."""
+    run: Mapping[str, float] = field(default_factory=lambda: dict[str, float]())
+    """Running each component, over all its calls."""
+    steps: tuple[float, ...] = ()
+    """Each denoising step, image after image."""

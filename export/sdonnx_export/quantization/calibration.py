@@ -34,7 +34,7 @@ from sdonnx_export.packaging.writer import manifest_of, write_components
 Seen: TypeAlias = Mapping[str, Mapping[str, Range]]
 """The ranges of activations: by component, then by the names that `Int8Operators` has."""
 
-_PROMPTS = Path(__file__).parent / "data" / "calibration_prompts.txt"
+_PROMPTS = Path(__file__).parents[1] / "data" / "calibration_prompts.txt"
 _STEPS = 8
 _GRAINS, _PIXELS = (4, 16, 64), 256
 _TAP, _GIVEN = "range:", "given:"

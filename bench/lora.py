@@ -20,7 +20,7 @@ import numpy as np
 from peers import measured
 from safetensors.numpy import save_file
 from sdonnx_runtime.adapters.lora import Lora
-from sdonnx_runtime.adapters.merging import adapters_of
+from sdonnx_runtime.adapters.merging import load_adapters
 from sdonnx_runtime.execution.components import Components, Runner
 from sdonnx_runtime.execution.staged_model import open_model
 from sdonnx_runtime.graphs.initializers import read_initializers
@@ -48,7 +48,7 @@ def make(package: sdonnx.Package, path: Path, rank: int) -> None:
 
 def work(package: sdonnx.Package, lora: Path | None, size: int) -> None:
     """Opens the U-Net and runs a step; prints its times."""
-    changes = adapters_of(package, [] if lora is None else [Lora(path=lora)]).changes
+    changes = load_adapters(package, [] if lora is None else [Lora(path=lora)]).changes
     components = Components(package, partial(open_model, device="cpu"), keep_loaded=True)
     cells, channels = size // package.manifest.latents.downscale, package.manifest.latents.channels
     width = json.loads((package.root / "unet" / "config.json").read_text())["cross_attention_dim"]

@@ -155,14 +155,14 @@ def trajectories(package: str, pictures: int) -> list[Feeds]:
     from quality import FIRST_SEED, Judge
 
     import sdonnx
-    from sdonnx.benchmark.worker import measure_picture
+    from sdonnx.benchmark.worker import measure_image
     from sdonnx.loading import find_model
 
     opened = sdonnx.Package.open(find_model(package))
     pipe = sdonnx.Pipeline(opened)
     cases = Judge().cases(pictures)
     requests = [pipe.check(case.caption, seed=case.seed - FIRST_SEED) for case in cases]
-    made = [measure_picture(opened, request, "cpu", None) for request in requests]
+    made = [measure_image(opened, request, "cpu", None) for request in requests]
     return [call.inputs for picture in made for call in picture.calls["unet"]]
 
 

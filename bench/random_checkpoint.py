@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 from sdonnx_export.models.components import COMPONENTS
-from sdonnx_export.operators.base import Matrix
+from sdonnx_export.operators.base import TransposedWeight
 from sdonnx_export.packaging.clip_tokenizer import write_clip_tokenizer
 
 UNET = {
@@ -152,7 +152,7 @@ def shapes(component: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]
     found = {}
     for name, parameter in module.named_parameters():
         shape = tuple(int(size) for size in parameter.shape)
-        found[name] = shape[::-1] if isinstance(parameter, Matrix) else shape
+        found[name] = shape[::-1] if isinstance(parameter, TransposedWeight) else shape
     return found
 
 

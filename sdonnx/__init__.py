@@ -11,7 +11,7 @@ from sdonnx_runtime.adapters.lora import Lora
 from sdonnx_runtime.errors import DeviceError, ExportError, PackageError, RequestError, SdonnxError
 from sdonnx_runtime.execution.timings import Timings
 from sdonnx_runtime.generation import Progress
-from sdonnx_runtime.memory.planner import Choice, Plan
+from sdonnx_runtime.memory.planner import ComponentPlan, Plan
 from sdonnx_runtime.outputs.metadata import save_png
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.pipeline import Pipeline
@@ -23,7 +23,7 @@ from sdonnx.loading import load
 
 __all__ = [
     "FAST",
-    "Choice",
+    "ComponentPlan",
     "Control",
     "DeviceError",
     "ExportError",

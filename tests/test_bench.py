@@ -15,7 +15,7 @@ import pytest
 import torch
 from sdonnx_models import DEFAULT
 from sdonnx_runtime.errors import DeviceError, RequestError
-from sdonnx_runtime.execution.cpu import instruction_set, named
+from sdonnx_runtime.execution.cpu import best_isa, instruction_set
 from sdonnx_runtime.execution.process_memory import peak_memory
 
 from sdonnx import Package
@@ -170,7 +170,7 @@ def test_psnr_of_one_grey_level_is_the_textbooks():
     ],
 )
 def test_instruction_sets_of_known_cpus(features, name):
-    assert named(features.split()) == name
+    assert best_isa(features.split()) == name
 
 
 def test_this_cpu_is_what_torch_takes_it_for():

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from sdonnx_export.export import export
-from sdonnx_runtime.adapters.textual_inversion import Learned, read_embedding
+from sdonnx_runtime.adapters.textual_inversion import TextualInversions, read_embedding
 from sdonnx_runtime.execution.session import Session
 from sdonnx_runtime.text.tokenizer import Tokenizer
 from test_families import PROMPT, SEED, SIZE, assert_equal, reference
@@ -99,7 +99,7 @@ def test_states_equal_those_of_diffusers(sd1, tmp_path):
     other = taught(pipe, path)
     wanted = other.encode_prompt("my-cat, really", "cpu", 1, False)[0].detach().numpy()
     opened = sdonnx.Package.open(package)
-    learned = Learned(opened, [read_embedding(path)])
+    learned = TextualInversions(opened, [read_embedding(path)])
     ids = Tokenizer.open(package / "tokenizer", length=77, learned=learned.words).encode("my-cat, really").ids
     feeds, variant = learned.inputs("text_encoder", ids)
     found = Session(opened.graph("text_encoder", variant)).run(feeds)["last_hidden_state"]
@@ -127,7 +127,7 @@ def test_the_table_of_every_precision(sd1, tmp_path, precision):
     package = export(str(sd1[1]), tmp_path / "package", precision=precision, calibration="none")
     opened = sdonnx.Package.open(package)
     ids = Tokenizer.open(package / "tokenizer", length=77).ids("horse")
-    learned = Learned(opened)
+    learned = TextualInversions(opened)
     rows = learned._rows("text_encoder", np.array([ids]))[0]
     path = saved(tmp_path, "diffusers safetensors", torch.from_numpy(rows))
     with sdonnx.load(package, embeddings=[path]) as ours:
@@ -137,7 +137,7 @@ def test_the_table_of_every_precision(sd1, tmp_path, precision):
 
 
 def test_words_are_found_whatever_their_case_and_not_within_others(sd1, tmp_path):
-    learned = Learned(sdonnx.Package.open(sd1[1]), [read_embedding(saved(tmp_path, "a1111", vectors(2)))])
+    learned = TextualInversions(sdonnx.Package.open(sd1[1]), [read_embedding(saved(tmp_path, "a1111", vectors(2)))])
     tokenizer = Tokenizer.open(sd1[1] / "tokenizer", length=77, learned=learned.words)
     plain = Tokenizer.open(sd1[1] / "tokenizer", length=77)
     mine = list(learned.words["my-cat"])

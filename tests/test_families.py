@@ -14,7 +14,7 @@ from ldm_fixture import save_ldm
 from optimum.onnxruntime import ORTStableDiffusionXLPipeline
 from PIL import Image
 from sdonnx_export.export import export
-from sdonnx_runtime.denoising.init_image import pictures_of
+from sdonnx_runtime.denoising.init_image import example_images
 from sdonnx_runtime.images.preprocess import bicubic
 from sdonnx_runtime.packages.manifest import CONTROLS, FAMILIES, VAE_ALONE
 from sdonnx_runtime.text.conditioning import CONDITIONING
@@ -382,6 +382,6 @@ def test_every_precision_of_every_family(saved, tmp_path, name, precision, least
     _, package = saved(name, makers[name])
     small = export(str(package.parent / "directory"), tmp_path / "small", precision=precision, calibration="fast")
     manifest = sdonnx.Package.open(package).manifest
-    asked = {"seed": SEED, "num_inference_steps": 3, **SIZE, **pictures_of(manifest, picture())}
+    asked = {"seed": SEED, "num_inference_steps": 3, **SIZE, **example_images(manifest, picture())}
     whole, rounded = (sdonnx.load(root).generate(PROMPT, **asked) for root in (package, small))
     assert least < psnr(rounded.images[0], whole.images[0]) < 100

@@ -14,15 +14,15 @@ from PIL import Image
 from sdonnx_export.export import export
 from sdonnx_export.models.components import build
 from sdonnx_export.models.configs import UNetConfig
-from sdonnx_export.models.unet import kept_stage
+from sdonnx_export.models.unet import cache_stage
 from sdonnx_export.operators.base import Operators
 from sdonnx_export.operators.int8 import Int8Operators
-from sdonnx_export.operators.partition import reuse_graphs
+from sdonnx_export.operators.partition import cache_graphs
 from sdonnx_export.operators.precision import PRECISIONS
-from sdonnx_runtime.denoising.denoiser import within
-from sdonnx_runtime.denoising.step_cache import StepReuse, unet_graphs
+from sdonnx_runtime.denoising.denoiser import guidance_interval
+from sdonnx_runtime.denoising.step_cache import DeepCache, unet_graphs
 from sdonnx_runtime.graphs.initializers import read_initializers
-from sdonnx_runtime.packages.manifest import KEPT, MANIFEST
+from sdonnx_runtime.packages.manifest import CACHED_FEATURES, MANIFEST
 from sdonnx_runtime.sampling.noise import Noise
 from sdonnx_runtime.sampling.registry import SAMPLERS, sampler_options
 from sdonnx_runtime.sampling.schedule import make_schedule
@@ -56,14 +56,14 @@ def outputs_of_all(unet, precision, directory, feeds):
     """What the plain graph gives, then the one that keeps, then the one that reuses what was kept."""
     operators = Int8Operators if precision == "int8" else Operators
     plain = build("unet", part_of(unet), precision, operators)
-    stage = kept_stage(UNetConfig.from_dict(dict(unet.config)))
-    graphs = {"plain": plain, **reuse_graphs(plain, stage)}
+    stage = cache_stage(UNetConfig.from_dict(dict(unet.config)))
+    graphs = {"plain": plain, **cache_graphs(plain, stage)}
     found = {}
     for name, graph in graphs.items():
         place = directory / name
         place.mkdir()
         found[name] = run(graph, place, **feeds)
-        feeds = {**feeds, KEPT: found[name].get(KEPT)}
+        feeds = {**feeds, CACHED_FEATURES: found[name].get(CACHED_FEATURES)}
     return found
 
 
@@ -145,8 +145,10 @@ def test_all_graphs_point_into_one_weights_file(checkpoint, precision, tmp_path)
     steered = ("", "-downsampled", "-controlled", "-downsampled-controlled")
     graphs = {"model", *(f"{name}{end}" for name in ("keeping", "reusing") for end in steered)}
     assert set(files) == {f"{name}.onnx" for name in (*graphs, "downsampled", "controlled", "downsampled-controlled")}
-    within = [each for path in files.values() for each in read_initializers(path).values() if not each.external]
-    assert max(each.length for each in within) <= 64  # no weights in any of them
+    guidance_interval = [
+        each for path in files.values() for each in read_initializers(path).values() if not each.external
+    ]
+    assert max(each.length for each in guidance_interval) <= 64  # no weights in any of them
     settings = {"num_inference_steps": 4, "seed": 1, **SMALL}
     with sdonnx.load(package, memory="max") as pipe:
         plain, fast = pipe.generate("a cat", **settings), pipe.generate("a cat", **settings, **sdonnx.FAST)
@@ -246,7 +248,7 @@ def test_none_of_it_is_the_plain_loop(package):
 
 def test_the_interval_is_open_below_and_closed_above():
     """As in the paper: sigma_lo < sigma <= sigma_hi."""
-    model = within((1.0, 2.0), lambda x, _sigma, _t: x + 1, lambda x, _sigma, _t: x)
+    model = guidance_interval((1.0, 2.0), lambda x, _sigma, _t: x + 1, lambda x, _sigma, _t: x)
     assert [model(0, sigma, 0) for sigma in (0.5, 1.0, 1.1, 2.0, 2.1)] == [0, 0, 1, 1, 0]
 
 
@@ -276,9 +278,12 @@ def walk(sampler, reuse, steps, begin=0):
 
     def unet(inputs, variant):
         taken[-1].append(variant)
-        return {"out_sample": inputs["sample"] * 0.1, **({KEPT: np.zeros((1, 2))} if variant == "keeping" else {})}
+        return {
+            "out_sample": inputs["sample"] * 0.1,
+            **({CACHED_FEATURES: np.zeros((1, 2))} if variant == "keeping" else {}),
+        }
 
-    run = StepReuse(unet, unet_graphs(reuse, token_downsampling=False), reuse)
+    run = DeepCache(unet, unet_graphs(reuse, token_downsampling=False), reuse)
 
     def denoise(x, sigma, t):
         return x - sigma * run({"sample": x, "timestep": np.array(t)})
@@ -326,11 +331,11 @@ def test_more_rows_than_are_kept_are_computed_whole():
     taken = []
 
     def unet(inputs, variant):
-        taken.append((variant, inputs.get(KEPT)))
+        taken.append((variant, inputs.get(CACHED_FEATURES)))
         rows = len(inputs["text"])
-        return {"out": np.zeros((rows, 1)), **({KEPT: np.arange(rows)} if variant == K else {})}
+        return {"out": np.zeros((rows, 1)), **({CACHED_FEATURES: np.arange(rows)} if variant == K else {})}
 
-    run = StepReuse(unet, (K, R), 10)
+    run = DeepCache(unet, (K, R), 10)
     for rows in (1, 1, 2, 2, 1):
         run({"sample": np.zeros((1, 1)), "timestep": np.array(5.0), "text": np.zeros((rows, 3))})
         run.next_step(last=False)

@@ -11,7 +11,7 @@ from ldm_fixture import VARIATIONS, tiny_pipeline
 from PIL import Image
 from sd_parsers import ParserManager
 from sdonnx_export.export import export
-from sdonnx_runtime.denoising.init_image import interpolated
+from sdonnx_runtime.denoising.init_image import resize_latents
 from sdonnx_runtime.errors import DeviceError, RequestError
 from sdonnx_runtime.execution import staged_model as chain
 from sdonnx_runtime.outputs.latents_file import load_latents, save_latents
@@ -84,7 +84,7 @@ def test_two_passes_equal_those_of_diffusers(pair, opened, sampler, upscaler):
 def test_latents_are_interpolated_as_torch_does(size):
     latents = np.random.default_rng(3).normal(size=(1, 4, 8, 9)).astype(np.float32)
     wanted = torch.nn.functional.interpolate(torch.from_numpy(latents).double(), size=size, **BILINEAR)
-    np.testing.assert_allclose(interpolated(latents, *size), wanted, atol=1e-6)
+    np.testing.assert_allclose(resize_latents(latents, *size), wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "restart"])
@@ -117,7 +117,7 @@ def test_a_picture_alone_is_the_one_among_several(opened, upscaler):
 def test_strength_0_only_enlarges(opened):
     first = opened.generate(PROMPT, **FIRST)
     larger = opened.generate(PROMPT, hires_scale=2, hires_strength=0, **FIRST)
-    np.testing.assert_array_equal(larger.latents, interpolated(first.latents, 18, 16))
+    np.testing.assert_array_equal(larger.latents, resize_latents(first.latents, 18, 16))
 
 
 def test_a_picture_may_be_what_the_first_pass_starts_from(opened):

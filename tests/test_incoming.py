@@ -9,15 +9,15 @@ from drawings import disc, photograph
 from PIL import Image
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.images.preprocess import (
-    extended,
-    feathered,
-    fitted,
-    in_whole_cells,
+    blur_mask_inward,
+    flatten_alpha,
     latent_mask,
-    mask_of,
-    opaque,
-    open_picture,
+    open_image,
+    outpaint_canvas,
+    resize_to_fit,
+    snap_mask_to_latents,
     suitable_size,
+    to_mask,
 )
 
 import sdonnx
@@ -30,7 +30,7 @@ def test_the_cells_of_a_mask():
     assert latent_mask(mask, 8, first_pixel=True).tolist() == [[[[0, 1, 1, 0], [0, 1, 1, 0]]]]
     theirs = torch.nn.functional.interpolate(torch.from_numpy(np.asarray(mask) / 255.0)[None, None], size=(2, 4))
     assert latent_mask(mask, 8, first_pixel=True).tolist() == theirs.tolist()  # as StableDiffusionInpaintPipeline
-    grown = in_whole_cells(mask, 8)
+    grown = snap_mask_to_latents(mask, 8)
     assert grown.getbbox() == (0, 0, 24, 16)
     assert latent_mask(grown, 8).tolist() == latent_mask(grown, 8, first_pixel=True).tolist()
 
@@ -46,8 +46,8 @@ def test_a_suitable_size(size, wanted):
 def test_fitting():
     wide = Image.new("RGB", (200, 100), "red")
     wide.paste("blue", (50, 0, 150, 100))
-    assert fitted(wide, (200, 100), "crop") is wide
-    cropped, padded, stretched = (np.asarray(fitted(wide, (64, 64), fit)) for fit in ("crop", "pad", "stretch"))
+    assert resize_to_fit(wide, (200, 100), "crop") is wide
+    cropped, padded, stretched = (np.asarray(resize_to_fit(wide, (64, 64), fit)) for fit in ("crop", "pad", "stretch"))
     assert (cropped[:, 4:-4] == (0, 0, 255)).all()
     assert (padded[:15] == 0).all()
     assert (padded[17:-17, 0] == (255, 0, 0)).all()
@@ -58,9 +58,9 @@ def test_fitting():
 def test_a_mask_is_what_is_white_and_opaque():
     mask = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
     mask.paste((255, 255, 255, 255), (2, 2, 5, 5))
-    assert mask_of(mask).getbbox() == (2, 2, 5, 5)
-    assert mask_of(Image.new("L", (8, 8), 127)).getbbox() is None
-    assert mask_of(Image.new("1", (8, 8), 1)).getbbox() == (0, 0, 8, 8)
+    assert to_mask(mask).getbbox() == (2, 2, 5, 5)
+    assert to_mask(Image.new("L", (8, 8), 127)).getbbox() is None
+    assert to_mask(Image.new("1", (8, 8), 1)).getbbox() == (0, 0, 8, 8)
 
 
 @pytest.mark.parametrize("name", ["gray.png", "gray.tif", "gray.pgm", "transparent.png"])
@@ -68,13 +68,13 @@ def test_sixteen_bits_become_eight(name, tmp_path):
     values = (np.arange(64 * 64, dtype=np.uint32).reshape(64, 64) * 16).astype(np.uint16)
     settings = {"transparency": int(values[9, 9])} if name == "transparent.png" else {}
     Image.fromarray(values).save(tmp_path / name, **settings)
-    picture = open_picture(tmp_path / name)
+    picture = open_image(tmp_path / name)
     wanted = np.round(values / 257).astype(np.uint8)
-    white = mask_of(picture)
+    white = to_mask(picture)
     np.testing.assert_array_equal(np.asarray(white) == 255, wanted >= 128)
     if settings:
         wanted[9, 9] = 255
-    np.testing.assert_array_equal(np.asarray(opaque(picture)), np.repeat(wanted[:, :, None], 3, axis=2))
+    np.testing.assert_array_equal(np.asarray(flatten_alpha(picture)), np.repeat(wanted[:, :, None], 3, axis=2))
 
 
 @pytest.mark.parametrize(
@@ -83,19 +83,21 @@ def test_sixteen_bits_become_eight(name, tmp_path):
 def test_modes_of_eight_bits_are_read_as_they_look(package, mode):
     shape = disc().convert("RGB")
     picture = shape.convert("RGBA" if mode == "RGBa" else "L" if mode in ("LA", "PA") else "RGB").convert(mode)
-    np.testing.assert_array_equal(mask_of(picture), disc())
-    assert np.abs(np.asarray(opaque(picture), int) - np.asarray(shape, int)).max() <= 2
+    np.testing.assert_array_equal(to_mask(picture), disc())
+    assert np.abs(np.asarray(flatten_alpha(picture), int) - np.asarray(shape, int)).max() <= 2
     with sdonnx.load(package) as pipe:
         pipe.check("a cat", image=picture, mask_image=picture)
 
 
 def test_a_mask_fades_out_inwards_only():
-    faded = np.asarray(feathered(disc(), 4), int)
+    faded = np.asarray(blur_mask_inward(disc(), 4), int)
     assert (faded[np.asarray(disc()) == 0] == 0).all()
     assert faded.max() == 255
     assert set(np.unique(faded)) == {0, 51, 102, 153, 204, 255}
-    np.testing.assert_array_equal(feathered(disc(), 0), disc())
-    assert (np.asarray(feathered(Image.new("L", (20, 20), 255), 9)) == 255).all(), "a picture's own edge is no edge"
+    np.testing.assert_array_equal(blur_mask_inward(disc(), 0), disc())
+    assert (np.asarray(blur_mask_inward(Image.new("L", (20, 20), 255), 9)) == 255).all(), (
+        "a picture's own edge is no edge"
+    )
 
 
 def test_files_that_are_no_pictures(tmp_path, monkeypatch):
@@ -105,16 +107,16 @@ def test_files_that_are_no_pictures(tmp_path, monkeypatch):
     (tmp_path / "text.png").write_text("no picture")
     photograph().save(tmp_path / "drawing.eps")  # Pillow would run Ghostscript on it
     with pytest.raises(RequestError, match="it is no picture"):
-        open_picture(tmp_path / "drawing.eps")
+        open_image(tmp_path / "drawing.eps")
     for name, said in {"cut.png": "damaged", "text.png": "no picture", "none.png": "No such file"}.items():
         with pytest.raises(RequestError, match=said):
-            open_picture(tmp_path / name)
+            open_image(tmp_path / name)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)
     with pytest.raises(RequestError, match="million pixels"):
-        open_picture(whole)
+        open_image(whole)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     with pytest.raises(RequestError, match="million pixels"):
-        open_picture(whole)
+        open_image(whole)
 
 
 @pytest.mark.parametrize("suffix", ["avif", "bmp", "gif", "jp2", "jpg", "png", "qoi", "tga", "tif", "webp"])
@@ -130,7 +132,7 @@ def test_damaged_pictures_of_every_format_are_refused_or_read(suffix, tmp_path):
         damaged[rng.integers(0, len(whole), 3)] = rng.integers(0, 256, 3)
         path.write_bytes(damaged.tobytes())
         with suppress(RequestError):
-            assert open_picture(path).width > 0
+            assert open_image(path).width > 0
 
 
 @pytest.mark.parametrize(
@@ -146,12 +148,12 @@ def test_damaged_pictures_of_every_format_are_refused_or_read(suffix, tmp_path):
 )
 def test_margins_that_make_no_canvas(margins, said):
     with pytest.raises(RequestError, match=said):
-        extended(photograph(), margins, area=512 * 512, multiple=8)
+        outpaint_canvas(photograph(), margins, area=512 * 512, multiple=8)
 
 
 def test_margins_are_held_to_the_factor_where_the_canvas_keeps_its_size():
     for margins, multiple, area in (((4, 0, 0, 8), 4, 72 * 72), ((1, 2, 3, 4), 8, 64 * 64)):
-        canvas, mask = extended(photograph(), margins, area=area, multiple=multiple)
+        canvas, mask = outpaint_canvas(photograph(), margins, area=area, multiple=multiple)
         left, top, right, bottom = margins
         assert canvas.size == mask.size == (64 + left + right, 64 + top + bottom)
         np.testing.assert_array_equal(np.asarray(canvas)[top : top + 64, left : left + 64], photograph())

@@ -20,7 +20,7 @@ from sdonnx_export.operators.quantized import Range
 from sdonnx_export.quantization import calibration
 from sdonnx_export.quantization.calibration import TappedOperators
 from sdonnx_models import bundled
-from sdonnx_runtime.adapters.quantization import BLOCK, block_scales, channel_scales, codes4, codes8
+from sdonnx_runtime.adapters.quantization import BLOCK, block_scales, channel_scales, quantize_int4, quantize_int8
 from sdonnx_runtime.errors import ExportError
 from sdonnx_runtime.execution import cpu
 from sdonnx_runtime.execution.session import Session
@@ -212,10 +212,10 @@ def rounded_by_onnx(weight, precision):
     """A torch weight through codes and ONNX's DequantizeLinear; input channels are its second axis."""
     if precision == "int8-weights" or weight.shape[1] % BLOCK != 0:
         scales = channel_scales(weight, 0)
-        codes, options = codes8(weight, scales, 0), {"axis": 0}
+        codes, options = quantize_int8(weight, scales, 0), {"axis": 0}
     else:
         scales = block_scales(weight, 1)
-        codes, options = codes4(weight, scales, 1).astype(ml_dtypes.int4), {"axis": 1, "block_size": BLOCK}
+        codes, options = quantize_int4(weight, scales, 1).astype(ml_dtypes.int4), {"axis": 1, "block_size": BLOCK}
     kinds = {"int8": onnx.TensorProto.INT8, "int4": onnx.TensorProto.INT4}
     node = onnx.helper.make_node("DequantizeLinear", ["codes", "scales"], ["weight"], **options)
     graph = onnx.helper.make_graph(

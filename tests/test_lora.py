@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from sdonnx_export.export import export
 from sdonnx_runtime.adapters.lora import read_lora
-from sdonnx_runtime.adapters.merging import adapters_of, merged
-from sdonnx_runtime.graphs.initializers import unpacked
+from sdonnx_runtime.adapters.merging import load_adapters, merge_lora
+from sdonnx_runtime.graphs.initializers import unpack_int4
 from test_families import PROMPT, SEED, SIZE, psnr, reference
 
 import sdonnx
@@ -225,14 +225,14 @@ def test_weights_of_every_precision(family, file, precision):
     pipe.fuse_lora(lora_scale=0.7)
     pipe.unload_lora_weights()
     opened = sdonnx.Package.open(package)
-    changes = adapters_of(opened, [sdonnx.Lora(path=file, scale=0.7)]).changes["unet"]
+    changes = load_adapters(opened, [sdonnx.Lora(path=file, scale=0.7)]).changes["unet"]
     graph = opened.graph("unet")
     stored = {each.name: onnx.numpy_helper.to_array(each) for each in onnx.load(graph).graph.initializer}
     found = {
-        name: unpacked(each.data.reshape(-1)[: each.data.size // 2], each.data.size).reshape(each.data.shape)
+        name: unpack_int4(each.data.reshape(-1)[: each.data.size // 2], each.data.size).reshape(each.data.shape)
         if each.data_type == onnx.TensorProto.INT4
         else each.data
-        for name, each in merged(graph, changes).items()
+        for name, each in merge_lora(graph, changes).items()
     }
     assert len(changes) > 40
     for module in changes:

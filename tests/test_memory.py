@@ -12,7 +12,7 @@ import pytest
 from drawings import photograph
 from families import sd1, sdxl
 from sdonnx_export.export import export
-from sdonnx_runtime.execution.process_memory import available_memory, group_memory
+from sdonnx_runtime.execution.process_memory import available_memory, cgroup_memory
 from sdonnx_runtime.graphs import shape_inference as shapes
 from sdonnx_runtime.memory.budget import Budget
 from test_control import controlnet
@@ -139,7 +139,7 @@ def test_limits_of_control_groups(membership, files, left, tmp_path):
     for name, text in {**files, "membership": membership}.items():
         (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "root" / name).write_text(text)
-    assert group_memory(tmp_path / "root" / "membership", tmp_path / "root") == left
+    assert cgroup_memory(tmp_path / "root" / "membership", tmp_path / "root") == left
 
 
 def test_what_is_free_is_some_of_what_there_is():

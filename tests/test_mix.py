@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from sdonnx_export.export import export
 from sdonnx_export.models.components import build
-from sdonnx_export.operators.precision import Mix, named
+from sdonnx_export.operators.precision import MixedPrecision, parse_precision
 from sdonnx_runtime.errors import ExportError, RequestError
 from test_graphs import UNET, part_of, run, unet_feeds, unet_reference
 
@@ -32,7 +32,7 @@ def written(path, text):
 
 @pytest.mark.core
 def test_each_layer_is_stored_as_the_first_pattern_says(tmp_path):
-    mix = named(written(tmp_path / "mix.toml", MIX))
+    mix = parse_precision(written(tmp_path / "mix.toml", MIX))
     unet = UNet2DConditionModel(**UNET)
     part, feeds = part_of(unet), unet_feeds(unet.config)
     found = run(build("unet", part, mix), tmp_path, **feeds)["out_sample"]
@@ -56,7 +56,7 @@ def rounded(name, value):
 def test_a_package_of_a_mix_runs(checkpoint, tmp_path):
     """In 4 bits a component needs a later opset; the others keep theirs."""
     text = 'base = "int8"\n[unet]\nconv_in = "int8"\nmid_block = "int4"\n[text_encoder]\n"*" = "fp16"\n'
-    mix = Mix.read(tmp_path / written(tmp_path / "mix.toml", text).removeprefix("mixed:"))
+    mix = MixedPrecision.read(tmp_path / written(tmp_path / "mix.toml", text).removeprefix("mixed:"))
     root = export(str(checkpoint), tmp_path / "mixed", precision=mix, calibration="fast", defaults={"size": 64})
     components = json.loads((root / "sdonnx.json").read_text())["components"]
     stored = {name: component["precision"] for name, component in components.items()}
@@ -95,6 +95,6 @@ def test_a_file_that_can_not_be_honoured_is_named(text, message, checkpoint, tmp
 
 def test_a_precision_that_there_is_not_is_named(tmp_path):
     with pytest.raises(RequestError, match=r"'int3' is unknown; choose fp32, .* or mixed:FILE"):
-        named("int3")
+        parse_precision("int3")
     with pytest.raises(ExportError, match=r"nowhere.toml can't be read"):
-        named(f"mixed:{tmp_path / 'nowhere.toml'}")
+        parse_precision(f"mixed:{tmp_path / 'nowhere.toml'}")

@@ -9,9 +9,9 @@ from drawings import disc, photograph
 from ldm_fixture import VARIATIONS, tiny_pipeline
 from PIL import Image
 from sdonnx_export.export import export
-from sdonnx_export.packaging.preview import colour_fields
+from sdonnx_export.packaging.preview import smooth_color_images
 from sdonnx_runtime.errors import RequestError
-from sdonnx_runtime.images.preprocess import extended
+from sdonnx_runtime.images.preprocess import outpaint_canvas
 from sdonnx_runtime.sampling.scheduler_config import CLASSES
 
 import sdonnx
@@ -216,7 +216,7 @@ def test_sampling_settings_reach_the_sampler(pair):
 
 def test_outpainting_keeps_what_is_there(pair):
     _, package = pair
-    canvas, mask = extended(photograph(48, 40), (16, 0, 0, 24), area=64 * 64, multiple=8)
+    canvas, mask = outpaint_canvas(photograph(48, 40), (16, 0, 0, 24), area=64 * 64, multiple=8)
     assert canvas.size == mask.size == (64, 64)
     found = ours(package, "euler", None, image=canvas, mask_image=mask)
     np.testing.assert_array_equal(np.asarray(found)[:40, 16:], np.asarray(photograph(48, 40)))
@@ -226,7 +226,7 @@ def test_outpainting_keeps_what_is_there(pair):
 def test_a_preview_is_the_least_squares_fit_to_the_vae(pair, tmp_path):
     pipe, package = pair
     pixels = 16 * pipe.vae_scale_factor
-    values = torch.cat([pipe.image_processor.preprocess(picture) for picture in colour_fields(pixels)])
+    values = torch.cat([pipe.image_processor.preprocess(picture) for picture in smooth_color_images(pixels)])
     with torch.no_grad():
         latents = pipe.vae.encode(values).latent_dist.mean * pipe.vae.config.scaling_factor
     cells = latents.permute(0, 2, 3, 1).flatten(0, 2).double()

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 from families import tokenizer as published_tokenizer
-from sdonnx_runtime.text.chunks import chunked, empty
-from sdonnx_runtime.text.prompt_schedule import Rows, script
+from sdonnx_runtime.text.chunks import empty_chunk, split_into_chunks
+from sdonnx_runtime.text.prompt_schedule import StepPrompts, step_prompts
 from sdonnx_runtime.text.prompt_syntax import Fragment, LoraTag, parse_prompt, sections
 from sdonnx_runtime.text.tokenizer import Tokenizer
 
@@ -57,7 +57,7 @@ SECOND_PASS = {"a [b:.5] c": [[10, "a b c"]], "a [b:1.5] c": [[5, "a  c"], [10, 
 
 def texts(prompt, steps=10, done=None, **options):
     """The text of each step."""
-    said = script(parse_prompt(prompt, **options), parse_prompt("", composed=False), steps, done)
+    said = step_prompts(parse_prompt(prompt, **options), parse_prompt("", composed=False), steps, done)
     return [rows.conditional for rows in said]
 
 
@@ -112,10 +112,10 @@ def test_and_composes_parts_with_weights():
 
 
 def test_a_script_has_negative_and_conditional_texts():
-    said = script(parse_prompt("a AND b"), parse_prompt("[x:y:1] AND z", composed=False), 2)
+    said = step_prompts(parse_prompt("a AND b"), parse_prompt("[x:y:1] AND z", composed=False), 2)
     assert said == (
-        Rows(negative="x AND z", conditional=("a", "b")),
-        Rows(negative="y AND z", conditional=("a", "b")),
+        StepPrompts(negative="x AND z", conditional=("a", "b")),
+        StepPrompts(negative="y AND z", conditional=("a", "b")),
     )
 
 
@@ -154,7 +154,7 @@ def tokenizer(tmp_path_factory):
 def spelled(tokenizer, prompt):
     """The ids and weights of each chunk, without start, end and padding."""
     found = []
-    for chunk in chunked(tokenizer, sections(prompt)):
+    for chunk in split_into_chunks(tokenizer, sections(prompt)):
         assert len(chunk.ids) == len(chunk.weights) == 77
         size = chunk.ids.index(tokenizer.eos)
         assert chunk.ids[0] == tokenizer.bos
@@ -168,7 +168,7 @@ def test_a_chunk_has_75_tokens(tokenizer):
     (cat,) = tokenizer.ids("cat")
     for count, sizes in ((0, [0]), (1, [1]), (75, [75]), (76, [75, 1]), (151, [75, 75, 1])):
         assert spelled(tokenizer, "cat " * count) == [([cat] * size, [1.0] * size) for size in sizes]
-    assert chunked(tokenizer, sections("")) == [empty(tokenizer)]
+    assert split_into_chunks(tokenizer, sections("")) == [empty_chunk(tokenizer)]
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_whatever_is_typed_is_read_or_refused():
     for _ in range(4000):
         prompt = "".join(draw.choices(ALPHABET, k=draw.randrange(25)))
         try:
-            said = script(parse_prompt(prompt), parse_prompt(prompt, composed=False), 5)
+            said = step_prompts(parse_prompt(prompt), parse_prompt(prompt, composed=False), 5)
             for rows in said:
                 for text in (rows.negative, *rows.conditional):
                     assert all(isinstance(each, Fragment) for section in sections(text) for each in section)
@@ -302,7 +302,7 @@ DEEP = 100_000
 def test_long_and_deep_prompts_take_time_in_proportion(prompt):
     begun = time.process_time()
     try:
-        for rows in dict.fromkeys(script(parse_prompt(prompt), parse_prompt(""), 2)):
+        for rows in dict.fromkeys(step_prompts(parse_prompt(prompt), parse_prompt(""), 2)):
             for text in dict.fromkeys(rows.conditional):
                 sections(text)
     except sdonnx.RequestError as error:

@@ -11,8 +11,8 @@ from PIL import Image
 from sd_parsers import ParserManager
 from sdonnx_export.export import export
 from sdonnx_runtime.errors import RequestError
-from sdonnx_runtime.images.crop import region_around
-from sdonnx_runtime.images.preprocess import mask_of
+from sdonnx_runtime.images.crop import masked_region
+from sdonnx_runtime.images.preprocess import to_mask
 from sdonnx_runtime.outputs.latents_file import load_latents, save_latents
 from sdonnx_runtime.sampling.scheduler_config import CLASSES
 
@@ -64,7 +64,7 @@ def test_the_region_is_the_one_that_diffusers_takes():
         right, bottom = int(random.integers(left, width)) + 1, int(random.integers(top, height)) + 1
         mask, padding = rectangle((width, height), (left, top, right, bottom)), int(random.integers(0, 80))
         wanted = VaeImageProcessor.get_crop_region(mask, work_width, work_height, pad=padding)
-        assert region_around(mask, (work_width, work_height), padding).box == wanted
+        assert masked_region(mask, (work_width, work_height), padding).box == wanted
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
@@ -97,7 +97,7 @@ def test_what_is_made_equals_diffusers(pair, sampler, size, box, padding, work, 
 def test_what_is_cut_out_goes_back_in_its_place(work, box):
     """Where the picture is too low or narrow for the shape too."""
     picture = photograph(150, 90)
-    region = region_around(rectangle(picture.size, box), work, 12)
+    region = masked_region(rectangle(picture.size, box), work, 12)
     part = region.cut(picture)
     assert part.size == work
     again = region.put(part, Image.new("RGB", picture.size))
@@ -109,7 +109,7 @@ def test_what_is_cut_out_goes_back_in_its_place(work, box):
 
 def test_the_part_that_a_low_picture_can_not_fill_repeats_its_edge():
     picture = photograph(200, 40)
-    part = np.asarray(region_around(rectangle((200, 40), (20, 10, 180, 30)), (64, 64), 0).cut(picture))
+    part = np.asarray(masked_region(rectangle((200, 40), (20, 10, 180, 30)), (64, 64), 0).cut(picture))
     height = 64 * 40 // 160
     above = 32 - height // 2
     assert (part[:above] == part[above]).all()
@@ -120,7 +120,7 @@ def test_the_part_that_a_low_picture_can_not_fill_repeats_its_edge():
 def test_the_picture_keeps_its_size_and_its_pixels(pair, blur, tmp_path):
     """With a mask of any form, at a size that no latents have, and several pictures."""
     picture = photograph(301, 203)
-    mask = mask_of(Image.radial_gradient("L").resize((301, 203)).point(lambda value: 255 * (value < 60)))
+    mask = to_mask(Image.radial_gradient("L").resize((301, 203)).point(lambda value: 255 * (value < 60)))
     with sdonnx.load(pair[1]) as pipe:
         settings = {"num_inference_steps": 3, "width": 64, "height": 64, "seed": SEED, "mask_blur": blur}
         given = {"image": picture, "mask_image": mask, "padding_mask_crop": 16}

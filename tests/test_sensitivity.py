@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from sdonnx_export.export import export
 from sdonnx_export.models.components import build
 from sdonnx_export.operators.quantized import Range
-from sdonnx_export.quantization.sensitivity import measure, sensitivity, write_mix
+from sdonnx_export.quantization.sensitivity import measure, sensitivity, write_mixed_precision
 from sdonnx_runtime.errors import RequestError
 from test_cli import sdonnx
 from test_graphs import UNET, part_of, saved, unet_reference
@@ -147,7 +147,7 @@ def test_a_budget_keeps_the_costliest_that_it_can_pay(checkpoint, tmp_path, monk
     first, second, third = (group for group in found.groups[:3])
     assert found.mix(first.kept + second.kept).patterns["unet"].keys() >= {first.name, second.name}
     assert found.mix(0).patterns["unet"] == {}
-    write_mix(tmp_path / "mix.toml", found, first.kept + second.kept)
+    write_mixed_precision(tmp_path / "mix.toml", found, first.kept + second.kept)
     mixed = export(str(checkpoint), tmp_path / "mixed", precision=f"mixed:{tmp_path / 'mix.toml'}")
     narrow = export(str(checkpoint), tmp_path / "narrow", precision="int4")
     grown, before = ((path / "unet" / "model.onnx_data").stat().st_size for path in (mixed, narrow))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ldm_fixture import ldm_vae, ldm_value, prefixed, save_ldm
 from safetensors.torch import load_file, save_file
-from sdonnx_export.checkpoints.open import open_checkpoint, open_vae, opened
+from sdonnx_export.checkpoints.open import open_checkpoint, open_source, open_vae
 from sdonnx_runtime.errors import ExportError
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -318,9 +318,9 @@ def test_a_vae_alone_is_scaled_as_the_one_it_replaces(names, files, tmp_path):
     assert "scaling_factor" not in alone.config
     assert {name: weight.shape for name, weight in alone.weights.items()} == {k: v.shape for k, v in state(vae).items()}
     for family, scaling in (("sdxl", 0.13025), ("sd2 base", 0.18215)):
-        checkpoint = opened(str(files(family)), str(tmp_path / "vae.safetensors"), None, lambda *_: None)
+        checkpoint = open_source(str(files(family)), str(tmp_path / "vae.safetensors"), None, lambda *_: None)
         assert checkpoint.parts["vae"].config["scaling_factor"] == scaling
-    whole = opened(str(files("sd2 base")), str(files("sdxl")), None, lambda *_: None)
+    whole = open_source(str(files("sd2 base")), str(files("sdxl")), None, lambda *_: None)
     assert whole.parts["vae"].config["scaling_factor"] == 0.13025
 
 

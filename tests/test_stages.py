@@ -17,14 +17,14 @@ from sdonnx_export.export import export
 from sdonnx_export.operators.partition import cut
 from sdonnx_export.operators.precision import PRECISIONS
 from sdonnx_runtime.adapters.lora import Lora
-from sdonnx_runtime.adapters.merging import adapters_of, changed
+from sdonnx_runtime.adapters.merging import load_adapters, merge_weights
 from sdonnx_runtime.execution.session import Session
-from sdonnx_runtime.execution.staged_model import Chain, open_model
-from sdonnx_runtime.execution.strategy import Way
+from sdonnx_runtime.execution.staged_model import StagedModel, open_model
+from sdonnx_runtime.execution.strategy import ExecutionStrategy
 from sdonnx_runtime.graphs import shape_inference as shapes
 from sdonnx_runtime.graphs import split_convs as narrowing
 from sdonnx_runtime.graphs.initializers import GRAPH
-from sdonnx_runtime.graphs.onnx_proto import parts
+from sdonnx_runtime.graphs.onnx_proto import submessages
 from sdonnx_runtime.graphs.partition import NODE, read_stages
 from sdonnx_runtime.memory.planner import _adapted
 from sdonnx_runtime.packages.package import Package
@@ -98,9 +98,9 @@ def test_with_a_net(make, made, tmp_path):
     net.save_pretrained(tmp_path / "net")
     package = export(str(tmp_path / "net"), tmp_path / "package")
     control = sdonnx.Control(image=photograph())
-    changed = whole_and_low(made("sd1"), loading={"controls": [package]}, controls=(control,))
-    np.testing.assert_array_equal(*changed)
-    assert not np.array_equal(changed[0], whole_and_low(made("sd1"))[0])
+    merge_weights = whole_and_low(made("sd1"), loading={"controls": [package]}, controls=(control,))
+    np.testing.assert_array_equal(*merge_weights)
+    assert not np.array_equal(merge_weights[0], whole_and_low(made("sd1"))[0])
 
 
 LAYERS = (("unet", "attn1.to_k"), ("unet", "ff.net.0.proj"), ("unet", "conv1"), ("text_encoder", "mlp.fc1"))
@@ -121,21 +121,21 @@ def lora(pipe, directory, layers=LAYERS):
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_with_an_adapter(precision, made, tmp_path):
     package = made("sd1", precision)
-    changed = whole_and_low(package, loading={"loras": [lora(sd1(), tmp_path)]})
-    np.testing.assert_array_equal(*changed)
-    assert not np.array_equal(changed[0], whole_and_low(package)[0])
+    merge_weights = whole_and_low(package, loading={"loras": [lora(sd1(), tmp_path)]})
+    np.testing.assert_array_equal(*merge_weights)
+    assert not np.array_equal(merge_weights[0], whole_and_low(package)[0])
 
 
 @pytest.mark.parametrize("layer", ["conv1", "ff.net.0.proj"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_merging_takes_what_is_planned(precision, layer, made, tmp_path):
     package, file = Package.open(made("sd1", precision)), lora(sd1(), tmp_path, [("unet", layer)])
-    path, changes = package.graph("unet"), adapters_of(package, [Lora.of(file)]).changes["unet"]
+    path, changes = package.graph("unet"), load_adapters(package, [Lora.of(file)]).changes["unet"]
     stages, traced = read_stages(path).stages, []
     for stage in stages:
-        changed(path, stage.weights, changes)
+        merge_weights(path, stage.weights, changes)
         tracemalloc.start()
-        changed(path, stage.weights, changes)
+        merge_weights(path, stage.weights, changes)
         traced.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     planned = max(_adapted(stage, frozenset(changes))[1] for stage in stages)
@@ -189,7 +189,7 @@ def test_no_more_than_one_stage_is_open(made, monkeypatch):
 def test_a_run_is_cancelled_between_stages(made, monkeypatch):
     stream = sdonnx.load(made("sd1"), memory="min").stream("a cat", **ASKED)
     next(stream)
-    stages, real = [], Chain._run
+    stages, real = [], StagedModel._run
 
     def run(self, index, values):
         stages.append(index)
@@ -199,14 +199,14 @@ def test_a_run_is_cancelled_between_stages(made, monkeypatch):
             closer.join()
         return real(self, index, values)
 
-    monkeypatch.setattr(Chain, "_run", run)
+    monkeypatch.setattr(StagedModel, "_run", run)
     assert list(stream) == []
     assert len(stages) == 3
 
 
 def test_what_a_graph_lacks_is_named(made):
     path = made("sd1") / "unet" / "model.onnx"
-    chain = Chain(path, read_stages(path), {})
+    chain = StagedModel(path, read_stages(path), {})
     with pytest.raises(
         sdonnx.PackageError, match="wants an input 'encoder_hidden_states' that this version can't give"
     ):
@@ -248,8 +248,8 @@ def compare_shapes(path, **sizes):
     for name, weight in stage.weights.items():
         inside = weight.read() if not weight.external else None
         values[name] = shapes.Value(weight.shape, weight.length / max(np.prod(weight.shape), 1), inside)
-    (graph,) = parts(memoryview(stage.model), GRAPH)
-    for _ in shapes.measured([shapes.node_of(part) for part in parts(graph, NODE)], values):
+    (graph,) = submessages(memoryview(stage.model), GRAPH)
+    for _ in shapes.measured([shapes.node_of(part) for part in submessages(graph, NODE)], values):
         pass
     assert len(given) > 10
     assert {name: (values[name].shape, values[name].itemsize) for name in given} == {
@@ -278,12 +278,14 @@ def test_shapes_of_what_goes_with_a_model(make, tmp_path):
 
 
 WAYS = {
-    "rows": Way(rows=True),
-    "stages": Way(staged=True),
-    "rows in stages": Way(rows=True, staged=True),
-    "some kept": Way(staged=True, kept=frozenset({("model.onnx", 0), ("model.onnx", 3)})),
-    "all kept, frugal": Way(staged=True, frugal=True, kept=frozenset(("model.onnx", place) for place in range(99))),
-    "frugal": Way(frugal=True),
+    "rows": ExecutionStrategy(rows=True),
+    "stages": ExecutionStrategy(staged=True),
+    "rows in stages": ExecutionStrategy(rows=True, staged=True),
+    "some kept": ExecutionStrategy(staged=True, kept=frozenset({("model.onnx", 0), ("model.onnx", 3)})),
+    "all kept, frugal": ExecutionStrategy(
+        staged=True, frugal=True, kept=frozenset(("model.onnx", place) for place in range(99))
+    ),
+    "frugal": ExecutionStrategy(frugal=True),
 }
 
 
@@ -309,7 +311,7 @@ def test_rows_are_apart_where_that_gives_the_same(precision, rows, made, monkeyp
 
     monkeypatch.setattr(Session, "run", watched)
     path, generator = made("sd1", precision) / "unet" / "model.onnx", np.random.default_rng(4)
-    model = open_model(path, {}, Way(rows=True, staged=True), device="cpu")
+    model = open_model(path, {}, ExecutionStrategy(rows=True, staged=True), device="cpu")
     feeds = {"sample": (1, 4, 8, 8), "encoder_hidden_states": (2, 77, 64), "timestep": ()}
     outputs = model.run({name: generator.standard_normal(shape).astype(np.float32) for name, shape in feeds.items()})
     assert outputs["out_sample"].shape == (2, 4, 8, 8)
@@ -327,7 +329,7 @@ def test_stages_that_are_kept_are_opened_once(made, monkeypatch):
     monkeypatch.setattr("sdonnx_runtime.execution.staged_model.Session", Watched)
     path = made("sd1") / "unet" / "model.onnx"
     stages = read_stages(path)
-    chain = Chain(path, stages, {}, kept={1, 2}, device="cpu")
+    chain = StagedModel(path, stages, {}, kept={1, 2}, device="cpu")
     feeds = {"sample": np.ones((1, 4, 8, 8), np.float32), "encoder_hidden_states": np.ones((2, 77, 64), np.float32)}
     for _ in range(3):
         chain.run({**feeds, "timestep": np.array(1, np.float32)})

@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from safetensors.torch import save_file
 from sdonnx_runtime.adapters.tensor_files import load_pickled, open_safetensors, tensors_in
 from sdonnx_runtime.errors import PackageError, RequestError
-from sdonnx_runtime.graphs.initializers import packed, read_initializers, unpacked
+from sdonnx_runtime.graphs.initializers import pack_int4, read_initializers, unpack_int4
 
 UNET = Path(sdonnx_models.__file__).parent / "pictogram" / "unet" / "model.onnx"
 
@@ -39,9 +39,9 @@ def test_a_cut_graph_is_refused(tmp_path: Path) -> None:
 
 def test_four_bits_are_packed_as_onnx_packs_them() -> None:
     values = np.arange(-8, 7, dtype=np.int8)
-    whole = onnx.helper.make_tensor("w", onnx.TensorProto.INT4, values.shape, packed(values).tobytes(), raw=True)
+    whole = onnx.helper.make_tensor("w", onnx.TensorProto.INT4, values.shape, pack_int4(values).tobytes(), raw=True)
     assert np.array_equal(numpy_helper.to_array(whole).astype(np.int8), values)
-    assert np.array_equal(unpacked(packed(values), len(values)), values)
+    assert np.array_equal(unpack_int4(pack_int4(values), len(values)), values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64])

@@ -13,8 +13,8 @@ from sdonnx_export.export import export
 from sdonnx_models import bundled
 from sdonnx_runtime.execution.components import Components, Runner
 from sdonnx_runtime.execution.session import Session
-from sdonnx_runtime.execution.staged_model import Tiles, open_model
-from sdonnx_runtime.execution.strategy import TILES, Way
+from sdonnx_runtime.execution.staged_model import TiledModel, open_model
+from sdonnx_runtime.execution.strategy import VAE_TILES, ExecutionStrategy
 from sdonnx_runtime.packages.package import Package
 
 CHECKPOINT = Path(__file__).parents[1] / "models" / "pictogram" / "checkpoint"
@@ -42,16 +42,16 @@ def test_tiles_equal_those_of_diffusers(size, small):
         vae.disable_tiling()
         plain = vae.decode(torch.from_numpy(latents)).sample.numpy()
     decoder, encoder = (Session(package.graph(name), device="cpu") for name in ("vae_decoder", "vae_encoder"))
-    (mine,) = Tiles(decoder, 8).run({"latent_sample": latents}).values()
+    (mine,) = TiledModel(decoder, 8).run({"latent_sample": latents}).values()
     np.testing.assert_allclose(mine, decoded, atol=1e-4)
-    (mine,) = Tiles(encoder, 8 * pixels).run({"sample": picture}).values()
+    (mine,) = TiledModel(encoder, 8 * pixels).run({"sample": picture}).values()
     np.testing.assert_allclose(mine, encoded, atol=1e-4)
     assert np.abs(decoded - plain).max() > 0.01
 
 
 def in_tiles(package, name, picture, cells):
     """What a component gives for a picture in tiles of so many latent cells; None is all."""
-    ways = {name: Way(staged=cells is not None, tile=cells)}
+    ways = {name: ExecutionStrategy(staged=cells is not None, tile=cells)}
     components = Components(package, partial(open_model, device="cpu"), keep_loaded=False, ways=ways)
     feeds = {"latent_sample" if name == "vae_decoder" else "sample": picture}
     return next(iter(Runner(components)(name, feeds).values()))
@@ -91,12 +91,14 @@ def test_tiles_are_within_40_db_of_the_whole(seed, precision, pictogram_vae, tmp
         whole = in_tiles(package, "vae_decoder", latents, None)
         encoded = in_tiles(package, "vae_encoder", picture, None)[:, :4]
         again = in_tiles(package, "vae_decoder", encoded, None)
-    for cells in TILES:
+    for cells in VAE_TILES:
         assert decibels(in_tiles(package, "vae_decoder", latents, cells), whole) > 40
         encoded = in_tiles(package, "vae_encoder", picture, cells)[:, :4]
         assert decibels(in_tiles(package, "vae_decoder", encoded, None), again) > 40
     (alone,) = (
-        Tiles(Session(package.graph("vae_decoder"), device="cpu"), TILES[-1]).run({"latent_sample": latents}).values()
+        TiledModel(Session(package.graph("vae_decoder"), device="cpu"), VAE_TILES[-1])
+        .run({"latent_sample": latents})
+        .values()
     )
     assert decibels(alone, whole) < 40
 

@@ -3,11 +3,11 @@
 import diffusers
 import numpy as np
 import torch
-from sdonnx_runtime.denoising.denoiser import clean, predict
+from sdonnx_runtime.denoising.denoiser import make_model, predict_x0
 from sdonnx_runtime.sampling.noise import Noise
 from sdonnx_runtime.sampling.registry import SAMPLERS, sampler_options
 from sdonnx_runtime.sampling.schedule import make_schedule
-from sdonnx_runtime.sampling.scheduler_config import CLASSES, SchedulerConfig, limit_x0
+from sdonnx_runtime.sampling.scheduler_config import CLASSES, SchedulerConfig, clip_or_threshold_x0
 
 SD15 = {
     "_class_name": "PNDMScheduler",
@@ -46,13 +46,13 @@ def ours(sampler, config, steps, *, begin=None, rows=slice(None), request=None, 
     parsed = SchedulerConfig.from_dict(config)
     schedule = make_schedule(parsed, sampler, steps, **asked)
     options = sampler_options(parsed, sampler, **(request or {}))
-    limit = None if sampler == "ddim" else limit_x0(parsed, sampler)
+    limit = None if sampler == "ddim" else clip_or_threshold_x0(parsed, sampler)
 
     def run(inputs):
         return network(inputs["sample"], float(inputs["timestep"]))
 
     text = np.zeros((1, 77, 8), np.float32)
-    denoise = clean(predict(run, {"encoder_hidden_states": text}), parsed.prediction_type, limit)
+    denoise = predict_x0(make_model(run, {"encoder_hidden_states": text}), parsed.prediction_type, limit)
     source = Noise(SEED)
 
     def noise(_shape):

@@ -19,18 +19,18 @@ from sdonnx_runtime.packages.manifest import TILED, Manifest, Source, write_mani
 from sdonnx_runtime.packages.package import VAE
 
 from sdonnx_export.checkpoint_model import Checkpoint, Report
-from sdonnx_export.checkpoints.fuse_lora import baked
-from sdonnx_export.checkpoints.open import check_pipeline, opened
+from sdonnx_export.checkpoints.fuse_lora import fuse_loras
+from sdonnx_export.checkpoints.open import check_pipeline, open_source
 from sdonnx_export.models.components import COMPONENTS, build, components_of, has_norms, layers
 from sdonnx_export.models.configs import UNetConfig
-from sdonnx_export.models.unet import kept_stage
+from sdonnx_export.models.unet import cache_stage
 from sdonnx_export.operators.int8 import Int8Operators
-from sdonnx_export.operators.partition import embedded_graph, reuse_graphs
-from sdonnx_export.operators.precision import Choice, Mix, Precision, named, precision_of
+from sdonnx_export.operators.partition import cache_graphs, embedded_graph
+from sdonnx_export.operators.precision import MixedPrecision, Precision, PrecisionSpec, parse_precision, precision_of
 from sdonnx_export.packaging.preview import fit_preview
 from sdonnx_export.packaging.verify import verify
 from sdonnx_export.packaging.writer import GRAPH, files_of, manifest_of, write_components
-from sdonnx_export.quantization.calibration import Calibration, Seen, observe
+from sdonnx_export.quantization.calibration import ActivationRanges, Calibration, calibrate
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def export(
     source: str | None,
     output: Path | None = None,
     *,
-    precision: str | Mix = "fp32",
+    precision: str | MixedPrecision = "fp32",
     vae: str | None = None,
     revision: str | None = None,
     via: str = "native",
@@ -58,7 +58,7 @@ def export(
             fp16; None makes a package of ``vae`` alone.
         output: the package's directory; None is the source's name with ``-onnx`` in the working directory.
         precision: fp32; fp16, int8-weights or int4 for smaller weights (the arithmetic stays float32); int8 computes
-            in 8 bits; mixed:FILE, or a `Mix`, chooses for each layer.
+            in 8 bits; mixed:FILE, or a `MixedPrecision`, chooses for each layer.
         vae: where to take the VAE from instead of ``source``; also a VAE's own directory, Hub id or package.
         revision: branch, tag or commit of the source's Hub id, or the VAE's where it is alone.
         via: ``native`` (written graphs, no torch) or ``optimum`` (traced by optimum-onnx).
@@ -76,7 +76,7 @@ def export(
             for another model.
         ExportError: the source or the mix can't be read or honoured, or the output can't be written.
     """
-    chosen = named(precision) if isinstance(precision, str) else precision
+    chosen = parse_precision(precision) if isinstance(precision, str) else precision
     name = vae if source is None else source
     if name is None:
         raise RequestError("there is nothing to export; give SRC, or --vae SRC alone for a package of a VAE")
@@ -85,7 +85,7 @@ def export(
     output = output if output is not None else Path(f"{Path(name.rstrip('/')).stem}-onnx")
     with _finished_at(output, replacing=force) as directory:
         if via == "native":
-            checkpoint = baked(opened(source, vae, revision, report), loras)
+            checkpoint = fuse_loras(open_source(source, vae, revision, report), loras)
             if source is not None and "unet" not in checkpoint.parts and calibration not in ("full", "fast", "none"):
                 raise ExportError(f"{name} has no U-Net that prompts could be shown to; leave out --calibration")
             defaults = {**checkpoint.defaults, **defaults}
@@ -110,19 +110,21 @@ def export(
     return output
 
 
-def _precisions(checkpoint: Checkpoint, chosen: Choice) -> set[Precision]:
+def _precisions(checkpoint: Checkpoint, chosen: PrecisionSpec) -> set[Precision]:
     """Those that layers have.
 
     Raises:
         ExportError: the mix is of layers that there are not.
     """
     known = {name: layers(name, checkpoint.parts[each.part].config) for name, each in components_of(checkpoint).items()}
-    if isinstance(chosen, Mix):
+    if isinstance(chosen, MixedPrecision):
         chosen.check(known)
     return {precision_of(chosen, name)(layer) for name, mine in known.items() for layer in mine}
 
 
-def _graphs(checkpoint: Checkpoint, chosen: Choice, seen: Seen | None, name: str) -> dict[str, ir.Model]:
+def _graphs(
+    checkpoint: Checkpoint, chosen: PrecisionSpec, seen: ActivationRanges | None, name: str
+) -> dict[str, ir.Model]:
     """A component's variants."""
     plain = _model(checkpoint, chosen, seen, name)
     if name.startswith("text_encoder"):
@@ -131,18 +133,20 @@ def _graphs(checkpoint: Checkpoint, chosen: Choice, seen: Seen | None, name: str
         return {"plain": plain, TILED: _model(checkpoint, chosen, seen, name, tiled=True)}
     if name != "unet":
         return {"plain": plain}
-    stage = kept_stage(UNetConfig.from_dict(checkpoint.parts["unet"].config))
+    stage = cache_stage(UNetConfig.from_dict(checkpoint.parts["unet"].config))
     graphs = {"plain": plain}
     for downsampled, controlled in product((False, True), repeat=2):
         names = [*["downsampled"] * downsampled, *["controlled"] * controlled]
         choices = {"token_downsampling": downsampled, "controlled": controlled}
         whole = _model(checkpoint, chosen, seen, name, **choices) if names else plain
-        found = {"": whole, **reuse_graphs(whole, stage)}
+        found = {"": whole, **cache_graphs(whole, stage)}
         graphs |= {"-".join([*[variant] * bool(variant), *names]) or "plain": graph for variant, graph in found.items()}
     return graphs
 
 
-def _model(checkpoint: Checkpoint, chosen: Choice, seen: Seen | None, name: str, **choices: bool) -> ir.Model:
+def _model(
+    checkpoint: Checkpoint, chosen: PrecisionSpec, seen: ActivationRanges | None, name: str, **choices: bool
+) -> ir.Model:
     """The model of a component; kernels compute in 8 bits where they have been observed."""
     part = checkpoint.parts[COMPONENTS[name].part]
     find = precision_of(chosen, name)
@@ -154,18 +158,18 @@ def _model(checkpoint: Checkpoint, chosen: Choice, seen: Seen | None, name: str,
 
 def _observed(
     checkpoint: Checkpoint,
-    chosen: Choice,
+    chosen: PrecisionSpec,
     calibration: Calibration | None,
     output: Path,
     defaults: Mapping[str, Any],
     report: Report,
-) -> Seen | None:
+) -> ActivationRanges | None:
     """What `calibrate` saw; should it be stopped, the same export goes on where it was."""
     if calibration is None:
         return None
     work = _kept_at(output)
     try:
-        return observe(checkpoint, chosen, calibration, work, defaults, report)
+        return calibrate(checkpoint, chosen, calibration, work, defaults, report)
     except KeyboardInterrupt:
         logger.warning("the calibration so far is kept in %s; the same command goes on from there", work)
         raise
@@ -177,7 +181,7 @@ def _kept_at(output: Path) -> Path:
 
 
 def _export_optimum(
-    source: str | None, directory: Path, precision: Choice, vae: str | None, revision: str | None, report: Report
+    source: str | None, directory: Path, precision: PrecisionSpec, vae: str | None, revision: str | None, report: Report
 ) -> Manifest:
     from sdonnx_export.torch_bridge import export_with_optimum
 

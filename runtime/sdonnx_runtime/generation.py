@@ -12,26 +12,34 @@ from PIL import Image
 
 from sdonnx_runtime.adapters.merging import Adapters
 from sdonnx_runtime.arrays import AnyArray, Array
-from sdonnx_runtime.denoising.control import Controlled, components_of, net_of
-from sdonnx_runtime.denoising.denoiser import Model, by_step, clean, handed_over, masked
-from sdonnx_runtime.denoising.init_image import Original, Start, encoded, interpolated, pasted, seen_beside, start_of
-from sdonnx_runtime.denoising.step_cache import StepReuse, unet_graphs
+from sdonnx_runtime.denoising.control import ControlledUNet, control_components, make_control
+from sdonnx_runtime.denoising.denoiser import Model, inpaint_denoiser, per_step_model, predict_x0, refiner_handoff
+from sdonnx_runtime.denoising.init_image import (
+    InitImage,
+    InitLatents,
+    apply_overlay,
+    encode_image,
+    encode_init_image,
+    resize_latents,
+    seen_beside,
+)
+from sdonnx_runtime.denoising.step_cache import DeepCache, unet_graphs
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.execution.components import REFINER, Runner
-from sdonnx_runtime.execution.strategy import Way
-from sdonnx_runtime.images.crop import Region
+from sdonnx_runtime.execution.strategy import ExecutionStrategy
+from sdonnx_runtime.images.crop import CropRegion
 from sdonnx_runtime.images.preprocess import to_images
 from sdonnx_runtime.packages.manifest import Manifest
 from sdonnx_runtime.packages.package import Package
-from sdonnx_runtime.request import Request, given, of_image, passes, seeds_of
+from sdonnx_runtime.request import Request, for_image, given, passes, seeds_of
 from sdonnx_runtime.result import Result
-from sdonnx_runtime.sampling.noise import Noise, between
+from sdonnx_runtime.sampling.noise import Noise, interpolate_noise
 from sdonnx_runtime.sampling.registry import SAMPLERS, sampler_options, steps_taken
 from sdonnx_runtime.sampling.schedule import make_schedule
-from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig, limit_x0
+from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig, clip_or_threshold_x0
 from sdonnx_runtime.sampling.types import Denoise, NoiseSource, Schedule
-from sdonnx_runtime.text.encoding import Conditions, conditions_of
-from sdonnx_runtime.text.prompt_schedule import script_of
+from sdonnx_runtime.text.encoding import Conditioning, encode_prompts
+from sdonnx_runtime.text.prompt_schedule import schedule_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +82,7 @@ class Progress:
         return to_images(np.moveaxis(cells @ self.projection[:-1] + self.projection[-1], 3, 1))[0]
 
 
-def plan(scheduler: SchedulerConfig, request: Request) -> tuple[Schedule, dict[str, Any]]:
+def schedule_pass(scheduler: SchedulerConfig, request: Request) -> tuple[Schedule, dict[str, Any]]:
     """The schedule of a checked request and its sampler's options; img2img leaves out the first steps.
 
     Raises:
@@ -131,7 +139,7 @@ class Generation:
         refiner: Package | None = None,
         adapters: Adapters | None = None,
         controls: Sequence[Package] = (),
-        ways: Mapping[str, Way] | None = None,
+        ways: Mapping[str, ExecutionStrategy] | None = None,
     ) -> None:
         self.result: Result | None = None
         self.latents: Array | None = None
@@ -139,7 +147,7 @@ class Generation:
         self.before_decoding: Callable[[Array, Request], None] | None = None
         self._package, self._run, self._scheduler, self._refiner = package, run, scheduler, refiner
         self._requests = passes(request, package.manifest.latents.downscale)
-        self._script = script_of(self._requests)
+        self._script = schedule_prompts(self._requests)
         self._manifest, self._controls, self._ways = package.manifest, controls, ways
         self._adapters = Adapters() if adapters is None else adapters
 
@@ -147,10 +155,10 @@ class Generation:
         """Runs everything, handing over each denoising step."""
         with self._run.components.reserved(self._adapters.changes, self._ways):
             conditions = [
-                conditions_of(package, place, self._run, self.request, self._script, self._adapters.embeddings)
+                encode_prompts(package, place, self._run, self.request, self._script, self._adapters.embeddings)
                 for place, package in self._models().items()
             ]
-            start = start_of(self._run, self._manifest, self.request)
+            start = encode_init_image(self._run, self._manifest, self.request)
             self._run.components.release("vae_encoder")
             seconds: list[float] = []
             for progress in self._passes(conditions, start):
@@ -163,7 +171,7 @@ class Generation:
                 self.before_decoding(self.latents, self.latents_request)
             images = decode(self._run, self._manifest, self.latents)
             self.result = Result(
-                images=images if start is None else tuple(pasted(made, start, self.request) for made in images),
+                images=images if start is None else tuple(apply_overlay(made, start, self.request) for made in images),
                 seeds=seeds_of(self.request),
                 latents=self.latents,
                 request=self.request,
@@ -179,18 +187,20 @@ class Generation:
         """What denoises, in its order, by what the names of its components begin with."""
         return {"": self._package, **({REFINER: self._refiner} if self._refiner is not None else {})}
 
-    def _passes(self, conditions: Sequence[Conditions], start: Start | None) -> Iterator[Progress]:
+    def _passes(self, conditions: Sequence[Conditioning], start: InitImage | None) -> Iterator[Progress]:
         """Every step of every image, pass after pass, numbered over all passes."""
         requests = self._requests
-        counts = [steps_taken(str(self.request.sampler), *plan(self._scheduler, request)) for request in requests]
-        origins: list[Start | Original | None] = [start] * self.request.num_images
+        counts = [
+            steps_taken(str(self.request.sampler), *schedule_pass(self._scheduler, request)) for request in requests
+        ]
+        origins: list[InitImage | InitLatents | None] = [start] * self.request.num_images
         for index, request in enumerate(requests):
             if self.latents is not None:
                 origins = self._enlarged(self.latents, request)
             made: list[Array] = []
             for image, origin in enumerate(origins):
                 noise = self._noise(image)
-                original = origin.draw(noise) if isinstance(origin, Start) else origin
+                original = origin.draw(noise) if isinstance(origin, InitImage) else origin
                 latents = None if original is None else original.latents  # what remains where strength 0 leaves no step
                 told = [[each[rows] for rows in self._script.passes[index]] for each in conditions]
                 walk = self._sample(request, image, noise, told, original, start)
@@ -200,18 +210,20 @@ class Generation:
                 made += [] if latents is None else [latents]
             self.latents, self.latents_request = np.concatenate(made), request if index == 0 else self.request
 
-    def _enlarged(self, latents: Array, request: Request) -> list[Start | Original | None]:
+    def _enlarged(self, latents: Array, request: Request) -> list[InitImage | InitLatents | None]:
         """What each image of the second pass starts from, of the latents (N, C, h, w) that the first one gave."""
         height, width = self._latent_shape(request)[2:]
         if self.request.hires_upscaler == "latent":
-            return [Original(latents=interpolated(one[None], height, width)) for one in latents]
+            return [InitLatents(latents=resize_latents(one[None], height, width)) for one in latents]
         self._leave()
         pictures = decode(self._run, self._manifest, latents)
         self._run.components.release("vae_decoder")
         size = given(request.width), given(request.height)
         larger = [picture.resize(size, Image.Resampling.LANCZOS) for picture in pictures]
         space = self._manifest.latents
-        starts = [Start(space=space, moments=encoded(self._run, picture), picture=picture) for picture in larger]
+        starts = [
+            InitImage(space=space, moments=encode_image(self._run, picture), picture=picture) for picture in larger
+        ]
         self._run.components.release("vae_encoder")
         return [*starts]
 
@@ -221,14 +233,14 @@ class Generation:
         image: int,
         noise: NoiseSource,
         told: Sequence[Sequence[Mapping[str, AnyArray]]],
-        original: Original | None,
-        start: Start | None,
+        original: InitLatents | None,
+        start: InitImage | None,
     ) -> Iterator[Progress]:
         """Denoises one image in one pass: x (1, C, h, w) from its first state to the latents in the last progress.
 
         Each U-Net is ``told`` something at each step.
         """
-        schedule, options = plan(self._scheduler, request)
+        schedule, options = schedule_pass(self._scheduler, request)
         preview = self._manifest.latents.preview
         projection = None if preview is None else np.array(preview, np.float32)
         unit = noise(self._latent_shape(request))
@@ -237,7 +249,7 @@ class Generation:
         controlled = self._controlled(request, None if start is None else start.region, steps)
         unets = [self._unet(place, request, controlled) for place in self._models()]
         models = [
-            by_step(unet, inputs, beside, self._script.weights, request)
+            per_step_model(unet, inputs, beside, self._script.weights, request)
             for unet, inputs in zip(unets, told, strict=True)
         ]
         x, denoise = self._begin(schedule, noise, unit, self._denoiser(models), original)
@@ -266,7 +278,7 @@ class Generation:
             before = time.perf_counter()
 
     def _begin(
-        self, schedule: Schedule, noise: NoiseSource, unit: Array, denoise: Denoise, original: Original | None
+        self, schedule: Schedule, noise: NoiseSource, unit: Array, denoise: Denoise, original: InitLatents | None
     ) -> tuple[Array, Denoise]:
         """The first state, (1, C, h, w), and the denoiser that goes with it."""
         alone = unit * np.float32(schedule.init_scale)
@@ -279,27 +291,31 @@ class Generation:
             noise(unit.shape)  # diffusers draws from the masked picture's posterior here
         anew = self.request.strength == 1  # the original is then not in the first state, as in diffusers
         highest = float(schedule.sigmas[0]) if anew else math.inf
-        return (alone if anew else noised), masked(denoise, original.mask, original.latents, unit, highest)
+        return (alone if anew else noised), inpaint_denoiser(denoise, original.mask, original.latents, unit, highest)
 
     def _noise(self, image: int) -> NoiseSource:
-        request = of_image(self.request, image)
+        request = for_image(self.request, image)
         own = Noise(given(request.seed))
-        return own if request.variation is None else between(own, Noise(request.variation[0]), request.variation[1])
+        return (
+            own
+            if request.variation is None
+            else interpolate_noise(own, Noise(request.variation[0]), request.variation[1])
+        )
 
-    def _unet(self, place: str, request: Request, controlled: Controlled) -> StepReuse:
+    def _unet(self, place: str, request: Request, controlled: ControlledUNet) -> DeepCache:
         steered = place == "" and len(self._controls) > 0
         graphs = unet_graphs(request.reuse, token_downsampling=request.token_downsampling, controlled=steered)
-        return StepReuse(controlled if steered else partial(self._run, f"{place}unet"), graphs, request.reuse)
+        return DeepCache(controlled if steered else partial(self._run, f"{place}unet"), graphs, request.reuse)
 
-    def _controlled(self, request: Request, region: Region | None, steps: int) -> Controlled:
+    def _controlled(self, request: Request, region: CropRegion | None, steps: int) -> ControlledUNet:
         """The package's U-Net with what steers it in one image of a pass."""
-        nets = [net_of(index, net, self._run, request, region) for index, net in enumerate(self._controls)]
+        nets = [make_control(index, net, self._run, request, region) for index, net in enumerate(self._controls)]
         run = partial(self._run, "unet")
-        return Controlled(run, self._package, nets, guess=request.control_guess, steps=steps)
+        return ControlledUNet(run, self._package, nets, guess=request.control_guess, steps=steps)
 
     def _leave(self) -> None:
         """Unloads the package's U-Net and what steers it."""
-        for name in ("unet", *components_of(self._controls)):
+        for name in ("unet", *control_components(self._controls)):
             self._run.components.release(name)
 
     def _denoiser(self, models: Sequence[Model]) -> Denoise:
@@ -309,9 +325,9 @@ class Generation:
         if refiner:
             self._run.components.release(f"{REFINER}unet")  # of the image before
             below = round(self._scheduler.num_train_timesteps * (1 - given(self.request.refiner_start)))
-            model = handed_over(model, refiner[0], below, self._leave)
-        limit = None if sampler == "ddim" else limit_x0(self._scheduler, sampler)
-        return clean(model, self._scheduler.prediction_type, limit)
+            model = refiner_handoff(model, refiner[0], below, self._leave)
+        limit = None if sampler == "ddim" else clip_or_threshold_x0(self._scheduler, sampler)
+        return predict_x0(model, self._scheduler.prediction_type, limit)
 
     def _latent_shape(self, request: Request) -> tuple[int, int, int, int]:
         latents = self._manifest.latents

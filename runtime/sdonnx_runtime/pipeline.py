@@ -9,27 +9,27 @@ from typing import Any
 
 from PIL.Image import Image
 
-from sdonnx_runtime.adapters.lora import AnyLora, Lora, in_folder
-from sdonnx_runtime.adapters.merging import Adapters, adapters_of
-from sdonnx_runtime.adapters.textual_inversion import Learned, read_embedding
+from sdonnx_runtime.adapters.lora import AnyLora, Lora, find_lora
+from sdonnx_runtime.adapters.merging import Adapters, load_adapters
+from sdonnx_runtime.adapters.textual_inversion import TextualInversions, read_embedding
 from sdonnx_runtime.arrays import Array
-from sdonnx_runtime.denoising.control import check_control, check_sizes, place
+from sdonnx_runtime.denoising.control import check_control, check_sizes, component_prefix
 from sdonnx_runtime.denoising.step_cache import unet_graphs
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.execution.components import REFINER, Components, Runner
 from sdonnx_runtime.execution.staged_model import open_model
-from sdonnx_runtime.execution.strategy import SMALLEST, Way
-from sdonnx_runtime.generation import Generation, decode, plan
-from sdonnx_runtime.memory.budget import AUTO, LEAST, MOST, Budget
-from sdonnx_runtime.memory.planner import Phase, Plan
-from sdonnx_runtime.memory.workload import decoding, phases_of
+from sdonnx_runtime.execution.strategy import MIN_MEMORY, ExecutionStrategy
+from sdonnx_runtime.generation import Generation, decode, schedule_pass
+from sdonnx_runtime.memory.budget import AUTO, MAX, MIN, Budget
+from sdonnx_runtime.memory.planner import MemoryPhase, Plan
+from sdonnx_runtime.memory.workload import decode_phase, memory_phases
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.request import Request, given, passes
 from sdonnx_runtime.result import Result
 from sdonnx_runtime.sampling.registry import resolve_sampler
 from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig, default_sampler
 from sdonnx_runtime.stream import Stream
-from sdonnx_runtime.text.prompt_schedule import script_of, tags_of
+from sdonnx_runtime.text.prompt_schedule import parse_lora_tags, schedule_prompts
 from sdonnx_runtime.validation import check_request
 
 _PIXEL = 8192
@@ -93,9 +93,9 @@ class Pipeline:
         self._budget = Budget(memory)
         self._device = device
         opened = partial(open_model, device=device, threads=threads, memory_limit=self._budget.bytes_of_device())
-        others = {place(index): net for index, net in enumerate(self.controls)}
+        others = {component_prefix(index): net for index, net in enumerate(self.controls)}
         others |= {} if refiner is None else {REFINER: refiner}
-        self._components = Components(package, opened, keep_loaded=memory == MOST, others=others)
+        self._components = Components(package, opened, keep_loaded=memory == MAX, others=others)
         self._shown = None if preview_vae is None else package.with_vae(preview_vae)
         shown = package if self._shown is None else self._shown
         self._previews = Components(shown, opened, keep_loaded=True)
@@ -117,7 +117,7 @@ class Pipeline:
                 of weights that files mean.
             PackageError: the package is damaged.
         """
-        adapters = adapters_of(self.package, [Lora.of(each) for each in loras], lenient=lenient)
+        adapters = load_adapters(self.package, [Lora.of(each) for each in loras], lenient=lenient)
         self._adapters = replace(adapters, embeddings=self._adapters.embeddings)
         self._lenient, self._tagged = lenient, ((), self._adapters)
 
@@ -136,7 +136,7 @@ class Pipeline:
         taught = tuple(read_embedding(Path(path), word) for path, word in asked)
         for package in (self.package, self.refiner):
             if package is not None:
-                Learned(package, taught)
+                TextualInversions(package, taught)
         self._adapters = replace(self._adapters, embeddings=taught)
         self._tagged = (), self._adapters
 
@@ -190,11 +190,11 @@ class Pipeline:
         checked = self.check(request, **changes)
         largest = passes(checked, self.package.manifest.latents.downscale)
 
-        def phases() -> list[Phase]:
-            return phases_of(
+        def phases() -> list[MemoryPhase]:
+            return memory_phases(
                 self.package,
                 largest[-1],
-                script_of(largest),
+                schedule_prompts(largest),
                 refiner=self.refiner,
                 controls=self.controls,
                 adapters=self._adapters_for(checked),
@@ -204,10 +204,10 @@ class Pipeline:
         pixels = given(largest[-1].width) * given(largest[-1].height)
         return self._budget.plan(phases, self._enough(pixels), self.package.name, whole=whole)
 
-    def _ways(self, found: Plan | None) -> Mapping[str, Way]:
+    def _ways(self, found: Plan | None) -> Mapping[str, ExecutionStrategy]:
         """How components are run."""
-        if found is None and self._budget.asked == LEAST:
-            return dict.fromkeys(self.package.manifest.components, SMALLEST)
+        if found is None and self._budget.asked == MIN:
+            return dict.fromkeys(self.package.manifest.components, MIN_MEMORY)
         return {} if found is None else found.ways
 
     def _enough(self, pixels: int) -> int:
@@ -231,7 +231,7 @@ class Pipeline:
         pixels = latents.shape[2] * latents.shape[3] * self.package.manifest.latents.downscale**2
         count, _, height, width = latents.shape
         found = self._budget.plan(
-            lambda: [decoding(self.package, height, width, count)], self._enough(pixels), self.package.name
+            lambda: [decode_phase(self.package, height, width, count)], self._enough(pixels), self.package.name
         )
         with self._components.reserved(ways=self._ways(found)):
             return decode(Runner(self._components), self.package.manifest, latents)
@@ -257,13 +257,13 @@ class Pipeline:
         if checked.sampler is not None:
             sampler, schedule = resolve_sampler(checked.sampler)
         checked = replace(checked, sampler=sampler, schedule=schedule if checked.schedule is None else checked.schedule)
-        walk, _ = plan(self._scheduler, checked)
+        walk, _ = schedule_pass(self._scheduler, checked)
         if checked.sigmas is not None or checked.timesteps is not None:
             checked = replace(checked, num_inference_steps=walk.total)
         for each in passes(checked, manifest.latents.downscale):
             check_sizes(self.controls, each)
         for second in passes(checked, manifest.latents.downscale)[1:]:
-            plan(self._scheduler, second)
+            schedule_pass(self._scheduler, second)
             if checked.sigmas is None and checked.timesteps is None:
                 checked = replace(checked, hires_steps=second.num_inference_steps)
         encodes = checked.image is not None or checked.hires_upscaler == "lanczos"
@@ -291,9 +291,9 @@ class Pipeline:
 
     def _adapters_for(self, request: Request) -> Adapters:
         """Those that are set, and those that a checked request's prompts name."""
-        named = tuple(in_folder(self._lora_folder, tag.name, tag.weight) for tag in tags_of(request))
+        named = tuple(find_lora(self._lora_folder, tag.name, tag.weight) for tag in parse_lora_tags(request))
         if named != self._tagged[0]:
-            both = adapters_of(self.package, [*self._adapters.loras, *named], lenient=self._lenient)
+            both = load_adapters(self.package, [*self._adapters.loras, *named], lenient=self._lenient)
             mine = replace(both, loras=self._adapters.loras, embeddings=self._adapters.embeddings)
             self._tagged = named, mine
         return self._tagged[1]

@@ -151,17 +151,17 @@ FAST: Mapping[str, Any] = MappingProxyType({"reuse": 3, "token_downsampling": Tr
 """Fields of a request that make it fast at some loss: the preset ``--fast``."""
 
 
-def recipe(request: Request) -> dict[str, Any]:
+def generation_parameters(request: Request) -> dict[str, Any]:
     """The request without its pictures, as JSON can hold it."""
     values = {item.name: getattr(request, item.name) for item in fields(request)}
-    return {name: value for name, value in values.items() if name not in (*PICTURES, "controls")}
+    return {name: value for name, value in values.items() if name not in (*IMAGE_FIELDS, "controls")}
 
 
-PICTURES = ("image", "mask_image", "depth_image")
+IMAGE_FIELDS = ("image", "mask_image", "depth_image")
 """A request's fields that are pictures."""
 
 
-def guided(request: Request) -> bool:
+def uses_guidance(request: Request) -> bool:
     """Whether there is classifier-free guidance: 1 is none by its formula, 0 by what models without it are told."""
     return request.guidance_scale not in (0, 1)
 
@@ -188,7 +188,7 @@ def seeds_of(request: Request) -> tuple[int, ...]:
     return (first,) * count if request.variation is not None else tuple(range(first, first + count))
 
 
-def of_image(request: Request, index: int) -> Request:
+def for_image(request: Request, index: int) -> Request:
     """The checked request that makes image ``index`` alone."""
     variation = request.variation
     return replace(

@@ -7,13 +7,13 @@ from typing import cast
 from PIL.Image import Image
 
 from sdonnx_runtime.errors import RequestError
-from sdonnx_runtime.images.preprocess import FITS, MAX_SIDE, UPSCALERS, check_picture, mask_of, suitable_size
+from sdonnx_runtime.images.preprocess import FITS, MAX_SIDE, UPSCALERS, check_image, suitable_size, to_mask
 from sdonnx_runtime.packages.manifest import NEEDED, Defaults
-from sdonnx_runtime.request import PICTURES, Control, Request, passes
+from sdonnx_runtime.request import IMAGE_FIELDS, Control, Request, passes
 from sdonnx_runtime.sampling.registry import MAX_CHURN, SAMPLERS
 from sdonnx_runtime.sampling.schedule import MAX_SIGMA, SPACINGS, listed
 from sdonnx_runtime.sampling.sigmas import SCHEDULES
-from sdonnx_runtime.text.prompt_schedule import script_of
+from sdonnx_runtime.text.prompt_schedule import schedule_prompts
 from sdonnx_runtime.text.prompt_syntax import SYNTAXES, sections
 from sdonnx_runtime.text.weighting import WEIGHTINGS
 
@@ -128,7 +128,7 @@ def _check_prompts(request: Request, *, edits: bool) -> None:
             raise RequestError(f"{name} is {value!r}; choose {', '.join(known)}")
     if request.clip_skip is not None:
         _whole("clip_skip", request.clip_skip, 1, 100)
-    said = script_of([request])
+    said = schedule_prompts([request])
     if edits and len(said.weights) > 1:
         raise RequestError("the prompt has an AND, but the model edits pictures; give it one text")
     for rows in set(said.passes[0]):
@@ -228,7 +228,7 @@ def _check_controls(request: Request, count: int) -> None:
             raise RequestError(
                 f"{name}.image is {type(image).__name__}; give a picture of PIL, such as Image.open gives"
             )
-        check_picture(f"{name}.image", image)
+        check_image(f"{name}.image", image)
         _number(f"{name}.scale", control.scale, -10, 10)
         _number(f"{name}.start", control.start, 0, 1)
         _number(f"{name}.end", control.end, 0, 1)
@@ -265,12 +265,12 @@ def _check_pictures(request: Request, multiple: int, defaults: Defaults, *, edit
         raise RequestError(f"fit is {request.fit!r}; choose {', '.join(FITS)}")
     _flag("paste", request.paste)
     _whole("mask_blur", request.mask_blur, 0, 1024)
-    for name in PICTURES:
+    for name in IMAGE_FIELDS:
         picture: object = getattr(request, name)
         if picture is not None and not isinstance(picture, Image):
             raise RequestError(f"{name} is {type(picture).__name__}; give a picture of PIL, such as Image.open gives")
         if picture is not None:
-            check_picture(name, picture)
+            check_image(name, picture)
     if image is None:
         for name in ("strength", "mask_image", "padding_mask_crop"):
             if getattr(request, name) is not None:
@@ -315,7 +315,7 @@ def _check_mask(mask: Image, image: Image) -> None:
     if mask.size != image.size:
         found, wanted = (f"{width}x{height}" for width, height in (mask.size, image.size))
         raise RequestError(f"the mask has {found} pixels and its picture {wanted}; give one of the picture's size")
-    if mask_of(mask).getbbox() is None:
+    if to_mask(mask).getbbox() is None:
         raise RequestError("the mask has nothing to repaint; paint white what is to be made anew")
 
 

@@ -10,7 +10,7 @@ from importlib.metadata import version
 import numpy as np
 from PIL import Image
 from sdonnx_runtime.arrays import AnyArray
-from sdonnx_runtime.denoising.init_image import pictures_of
+from sdonnx_runtime.denoising.init_image import example_images
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.execution.cpu import cpu_name, instruction_set
 from sdonnx_runtime.execution.ort import runtime_version
@@ -20,11 +20,11 @@ from sdonnx_runtime.request import given
 
 from sdonnx.benchmark.worker import (
     ComponentFigures,
-    PictureFigures,
-    Pictures,
-    apart,
+    ImageFigures,
+    ImageRun,
     measure_component,
-    measure_picture,
+    measure_image,
+    run_in_subprocess,
 )
 
 PROMPT, SEED = "a red apple on a blue background", 1
@@ -85,7 +85,7 @@ class Report:
     """Where it is not 1, the U-Net has two rows of text for each picture."""
     components: tuple[ComponentFigures, ...]
     """In the order in which a picture needs them; the VAE's encoder last."""
-    picture: PictureFigures
+    picture: ImageFigures
     """As many pictures as ``batch``, made as `Pipeline.generate` makes them."""
     comparison: Comparison | None = None
 
@@ -128,23 +128,23 @@ def bench(
             raise RequestError(f"{name} is {value}; give a whole number of at least 1")
     pipe = Pipeline(package, device=device, threads=threads)
     size = package.manifest.defaults.size
-    pictures = pictures_of(package.manifest, Image.linear_gradient("L").resize((size, size)))
+    pictures = example_images(package.manifest, Image.linear_gradient("L").resize((size, size)))
     sides = {"width": width, "height": height}
     request = pipe.check(PROMPT, seed=SEED, num_images=batch, num_inference_steps=steps, **sides, **pictures)
     names = _component_names(package)
     stages = len(names) + (1 if reference is None else 3)
     progress("making a picture", 0.0)
-    picture = apart("a picture", measure_picture, package, request, device, threads)
+    picture = run_in_subprocess("a picture", measure_image, package, request, device, threads)
     figures: list[ComponentFigures] = []
     for name in names:
         progress(f"measuring {name}", (len(figures) + 1) / stages)
         feeds = _feeds(name, picture, batch)
-        found, _ = apart(name, measure_component, package, name, feeds, repeat + 1, device, threads)
+        found, _ = run_in_subprocess(name, measure_component, package, name, feeds, repeat + 1, device, threads)
         figures.append(found)
     comparison = None
     if reference is not None:
         progress("making the reference's", (len(names) + 1) / stages)
-        wanted = apart("the reference", measure_picture, reference, request, device, threads)
+        wanted = run_in_subprocess("the reference", measure_image, reference, request, device, threads)
         progress("comparing", (len(names) + 2) / stages)
         comparison = _compared(package, picture, reference, wanted, device, threads)
     return Report(
@@ -173,7 +173,7 @@ def _component_names(package: Package) -> list[str]:
     return [name for name in names if name in package.manifest.components]
 
 
-def _feeds(name: str, picture: Pictures, batch: int) -> list[Mapping[str, AnyArray]]:
+def _feeds(name: str, picture: ImageRun, batch: int) -> list[Mapping[str, AnyArray]]:
     """What a component was run on for the picture, for ``batch`` pictures at once; in turns, where there is more."""
     if name == "vae_encoder":
         return [{"sample": picture.pixels.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1}]
@@ -184,7 +184,7 @@ def _feeds(name: str, picture: Pictures, batch: int) -> list[Mapping[str, AnyArr
 
 
 def _compared(
-    package: Package, made: Pictures, reference: Package, wanted: Pictures, device: str, threads: int | None
+    package: Package, made: ImageRun, reference: Package, wanted: ImageRun, device: str, threads: int | None
 ) -> Comparison:
     first = (each.calls["unet"][0].inputs for each in (made, wanted))
     ours, theirs = ({key: value.shape for key, value in inputs.items()} for inputs in first)
@@ -194,7 +194,9 @@ def _compared(
             "compare packages of one checkpoint"
         )
     feeds = [call.inputs for call in wanted.calls["unet"]]
-    _, outputs = apart("the comparison", measure_component, package, "unet", feeds, max(2, len(feeds)), device, threads)
+    _, outputs = run_in_subprocess(
+        "the comparison", measure_component, package, "unet", feeds, max(2, len(feeds)), device, threads
+    )
     expected = [next(iter(call.outputs.values())) for call in wanted.calls["unet"]]
     found = [next(iter(output.values())) for output in outputs]
     return Comparison(

@@ -22,7 +22,7 @@ from sdonnx_runtime.execution.ort import DEVICES, runtime_version
 from sdonnx_runtime.execution.process_memory import peak_memory
 from sdonnx_runtime.execution.session import Session
 from sdonnx_runtime.generation import Generation
-from sdonnx_runtime.graphs.onnx_proto import model_of
+from sdonnx_runtime.graphs.onnx_proto import single_node_model
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.request import Request, given
 from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig
@@ -52,7 +52,7 @@ class ComponentFigures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureFigures:
+class ImageFigures:
     """Pictures from a prompt as ``sdonnx run`` makes them: components are opened and let go in turn."""
 
     num_inference_steps: int
@@ -77,10 +77,10 @@ class Call:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pictures:
-    """What `measure_picture` made, and what it cost."""
+class ImageRun:
+    """What `measure_image` made, and what it cost."""
 
-    figures: PictureFigures
+    figures: ImageFigures
     pixels: AnyArray
     """(N, height, width, 3) uint8."""
     calls: Mapping[str, tuple[Call, ...]]
@@ -138,14 +138,16 @@ def operators(
     return {provider: dict(count) for provider, count in placed.items()}
 
 
-def multiplications_a_second(path: Path, threads: int | None = None) -> float:
+def macs_per_second(path: Path, threads: int | None = None) -> float:
     """How many multiplications with additions the CPU does in float32, in large matrices, here and now.
 
     Args:
         path: any graph; it isn't opened.
         threads: as for `Session`.
     """
-    session = Session(path, device="cpu", threads=threads, model=model_of("MatMul", 2, _SIDE, _SIDE), frugal=True)
+    session = Session(
+        path, device="cpu", threads=threads, model=single_node_model("MatMul", 2, _SIDE, _SIDE), frugal=True
+    )
     feeds, times = {"x": np.ones((_SIDE, _SIDE), np.float32)}, list[float]()
     for _ in range(8):
         start = time.perf_counter()
@@ -170,7 +172,7 @@ class _Recorder(Runner):
         return outputs
 
 
-def measure_picture(package: Package, request: Request, device: str, threads: int | None) -> Pictures:
+def measure_image(package: Package, request: Request, device: str, threads: int | None) -> ImageRun:
     """The pictures of a checked request."""
     runtime_version()
     start = time.perf_counter()
@@ -185,7 +187,7 @@ def measure_picture(package: Package, request: Request, device: str, threads: in
     result = given(generation.result)
     total = time.perf_counter() - start
     steps = result.timings.steps
-    figures = PictureFigures(
+    figures = ImageFigures(
         num_inference_steps=given(request.num_inference_steps),
         total_s=total,
         load_s=sum(result.timings.load.values()),
@@ -194,10 +196,10 @@ def measure_picture(package: Package, request: Request, device: str, threads: in
         peak_rss_mb=peak_memory() / 1e6,
     )
     pixels = np.stack([np.asarray(image) for image in result.images])
-    return Pictures(figures=figures, pixels=pixels, calls=run.calls)
+    return ImageRun(figures=figures, pixels=pixels, calls=run.calls)
 
 
-def apart(what: str, function: Callable[..., T], *arguments: Any) -> T:
+def run_in_subprocess(what: str, function: Callable[..., T], *arguments: Any) -> T:
     """``function(*arguments)`` in a new process; ``what`` names it in the error.
 
     Raises:

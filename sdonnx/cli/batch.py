@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from sdonnx_runtime.images.preprocess import open_picture
-from sdonnx_runtime.request import PICTURES
+from sdonnx_runtime.images.preprocess import open_image
+from sdonnx_runtime.request import IMAGE_FIELDS
 
 import sdonnx
-from sdonnx.cli.console import described, err, print_json, print_made
-from sdonnx.cli.generate import Margins, Outputs, make
-from sdonnx.cli.parsing import unused
+from sdonnx.cli.console import err, print_json, print_results, result_json
+from sdonnx.cli.generate import Margins, OutputPaths, generate
+from sdonnx.cli.parsing import next_free_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def make_batch(
     path: Path,
     lines: list[Line],
     fields: dict[str, Any],
-    outputs: Outputs,
+    outputs: OutputPaths,
     margins: Margins | None,
     *,
     as_json: bool,
@@ -74,16 +74,18 @@ def make_batch(
     try:
         for line in lines:
             try:
-                result, paths = make(pipe, {**fields, **_fields(line, path)}, _of_line(outputs, path, line), margins)
+                result, paths = generate(
+                    pipe, {**fields, **_fields(line, path)}, _of_line(outputs, path, line), margins
+                )
             except (sdonnx.SdonnxError, MemoryError) as error:
                 failed[line.number] = str(error) or "there is too little memory for this; choose a smaller size"
                 if as_json:
                     print_json({"line": line.number, "error": failed[line.number]}, indent=None)
                 continue
             if as_json:
-                print_json({"line": line.number, **described(result, paths)}, indent=None)
+                print_json({"line": line.number, **result_json(result, paths)}, indent=None)
             else:
-                print_made(result, paths)
+                print_results(result, paths)
     finally:
         for number, reason in failed.items():
             err.print(f"line {number}: {reason}", highlight=False, soft_wrap=True)
@@ -108,19 +110,21 @@ def _fields(line: Line, path: Path) -> dict[str, Any]:
 
 
 def _value(name: str, value: Any, path: Path) -> Any:
-    if name in PICTURES and value is not None:
+    if name in IMAGE_FIELDS and value is not None:
         if not isinstance(value, str):
             raise sdonnx.RequestError(f"{name} is {value!r}; give the name of a picture's file")
-        return open_picture(path.parent / value)
+        return open_image(path.parent / value)
     return tuple(cast("list[Any]", value)) if isinstance(value, list) else value
 
 
-def _of_line(outputs: Outputs, path: Path, line: Line) -> Outputs:
+def _of_line(outputs: OutputPaths, path: Path, line: Line) -> OutputPaths:
     """Names of their own: with the line's number."""
 
     def numbered(name: Path) -> Path:
         return name.with_name(f"{name.stem}-{line.number:04}{name.suffix}")
 
-    pictures = unused(numbered(Path(f"{path.stem}.png"))) if outputs.pictures is None else numbered(outputs.pictures)
+    pictures = (
+        next_free_path(numbered(Path(f"{path.stem}.png"))) if outputs.pictures is None else numbered(outputs.pictures)
+    )
     latents = None if outputs.latents is None else numbered(outputs.latents)
     return replace(outputs, pictures=pictures, latents=latents)

@@ -17,7 +17,7 @@ from rich.table import Table
 from sdonnx_models import Recipe
 from sdonnx_runtime.execution.process_memory import peak_memory
 from sdonnx_runtime.packages.manifest import Defaults, Manifest
-from sdonnx_runtime.request import recipe as recipe_of
+from sdonnx_runtime.request import generation_parameters as recipe_of
 from sdonnx_runtime.sampling.registry import A1111_NAMES, SAMPLERS
 from sdonnx_runtime.sampling.scheduler_config import CLASSES
 
@@ -47,7 +47,7 @@ def progress(text: str, *columns: ProgressColumn) -> Generator[Progress, None, N
         yield bar
 
 
-def suggested(defaults: Defaults) -> str:
+def defaults_text(defaults: Defaults) -> str:
     """What a package suggests, in one line."""
     sampler = "" if defaults.sampler is None else f", {defaults.sampler}"
     shown = "" if defaults.enlarge == 1 else f", saved {defaults.enlarge} times larger"
@@ -74,15 +74,15 @@ def tasks(manifest: Manifest) -> str:
     return f"{always}; {encoding}{distilled}" if more else f"{always}{distilled}"
 
 
-def described_recipe(recipe: Recipe) -> list[str]:
+def recipe_lines(generation_parameters: Recipe) -> list[str]:
     """A recipe in a few lines."""
-    disk = ", ".join(f"{size:g} GB ({precision})" for precision, size in recipe.package_gb.items())
-    memory = ", ".join(f"{size:g} GB ({precision})" for precision, size in recipe.memory_gb.items())
+    disk = ", ".join(f"{size:g} GB ({precision})" for precision, size in generation_parameters.package_gb.items())
+    memory = ", ".join(f"{size:g} GB ({precision})" for precision, size in generation_parameters.memory_gb.items())
     return [
-        recipe.title,
-        recipe.source,
-        recipe.licence,
-        suggested(Defaults(**recipe.defaults)),
+        generation_parameters.title,
+        generation_parameters.source,
+        generation_parameters.licence,
+        defaults_text(Defaults(**generation_parameters.defaults)),
         f"disk {disk}" + (f"; memory {memory}" if memory else ""),
     ]
 
@@ -97,7 +97,7 @@ def samplers_table() -> Table:
     return table
 
 
-def described(result: sdonnx.Result, paths: list[Path]) -> dict[str, Any]:
+def result_json(result: sdonnx.Result, paths: list[Path]) -> dict[str, Any]:
     """What was made, as JSON can hold it."""
     return {
         "images": [{"path": str(path), "seed": seed} for path, seed in zip(paths, result.seeds, strict=True)],
@@ -110,7 +110,7 @@ def described(result: sdonnx.Result, paths: list[Path]) -> dict[str, Any]:
     }
 
 
-def way(choice: sdonnx.Choice) -> str:
+def strategy_text(choice: sdonnx.ComponentPlan) -> str:
     """How a component is run."""
     how, kept = choice.way, len(choice.way.kept)
     cut = how.staged and choice.stages > 1 and how.tile is None
@@ -123,17 +123,19 @@ def way(choice: sdonnx.Choice) -> str:
 
 def print_plan(plan: sdonnx.Plan) -> None:
     """Says how a picture is going to be made, and what that takes."""
-    parts = ", ".join(f"{choice.component}: {way(choice)}" for choice in plan.choices if way(choice) != "whole")
+    parts = ", ".join(
+        f"{choice.component}: {strategy_text(choice)}" for choice in plan.choices if strategy_text(choice) != "whole"
+    )
     err.print(f"{plan.peak / 1e6:,.0f} MB at most; {parts or 'every component whole'}", highlight=False, soft_wrap=True)
 
 
-def print_taken(result: sdonnx.Result) -> None:
+def print_usage(result: sdonnx.Result) -> None:
     """Says what memory and time a picture took that there was a plan for."""
     seconds = statistics.median(result.timings.steps) if result.timings.steps else 0.0
     err.print(f"took {peak_memory() / 1e6:,.0f} MB at most, {seconds:.2g} s a step", highlight=False, soft_wrap=True)
 
 
-def print_made(result: sdonnx.Result, paths: list[Path]) -> None:
+def print_results(result: sdonnx.Result, paths: list[Path]) -> None:
     """Says where pictures are."""
     for path, seed in zip(paths, result.seeds, strict=True):
         err.print(f"{path}  seed {seed}", highlight=False, soft_wrap=True)

@@ -9,15 +9,15 @@ from typing import Any
 from PIL.Image import Image
 from rich.progress import MofNCompleteColumn, TextColumn
 from sdonnx_runtime.arrays import Array
-from sdonnx_runtime.images.preprocess import check_picture, extended, fitted, in_whole_cells, mask_of
+from sdonnx_runtime.images.preprocess import check_image, outpaint_canvas, resize_to_fit, snap_mask_to_latents, to_mask
 from sdonnx_runtime.outputs.latents_file import save_latents
 from sdonnx_runtime.outputs.metadata import save_preview
 from sdonnx_runtime.packages.manifest import Manifest
 from sdonnx_runtime.request import given
 
 import sdonnx
-from sdonnx.cli.console import print_plan, print_taken, progress
-from sdonnx.cli.parsing import check_outputs, output_paths, unused
+from sdonnx.cli.console import print_plan, print_usage, progress
+from sdonnx.cli.parsing import check_outputs, next_free_path, output_paths
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ Margins = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outputs:
+class OutputPaths:
     """Where what is made goes."""
 
     pictures: Path | None
@@ -38,8 +38,8 @@ class Outputs:
     """Whether pictures of a model that makes very small ones are saved larger."""
 
 
-def make(
-    pipe: sdonnx.Pipeline, fields: dict[str, Any], outputs: Outputs, margins: Margins | None = None
+def generate(
+    pipe: sdonnx.Pipeline, fields: dict[str, Any], outputs: OutputPaths, margins: Margins | None = None
 ) -> tuple[sdonnx.Result, list[Path]]:
     """Makes and saves the pictures of a request.
 
@@ -56,7 +56,7 @@ def make(
     request = _checked(pipe, fields, margins)
     paths = output_paths(outputs.pictures, request)
     check_outputs(paths, outputs.preview, outputs.latents)
-    rescue = outputs.latents or unused(paths[0].with_suffix(".npz"))
+    rescue = outputs.latents or next_free_path(paths[0].with_suffix(".npz"))
     try:
         result = _generate(pipe, request, outputs.preview, rescue)
     except sdonnx.SdonnxError:  # it says what is kept
@@ -76,7 +76,7 @@ def make(
     return result, paths
 
 
-def _tidy(rescue: Path, outputs: Outputs) -> None:
+def _tidy(rescue: Path, outputs: OutputPaths) -> None:
     """Removes what was kept in case of need alone."""
     if rescue != outputs.latents:
         rescue.unlink(missing_ok=True)
@@ -97,19 +97,19 @@ def _outpainted(fields: dict[str, Any], margins: Margins, manifest: Manifest) ->
     if picture is None or fields.get("mask_image") is not None:
         raise sdonnx.RequestError("--outpaint goes with --image and without --mask; it masks what is new by itself")
     sized = fields.get("width") is not None or fields.get("padding_mask_crop") is not None
-    check_picture("image", picture)
+    check_image("image", picture)
     area = 0 if sized else manifest.defaults.size**2
-    return extended(picture, margins, area=area, multiple=manifest.latents.downscale)
+    return outpaint_canvas(picture, margins, area=area, multiple=manifest.latents.downscale)
 
 
 def _in_whole_cells(request: sdonnx.Request, manifest: Manifest) -> sdonnx.Request:
     """Without pasting, cells that are only partly new would stay as they are."""
     size, fit = (given(request.width), given(request.height)), request.fit
-    mask = mask_of(fitted(given(request.mask_image), size, fit))
+    mask = to_mask(resize_to_fit(given(request.mask_image), size, fit))
     return replace(
         request,
-        image=fitted(given(request.image), size, fit),
-        mask_image=in_whole_cells(mask, manifest.latents.downscale),
+        image=resize_to_fit(given(request.image), size, fit),
+        mask_image=snap_mask_to_latents(mask, manifest.latents.downscale),
     )
 
 
@@ -141,7 +141,7 @@ def _generate(pipe: sdonnx.Pipeline, request: sdonnx.Request, preview: Path | No
         vae = "" if pipe.package.vae is None else f" --vae {pipe.package.vae.root}"
         raise kind(f"{said}; what was sampled is kept: sdonnx decode {rescue} -m {pipe.package.root}{vae}") from None
     if stream.plan is not None:
-        print_taken(stream.result)
+        print_usage(stream.result)
     return stream.result
 
 

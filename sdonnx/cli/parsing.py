@@ -179,7 +179,7 @@ def output_paths(output: Path | None, request: sdonnx.Request) -> list[Path]:
     first = request.seed or 0 if request.variation is None else request.variation[0]
     seeds = [first + index for index in range(request.num_images)]
     if output is None:
-        return [unused(Path(f"sdonnx-{seed}.png")) for seed in seeds]
+        return [next_free_path(Path(f"sdonnx-{seed}.png")) for seed in seeds]
     if output.suffix.lower() != ".png":
         raise sdonnx.RequestError(f"the picture is named {output.name}; give a name that ends in .png")
     if request.num_images == 1:
@@ -204,7 +204,7 @@ def check_outputs(pictures: list[Path], preview: Path | None, latents: Path | No
         check_writable(path)
 
 
-def unused(path: Path) -> Path:
+def next_free_path(path: Path) -> Path:
     """The path, or where there is something, one like it with a number."""
     candidates = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count_from(2))
     return path if not path.exists() else next(other for other in candidates if not other.exists())

@@ -53,7 +53,7 @@ def _plain(data: AnyArray) -> AnyArray:
     return data if data.dtype.kind in "iub" or data.dtype in (np.float16, np.float32) else data.astype(np.float32)
 
 
-def is_needed(name: str, part: str) -> bool:
+def is_used_key(name: str, part: str) -> bool:
     """Whether a weight is one; old transformers wrote positions among them, and whole CLIP models have more parts.
 
     Of the text's projection only ``text_encoder_2`` is read.
@@ -65,7 +65,7 @@ def is_needed(name: str, part: str) -> bool:
 _CLIP_REST = ("logit_scale", "vision_model.", "visual_projection.")
 
 
-def current_name(name: str) -> str:
+def canonical_key(name: str) -> str:
     """A weight's name in today's diffusers and transformers."""
     for old, new in _RENAMED.items():
         name = re.sub(old, new, name)

@@ -14,7 +14,7 @@ from sdonnx_runtime.packages.package import Package
 
 from sdonnx_export.checkpoint_model import Checkpoint, Part, Weight
 from sdonnx_export.models.components import COMPONENTS
-from sdonnx_export.operators.base import Matrix
+from sdonnx_export.operators.base import TransposedWeight
 
 
 def open_package(root: Path) -> Checkpoint:
@@ -52,7 +52,7 @@ def open_package(root: Path) -> Checkpoint:
 
 def _weights(graph: Path, name: str, config: dict[str, Any]) -> dict[str, Weight]:
     module, _ = COMPONENTS[name].module(config)
-    turned = {key: isinstance(weight, Matrix) for key, weight in module.named_parameters()}
+    turned = {key: isinstance(weight, TransposedWeight) for key, weight in module.named_parameters()}
     stored = ir.load(graph).graph.initializers
     tensors = {key: stored[key].const_value for key in turned if key in stored}
     return {key: _weight(tensor, turned=turned[key]) for key, tensor in tensors.items() if tensor is not None}

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from sdonnx_runtime.adapters.lora import Change, Lora
-from sdonnx_runtime.adapters.merging import Changes, find_changes
+from sdonnx_runtime.adapters.lora import LayerDelta, Lora
+from sdonnx_runtime.adapters.merging import LayerDeltas, match_keys
 from sdonnx_runtime.arrays import AnyArray
 
 from sdonnx_export.checkpoint_model import Checkpoint, Part, Weight
 
 
-def baked(checkpoint: Checkpoint, loras: Sequence[Lora]) -> Checkpoint:
+def fuse_loras(checkpoint: Checkpoint, loras: Sequence[Lora]) -> Checkpoint:
     """A checkpoint with adapters merged into its weights, as each is read.
 
     Raises:
@@ -24,13 +24,13 @@ def baked(checkpoint: Checkpoint, loras: Sequence[Lora]) -> Checkpoint:
         for part, each in checkpoint.parts.items()
         if part != "vae"
     }
-    changes = find_changes(checkpoint.source, modules, loras)
+    changes = match_keys(checkpoint.source, modules, loras)
     parts = {name: _changed(part, changes.get(name, {})) for name, part in checkpoint.parts.items()}
     return replace(checkpoint, parts=parts)
 
 
-def _changed(part: Part, changes: Changes) -> Part:
-    def changed(weight: Weight, mine: Sequence[tuple[Change, float]]) -> Weight:
+def _changed(part: Part, changes: LayerDeltas) -> Part:
+    def changed(weight: Weight, mine: Sequence[tuple[LayerDelta, float]]) -> Weight:
         def read() -> AnyArray:
             data = weight.read().astype(np.float32)
             flat: AnyArray = data.reshape(len(data), -1)

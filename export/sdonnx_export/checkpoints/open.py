@@ -14,7 +14,7 @@ from sdonnx_runtime.request import given
 
 from sdonnx_export.checkpoint_model import Checkpoint, Part, Report, Weight
 from sdonnx_export.checkpoints.few_steps import few_steps
-from sdonnx_export.checkpoints.files import current_name, is_needed, open_file
+from sdonnx_export.checkpoints.files import canonical_key, is_used_key, open_file
 from sdonnx_export.checkpoints.from_package import open_package
 from sdonnx_export.checkpoints.ldm.checkpoint import split_checkpoint, split_vae
 from sdonnx_export.checkpoints.ldm.control import read_control
@@ -165,7 +165,8 @@ def _part(directory: Path, part: str) -> Part:
     for path in weight_files(directory, part):
         weights.update(open_file(path))
     return Part(
-        config=config, weights={current_name(name): weight for name, weight in weights.items() if is_needed(name, part)}
+        config=config,
+        weights={canonical_key(name): weight for name, weight in weights.items() if is_used_key(name, part)},
     )
 
 
@@ -266,7 +267,7 @@ def _downloaded(source: str, revision: str | None, patterns: Sequence[str]) -> P
         raise ExportError(f"'{source}' is no path here, and the Hub did not give it: {reason}") from None
 
 
-def opened(source: str | None, vae: str | None, revision: str | None, report: Report) -> Checkpoint:
+def open_source(source: str | None, vae: str | None, revision: str | None, report: Report) -> Checkpoint:
     """A checkpoint, with another VAE where one is named, or that alone; arguments and errors are those of `export`."""
     report("reading the checkpoint", 0.0)
     if source is None:

@@ -48,7 +48,7 @@ _PARTS = {
 _UNET = "model.diffusion_model.input_blocks."
 
 
-def foreign(path: Path, names: Iterable[str]) -> str | None:
+def unsupported_files(path: Path, names: Iterable[str]) -> str | None:
     """The message that says what a file is and what to do; None if nothing in it is foreign to a checkpoint."""
     names = list(names)
     signs: Mapping[str, str] = _SIGNS if any(name.startswith(_UNET) for name in names) else {**_SIGNS, **_PARTS}

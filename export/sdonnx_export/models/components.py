@@ -10,13 +10,13 @@ import onnx_ir as ir
 from onnxscript.nn import Module
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import ExportError
-from sdonnx_runtime.packages.manifest import GIVEN, MOMENTS
+from sdonnx_runtime.packages.manifest import NORM_STATS, USE_NORM_STATS
 
 from sdonnx_export.checkpoint_model import Checkpoint, Part, Weight
 from sdonnx_export.models.clip import ClipTextEncoder
 from sdonnx_export.models.configs import ClipTextConfig, ConfigReader, UNetConfig, VaeConfig
 from sdonnx_export.models.controlnet import SIZES, ControlNet, ControlNetConfig
-from sdonnx_export.models.t2i_adapter import Adapter, AdapterConfig
+from sdonnx_export.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from sdonnx_export.models.tiny_vae import TinyVaeConfig, TinyVaeDecoder, TinyVaeEncoder
 from sdonnx_export.models.unet import UNet, residual_names
 from sdonnx_export.models.vae import VaeDecoder, VaeEncoder
@@ -26,12 +26,12 @@ from sdonnx_export.operators.base import (
     IR_VERSION_4_BITS,
     OPSET,
     OPSET_4_BITS,
-    Matrix,
     Operators,
+    TransposedWeight,
     sizes,
 )  # fmt: skip
 from sdonnx_export.operators.partition import name_edges
-from sdonnx_export.operators.precision import Choice, precision_of
+from sdonnx_export.operators.precision import PrecisionSpec, precision_of
 
 _FLOAT, _HALF, _INT64 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT64
 
@@ -95,10 +95,10 @@ def _controlnet(config: Mapping[str, Any]) -> tuple[ControlNet, tuple[Port, ...]
     return ControlNet(parsed), tuple(Port(name=name, dtype=_FLOAT, shape=shape) for name, shape in ports.items())
 
 
-def _adapter(config: Mapping[str, Any]) -> tuple[Adapter, tuple[Port, ...]]:
-    parsed = AdapterConfig.from_dict(config)
+def _adapter(config: Mapping[str, Any]) -> tuple[T2IAdapter, tuple[Port, ...]]:
+    parsed = T2IAdapterConfig.from_dict(config)
     shape = ("batch", parsed.in_channels, "height", "width")
-    return Adapter(parsed), (Port(name="control_image", dtype=_FLOAT, shape=shape),)
+    return T2IAdapter(parsed), (Port(name="control_image", dtype=_FLOAT, shape=shape),)
 
 
 VAES = {
@@ -136,7 +136,10 @@ def _half(module: Any, picture: Port) -> tuple[Module, tuple[Port, ...]]:
     moments: tuple[int, int] | None = getattr(module, "moments", None)
     if moments is None:
         return module, (picture,)
-    norms = Port(name=MOMENTS, dtype=_FLOAT, shape=("batch", *moments)), Port(name=GIVEN, dtype=_FLOAT, shape=())
+    norms = (
+        Port(name=NORM_STATS, dtype=_FLOAT, shape=("batch", *moments)),
+        Port(name=USE_NORM_STATS, dtype=_FLOAT, shape=()),
+    )
     return module, (picture, *norms)
 
 
@@ -184,7 +187,7 @@ def _layers(module: Module) -> dict[str, tuple[int, ...]]:
 def build(
     name: str,
     part: Part,
-    precision: Choice,
+    precision: PrecisionSpec,
     operators: Callable[..., Operators] = Operators,
     **choices: bool,
 ) -> ir.Model:
@@ -247,13 +250,13 @@ def _bind(graph: ir.Graph, component: str, weights: Mapping[str, Weight]) -> Non
 
 def _lazy(name: str, value: ir.Value, weight: Weight, component: str) -> ir.LazyTensor:
     shape = tuple(value.shape.numpy()) if value.shape is not None else ()
-    expected = shape[::-1] if isinstance(value, Matrix) else shape
+    expected = shape[::-1] if isinstance(value, TransposedWeight) else shape
     if weight.shape != expected:
         raise ExportError(f"{component}: '{name}' has shape {weight.shape}; the config asks for {expected}")
     dtype = np.dtype(np.float16 if value.dtype == _HALF else np.float32)
 
     def read() -> ir.Tensor:
-        return ir.Tensor(_convert(name, weight.read(), dtype, transpose=isinstance(value, Matrix)), name=name)
+        return ir.Tensor(_convert(name, weight.read(), dtype, transpose=isinstance(value, TransposedWeight)), name=name)
 
     return ir.LazyTensor(read, dtype=ir.DataType.from_numpy(dtype), shape=ir.Shape(shape), name=name)
 

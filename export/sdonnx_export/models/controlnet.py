@@ -9,7 +9,7 @@ from onnxscript.nn import Module, ModuleList
 
 from sdonnx_export.models.configs import ConfigReader, UNetConfig
 from sdonnx_export.models.layers import Conv2d
-from sdonnx_export.models.unet import Encoder
+from sdonnx_export.models.unet import UNetDown
 from sdonnx_export.operators.base import Operators
 
 SIZES = 6
@@ -57,7 +57,7 @@ class ControlNetConfig:
         )
 
 
-class ControlNet(Encoder):
+class ControlNet(UNetDown):
     """Latents, timestep and text as a U-Net takes them, and a picture (m, 3, H, W) in 0..1, to its skips' residuals.
 
     H and W are the latents' times 2 to the power of one less than the embedding has channels. ``told`` is SDXL's pooled

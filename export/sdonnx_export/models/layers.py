@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 from onnxscript.nn import Module, ModuleList, Parameter
 
-from sdonnx_export.operators.base import Matrix, Operators
+from sdonnx_export.operators.base import Operators, TransposedWeight
 
 
 class Linear(Module):
@@ -13,7 +13,7 @@ class Linear(Module):
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True) -> None:
         super().__init__()
-        self.weight = Matrix([in_features, out_features])
+        self.weight = TransposedWeight([in_features, out_features])
         self.bias = Parameter([out_features]) if bias else None
 
     def forward(self, op: Operators, x: ir.Value) -> ir.Value:

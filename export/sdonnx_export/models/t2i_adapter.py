@@ -16,7 +16,7 @@ _KINDS = ("full_adapter", "full_adapter_xl", "light_adapter")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
+class T2IAdapterConfig:
     """A T2I-Adapter."""
 
     kind: str
@@ -29,7 +29,7 @@ class AdapterConfig:
     """Pixels for each cell of the first level, per axis."""
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "AdapterConfig":
+    def from_dict(cls, config: Mapping[str, Any]) -> "T2IAdapterConfig":
         """Parse a diffusers T2IAdapter config.json; raises ExportError."""
         read = ConfigReader("adapter", config)
         read.fixed("_class_name", "T2IAdapter")
@@ -51,10 +51,10 @@ class AdapterConfig:
         return parsed
 
 
-class Adapter(Module):
+class T2IAdapter(Module):
     """A picture (N, C, H, W) in 0..1 to a residual for each level; H and W are multiples of the first's downscale."""
 
-    def __init__(self, config: AdapterConfig) -> None:
+    def __init__(self, config: T2IAdapterConfig) -> None:
         super().__init__("")
         self.adapter = _Body(config)
         self.outputs = tuple(f"down_intrablock_additional_residuals.{index}" for index in range(len(config.levels)))
@@ -64,7 +64,7 @@ class Adapter(Module):
 
 
 class _Body(Module):
-    def __init__(self, config: AdapterConfig) -> None:
+    def __init__(self, config: T2IAdapterConfig) -> None:
         super().__init__()
         inputs, light = config.in_channels * config.downscale**2, config.kind == "light_adapter"
         first = config.levels[0][0]
@@ -90,7 +90,7 @@ class _Body(Module):
         return levels
 
 
-def _unshuffled(op: Operators, picture: ir.Value, config: AdapterConfig) -> ir.Value:
+def _unshuffled(op: Operators, picture: ir.Value, config: T2IAdapterConfig) -> ir.Value:
     """Squares of pixels as channels: of the first channel all, then of the second."""
     cells = op.SpaceToDepth(picture, blocksize=config.downscale)  # pixel by pixel
     apart = op.Reshape(cells, [0, config.downscale**2, config.in_channels, -1])

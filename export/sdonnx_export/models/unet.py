@@ -17,7 +17,7 @@ from sdonnx_export.models.layers import Attention, Conv2d, GroupNorm, LayerNorm,
 from sdonnx_export.operators.base import Operators
 
 
-class Encoder(Module):
+class UNetDown(Module):
     """What a U-Net and a ControlNet have in common: all up to the middle, and what is told beside the picture."""
 
     def __init__(self, config: UNetConfig) -> None:
@@ -64,7 +64,7 @@ class Encoder(Module):
         return self.mid_block(op, x, temb, context)
 
 
-class UNet(Encoder):
+class UNet(UNetDown):
     """Latents (n, 4, h, w), timestep () and text (N, S, C) to the model's prediction (N, 4, h, w).
 
     N is a multiple of n: where rows differ in their text alone, as in classifier-free guidance, all that comes before
@@ -131,7 +131,7 @@ def residual_names(config: UNetConfig) -> list[str]:
     ]
 
 
-def kept_stage(config: UNetConfig) -> str:
+def cache_stage(config: UNetConfig) -> str:
     """The stage whose output step reuse keeps: all but the last on the way up is skipped, branch 0 of arXiv:2312.00858.
 
     In Stable Diffusion 1.5 that leaves 8 % of a step. A second residual block outside would make it 22 %, and brings

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 from onnxscript.nn import Module, ModuleList
-from sdonnx_runtime.packages.manifest import MEASURED
+from sdonnx_runtime.packages.manifest import MEASURED_STATS
 
 from sdonnx_export.models.configs import VaeConfig
 from sdonnx_export.models.layers import Attention, Conv2d, GroupNorm, ResnetBlock
@@ -25,7 +25,7 @@ class VaeDecoder(Module):
         latent = config.latent_channels
         self.post_quant_conv = Conv2d(latent, latent, 1) if config.post_quant_conv else None
         self.decoder = _Decoder(config)
-        self.outputs = ("sample", MEASURED) if config.tiled else ("sample",)
+        self.outputs = ("sample", MEASURED_STATS) if config.tiled else ("sample",)
         self.moments = _moments(config, layers=config.layers + 1, more=1)
 
     def forward(self, op: Operators, latents: ir.Value, *norms: ir.Value) -> tuple[ir.Value, ...]:
@@ -54,7 +54,7 @@ class VaeEncoder(Module):
         moments = 2 * config.latent_channels
         self.encoder = _Encoder(config)
         self.quant_conv = Conv2d(moments, moments, 1) if config.quant_conv else None
-        self.outputs = ("latent_parameters", MEASURED) if config.tiled else ("latent_parameters",)
+        self.outputs = ("latent_parameters", MEASURED_STATS) if config.tiled else ("latent_parameters",)
         self.moments = _moments(config, layers=config.layers)
 
     def forward(self, op: Operators, picture: ir.Value, *norms: ir.Value) -> tuple[ir.Value, ...]:

@@ -12,7 +12,7 @@ from sdonnx_runtime.arrays import AnyArray
 
 from sdonnx_export.checkpoint_model import Weight
 from sdonnx_export.operators.precision import PrecisionOf
-from sdonnx_export.operators.quantized import coded
+from sdonnx_export.operators.quantized import quantized_tensors
 
 OPSET = 20
 """Every ONNX Runtime from 1.20 on runs it, DirectML's included; Gelu is in it since then."""
@@ -26,7 +26,7 @@ OPSET_4_BITS, IR_VERSION_4_BITS = 21, 10
 CONTRIB = "com.microsoft"
 
 
-class Matrix(Parameter):
+class TransposedWeight(Parameter):
     """A linear layer's weight, stored (in_features, out_features): the transpose of the checkpoint's."""
 
 
@@ -91,7 +91,7 @@ class Operators(OpBuilder):
         return self._widened[name]
 
     def _dequantized(self, weight: Parameter, *, bits: int) -> ir.Value:
-        shape, inputs = sizes(weight), 0 if isinstance(weight, Matrix) else 1
+        shape, inputs = sizes(weight), 0 if isinstance(weight, TransposedWeight) else 1
         if bits == 4 and shape[inputs] % BLOCK == 0:
             codes, scale = self.store_codes(str(weight.name), self.reader(weight), shape, axis=inputs, bits=4)
             return self.DequantizeLinear(codes, scale, axis=inputs, block_size=BLOCK)
@@ -106,8 +106,8 @@ class Operators(OpBuilder):
     def store_codes(
         self, name: str, read: Callable[[], AnyArray], shape: tuple[int, ...], *, axis: int, bits: int = 8
     ) -> list[ir.Value]:
-        """The codes and scales of a weight as the graph has them; `coded` has the arguments."""
-        return [self.store(tensor) for tensor in coded(f"{name}_codes", read, shape, axis=axis, bits=bits)]
+        """The codes and scales of a weight as the graph has them; `quantized_tensors` has the arguments."""
+        return [self.store(tensor) for tensor in quantized_tensors(f"{name}_codes", read, shape, axis=axis, bits=bits)]
 
     def store(self, tensor: ir.TensorProtocol) -> ir.Value:
         """A tensor in the graph, under its own name, once."""
@@ -122,7 +122,7 @@ class Operators(OpBuilder):
 
         def read() -> AnyArray:
             data = self._weights[name].read().astype(np.float32)
-            return data.T if isinstance(weight, Matrix) else data
+            return data.T if isinstance(weight, TransposedWeight) else data
 
         return read
 

@@ -10,7 +10,7 @@ from onnxscript.nn import Parameter
 from sdonnx_runtime.arrays import AnyArray
 
 from sdonnx_export.checkpoint_model import Weight
-from sdonnx_export.operators.base import Matrix, Operators, sizes
+from sdonnx_export.operators.base import Operators, TransposedWeight, sizes
 from sdonnx_export.operators.precision import PrecisionOf
 from sdonnx_export.operators.quantized import Range
 
@@ -174,7 +174,7 @@ class Int8Operators(Operators):
         self, x: _Coded, weight: Parameter, bias: ir.Value | None, *, rows: slice = _ALL, columns: slice = _ALL
     ) -> ir.Value:
         """``x @ weight[rows, columns] + bias`` in float32."""
-        whole = sizes(weight)[:2] if isinstance(weight, Matrix) else sizes(weight)[1::-1]
+        whole = sizes(weight)[:2] if isinstance(weight, TransposedWeight) else sizes(weight)[1::-1]
         shape = tuple(len(range(size)[part]) for size, part in zip(whole, (rows, columns), strict=True))
         name = "".join([str(weight.name), *(f"_{part.start}" for part in (rows, columns) if part is not _ALL)])
         read = self.reader(weight)

@@ -7,7 +7,7 @@ points into the same weights file, so a chain runs through little memory, or fro
 from itertools import groupby
 
 import onnx_ir as ir
-from sdonnx_runtime.packages.manifest import EMBEDS, KEPT
+from sdonnx_runtime.packages.manifest import CACHED_FEATURES, EMBEDS
 
 
 def stage_of(node: ir.Node) -> str:
@@ -23,7 +23,7 @@ def name_edges(graph: ir.Graph) -> None:
             value.name = stage if index == 0 else f"{stage}.{index}"
 
 
-def slim(graph: ir.Graph) -> None:
+def strip_names(graph: ir.Graph) -> None:
     """Takes from a graph what nothing reads: long names of values within a stage, and their shapes."""
     for index, (stage, nodes) in enumerate(groupby(graph, key=stage_of)):
         inner = [value for node in nodes for value in node.outputs if not _leaves(value, stage)]
@@ -50,7 +50,7 @@ def cut(model: ir.Model) -> list[ir.Model]:
     return pieces
 
 
-def reuse_graphs(model: ir.Model, stage: str) -> dict[str, ir.Model]:
+def cache_graphs(model: ir.Model, stage: str) -> dict[str, ir.Model]:
     """The two graphs of step reuse (DeepCache, arXiv:2312.00858), by the names of their variants.
 
     ``keeping`` is the whole, which also gives as KEPT what ``stage`` gives; ``reusing`` takes KEPT in its place, and
@@ -60,7 +60,7 @@ def reuse_graphs(model: ir.Model, stage: str) -> dict[str, ir.Model]:
     edge = next(value for node in graph for value in node.outputs if value.name == stage)
     keeping = ir.convenience.extract(graph, graph.inputs, [*graph.outputs, edge])
     reusing = ir.convenience.extract(graph, [*graph.inputs, edge], graph.outputs)
-    keeping.outputs[-1].name = reusing.inputs[-1].name = KEPT
+    keeping.outputs[-1].name = reusing.inputs[-1].name = CACHED_FEATURES
     pieces = {"keeping": keeping, "reusing": reusing}
     return {name: ir.Model(piece, ir_version=model.ir_version) for name, piece in pieces.items()}
 

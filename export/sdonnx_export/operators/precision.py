@@ -45,7 +45,7 @@ _EXCEPTIONS: dict[Precision, tuple[tuple[str, Precision], ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mix:
+class MixedPrecision:
     """A precision for each layer."""
 
     base: Precision
@@ -54,7 +54,7 @@ class Mix:
     """By component, then by a pattern of layers' names (`matches`); the first match counts."""
 
     @classmethod
-    def read(cls, path: Path) -> "Mix":
+    def read(cls, path: Path) -> "MixedPrecision":
         """What a TOML file says: ``base``, and for each component a table of patterns.
 
         Raises:
@@ -96,19 +96,19 @@ class Mix:
                     )
 
 
-Choice: TypeAlias = Precision | Mix
+PrecisionSpec: TypeAlias = Precision | MixedPrecision
 """Of a package."""
 
 
-def named(precision: str) -> Choice:
-    """One of PRECISIONS, or with ``mixed:FILE`` what `Mix.read` gives.
+def parse_precision(precision: str) -> PrecisionSpec:
+    """One of PRECISIONS, or with ``mixed:FILE`` what `MixedPrecision.read` gives.
 
     Raises:
         RequestError: it is neither.
         ExportError: the file can't be honoured.
     """
     if precision.startswith("mixed:"):
-        return Mix.read(Path(precision.removeprefix("mixed:")))
+        return MixedPrecision.read(Path(precision.removeprefix("mixed:")))
     if precision not in _BY_NAME:
         raise RequestError(f"precision '{precision}' is unknown; choose {', '.join(PRECISIONS)} or mixed:FILE")
     return _BY_NAME[precision]
@@ -119,9 +119,11 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
-def precision_of(package: Choice, component: str) -> PrecisionOf:
+def precision_of(package: PrecisionSpec, component: str) -> PrecisionOf:
     """What the layers of a component have."""
-    base, patterns = (package.base, package.patterns.get(component, {})) if isinstance(package, Mix) else (package, {})
+    base, patterns = (
+        (package.base, package.patterns.get(component, {})) if isinstance(package, MixedPrecision) else (package, {})
+    )
 
     def find(name: str) -> Precision:
         chosen = [precision for pattern, precision in patterns.items() if matches(pattern, name)]
@@ -131,9 +133,9 @@ def precision_of(package: Choice, component: str) -> PrecisionOf:
     return find
 
 
-def label(package: Choice, component: str) -> str:
+def label(package: PrecisionSpec, component: str) -> str:
     """What the manifest calls a component's precision."""
-    if isinstance(package, Mix):
+    if isinstance(package, MixedPrecision):
         return "mixed" if component in package.patterns else package.base
     return package
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import ml_dtypes
 import onnx_ir as ir
-from sdonnx_runtime.adapters.quantization import BLOCK, block_scales, channel_scales, codes4, codes8
+from sdonnx_runtime.adapters.quantization import BLOCK, block_scales, channel_scales, quantize_int4, quantize_int8
 from sdonnx_runtime.arrays import AnyArray, Array
 
 
@@ -24,7 +24,7 @@ class Range:
         return cls(scale=scale, zero=round(-low / scale))
 
 
-def coded(
+def quantized_tensors(
     name: str, read: Callable[[], AnyArray], shape: tuple[int, ...], *, axis: int, bits: int = 8
 ) -> tuple[ir.LazyTensor, ir.LazyTensor]:
     """A weight's codes and scales, made when they are written.
@@ -46,8 +46,8 @@ def coded(
     def make_codes() -> ir.Tensor:
         data = read()
         if bits == 8:
-            return ir.Tensor(codes8(data, scales(data), axis), name=name)
-        codes: AnyArray = codes4(data, scales(data), axis).astype(ml_dtypes.int4)
+            return ir.Tensor(quantize_int8(data, scales(data), axis), name=name)
+        codes: AnyArray = quantize_int4(data, scales(data), axis).astype(ml_dtypes.int4)
         return ir.Tensor(codes, name=name)
 
     def make_scales() -> ir.Tensor:

@@ -25,7 +25,7 @@ def fit_preview(directory: Path, manifest: Manifest) -> tuple[tuple[float, ...],
     space = manifest.latents
     if "vae_encoder" not in manifest.components:
         return None
-    values = np.concatenate([to_values(picture) for picture in colour_fields(_CELLS * space.downscale)])
+    values = np.concatenate([to_values(picture) for picture in smooth_color_images(_CELLS * space.downscale)])
     encoder = Session(directory / manifest.components["vae_encoder"].graphs["plain"], device="cpu")
     moments = np.concatenate([next(iter(encoder.run({"sample": one[None]}).values())) for one in values])
     latents = (moments[:, : space.channels] - space.shift_factor) * space.scaling_factor
@@ -34,7 +34,7 @@ def fit_preview(directory: Path, manifest: Manifest) -> tuple[tuple[float, ...],
     return tuple(tuple(round(float(weight), 5) for weight in row) for row in solution)
 
 
-def colour_fields(pixels: int, places: int = 4) -> list[Image.Image]:
+def smooth_color_images(pixels: int, places: int = 4) -> list[Image.Image]:
     """Square pictures, always the same ones: random colours at so many places a side, smooth between them."""
     colours = np.random.RandomState(0).randint(0, 256, (_PICTURES, places, places, 3)).astype(np.uint8)
     return [Image.fromarray(each).resize((pixels, pixels), Image.Resampling.BICUBIC) for each in colours]

@@ -9,10 +9,10 @@ import onnx_ir as ir
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import ExportError
 from sdonnx_runtime.execution.session import Port, Session
-from sdonnx_runtime.packages.manifest import CONTROLS, KEPT, Manifest, channels_beside, read_json
+from sdonnx_runtime.packages.manifest import CACHED_FEATURES, CONTROLS, Manifest, channels_beside, read_json
 from sdonnx_runtime.request import Request
 from sdonnx_runtime.text.conditioning import condition
-from sdonnx_runtime.text.prompt_schedule import Rows
+from sdonnx_runtime.text.prompt_schedule import StepPrompts
 
 from sdonnx_export.operators.partition import cut
 
@@ -41,14 +41,14 @@ def verify(directory: Path, manifest: Manifest, report: Callable[[str, float], N
         seen: dict[bytes, dict[str, AnyArray]] = {}
         for variant, path in sorted(manifest.components[component].graphs.items()):  # what keeps, then what reuses
             outputs = found[variant] = _run(directory / path, feeds, seen)
-            feeds.update({KEPT: outputs.pop(KEPT)} if KEPT in outputs else {})
+            feeds.update({CACHED_FEATURES: outputs.pop(CACHED_FEATURES)} if CACHED_FEATURES in outputs else {})
             _expect(f"{component} ({variant})", _first(outputs), _first(next(iter(found.values()))).shape)
         return found["plain"]
 
     if "unet" in manifest.components:
         encoded = {encoder.component: run(encoder.component) for encoder in manifest.text_encoders}
         request = Request(prompt="", width=pixels, height=pixels, guidance_scale=1)
-        rows = Rows(negative="", conditional=("",))
+        rows = StepPrompts(negative="", conditional=("",))
         feeds.update(condition(manifest, request, rows, lambda encoder, _text: encoded[encoder.component]))
         feeds["sample"] = np.concatenate([latents, beside], axis=1)
         _expect("unet", _first(run("unet")), latents.shape)

@@ -15,8 +15,8 @@ from sdonnx_runtime.packages.optimum_layout import manifest_of_control, manifest
 
 from sdonnx_export.checkpoint_model import Checkpoint, Report
 from sdonnx_export.models.components import components_of
-from sdonnx_export.operators.partition import slim
-from sdonnx_export.operators.precision import Choice, label
+from sdonnx_export.operators.partition import strip_names
+from sdonnx_export.operators.precision import PrecisionSpec, label
 from sdonnx_export.packaging.clip_tokenizer import write_clip_tokenizer
 
 GRAPH, WEIGHTS = "model.onnx", "model.onnx_data"
@@ -45,7 +45,9 @@ def write_components(
         return {name: digest.result() for name, digest in digests.items()}
 
 
-def manifest_of(directory: Path, files: Mapping[str, dict[str, File]], precision: Choice, source: Source) -> Manifest:
+def manifest_of(
+    directory: Path, files: Mapping[str, dict[str, File]], precision: PrecisionSpec, source: Source
+) -> Manifest:
     """The manifest of what is written in ``directory``."""
     components = {
         name: Component(graphs=_graphs_among(listed), files=listed, precision=label(precision, name))
@@ -122,7 +124,7 @@ def _save(model: ir.Model, folder: Path, done: Callable[[float], None]) -> None:
         written += 1
         done(written / info.total)
 
-    slim(model.graph)
+    strip_names(model.graph)
     ir.save(
         model,
         folder / GRAPH,
@@ -140,7 +142,7 @@ def _save_variants(graphs: Mapping[str, ir.Model], folder: Path) -> None:
         for name, value in model.graph.initializers.items():
             if name in stored and isinstance(stored[name].const_value, ir.ExternalTensor):
                 value.const_value = stored[name].const_value
-        slim(model.graph)
+        strip_names(model.graph)
         for node in model.graph:
             node.name = None
         ir.save(model, folder / f"{variant}.onnx")

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript.nn import Parameter
 from sdonnx_runtime.arrays import AnyArray
-from sdonnx_runtime.denoising.init_image import encoded, pictures_of
+from sdonnx_runtime.denoising.init_image import encode_image, example_images
 from sdonnx_runtime.errors import ExportError
 from sdonnx_runtime.execution.components import Components, Runner
 from sdonnx_runtime.execution.session import Session
@@ -26,12 +26,12 @@ from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig
 from sdonnx_export.checkpoint_model import Checkpoint, Report, Weight
 from sdonnx_export.models.components import COMPONENTS, build
 from sdonnx_export.operators.base import Operators, sizes
-from sdonnx_export.operators.precision import Choice, PrecisionOf
+from sdonnx_export.operators.precision import PrecisionOf, PrecisionSpec
 from sdonnx_export.operators.quantized import Range
-from sdonnx_export.packaging.preview import colour_fields
+from sdonnx_export.packaging.preview import smooth_color_images
 from sdonnx_export.packaging.writer import manifest_of, write_components
 
-Seen: TypeAlias = Mapping[str, Mapping[str, Range]]
+ActivationRanges: TypeAlias = Mapping[str, Mapping[str, Range]]
 """The ranges of activations: by component, then by the names that `Int8Operators` has."""
 
 _PROMPTS = Path(__file__).parents[1] / "data" / "calibration_prompts.txt"
@@ -112,14 +112,14 @@ class TappedOperators(Operators):
         self.builder.add_output(self.Concat(*ends, axis=0), f"{_TAP}{name}")
 
 
-def observe(
+def calibrate(
     checkpoint: Checkpoint,
-    precision: Choice,
+    precision: PrecisionSpec,
     calibration: Calibration,
     work: Path,
     defaults: Mapping[str, Any],
     report: Report,
-) -> Seen:
+) -> ActivationRanges:
     """What a checkpoint's activations are.
 
     Args:
@@ -147,9 +147,9 @@ def observe(
         _show_pictures(observer, package)
         return observer.seen()
     pipeline, scheduler = Pipeline(package, device="cpu"), SchedulerConfig.from_dict(package.manifest.scheduler)
-    (picture,) = colour_fields(package.manifest.defaults.size)[:1]  # for models that are given one
+    (picture,) = smooth_color_images(package.manifest.defaults.size)[:1]  # for models that are given one
     for number, (prompt, count) in enumerate(zip(calibration.prompts, runs, strict=True)):
-        pictures = pictures_of(package.manifest, picture)
+        pictures = example_images(package.manifest, picture)
         request = pipeline.check(prompt, num_inference_steps=count, seed=number, **pictures)
         generation = Generation(package, observer, scheduler, request)
         for _ in generation.steps():
@@ -164,13 +164,13 @@ def observe(
 def _show_pictures(observer: Runner, package: Package) -> None:
     """Has a VAE alone encode and decode random colours, from smooth to grainy."""
     for places in _GRAINS:
-        for picture in colour_fields(_PIXELS, places)[:2]:
-            moments = encoded(observer, picture)
+        for picture in smooth_color_images(_PIXELS, places)[:2]:
+            moments = encode_image(observer, picture)
             observer("vae_decoder", {"latent_sample": moments[:, : package.manifest.latents.channels]})
 
 
-def given_to(component: str, work: Path) -> list[dict[str, AnyArray]]:
-    """The inputs of each of a component's runs that `observe` kept in ``work``, in their order."""
+def record_inputs(component: str, work: Path) -> list[dict[str, AnyArray]]:
+    """The inputs of each of a component's runs that `calibrate` kept in ``work``, in their order."""
     found = []
     for path in sorted((work / "seen").glob(f"{component}-*.npz")):
         with np.load(path) as saved:
@@ -179,7 +179,7 @@ def given_to(component: str, work: Path) -> list[dict[str, AnyArray]]:
 
 
 def _write_tapped(
-    checkpoint: Checkpoint, precision: Choice, directory: Path, defaults: Mapping[str, Any], report: Report
+    checkpoint: Checkpoint, precision: PrecisionSpec, directory: Path, defaults: Mapping[str, Any], report: Report
 ) -> None:
     def make(name: str) -> dict[str, ir.Model]:
         return {"plain": build(name, checkpoint.parts[COMPONENTS[name].part], precision, TappedOperators)}
@@ -226,7 +226,7 @@ class _Observer(Runner):
         with np.load(path) as saved:
             return {key: saved[key] for key in saved.files if not key.startswith((_TAP, _GIVEN))}
 
-    def seen(self) -> Seen:
+    def seen(self) -> ActivationRanges:
         """From the least to the greatest: clipping was measured, and costs more than coarser steps do."""
         found: dict[str, dict[str, list[AnyArray]]] = {}
         for path in sorted(self._work.glob("*.npz")):

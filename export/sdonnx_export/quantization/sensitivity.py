@@ -22,15 +22,15 @@ from sdonnx_runtime.outputs.atomic import replacing
 from sdonnx_runtime.request import given
 
 from sdonnx_export.checkpoint_model import Part, Report
-from sdonnx_export.checkpoints.open import opened
+from sdonnx_export.checkpoints.open import open_source
 from sdonnx_export.models.components import build, layers
 from sdonnx_export.operators.base import Operators
 from sdonnx_export.operators.int8 import Int8Operators
 from sdonnx_export.operators.partition import cut
-from sdonnx_export.operators.precision import Mix, Precision, precision_of
+from sdonnx_export.operators.precision import MixedPrecision, Precision, precision_of
 from sdonnx_export.operators.quantized import Range
 from sdonnx_export.packaging.writer import GRAPH
-from sdonnx_export.quantization.calibration import Calibration, given_to, observe
+from sdonnx_export.quantization.calibration import Calibration, calibrate, record_inputs
 
 NARROW: tuple[Precision, ...] = ("int8", "int8-weights", "int4")
 WIDE: Precision = "fp16"
@@ -45,7 +45,7 @@ class Group:
     """Layers of one module, and what it does to the U-Net when they alone are narrow."""
 
     name: str
-    """The module: a pattern for `Mix`."""
+    """The module: a pattern for `MixedPrecision`."""
     error: float
     """Root mean square of the difference in the U-Net's output, relative to the output's own, over the timesteps."""
     saved: int
@@ -69,14 +69,14 @@ class Sensitivity:
     groups: tuple[Group, ...]
     """The costliest first."""
 
-    def mix(self, budget: int) -> Mix:
+    def mix(self, budget: int) -> MixedPrecision:
         """The precision, but for the costliest groups, in WIDE, that add no more than ``budget`` bytes together."""
         kept: dict[str, Precision] = {}
         for group in self.groups:
             if group.kept <= budget:
                 kept[group.name] = WIDE
                 budget -= group.kept
-        return Mix(base=self.precision, patterns={"unet": kept})
+        return MixedPrecision(base=self.precision, patterns={"unet": kept})
 
 
 def sensitivity(
@@ -107,7 +107,7 @@ def sensitivity(
     """
     if precision not in NARROW:
         raise RequestError(f"precision is '{precision}'; choose {', '.join(NARROW)}")
-    checkpoint = opened(source, vae, revision, report)
+    checkpoint = open_source(source, vae, revision, report)
     if "unet" not in checkpoint.parts:
         raise ExportError(f"{source} has no U-Net whose layers could be judged; give a whole checkpoint")
     calibration = given(Calibration.named("full" if precision == "int8" else "fast"))
@@ -115,8 +115,8 @@ def sensitivity(
     try:
         with tempfile.TemporaryDirectory(prefix=".sensitivity-", dir=Path.cwd(), ignore_cleanup_errors=True) as folder:
             work = Path(folder)
-            seen = observe(checkpoint, precision, calibration, work, suits, report)
-            moments = _moments(given_to("unet", work))
+            seen = calibrate(checkpoint, precision, calibration, work, suits, report)
+            moments = _moments(record_inputs("unet", work))
             weights = work / "package" / "unet" / GRAPH
             error, groups = measure(checkpoint.parts["unet"], precision, seen["unet"], moments, weights, report)
     except OSError as error:
@@ -154,7 +154,7 @@ def measure(
     def stages(names: Iterable[str]) -> list[ir.Model]:
         """The U-Net with these groups narrow."""
         narrow: dict[str, Precision] = {layer: each for name in names for layer, each in members[name].items()}
-        model = build("unet", part, Mix(base="fp32", patterns={"unet": narrow}), operators)
+        model = build("unet", part, MixedPrecision(base="fp32", patterns={"unet": narrow}), operators)
         for name, value in model.graph.initializers.items():
             if name in part.weights:
                 value.const_value = stored[name]
@@ -181,7 +181,7 @@ def measure(
     return error, _ranked(found)
 
 
-def write_mix(path: Path, found: Sensitivity, budget: int) -> Mix:
+def write_mixed_precision(path: Path, found: Sensitivity, budget: int) -> MixedPrecision:
     """Writes `Sensitivity.mix` as a file for ``export --precision mixed:FILE``, and returns it.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 
-from sdonnx_runtime.adapters.lora_keys import PARAMETERS, place_of, split_name
+from sdonnx_runtime.adapters.lora_keys import PARAMETERS, split_component, split_name
 from sdonnx_runtime.adapters.tensor_files import TensorFile, open_safetensors
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import RequestError
@@ -48,7 +48,7 @@ AnyLora: TypeAlias = Lora | tuple[Path | str, float] | Path | str
 """What `Lora.of` takes."""
 
 
-def in_folder(folder: Path | None, name: str, scale: float) -> Lora:
+def find_lora(folder: Path | None, name: str, scale: float) -> Lora:
     """What a prompt means by ``<lora:name:scale>``: a file in a folder or in one within it.
 
     Raises:
@@ -67,7 +67,7 @@ def in_folder(folder: Path | None, name: str, scale: float) -> Lora:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
+class LayerDelta:
     """What one file does to one layer."""
 
     layer: str
@@ -204,7 +204,7 @@ _TENSORS: Mapping[str, tuple[set[str], set[str]]] = {
 class LoraFile:
     """What a file has."""
 
-    changes: Mapping[tuple[str, str], Change]
+    changes: Mapping[tuple[str, str], LayerDelta]
     """By component, and by module as `known_names` spells them."""
     strange: tuple[str, ...]
     """Names of tensors that no kind of adapter has."""
@@ -226,11 +226,11 @@ def read_lora(path: Path) -> LoraFile:
         else:
             layers[layer][parameter] = name
     settings = _settings(file)
-    changes: dict[tuple[str, str], Change] = {}
+    changes: dict[tuple[str, str], LayerDelta] = {}
     for layer, names in layers.items():
-        place = place_of(layer)
+        place = split_component(layer)
         alpha, by_root = _told(settings, place[0], layer)
-        change = Change(layer=layer, names=names, file=file, alpha=alpha, by_root=by_root)
+        change = LayerDelta(layer=layer, names=names, file=file, alpha=alpha, by_root=by_root)
         if change.kind is None:
             strange.extend(names.values())
         else:

@@ -34,7 +34,7 @@ def split_name(name: str) -> tuple[str, str] | None:
     return None
 
 
-def place_of(module: str) -> tuple[str, str]:
+def split_component(module: str) -> tuple[str, str]:
     """The component that a module's name means, and the module as `known_names` spells it."""
     module = module.removeprefix("base_model.model.").replace(".processor.", ".")
     for start, component in _COMPONENTS.items():

@@ -10,18 +10,18 @@ from typing import TypeAlias
 
 import numpy as np
 
-from sdonnx_runtime.adapters.lora import Change, Lora, read_lora
+from sdonnx_runtime.adapters.lora import LayerDelta, Lora, read_lora
 from sdonnx_runtime.adapters.lora_keys import known_names
-from sdonnx_runtime.adapters.quantization import block_scales, channel_scales, codes4, codes8, widened
+from sdonnx_runtime.adapters.quantization import block_scales, channel_scales, dequantize, quantize_int4, quantize_int8
 from sdonnx_runtime.adapters.textual_inversion import Embedding
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import PackageError, RequestError
-from sdonnx_runtime.graphs.initializers import FLOAT, INT4, Elements, Initializer, read_initializers
+from sdonnx_runtime.graphs.initializers import FLOAT, INT4, Initializer, TensorData, read_initializers
 from sdonnx_runtime.packages.package import Package
 
 logger = logging.getLogger(__name__)
 
-Changes: TypeAlias = Mapping[str, Sequence[tuple[Change, float]]]
+LayerDeltas: TypeAlias = Mapping[str, Sequence[tuple[LayerDelta, float]]]
 """What is done to a component's modules, each with its scale."""
 
 _WEIGHT = re.compile(r"(?P<module>.+)\.weight(?:_(?P<start>\d+))?(?P<codes>_codes)?$")
@@ -33,13 +33,13 @@ class Adapters:
     """What is applied to a package."""
 
     loras: tuple[Lora, ...] = ()
-    changes: Mapping[str, Changes] = field(default_factory=dict[str, Changes])
+    changes: Mapping[str, LayerDeltas] = field(default_factory=dict[str, LayerDeltas])
     """What that does, by component."""
     embeddings: tuple[Embedding, ...] = ()
     """The words that its text encoders are taught."""
 
 
-def adapters_of(package: Package, loras: Sequence[Lora], *, lenient: bool = False) -> Adapters:
+def load_adapters(package: Package, loras: Sequence[Lora], *, lenient: bool = False) -> Adapters:
     """Finds each layer that adapters change.
 
     Args:
@@ -59,19 +59,19 @@ def adapters_of(package: Package, loras: Sequence[Lora], *, lenient: bool = Fals
             "for; export its checkpoint with 'sdonnx export'"
         )
     modules = {name: _modules(package.graph(name)) for name in _adapted(package)}
-    return Adapters(loras=tuple(loras), changes=find_changes(package.name, modules, loras, lenient=lenient))
+    return Adapters(loras=tuple(loras), changes=match_keys(package.name, modules, loras, lenient=lenient))
 
 
-def find_changes(
+def match_keys(
     model: str, modules: Mapping[str, Sequence[str]], loras: Sequence[Lora], *, lenient: bool = False
-) -> dict[str, Changes]:
+) -> dict[str, LayerDeltas]:
     """What adapters do to a model of these ``modules`` by component, such as ``mid_block.attentions.0.proj_in``.
 
     Raises:
-        RequestError: as `adapters_of` does.
+        RequestError: as `load_adapters` does.
     """
     names = {component: known_names(each) for component, each in modules.items()}
-    found: dict[str, dict[str, list[tuple[Change, float]]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[str, dict[str, list[tuple[LayerDelta, float]]]] = defaultdict(lambda: defaultdict(list))
     for lora in loras:
         file = read_lora(lora.path)
         left = list(file.strange)
@@ -93,7 +93,7 @@ def find_changes(
     return {component: _of_some_scale(each) for component, each in found.items()}
 
 
-def _of_some_scale(modules: Changes) -> Changes:
+def _of_some_scale(modules: LayerDeltas) -> LayerDeltas:
     kept = {name: [(change, scale) for change, scale in each if scale != 0] for name, each in modules.items()}
     return {name: each for name, each in kept.items() if each}
 
@@ -115,25 +115,25 @@ def module_of(initializer: str) -> str | None:
     return None if match is None else match["module"]
 
 
-def merged(graph: Path, changes: Changes) -> dict[str, Elements]:
+def merge_lora(graph: Path, changes: LayerDeltas) -> dict[str, TensorData]:
     """A graph's initializers that the changes touch, as they are with them; what is in codes is rounded anew.
 
     Raises:
         RequestError: a change is of another size than its weight.
         PackageError: the graph is damaged.
     """
-    return changed(graph, read_initializers(graph), changes) if changes else {}
+    return merge_weights(graph, read_initializers(graph), changes) if changes else {}
 
 
-def changed(graph: Path, initializers: Mapping[str, Initializer], changes: Changes) -> dict[str, Elements]:
-    """Like `merged`, of some of a graph's ``initializers``; those of a layer are all there, or none."""
+def merge_weights(graph: Path, initializers: Mapping[str, Initializer], changes: LayerDeltas) -> dict[str, TensorData]:
+    """Like `merge_lora`, of some of a graph's ``initializers``; those of a layer are all there, or none."""
     pieces: dict[str, list[Initializer]] = defaultdict(list)
     for name, each in initializers.items():
         match = _WEIGHT.match(name)
         if match is not None and match["module"] in changes:
             pieces[match["module"]].append(each)
 
-    found: dict[str, Elements] = {}
+    found: dict[str, TensorData] = {}
     for module, mine in pieces.items():
         bias = initializers.get(f"{module}.bias")
         mine.sort(key=lambda piece: int(_matched(piece)["start"] or 0))
@@ -170,7 +170,7 @@ class _Layer:
         pieces = [self._read(piece) for piece in self._pieces]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=0 if self._by_output else 1)
 
-    def written(self, weight: Array) -> Iterator[tuple[str, Elements]]:
+    def written(self, weight: Array) -> Iterator[tuple[str, TensorData]]:
         """The pieces' initializers of a weight (out, n)."""
         start, axis = 0, 0 if self._by_output else 1
         for piece in self._pieces:
@@ -186,7 +186,7 @@ class _Layer:
         if _matched(piece)["codes"] is None:
             wide = data.astype(np.float32)
         else:
-            wide = widened(data, self._stored[f"{piece.name}_scale"].read(), self._axis(piece))
+            wide = dequantize(data, self._stored[f"{piece.name}_scale"].read(), self._axis(piece))
         return wide.T if wide.ndim == 2 else wide.reshape(len(wide), -1)
 
     def _axis(self, piece: Initializer) -> int:
@@ -194,13 +194,16 @@ class _Layer:
         outputs = 1 if len(piece.shape) == 2 else 0
         return 1 - outputs if piece.data_type == INT4 else outputs
 
-    def _coded(self, piece: Initializer, data: Array) -> Iterator[tuple[str, Elements]]:
+    def _coded(self, piece: Initializer, data: Array) -> Iterator[tuple[str, TensorData]]:
         if not np.isfinite(data).all():
             raise RequestError(f"with its adapters '{piece.name}' has values that are not finite; give a smaller scale")
         if _matched(piece)["codes"] is None:
-            yield piece.name, Elements.of(data, piece.data_type)
+            yield piece.name, TensorData.of(data, piece.data_type)
             return
         axis, in_4_bits = self._axis(piece), piece.data_type == INT4
         scales = (block_scales if in_4_bits else channel_scales)(data, axis)
-        yield f"{piece.name}_scale", Elements.of(scales, FLOAT)
-        yield piece.name, Elements.of((codes4 if in_4_bits else codes8)(data, scales, axis), piece.data_type)
+        yield f"{piece.name}_scale", TensorData.of(scales, FLOAT)
+        yield (
+            piece.name,
+            TensorData.of((quantize_int4 if in_4_bits else quantize_int8)(data, scales, axis), piece.data_type),
+        )

@@ -27,7 +27,7 @@ def _blocked(data: AnyArray, axis: int) -> AnyArray:
     return data.reshape(*data.shape[:axis], -1, BLOCK, *data.shape[axis + 1 :])
 
 
-def codes8(data: AnyArray, scales: Array, axis: int) -> AnyArray:
+def quantize_int8(data: AnyArray, scales: Array, axis: int) -> AnyArray:
     """int8 codes of ``data`` under `channel_scales`."""
     shape = [1] * data.ndim
     shape[axis] = -1
@@ -36,15 +36,15 @@ def codes8(data: AnyArray, scales: Array, axis: int) -> AnyArray:
     return codes.clip(-127, 127, out=codes).astype(np.int8)
 
 
-def codes4(data: AnyArray, scales: Array, axis: int) -> AnyArray:
+def quantize_int4(data: AnyArray, scales: Array, axis: int) -> AnyArray:
     """Codes of 4 bits, as int8, of ``data`` under `block_scales`."""
     blocks = _blocked(data, axis) / np.expand_dims(scales, axis + 1)
     np.rint(blocks, out=blocks)
     return blocks.clip(-8, 7, out=blocks).reshape(data.shape).astype(np.int8)
 
 
-def widened(codes: AnyArray, scales: Array, axis: int) -> Array:
-    """The float32 weights that codes of either kind stand for: of `codes8` if ``scales`` are of one axis."""
+def dequantize(codes: AnyArray, scales: Array, axis: int) -> Array:
+    """The float32 weights that codes of either kind stand for: of `quantize_int8` if ``scales`` are of one axis."""
     if scales.ndim > 1:
         blocks = _blocked(codes, axis) * np.expand_dims(scales, axis + 1)
         return blocks.reshape(codes.shape)

@@ -70,14 +70,14 @@ def _rows(path: Path, name: str, data: AnyArray) -> Array:
     return data.reshape(-1, data.shape[-1]).astype(np.float32, copy=False)
 
 
-FIRST = 2**31
+FIRST_PLACEHOLDER_ID = 2**31
 """The first id of learned words; vocabularies end before."""
 
 Inputs: TypeAlias = tuple[dict[str, AnyArray], str]
 """What a text encoder is given, and the graph that takes it."""
 
 
-class Learned:
+class TextualInversions:
     """The words that a package's text encoders are taught.
 
     Args:
@@ -105,7 +105,7 @@ class Learned:
         word = embedding.word.lower()
         if not word.strip() or word != word.strip() or word in self.words:
             raise RequestError(f"'{embedding.word}' can't stand for a textual inversion, or does so for two; name it")
-        first = FIRST + sum(map(len, self.words.values()))
+        first = FIRST_PLACEHOLDER_ID + sum(map(len, self.words.values()))
         self.words[word] = tuple(range(first, first + len(next(iter(embedding.vectors.values())))))
 
     def _vectors_for(self, component: str, embedding: Embedding) -> Array:
@@ -127,12 +127,12 @@ class Learned:
 
     def inputs(self, component: str, ids: NDArray[np.int64]) -> Inputs:
         """What a text encoder is given for ids (N, S)."""
-        new = ids >= FIRST
+        new = ids >= FIRST_PLACEHOLDER_ID
         if not new.any():
             return {"input_ids": ids}, "plain"
         known = np.where(new, 0, ids)  # lower than the id of the end, which the encoder looks for
         vectors = self._rows(component, known)
-        vectors[new] = self._vectors[component][ids[new] - FIRST]
+        vectors[new] = self._vectors[component][ids[new] - FIRST_PLACEHOLDER_ID]
         return {"input_ids": known, EMBEDS: vectors}, "embedded"
 
     def _rows(self, component: str, ids: NDArray[np.int64]) -> Array:

@@ -7,10 +7,10 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 
 from sdonnx_runtime.arrays import AnyArray, Array
-from sdonnx_runtime.denoising.denoiser import within_steps
+from sdonnx_runtime.denoising.denoiser import is_within_steps
 from sdonnx_runtime.errors import PackageError, RequestError
-from sdonnx_runtime.images.crop import Region
-from sdonnx_runtime.images.preprocess import fitted, opaque
+from sdonnx_runtime.images.crop import CropRegion
+from sdonnx_runtime.images.preprocess import flatten_alpha, resize_to_fit
 from sdonnx_runtime.packages.manifest import read_json
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.request import Control, Request, given
@@ -30,14 +30,14 @@ _UNETS: Mapping[str, Any] = {
 """diffusers' defaults of what is compared."""
 
 
-def place(index: int) -> str:
+def component_prefix(index: int) -> str:
     """What the names of a control's components begin with."""
     return f"control.{index}/"
 
 
-def components_of(nets: Sequence[Package]) -> list[str]:
+def control_components(nets: Sequence[Package]) -> list[str]:
     """The names of the nets' components."""
-    return [f"{place(index)}{net.control}" for index, net in enumerate(nets)]
+    return [f"{component_prefix(index)}{net.control}" for index, net in enumerate(nets)]
 
 
 def adapter_levels(kind: str, channels: Sequence[int], downscale: int) -> tuple[tuple[int, int], ...]:
@@ -54,7 +54,7 @@ def adapter_levels(kind: str, channels: Sequence[int], downscale: int) -> tuple[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
+class ResidualSpec:
     """Where a U-Net can be added to."""
 
     beside: tuple[int, ...]
@@ -67,7 +67,7 @@ class Places:
     """Whether sizes are told it, as SDXL is."""
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], downscale: int = 8) -> "Places":
+    def of(cls, config: Mapping[str, Any], downscale: int = 8) -> "ResidualSpec":
         """Those of a U-Net or a ControlNet by diffusers' config.json; ``downscale`` is the latents'."""
         values = {key: default if config.get(key) is None else config[key] for key, default in _UNETS.items()}
         channels, kinds, layers = (
@@ -92,7 +92,7 @@ def described(net: Package) -> str:
     if net.control == "adapter":
         levels = ", ".join(f"{width} channels at 1/{scale}" for width, scale in _levels(config))
         return f"U-Nets with {levels}"
-    places = Places.of(config)
+    places = ResidualSpec.of(config)
     family = "SDXL" if places.told else "Stable Diffusion 1 or 2"
     return (
         f"{family}: text of {places.context} numbers, U-Nets with {len(places.beside)} skips of {places.beside[0]} to "
@@ -111,7 +111,7 @@ def check_control(package: Package, net: Package) -> None:
             f"{net.root} is {net.kind}, no ControlNet or T2I-Adapter; give a package that 'sdonnx export' made of one"
         )
     unet, config = read_json(package.root / "unet" / "config.json"), _config(net)
-    mine = Places.of(unet, package.manifest.latents.downscale)
+    mine = ResidualSpec.of(unet, package.manifest.latents.downscale)
     if net.control == "adapter":
         levels = _levels(config)
         if levels == mine.inside[: len(levels)]:
@@ -121,7 +121,7 @@ def check_control(package: Package, net: Package) -> None:
             f"{net.name} gives channels of {found}, the U-Net of {package.name} takes {wanted}; "
             "give a T2I-Adapter that was made for it"
         )
-    its = Places.of(config)
+    its = ResidualSpec.of(config)
     if (its.beside, its.context, its.told) != (mine.beside, mine.context, mine.told):
         raise PackageError(
             f"{net.name} steers {described(net)}, but {package.name} has text of {mine.context} numbers and "
@@ -154,7 +154,7 @@ def _levels(config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
 
 
 @dataclass(kw_only=True)
-class Net:
+class ControlModel:
     """One net and its picture in one pass."""
 
     kind: str
@@ -180,7 +180,7 @@ class Net:
         feeds = {name: inputs[name][rows] for name in ("sample", "encoder_hidden_states", *self.told)}
         feeds["sample"] = feeds["sample"][:, : self.channels]
         made = self.run({**feeds, "timestep": inputs["timestep"], "controlnet_cond": self.picture})
-        found = dict(zip(added_by(self.kind, made), made.values(), strict=True))
+        found = dict(zip(residual_names(self.kind, made), made.values(), strict=True))
         weights = np.logspace(-1, 0, len(found)) if guess else np.ones(len(found))
         count = len(inputs["encoder_hidden_states"])
         scaled = {
@@ -190,7 +190,7 @@ class Net:
         return {name: _last_of(count, value) for name, value in scaled.items()} if guess else scaled
 
 
-def added_by(kind: str, outputs: Collection[str]) -> list[str]:
+def residual_names(kind: str, outputs: Collection[str]) -> list[str]:
     """What a U-Net calls the outputs of a net of a kind, in their order."""
     beside = [f"{_BESIDE}.{index}" for index in range(len(outputs) - 1)]
     return [*outputs] if kind == "adapter" else [*beside, _MIDDLE]
@@ -201,7 +201,9 @@ def _last_of(count: int, row: Array) -> Array:
     return np.concatenate([np.zeros((count - 1, *row.shape[1:]), row.dtype), row])
 
 
-def net_of(index: int, package: Package, run: Callable[..., Any], request: Request, region: Region | None) -> Net:
+def make_control(
+    index: int, package: Package, run: Callable[..., Any], request: Request, region: CropRegion | None
+) -> ControlModel:
     """A net with its picture in the size of a checked request's pass.
 
     Args:
@@ -213,14 +215,14 @@ def net_of(index: int, package: Package, run: Callable[..., Any], request: Reque
     """
     control, config, kind = request.controls[index], _config(package), str(package.control)
     size = given(request.width), given(request.height)
-    picture = opaque(control.image)
-    picture = fitted(picture, size, request.fit) if region is None else region.cut(picture)
+    picture = flatten_alpha(control.image)
+    picture = resize_to_fit(picture, size, request.fit) if region is None else region.cut(picture)
     gray = config.get("in_channels", 3) == 1 and kind == "adapter"
     pixels = np.asarray(picture.convert("L"))[..., None] if gray else np.asarray(picture)
     told = ("text_embeds", "time_ids") if config.get("addition_embed_type") is not None else ()
-    return Net(
+    return ControlModel(
         kind=kind,
-        run=lambda feeds: run(f"{place(index)}{kind}", feeds),
+        run=lambda feeds: run(f"{component_prefix(index)}{kind}", feeds),
         picture=np.moveaxis(pixels.astype(np.float32) / np.float32(255), 2, 0)[None],
         told=told,
         channels=config.get("in_channels", 4),
@@ -228,7 +230,7 @@ def net_of(index: int, package: Package, run: Callable[..., Any], request: Reque
     )
 
 
-class Controlled:
+class ControlledUNet:
     """A U-Net that nets add to; without any it is the U-Net alone.
 
     In steps that reuse another's inner part (`StepReuse`) the nets don't run, and what they gave last is added.
@@ -241,8 +243,12 @@ class Controlled:
         steps: how many there will be.
     """
 
-    def __init__(self, run: Run, package: Package, nets: Sequence[Net], *, guess: bool, steps: int) -> None:
-        unet = Places.of(read_json(package.root / "unet" / "config.json")) if nets else Places(beside=(), inside=())
+    def __init__(self, run: Run, package: Package, nets: Sequence[ControlModel], *, guess: bool, steps: int) -> None:
+        unet = (
+            ResidualSpec.of(read_json(package.root / "unet" / "config.json"))
+            if nets
+            else ResidualSpec(beside=(), inside=())
+        )
         self._run, self._nets, self._guess, self._steps = run, nets, guess, steps
         nothing = np.zeros((1, 1, 1, 1), np.float32)
         beside = (f"{_BESIDE}.{index}" for index in range(len(unet.beside)))
@@ -267,7 +273,7 @@ class Controlled:
         total = dict(self._nothing)
         for net in self._nets:
             control = net.control
-            if control.scale == 0 or not within_steps((control.start, control.end), self._step, self._steps):
+            if control.scale == 0 or not is_within_steps((control.start, control.end), self._step, self._steps):
                 continue
             for name, value in net(inputs, guess=self._guess).items():
                 total[name] = total[name] + value

@@ -16,7 +16,7 @@ Model: TypeAlias = Callable[[Array, float, float], Array]
 """``model(x, sigma, t)``: what the U-Net gives for a state x (1, C, h, w), a row for each row of the text."""
 
 
-def predict(run: Run, inputs: Mapping[str, AnyArray], beside: Array | None = None) -> Model:
+def make_model(run: Run, inputs: Mapping[str, AnyArray], beside: Array | None = None) -> Model:
     """The U-Net over states.
 
     ``inputs`` is what it is given besides the latents and the timestep, ``beside`` what follows the latents' channels,
@@ -33,7 +33,7 @@ def predict(run: Run, inputs: Mapping[str, AnyArray], beside: Array | None = Non
     return model
 
 
-def guide(
+def classifier_free_guidance(
     model: Model,
     scale: float,
     rescale: float = 0.0,
@@ -47,14 +47,14 @@ def guide(
         scale: how far to go beyond the row before the conditional ones; 1 is to them.
         rescale: 0 to 1, how much of the spread that guidance adds is taken back, arXiv:2305.08891, section 3.4.
         image_scale: of two rows before them, how far to go from the first to the second, arXiv:2211.09800.
-        weights: of each conditional row, see `composed`.
+        weights: of each conditional row, see `compose_prompts`.
     """
 
     def guided(x: Array, sigma: float, t: float) -> Array:
         rows = model(x, sigma, t)
         each = np.split(rows, len(rows))
         *nothing, before = each[: -len(weights)]
-        conditional = composed(before, each[-len(weights) :], weights)
+        conditional = compose_prompts(before, each[-len(weights) :], weights)
         output = before + np.float32(scale) * (conditional - before)
         if nothing and image_scale is not None:
             output = output + np.float32(image_scale - 1) * (before - nothing[0])
@@ -66,7 +66,7 @@ def guide(
     return guided
 
 
-def composed(base: Array, rows: Sequence[Array], weights: Sequence[float]) -> Array:
+def compose_prompts(base: Array, rows: Sequence[Array], weights: Sequence[float]) -> Array:
     """One row of several: from ``base`` towards each by its weight; arXiv:2206.01714."""
     if tuple(weights) == (1.0,):
         return rows[0]
@@ -74,13 +74,13 @@ def composed(base: Array, rows: Sequence[Array], weights: Sequence[float]) -> Ar
     return base + np.sum(pulls, axis=0)
 
 
-def unguided(model: Model, weights: Sequence[float]) -> Model:
+def conditional_only(model: Model, weights: Sequence[float]) -> Model:
     """Conditional rows to one where there is no other row: from the first by its weight towards the others'."""
 
     def alone(x: Array, sigma: float, t: float) -> Array:
         rows = model(x, sigma, t)
         first, *others = np.split(rows, len(rows))
-        return composed(first, others, weights[1:])
+        return compose_prompts(first, others, weights[1:])
 
     return model if len(weights) == 1 else alone
 
@@ -95,23 +95,27 @@ def _of_request(
     guided: bool,
 ) -> Model:
     """The U-Net as a model of one row, guided as a checked request says, where it is to be ``guided``."""
-    count, model = len(weights), predict(run, inputs, beside)
+    count, model = len(weights), make_model(run, inputs, beside)
     if len(inputs["encoder_hidden_states"]) == count:
-        return unguided(model, weights)
+        return conditional_only(model, weights)
     alone = {name: rows[-count:] for name, rows in inputs.items()}
-    conditional = unguided(predict(run, alone, None if beside is None else beside[-count:]), weights)
+    conditional = conditional_only(make_model(run, alone, None if beside is None else beside[-count:]), weights)
     if not guided:
         return conditional
-    model = guide(model, given(request.guidance_scale), request.guidance_rescale, request.image_guidance_scale, weights)
-    return model if request.guidance_interval is None else within(request.guidance_interval, model, conditional)
+    model = classifier_free_guidance(
+        model, given(request.guidance_scale), request.guidance_rescale, request.image_guidance_scale, weights
+    )
+    return (
+        model if request.guidance_interval is None else guidance_interval(request.guidance_interval, model, conditional)
+    )
 
 
-def within_steps(share: tuple[float, float], step: int, steps: int) -> bool:
+def is_within_steps(share: tuple[float, float], step: int, steps: int) -> bool:
     """Whether a step, from 0, lies within a share of the steps, as diffusers counts it for ControlNets."""
     return step / steps >= share[0] and (step + 1) / steps <= share[1]
 
 
-class ByStep:
+class PerStepModel:
     """Of several models the one whose turn it is: steps are counted, not calls, of which a step may have two.
 
     ``models`` has one for each step; the last stays for steps beyond it.
@@ -129,31 +133,31 @@ class ByStep:
         return self._models[min(self._step, len(self._models) - 1)](x, sigma, t)
 
 
-def by_step(
+def per_step_model(
     run: Run,
     inputs: Sequence[Mapping[str, AnyArray]],
     beside: Array | None,
     weights: Sequence[float],
     request: Request,
-) -> ByStep:
+) -> PerStepModel:
     """The U-Net as a model of one row, guided as a checked request says.
 
     Args:
         run: the U-Net.
-        inputs: of each step, as `predict` has them; the last rows are the conditional ones.
-        beside: as `predict` has it.
+        inputs: of each step, as `make_model` has them; the last rows are the conditional ones.
+        beside: as `make_model` has it.
         weights: of each conditional row.
         request: of the pass.
     """
     share, count = request.guidance_steps, len(inputs)
-    steps = [(each, share is None or within_steps(share, index, count)) for index, each in enumerate(inputs)]
+    steps = [(each, share is None or is_within_steps(share, index, count)) for index, each in enumerate(inputs)]
     models = {
         (id(each), guided): _of_request(run, each, beside, weights, request, guided=guided) for each, guided in steps
     }
-    return ByStep([models[id(each), guided] for each, guided in steps])
+    return PerStepModel([models[id(each), guided] for each, guided in steps])
 
 
-def handed_over(first: Model, second: Model, below: float, leave: Callable[[], None]) -> Model:
+def refiner_handoff(first: Model, second: Model, below: float, leave: Callable[[], None]) -> Model:
     """``first`` down to timestep ``below``, then ``second``; ``leave`` is called in between.
 
     As one schedule, an ensemble of expert denoisers: arXiv:2211.01324.
@@ -172,7 +176,7 @@ def handed_over(first: Model, second: Model, below: float, leave: Callable[[], N
     return model
 
 
-def within(interval: tuple[float, float], guided: Model, conditional: Model) -> Model:
+def guidance_interval(interval: tuple[float, float], guided: Model, conditional: Model) -> Model:
     """``guided`` at noise levels above the interval's first and up to its second, elsewhere ``conditional``.
 
     A guidance interval, arXiv:2404.07724.
@@ -185,7 +189,7 @@ def within(interval: tuple[float, float], guided: Model, conditional: Model) -> 
     return model
 
 
-def clean(model: Model, prediction_type: str, limit: Callable[[Array], Array] | None = None) -> Denoise:
+def predict_x0(model: Model, prediction_type: str, limit: Callable[[Array], Array] | None = None) -> Denoise:
     """What a model's output says of x0; ``limit`` is applied to it."""
     to_x0 = _PREDICTIONS[prediction_type]
 
@@ -196,7 +200,7 @@ def clean(model: Model, prediction_type: str, limit: Callable[[Array], Array] | 
     return denoise
 
 
-def masked(denoise: Denoise, mask: Array, original: Array, noise: Array, highest: float) -> Denoise:
+def inpaint_denoiser(denoise: Denoise, mask: Array, original: Array, noise: Array, highest: float) -> Denoise:
     """Inpainting with any U-Net: where the mask is 0 the model sees the noised original, and x0 is the original.
 
     Args:

@@ -9,24 +9,24 @@ from PIL import Image
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.execution.components import Runner
-from sdonnx_runtime.images.crop import Region, region_around
+from sdonnx_runtime.images.crop import CropRegion, masked_region
 from sdonnx_runtime.images.preprocess import (
     bicubic,
-    depth_of,
-    feathered,
-    fitted,
+    blur_mask_inward,
+    flatten_alpha,
     latent_mask,
-    mask_of,
-    opaque,
+    resize_to_fit,
+    to_depth,
+    to_mask,
     to_values,
 )
 from sdonnx_runtime.packages.manifest import NEEDED, Latents, Manifest
-from sdonnx_runtime.request import Request, given, guided
+from sdonnx_runtime.request import Request, given, uses_guidance
 from sdonnx_runtime.sampling.types import NoiseSource
 
 
 @dataclass(frozen=True, kw_only=True)
-class Original:
+class InitLatents:
     """What one image starts from, as latents."""
 
     latents: Array
@@ -42,7 +42,7 @@ class Original:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
+class InitImage:
     """A picture that images start from."""
 
     space: Latents
@@ -55,18 +55,18 @@ class Start:
     """The same for what the U-Net is given: the picture, or the picture without what is under the mask."""
     picture: Image.Image
     """RGB, of the size that is worked in."""
-    region: Region | None = None
+    region: CropRegion | None = None
     """What part of the request's picture that is; None is all of it, fitted."""
     mask: Image.Image | None = None
     """L, of the same size: 255 where it is painted anew."""
     cells: Array | None = None
     """(1, 1, h, w), 1 for latent cells that are made anew."""
 
-    def draw(self, noise: NoiseSource) -> Original | None:
+    def draw(self, noise: NoiseSource) -> InitLatents | None:
         """What a walk starts from."""
         if self.moments is None:
             return None
-        return Original(
+        return InitLatents(
             latents=self.sample(self.moments, noise),
             mask=self.cells if self.beside is None else None,
             drawn=self.moments.shape[1] > self.space.channels,
@@ -79,7 +79,7 @@ class Start:
         return (values - np.float32(self.space.shift_factor)) * np.float32(self.space.scaling_factor)
 
 
-def start_of(run: Runner, manifest: Manifest, request: Request) -> Start | None:
+def encode_init_image(run: Runner, manifest: Manifest, request: Request) -> InitImage | None:
     """The request's picture, fitted or cut, and encoded; None where there is none.
 
     Raises:
@@ -90,31 +90,31 @@ def start_of(run: Runner, manifest: Manifest, request: Request) -> Start | None:
     space, beside = manifest.latents, manifest.conditions.beside
     size, region, mask, cells = (given(request.width), given(request.height)), None, None, None
     if request.mask_image is not None and request.padding_mask_crop is not None:
-        region = region_around(mask_of(request.mask_image), size, request.padding_mask_crop)
+        region = masked_region(to_mask(request.mask_image), size, request.padding_mask_crop)
 
     def placed(picture: Image.Image) -> Image.Image:
-        return fitted(picture, size, request.fit) if region is None else region.cut(picture)
+        return resize_to_fit(picture, size, request.fit) if region is None else region.cut(picture)
 
     if request.mask_image is not None:
-        mask = mask_of(placed(mask_of(request.mask_image)))
+        mask = to_mask(placed(to_mask(request.mask_image)))
         cells = latent_mask(mask, space.downscale, first_pixel=not request.paste)
         if not cells.any():
             raise RequestError("at the size that is worked in, the mask has nothing to repaint; paint more of it white")
-    picture = placed(opaque(request.image))
+    picture = placed(flatten_alpha(request.image))
     from_noise = request.strength is None or (beside == "mask" and request.strength == 1)
-    return Start(
+    return InitImage(
         picture=picture,
         region=region,
         mask=mask,
         cells=cells,
-        moments=None if from_noise else encoded(run, picture),
-        beside=encoded(run, picture, mask) if beside in ("mask", "picture") else None,
+        moments=None if from_noise else encode_image(run, picture),
+        beside=encode_image(run, picture, mask) if beside in ("mask", "picture") else None,
         space=space,
     )
 
 
-def encoded(run: Runner, picture: Image.Image, mask: Image.Image | None = None) -> Array:
-    """What the VAE's encoder gives for an RGB picture, or for one that is gray under a mask: `Start.moments`."""
+def encode_image(run: Runner, picture: Image.Image, mask: Image.Image | None = None) -> Array:
+    """What the VAE's encoder gives for an RGB picture, or for one that is gray under a mask: `InitImage.moments`."""
     values = to_values(picture)
     if mask is not None:
         values = values * (np.asarray(mask) == 0)
@@ -122,45 +122,45 @@ def encoded(run: Runner, picture: Image.Image, mask: Image.Image | None = None) 
     return moments
 
 
-def seen_beside(manifest: Manifest, request: Request, start: Start | None, noise: NoiseSource) -> Array | None:
+def seen_beside(manifest: Manifest, request: Request, start: InitImage | None, noise: NoiseSource) -> Array | None:
     """What follows the latents' channels for one image, in one row or in as many as a step has; None is nothing."""
     kind = manifest.conditions.beside
     return None if kind is None else _SEEN[kind](manifest.latents, request, start, noise)
 
 
-def _seen_masked(space: Latents, request: Request, start: Start | None, noise: NoiseSource) -> Array:
+def _seen_masked(space: Latents, request: Request, start: InitImage | None, noise: NoiseSource) -> Array:
     """(1, 1 + C, h, w): the mask, and the latents of what it keeps."""
     assert start is not None and start.cells is not None and start.beside is not None  # noqa: S101 — checked
     return np.concatenate([start.cells, start.sample(start.beside, noise)], axis=1)
 
 
-def _seen_picture(space: Latents, request: Request, start: Start | None, noise: NoiseSource) -> Array:
+def _seen_picture(space: Latents, request: Request, start: InitImage | None, noise: NoiseSource) -> Array:
     """(R, C, h, w): means of the posterior, unscaled, arXiv:2211.09800; without the picture they are zeros."""
     assert start is not None and start.beside is not None  # noqa: S101 — checked
     latents = start.beside[:, : start.space.channels]
     without = np.zeros_like(latents)
-    if not guided(request):
+    if not uses_guidance(request):
         return latents
     return np.concatenate([without, latents, latents] if request.image_guidance_scale != 1 else [latents, latents])
 
 
-def _seen_depth(space: Latents, request: Request, start: Start | None, noise: NoiseSource) -> Array:
+def _seen_depth(space: Latents, request: Request, start: InitImage | None, noise: NoiseSource) -> Array:
     """(1, 1, h, w), -1 where the depth map has its least value and 1 where its greatest."""
     assert request.depth_image is not None  # noqa: S101 — checked
     height, width = given(request.height) // space.downscale, given(request.width) // space.downscale
-    depth = bicubic(depth_of(request.depth_image), height, width)[None, None]
+    depth = bicubic(to_depth(request.depth_image), height, width)[None, None]
     least, most = depth.min(), depth.max()
     return (depth - least) * np.float32(2) / (most - least) - np.float32(1)
 
 
-_SEEN: Mapping[str, Callable[[Latents, Request, Start | None, NoiseSource], Array]] = {
+_SEEN: Mapping[str, Callable[[Latents, Request, InitImage | None, NoiseSource], Array]] = {
     "mask": _seen_masked,
     "picture": _seen_picture,
     "depth": _seen_depth,
 }
 
 
-def pictures_of(manifest: Manifest, picture: Image.Image) -> dict[str, Image.Image]:
+def example_images(manifest: Manifest, picture: Image.Image) -> dict[str, Image.Image]:
     """The fields of a request for a model that is given pictures beside the latents, made of one; its middle is masked.
 
     For whoever has to run any package: to measure it, or to observe it.
@@ -173,18 +173,18 @@ def pictures_of(manifest: Manifest, picture: Image.Image) -> dict[str, Image.Ima
     return {name: fields[name] for name in NEEDED.get(str(kind), ())}
 
 
-def pasted(made: Image.Image, start: Start, request: Request) -> Image.Image:
+def apply_overlay(made: Image.Image, start: InitImage, request: Request) -> Image.Image:
     """What was made with the kept part of the picture that it started from."""
     if request.image is None or request.mask_image is None or start.mask is None or not request.paste:
         return made
     picture, mask = start.picture, start.mask
     if start.region is not None:
-        picture, mask = opaque(request.image), mask_of(request.mask_image)
+        picture, mask = flatten_alpha(request.image), to_mask(request.mask_image)
         made = start.region.put(made, picture)
-    return Image.composite(made, picture, feathered(mask, request.mask_blur))
+    return Image.composite(made, picture, blur_mask_inward(mask, request.mask_blur))
 
 
-def interpolated(latents: Array, height: int, width: int) -> Array:
+def resize_latents(latents: Array, height: int, width: int) -> Array:
     """(1, C, h, w) to (1, C, height, width), neither smaller: bilinear, as torch's interpolate by itself."""
     cells = [
         np.asarray(Image.fromarray(channel).resize((width, height), Image.Resampling.BILINEAR))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from sdonnx_runtime.arrays import AnyArray, Array
-from sdonnx_runtime.packages.manifest import KEPT
+from sdonnx_runtime.packages.manifest import CACHED_FEATURES
 
 
 def unet_graphs(reuse: int, *, token_downsampling: bool, controlled: bool = False) -> tuple[str, str]:
@@ -18,7 +18,7 @@ def unet_graphs(reuse: int, *, token_downsampling: bool, controlled: bool = Fals
     return "-".join(["keeping", *last]), "-".join(["reusing", *last])
 
 
-class StepReuse:
+class DeepCache:
     """A U-Net of which every ``reuse`` steps one runs the whole, and the others its outermost part alone.
 
     What the inner part came to is kept from the last whole step; DeepCache, arXiv:2312.00858. Steps are counted, not
@@ -49,10 +49,10 @@ class StepReuse:
             self._age = 0 if timestep > self._before else self._age
             self._begins, self._before = False, timestep
         if self._age > 0 and rows <= len(self._kept):  # the conditional row, which may go on alone, is the last
-            (output,) = self._run({**inputs, KEPT: self._kept[-rows:]}, self._graphs[1]).values()
+            (output,) = self._run({**inputs, CACHED_FEATURES: self._kept[-rows:]}, self._graphs[1]).values()
             return output
         self._age = 0
         outputs = dict(self._run(inputs, self._graphs[0]))
-        self._kept = outputs.pop(KEPT, self._kept)
+        self._kept = outputs.pop(CACHED_FEATURES, self._kept)
         (output,) = outputs.values()
         return output

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from sdonnx_runtime.execution.ort import DEVICES, load_onnxruntime, session_options
-from sdonnx_runtime.execution.process_memory import give_back
-from sdonnx_runtime.graphs.onnx_proto import model_of
+from sdonnx_runtime.execution.process_memory import trim_heap
+from sdonnx_runtime.graphs.onnx_proto import single_node_model
 
 
 def share_arena(region: float = 1 << 28) -> bool:
@@ -59,7 +59,7 @@ def empty_arena() -> None:
         binding.bind_ortvalue_input("x", place)
         binding.bind_ortvalue_output("y", place)  # or what it gives would be in the arena
         _nothing(True).run_with_iobinding(binding, options)
-        give_back()
+        trim_heap()
 
 
 def warm_up() -> None:
@@ -73,4 +73,6 @@ def _nothing(sharing: bool) -> Any:
     settings = session_options(1, None, {})
     settings.enable_cpu_mem_arena = sharing
     settings.add_session_config_entry(USE_ENV_ALLOCATORS, str(int(sharing)))
-    return load_onnxruntime().InferenceSession(model_of("Identity", 1), settings, providers=[DEVICES["cpu"].provider])
+    return load_onnxruntime().InferenceSession(
+        single_node_model("Identity", 1), settings, providers=[DEVICES["cpu"].provider]
+    )

@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
-from sdonnx_runtime.adapters.merging import Changes
+from sdonnx_runtime.adapters.merging import LayerDeltas
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.execution.arena import empty_arena
-from sdonnx_runtime.execution.process_memory import give_back_at_once
+from sdonnx_runtime.execution.process_memory import set_malloc_thresholds
 from sdonnx_runtime.execution.session import Cancelled
 from sdonnx_runtime.execution.staged_model import Model
-from sdonnx_runtime.execution.strategy import Way
+from sdonnx_runtime.execution.strategy import ExecutionStrategy
 from sdonnx_runtime.execution.timings import Timings
 from sdonnx_runtime.packages.manifest import TILED
 from sdonnx_runtime.packages.package import Package
@@ -39,17 +39,17 @@ class Components:
     def __init__(
         self,
         package: Package,
-        open_session: Callable[[Path, Changes, Way], Model],
+        open_session: Callable[[Path, LayerDeltas, ExecutionStrategy], Model],
         *,
         keep_loaded: bool,
         others: Mapping[str, Package] = MappingProxyType({}),
-        ways: Mapping[str, Way] = MappingProxyType({}),
+        ways: Mapping[str, ExecutionStrategy] = MappingProxyType({}),
     ) -> None:
         self._busy = threading.Lock()
         self._package, self._others = package, others
         self._open_session, self._keep_loaded = open_session, keep_loaded
         self._sessions: dict[tuple[str, str], Model] = {}
-        self._changes: Mapping[str, Changes] = {}
+        self._changes: Mapping[str, LayerDeltas] = {}
         self._ways = ways
 
     def session(self, name: str, variant: str = "plain") -> Model:
@@ -64,9 +64,9 @@ class Components:
             self._sessions[key] = self._open_session(graph, self._changes.get(name, {}), way)
         return self._sessions[key]
 
-    def _way(self, name: str) -> Way:
+    def _way(self, name: str) -> ExecutionStrategy:
         """How a component is run, with a tile's side in places of what it is given."""
-        way, pixels = self._ways.get(name, Way()), self._package.manifest.latents.downscale
+        way, pixels = self._ways.get(name, ExecutionStrategy()), self._package.manifest.latents.downscale
         sides = {} if way.tile is None else {"vae_decoder": way.tile, "vae_encoder": way.tile * pixels}
         return replace(way, tile=sides.get(name))
 
@@ -77,7 +77,7 @@ class Components:
 
     @contextmanager
     def reserved(
-        self, changes: Mapping[str, Changes] | None = None, ways: Mapping[str, Way] | None = None
+        self, changes: Mapping[str, LayerDeltas] | None = None, ways: Mapping[str, ExecutionStrategy] | None = None
     ) -> Generator[None, None, None]:
         """For one generation at a time; at its end components are unloaded, unless they are kept.
 
@@ -98,7 +98,7 @@ class Components:
                 self._close(_differing(ways, self._ways))
                 self._ways = ways
             if not self._keep_loaded:  # before any has put its own about
-                give_back_at_once(one_heap=any(way.frugal for way in self._ways.values()))
+                set_malloc_thresholds(one_heap=any(way.frugal for way in self._ways.values()))
             yield
         finally:
             for name, _ in list(self._sessions):

@@ -37,20 +37,20 @@ def instruction_set() -> str:
     Windows does not say whether there is VNNI; what can't be known is ``unknown``.
     """
     readers = {
-        "linux": lambda: named(_linux_field("flags", "Features").split()),
-        "darwin": lambda: named(_macos_features()),
+        "linux": lambda: best_isa(_linux_field("flags", "Features").split()),
+        "darwin": lambda: best_isa(_macos_features()),
         "win32": _windows_instruction_set,
     }
     return read_for_platform(readers) or UNKNOWN
 
 
-def may_overflow() -> bool:
+def int8_saturates() -> bool:
     """Whether the fastest 8-bit kernels may run over: x86 without VNNI, or where that can't be known."""
     found = instruction_set()
     return platform.machine().lower() in ("x86_64", "amd64", "x86") and "with VNNI" not in found and found != "AMX"
 
 
-def named(features: Iterable[str]) -> str:
+def best_isa(features: Iterable[str]) -> str:
     """The best of a CPU's features, given as /proc/cpuinfo or sysctl write them; ``unknown`` where none is known."""
     present = {feature.lower() for feature in features}
     return next((name for name, spellings in _X86 + _ARM if spellings & present), UNKNOWN)
@@ -108,7 +108,7 @@ def _windows_name() -> str:
 def _windows_instruction_set() -> str:
     has = ctypes.windll.kernel32.IsProcessorFeaturePresent
     if platform.machine().upper() == "ARM64":
-        return named(["asimddp" if has(43) else "asimd"])  # PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE
+        return best_isa(["asimddp" if has(43) else "asimd"])  # PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE
     if has(41):  # PF_AVX512F_INSTRUCTIONS_AVAILABLE
         return "AVX-512, VNNI unknown"
     return "AVX2, VNNI unknown" if has(40) else UNKNOWN  # PF_AVX2_INSTRUCTIONS_AVAILABLE

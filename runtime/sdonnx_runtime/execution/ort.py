@@ -8,7 +8,7 @@ from typing import Any
 
 from sdonnx_runtime.errors import DeviceError, RequestError
 from sdonnx_runtime.execution import cpu
-from sdonnx_runtime.graphs.initializers import Elements
+from sdonnx_runtime.graphs.initializers import TensorData
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ def first_line(error: Exception) -> str:
     return text.splitlines()[0].rstrip(".")[:300]
 
 
-def session_options(threads: int | None, profile: Path | None, weights: Mapping[str, Elements]) -> Any:
+def session_options(threads: int | None, profile: Path | None, weights: Mapping[str, TensorData]) -> Any:
     """ONNX Runtime's options for a session."""
     runtime = load_onnxruntime()
     settings = runtime.SessionOptions()
@@ -118,7 +118,7 @@ def session_options(threads: int | None, profile: Path | None, weights: Mapping[
     settings.intra_op_num_threads = threads if threads is not None else 0
     settings.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
     settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # float32, as is written
-    settings.add_session_config_entry("session.x64quantprecision", str(int(cpu.may_overflow())))
+    settings.add_session_config_entry("session.x64quantprecision", str(int(cpu.int8_saturates())))
     settings.add_session_config_entry("session.use_device_allocator_for_initializers", "1")  # they aren't the arena's
     settings.execution_order = runtime.ExecutionOrder.PRIORITY_BASED  # as written: what is done with is let go of
     if profile is not None:

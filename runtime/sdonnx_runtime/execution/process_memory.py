@@ -42,10 +42,10 @@ def available_memory() -> int | None:
 
 def _linux_available() -> int:
     free = int(read_proc_field(Path("/proc/meminfo"), "MemAvailable").split()[0]) * 1024
-    return min([free, *group_memory(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+    return min([free, *cgroup_memory(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
 
 
-def group_memory(membership: Path, root: Path) -> list[int]:
+def cgroup_memory(membership: Path, root: Path) -> list[int]:
     """What is left to a process under each limit of its control groups, of version 2 and 1, in bytes.
 
     Args:
@@ -113,14 +113,14 @@ def _windows_available() -> int:
     return int(status.available)
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Hands memory that is free back to the system where the C library keeps it (glibc); elsewhere nothing."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def give_back_at_once(*, one_heap: bool) -> None:
+def set_malloc_thresholds(*, one_heap: bool) -> None:
     """Makes this process hand large buffers back to the system as soon as they are free (glibc); elsewhere nothing.
 
     glibc keeps the larger buffers for reuse, the more of them have been freed: by and by they lie about in pieces.

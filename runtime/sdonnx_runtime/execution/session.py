@@ -24,7 +24,7 @@ from sdonnx_runtime.execution.ort import (
     provider_options,
     session_options,
 )
-from sdonnx_runtime.graphs.initializers import Elements
+from sdonnx_runtime.graphs.initializers import TensorData
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Session:
         threads: int | None = None,
         memory_limit: int | None = None,
         profile: Path | None = None,
-        weights: Mapping[str, Elements] = MappingProxyType({}),
+        weights: Mapping[str, TensorData] = MappingProxyType({}),
         model: bytes | None = None,
         frugal: bool = False,
     ) -> None:
@@ -99,7 +99,7 @@ class Session:
         """
         options = load_onnxruntime().RunOptions()
         leading = {port.name: port.shape[0] for port in self.inputs if port.shape and isinstance(port.shape[0], str)}
-        prepared = matched({port.name: self._fit(port, feeds) for port in self.inputs}, leading)
+        prepared = broadcast_batch({port.name: self._fit(port, feeds) for port in self.inputs}, leading)
         outcome: list[Any] = []
         done = threading.Event()  # not Thread.join: interrupted once, it takes the thread for ended ever after
 
@@ -162,7 +162,7 @@ class Session:
         return results
 
 
-def matched(feeds: Mapping[str, AnyArray], leading: Mapping[str, str]) -> dict[str, AnyArray]:
+def broadcast_batch(feeds: Mapping[str, AnyArray], leading: Mapping[str, str]) -> dict[str, AnyArray]:
     """Inputs of as many rows as the most of those whose ``leading`` sizes have one name, where that is a multiple."""
     rows: dict[str, int] = {}
     known = {name: size for name, size in leading.items() if name in feeds and feeds[name].ndim > 0}

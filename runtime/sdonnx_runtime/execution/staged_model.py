@@ -7,18 +7,18 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from sdonnx_runtime.adapters.merging import Changes, changed, merged
+from sdonnx_runtime.adapters.merging import LayerDeltas, merge_lora, merge_weights
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import PackageError
-from sdonnx_runtime.execution.process_memory import give_back
-from sdonnx_runtime.execution.session import Cancelled, Session, matched
-from sdonnx_runtime.execution.strategy import Way
-from sdonnx_runtime.execution.tiling import in_tiles, with_norms_of_all
-from sdonnx_runtime.graphs.partition import Stage, Staged, read_stages
-from sdonnx_runtime.packages.manifest import GIVEN, MEASURED, MOMENTS
+from sdonnx_runtime.execution.process_memory import trim_heap
+from sdonnx_runtime.execution.session import Cancelled, Session, broadcast_batch
+from sdonnx_runtime.execution.strategy import ExecutionStrategy
+from sdonnx_runtime.execution.tiling import run_tiled, run_tiled_with_global_norms
+from sdonnx_runtime.graphs.partition import PartitionedGraph, Stage, read_stages
+from sdonnx_runtime.packages.manifest import MEASURED_STATS, NORM_STATS, USE_NORM_STATS
 
 
-class Chain:
+class StagedModel:
     """Opens, runs and closes the stages of a graph one after another; but for tiles, bit by bit what the whole gives.
 
     Args:
@@ -34,8 +34,8 @@ class Chain:
     def __init__(
         self,
         path: Path,
-        graph: Staged,
-        changes: Changes,
+        graph: PartitionedGraph,
+        changes: LayerDeltas,
         *,
         kept: Collection[int] = (),
         rows: bool = False,
@@ -59,7 +59,7 @@ class Chain:
             raise PackageError(
                 f"{self.path} wants an input '{missing}' that this version can't give; it gives {', '.join(feeds)}"
             )
-        rows = self._apart(matched(feeds, self._graph.leading))
+        rows = self._apart(broadcast_batch(feeds, self._graph.leading))
         try:
             for index in range(len(stages)):
                 if index + 1 < len(stages) and index + 1 not in self._open:
@@ -70,7 +70,7 @@ class Chain:
                         del row[name]
         finally:
             self._cancelled = False
-        outputs = [name for name in self._graph.outputs if name != MEASURED]
+        outputs = [name for name in self._graph.outputs if name != MEASURED_STATS]
         if len(rows) == 1:
             return {name: rows[0][name] for name in outputs}
         return {name: np.concatenate([row[name] for row in rows]) for name in outputs}
@@ -85,7 +85,7 @@ class Chain:
     def _inputs(self) -> set[str]:
         """Of the whole."""
         read = {name for stage in self._graph.stages for name in stage.inputs}
-        return read - {MOMENTS, GIVEN} - {name for stage in self._graph.stages for name in stage.outputs}
+        return read - {NORM_STATS, USE_NORM_STATS} - {name for stage in self._graph.stages for name in stage.outputs}
 
     def _apart(self, values: Mapping[str, AnyArray]) -> list[dict[str, AnyArray]]:
         """What each row is given, or all together."""
@@ -104,7 +104,7 @@ class Chain:
         session = self._active = self._open.get(index) or self._opened(self._graph.stages[index])
         if index in self._kept and index not in self._open:
             self._open[index] = session
-            give_back()  # what opening it took besides
+            trim_heap()  # what opening it took besides
         try:
             for row in rows:
                 row |= self._made(session, index, row)
@@ -112,7 +112,7 @@ class Chain:
             self._active = None
             del session
             if index not in self._open:
-                give_back()
+                trim_heap()
 
     def _made(self, session: Session, index: int, values: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
         """What a stage gives, in tiles if it works on those."""
@@ -123,20 +123,20 @@ class Chain:
             return session.run(feeds)
 
         inputs = self._graph.stages[index].inputs
-        if self._tile is None or MOMENTS not in inputs:
+        if self._tile is None or NORM_STATS not in inputs:
             return run(values)
-        (picture,) = {*inputs} - {MOMENTS, GIVEN}
-        norms = tuple(int(size) for size in self._graph.inputs[MOMENTS].sizes[1:])
-        return with_norms_of_all(run, {picture: values[picture]}, self._tile, norms)
+        (picture,) = {*inputs} - {NORM_STATS, USE_NORM_STATS}
+        norms = tuple(int(size) for size in self._graph.inputs[NORM_STATS].sizes[1:])
+        return run_tiled_with_global_norms(run, {picture: values[picture]}, self._tile, norms)
 
     def _opened(self, stage: Stage) -> Session:
-        weights = changed(self.path, stage.weights, self._changes)
+        weights = merge_weights(self.path, stage.weights, self._changes)
         session = Session(self.path, model=stage.model, weights=weights, **self._how)
         self._how["device"] = session.device  # what auto came to, once for all
         return session
 
 
-class Tiles:
+class TiledModel:
     """Runs a session tile by tile; its norms see a tile."""
 
     def __init__(self, session: Session, side: int) -> None:
@@ -152,7 +152,7 @@ class Tiles:
             return self._session.run(feeds)
 
         try:
-            return in_tiles(run, feeds, self._side)
+            return run_tiled(run, feeds, self._side)
         finally:
             self._cancelled = False
 
@@ -162,10 +162,10 @@ class Tiles:
         self._session.cancel()
 
 
-Model: TypeAlias = Session | Chain | Tiles
+Model: TypeAlias = Session | StagedModel | TiledModel
 
 
-def open_model(path: Path, changes: Changes, way: Way, **how: Any) -> Model:
+def open_model(path: Path, changes: LayerDeltas, way: ExecutionStrategy, **how: Any) -> Model:
     """A graph as adapters change it, to be run in a way; one without stages is whole.
 
     A tile's side is in places of what the graph is given.
@@ -177,11 +177,11 @@ def open_model(path: Path, changes: Changes, way: Way, **how: Any) -> Model:
     graph = read_stages(path, cut=way.staged) if way.staged or way.rows else None
     if graph is not None and (len(graph.stages) > 1 or not way.staged):
         kept = {place for name, place in way.kept if name == path.name} if way.staged else {0}
-        return Chain(path, graph, changes, kept=kept, rows=way.rows, tile=way.tile, frugal=way.frugal, **how)
-    session = Session(path, weights=merged(path, changes), frugal=way.frugal, **how)
+        return StagedModel(path, graph, changes, kept=kept, rows=way.rows, tile=way.tile, frugal=way.frugal, **how)
+    session = Session(path, weights=merge_lora(path, changes), frugal=way.frugal, **how)
     if changes:
-        give_back()
-    return session if way.tile is None else Tiles(session, way.tile)
+        trim_heap()
+    return session if way.tile is None else TiledModel(session, way.tile)
 
 
 def _read_ahead(stage: Stage) -> None:

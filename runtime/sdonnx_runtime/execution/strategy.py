@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-TILES = (64, 48, 32, 24)
+VAE_TILES = (64, 48, 32, 24)
 """Latent cells of the sides of the tiles that a VAE may work on."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Way:
+class ExecutionStrategy:
     """How a component is run."""
 
     rows: bool = False
@@ -22,5 +22,5 @@ class Way:
     """Latent cells of the sides of what it works on at a time, but in `open_model` places; None is all."""
 
 
-SMALLEST = Way(rows=True, staged=True, frugal=True, tile=TILES[-1])
+MIN_MEMORY = ExecutionStrategy(rows=True, staged=True, frugal=True, tile=VAE_TILES[-1])
 """What takes the least memory of what there is no plan for, and the most time."""

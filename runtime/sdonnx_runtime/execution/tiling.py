@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 
 from sdonnx_runtime.arrays import AnyArray, Array
-from sdonnx_runtime.packages.manifest import GIVEN, MEASURED, MOMENTS
+from sdonnx_runtime.packages.manifest import MEASURED_STATS, NORM_STATS, USE_NORM_STATS
 
 OVERLAP = 4
 """One part of so many of a tile's side is shared with the next."""
@@ -18,7 +18,7 @@ Run: TypeAlias = Callable[[Mapping[str, AnyArray]], Mapping[str, AnyArray]]
 """What a component gives for what it is given."""
 
 
-def in_tiles(run: Run, feeds: Mapping[str, AnyArray], side: int, *, normed: bool = False) -> dict[str, Array]:
+def run_tiled(run: Run, feeds: Mapping[str, AnyArray], side: int, *, normed: bool = False) -> dict[str, Array]:
     """What a component of one input and one output gives for a picture (N, C, H, W), worked on tile by tile.
 
     Where tiles overlap, one passes into the other linearly, first from above, then from the left. What normalizes
@@ -29,7 +29,7 @@ def in_tiles(run: Run, feeds: Mapping[str, AnyArray], side: int, *, normed: bool
         run: gives a tile; pictures grow or shrink by it alike everywhere.
         feeds: the one input.
         side: of a tile, a multiple of OVERLAP; a picture no larger than that is one.
-        normed: lets tiles end where the picture does, as `tiles_of` has it.
+        normed: lets tiles end where the picture does, as `tile_offsets` has it.
     """
     ((name, picture),) = feeds.items()
     height, width = picture.shape[2:]
@@ -37,8 +37,8 @@ def in_tiles(run: Run, feeds: Mapping[str, AnyArray], side: int, *, normed: bool
         return dict(run(feeds))
     step, output = side - side // OVERLAP, ""
     rows: list[list[Array]] = []
-    for top in tiles_of(height, side, normed=normed):
-        lefts = tiles_of(width, side, normed=normed)
+    for top in tile_offsets(height, side, normed=normed):
+        lefts = tile_offsets(width, side, normed=normed)
         pieces = [picture[:, :, top : top + side, left : left + side] for left in lefts]
         made = [run({name: np.ascontiguousarray(piece)}) for piece in pieces]
         ((output, _),) = made[0].items()
@@ -57,8 +57,10 @@ def in_tiles(run: Run, feeds: Mapping[str, AnyArray], side: int, *, normed: bool
     return {output: np.concatenate(joined, axis=2)}
 
 
-def with_norms_of_all(run: Run, feeds: Mapping[str, AnyArray], side: int, norms: tuple[int, ...]) -> dict[str, Array]:
-    """Like `in_tiles`, but norms see the whole picture, or nearly.
+def run_tiled_with_global_norms(
+    run: Run, feeds: Mapping[str, AnyArray], side: int, norms: tuple[int, ...]
+) -> dict[str, Array]:
+    """Like `run_tiled`, but norms see the whole picture, or nearly.
 
     A norm's moments over the picture are the mean of those over tiles without overlap, if the norms before it have seen
     the picture too. So all tiles are run first with each norm's moments of the tile, then with the means of those; the
@@ -67,7 +69,7 @@ def with_norms_of_all(run: Run, feeds: Mapping[str, AnyArray], side: int, norms:
     Args:
         run: gives a tile, and the moments MEASURED, for a picture, MOMENTS and GIVEN.
         feeds: the one picture (N, C, H, W).
-        side: as for `in_tiles`.
+        side: as for `run_tiled`.
         norms: the sizes (2 K, groups) of a picture's moments.
     """
     ((name, picture),) = feeds.items()
@@ -75,25 +77,25 @@ def with_norms_of_all(run: Run, feeds: Mapping[str, AnyArray], side: int, norms:
 
     def tile(feeds: Mapping[str, AnyArray], moments: Array | None) -> dict[str, AnyArray]:
         known = np.zeros((count, *norms), np.float32) if moments is None else moments
-        return dict(run({**feeds, MOMENTS: known, GIVEN: np.array(moments is not None, np.float32)}))
+        return dict(run({**feeds, NORM_STATS: known, USE_NORM_STATS: np.array(moments is not None, np.float32)}))
 
     def measure(moments: Array | None) -> Array:
         found = np.zeros((count, *norms))
         for top, left in product(range(0, height, side), range(0, width, side)):
             piece = np.ascontiguousarray(picture[:, :, top : top + side, left : left + side])
-            found += tile({name: piece}, moments)[MEASURED] * (piece[0, 0].size / (height * width))
+            found += tile({name: piece}, moments)[MEASURED_STATS] * (piece[0, 0].size / (height * width))
         return found.astype(np.float32)
 
     def draw(feeds: Mapping[str, AnyArray], moments: Array | None) -> dict[str, AnyArray]:
-        return {output: made for output, made in tile(feeds, moments).items() if output != MEASURED}
+        return {output: made for output, made in tile(feeds, moments).items() if output != MEASURED_STATS}
 
     if height <= side and width <= side:
         return draw(feeds, None)
     first = measure(None)
-    return in_tiles(partial(draw, moments=(first + measure(first)) / 2), feeds, side, normed=True)
+    return run_tiled(partial(draw, moments=(first + measure(first)) / 2), feeds, side, normed=True)
 
 
-def tiles_of(size: int, side: int, *, normed: bool) -> range:
+def tile_offsets(size: int, side: int, *, normed: bool) -> range:
     """Where tiles of a ``side`` begin on one of ``size``; only ``normed`` ones leave out what lies in another.
 
     diffusers doesn't, so tiles of a picture that is no wider than one overlap each other wholly.

@@ -10,7 +10,7 @@ import numpy as np
 
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import PackageError
-from sdonnx_runtime.graphs.onnx_proto import fields, parts, varints
+from sdonnx_runtime.graphs.onnx_proto import fields, submessages, varints
 
 FLOAT, INT4 = 1, 22
 """ONNX's numbers for two types; of 4 bits there are two elements to a byte, the first in its lower half."""
@@ -63,7 +63,9 @@ class Initializer:
         if dtype is None or self.length != expected or self.file.stat().st_size < self.offset + self.length:
             raise PackageError(f"{self.file} is damaged at '{self.name}'; run 'sdonnx export' again")
         data = np.fromfile(self.file, np.uint8, self.length, offset=self.offset)
-        return unpacked(data, count).reshape(self.shape) if self.data_type == INT4 else _viewed(data, dtype, self.shape)
+        return (
+            unpack_int4(data, count).reshape(self.shape) if self.data_type == INT4 else _viewed(data, dtype, self.shape)
+        )
 
 
 def _viewed(data: AnyArray, dtype: Any, shape: tuple[int, ...]) -> AnyArray:
@@ -71,7 +73,7 @@ def _viewed(data: AnyArray, dtype: Any, shape: tuple[int, ...]) -> AnyArray:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Elements:
+class TensorData:
     """What a session takes in an initializer's place."""
 
     data_type: int
@@ -80,14 +82,14 @@ class Elements:
     """Of the initializer's shape and type; of 4 bits, what is packed lies in the first half of as many bytes."""
 
     @classmethod
-    def of(cls, values: AnyArray, data_type: int) -> "Elements":
+    def of(cls, values: AnyArray, data_type: int) -> "TensorData":
         """Values as an initializer of a type has them; those of 4 bits come as int8."""
         if data_type != INT4:
             data = _apart(values.shape, _DTYPES[data_type])
             data[...] = values
             return cls(data_type=data_type, data=data)
         data = _apart(values.shape, np.uint8)
-        codes = packed(values)
+        codes = pack_int4(values)
         data.reshape(-1)[: len(codes)] = codes
         return cls(data_type=data_type, data=data)
 
@@ -100,14 +102,14 @@ def _apart(shape: tuple[int, ...], dtype: Any) -> AnyArray:
     return np.frombuffer(pages, dtype, count).reshape(shape)
 
 
-def unpacked(data: AnyArray, count: int) -> AnyArray:
+def unpack_int4(data: AnyArray, count: int) -> AnyArray:
     """int8 values (count,) of as many in 4 bits."""
     pairs = np.stack([data << 4, data], axis=-1).view(np.int8) >> 4  # the shift keeps the sign
     return pairs.reshape(-1)[:count]
 
 
-def packed(values: AnyArray) -> AnyArray:
-    """What `unpacked` reads."""
+def pack_int4(values: AnyArray) -> AnyArray:
+    """What `unpack_int4` reads."""
     nibbles = values.reshape(-1).view(np.uint8) & 15
     nibbles = np.append(nibbles, np.zeros(len(nibbles) % 2, np.uint8))
     return nibbles[0::2] | (nibbles[1::2] << 4)
@@ -121,7 +123,7 @@ def read_initializers(path: Path) -> dict[str, Initializer]:
     """
     try:
         data = memoryview(path.read_bytes())
-        tensors = [tensor for graph in parts(data, GRAPH) for tensor in parts(graph, INITIALIZER)]
+        tensors = [tensor for graph in submessages(data, GRAPH) for tensor in submessages(graph, INITIALIZER)]
         found = [initializer_of(path, data, tensor) for tensor in tensors]
     except (IndexError, ValueError) as error:
         raise PackageError(f"{path} is damaged ({error}); run 'sdonnx export' again") from None

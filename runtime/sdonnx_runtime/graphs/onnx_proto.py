@@ -23,15 +23,15 @@ def fields(data: memoryview) -> Iterator[tuple[int, "int | memoryview"]]:
         place += length
 
 
-def parts(data: memoryview, number: int) -> list[memoryview]:
+def submessages(data: memoryview, number: int) -> list[memoryview]:
     """What the fields of a ``number`` hold that are bytes: texts, arrays or other messages."""
     return [part for found, part in fields(data) if found == number and isinstance(part, memoryview)]
 
 
-def message(*parts: tuple[int, "int | bytes | memoryview"]) -> bytes:
+def encode_message(*submessages: tuple[int, "int | bytes | memoryview"]) -> bytes:
     """A message of fields, as `fields` gives them."""
     pieces: list[bytes | memoryview] = []
-    for number, part in parts:
+    for number, part in submessages:
         if isinstance(part, int):
             pieces += [_number(number << 3), _number(part)]
         else:
@@ -39,15 +39,18 @@ def message(*parts: tuple[int, "int | bytes | memoryview"]) -> bytes:
     return b"".join(pieces)
 
 
-def model_of(op: str, inputs: int, *sizes: int) -> bytes:
+def single_node_model(op: str, inputs: int, *sizes: int) -> bytes:
     """An ``.onnx`` file of one operator of opset 13 that is given ``x`` so many times and gives ``y``, both in float32.
 
     ``sizes`` are those of both.
     """
-    tensor = message((1, 1), (2, message(*((1, message((1, size))) for size in sizes))))
-    ports = [(number, message((1, name), (2, message((1, tensor))))) for number, name in ((11, b"x"), (12, b"y"))]
-    node = message(*[(1, b"x")] * inputs, (2, b"y"), (4, op.encode()))
-    return message((1, 8), (8, message((2, 13))), (7, message((1, node), (2, b"one"), *ports)))
+    tensor = encode_message((1, 1), (2, encode_message(*((1, encode_message((1, size))) for size in sizes))))
+    ports = [
+        (number, encode_message((1, name), (2, encode_message((1, tensor)))))
+        for number, name in ((11, b"x"), (12, b"y"))
+    ]
+    node = encode_message(*[(1, b"x")] * inputs, (2, b"y"), (4, op.encode()))
+    return encode_message((1, 8), (8, encode_message((2, 13))), (7, encode_message((1, node), (2, b"one"), *ports)))
 
 
 def _number(value: int) -> bytes:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.graphs.initializers import EXTERNAL_DATA, GRAPH, INITIALIZER, Initializer, initializer_of
-from sdonnx_runtime.graphs.onnx_proto import fields, message, parts
-from sdonnx_runtime.graphs.split_convs import Narrowing
+from sdonnx_runtime.graphs.onnx_proto import encode_message, fields, submessages
+from sdonnx_runtime.graphs.split_convs import ConvSplitter
 
 NODE, _GRAPH_NAME, _INPUT, _OUTPUT, _VALUE_INFO = 1, 2, 11, 12, 13
 _READ, _MADE, _MARK = 1, 2, 9
@@ -49,7 +49,7 @@ class Input:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Staged:
+class PartitionedGraph:
     """A whole graph, cut."""
 
     stages: tuple[Stage, ...]
@@ -73,7 +73,7 @@ class Staged:
         return not any(b"DequantizeLinear" in stage.model or b"MatMulInteger" in stage.model for stage in self.stages)
 
 
-def read_stages(path: Path, *, cut: bool = True) -> Staged:
+def read_stages(path: Path, *, cut: bool = True) -> PartitionedGraph:
     """The stages of an ``.onnx`` file, with narrow kernels; without ``cut``, all of it as one, as it is.
 
     Raises:
@@ -87,15 +87,16 @@ def read_stages(path: Path, *, cut: bool = True) -> Staged:
         raise PackageError(f"{path} can't be read ({error.strerror}); run 'sdonnx export' again") from None
 
 
-def _cut(path: Path, data: memoryview, cut: bool) -> Staged:
-    (graph,) = parts(data, GRAPH)
+def _cut(path: Path, data: memoryview, cut: bool) -> PartitionedGraph:
+    (graph,) = submessages(data, GRAPH)
     head = [(number, part) for number, part in fields(data) if number != GRAPH]
-    tensors = {_text(part, _TENSOR_NAME): part for part in parts(graph, INITIALIZER)}
+    tensors = {_text(part, _TENSOR_NAME): part for part in submessages(graph, INITIALIZER)}
     given, results, edges = (
-        {_text(part, _VALUE_NAME): part for part in parts(graph, number)} for number in (_INPUT, _OUTPUT, _VALUE_INFO)
+        {_text(part, _VALUE_NAME): part for part in submessages(graph, number)}
+        for number in (_INPUT, _OUTPUT, _VALUE_INFO)
     )
     described = {**edges, **results, **given}
-    written = Narrowing(path, data, tensors)(parts(graph, NODE)) if cut else parts(graph, NODE)
+    written = ConvSplitter(path, data, tensors)(submessages(graph, NODE)) if cut else submessages(graph, NODE)
     pieces = [
         (name, list(nodes)) for name, nodes in groupby(map(_node, written), key=lambda node: node.stage if cut else "")
     ]
@@ -108,7 +109,7 @@ def _cut(path: Path, data: memoryview, cut: bool) -> Staged:
         mine = [tensors[value] for value in read if value in tensors]
         inputs = [value for value in read if value not in tensors]
         outputs = [value for value in made if last.get(value, index) > index]
-        body = message(
+        body = encode_message(
             (_GRAPH_NAME, name.encode()),
             *((NODE, node.data) for node in nodes),
             *((INITIALIZER, _placed(path, tensor)) for tensor in mine),
@@ -119,20 +120,21 @@ def _cut(path: Path, data: memoryview, cut: bool) -> Staged:
         stages.append(
             Stage(
                 name=name,
-                model=message(*head, (GRAPH, body)),
+                model=encode_message(*head, (GRAPH, body)),
                 inputs=tuple(inputs),
                 outputs=tuple(outputs),
                 weights={weight.name: weight for weight in weights},
             )
         )
     inputs = {name: _input(part) for name, part in given.items()}
-    return Staged(stages=tuple(stages), outputs=tuple(results), inputs=inputs)
+    return PartitionedGraph(stages=tuple(stages), outputs=tuple(results), inputs=inputs)
 
 
 def _node(data: memoryview) -> _Node:
-    reads, makes = (tuple(str(part, "utf-8") for part in parts(data, number)) for number in (_READ, _MADE))
+    reads, makes = (tuple(str(part, "utf-8") for part in submessages(data, number)) for number in (_READ, _MADE))
     marks = (
-        [str(part, "utf-8") for _, part in fields(each) if isinstance(part, memoryview)] for each in parts(data, _MARK)
+        [str(part, "utf-8") for _, part in fields(each) if isinstance(part, memoryview)]
+        for each in submessages(data, _MARK)
     )
     stage = next((value for key, value in marks if key == "stage"), "")
     return _Node(data, tuple(value for value in reads if value), makes, stage)
@@ -146,21 +148,21 @@ def _placed(path: Path, tensor: memoryview) -> bytes | memoryview:
     for number, value in fields(tensor):
         if number == EXTERNAL_DATA and isinstance(value, memoryview) and _text(value, 1) == "location":
             target = path.with_name(_text(value, 2)).resolve().name
-            placed.append((number, message((1, b"location"), (2, target.encode()))))
+            placed.append((number, encode_message((1, b"location"), (2, target.encode()))))
         else:
             placed.append((number, value))
-    return message(*placed)
+    return encode_message(*placed)
 
 
 def _text(data: memoryview, number: int) -> str:
-    return str(parts(data, number)[0], "utf-8")
+    return str(submessages(data, number)[0], "utf-8")
 
 
 def _input(described: memoryview) -> Input:
     """What a ValueInfoProto says of it."""
-    (kind,) = parts(parts(described, 2)[0], 1)
+    (kind,) = submessages(submessages(described, 2)[0], 1)
     data_type = next((value for number, value in fields(kind) if number == 1 and isinstance(value, int)), 0)
-    dims = [dim for shape in parts(kind, 2) for dim in parts(shape, 1)]
+    dims = [dim for shape in submessages(kind, 2) for dim in submessages(shape, 1)]
     return Input(data_type=data_type, sizes=tuple(_size(dim) for dim in dims))
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from sdonnx_runtime.arrays import AnyArray
-from sdonnx_runtime.graphs.onnx_proto import fields, parts, varints
+from sdonnx_runtime.graphs.onnx_proto import fields, submessages, varints
 
 _INPUT, _OUTPUT, _OP, _ATTRIBUTE = 1, 2, 4, 5
 _ATTRIBUTE_NAME, _FLOAT, _INT, _INTS = 1, 2, 3, 8
@@ -18,12 +18,12 @@ ITEMSIZES: Mapping[int, int] = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8
 """Bytes, by ONNX's numbers for element types."""
 
 
-class UnknownGraph(Exception):  # noqa: N818 — it is no fault
+class UnsupportedGraph(Exception):  # noqa: N818 — it is no fault
     """A graph has an operator, or an input, that those of sdonnx don't have."""
 
 
 @dataclass(frozen=True)
-class Value:
+class TensorInfo:
     """An array that isn't there."""
 
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class Value:
         return int(prod(self.shape) * self.itemsize)
 
     @classmethod
-    def of(cls, array: AnyArray) -> "Value":
+    def of(cls, array: AnyArray) -> "TensorInfo":
         """A small array that is there."""
         return cls(array.shape, array.itemsize, array)
 
@@ -57,8 +57,10 @@ class Node:
 
 def node_of(data: memoryview) -> Node:
     """What a NodeProto says."""
-    inputs, outputs = (tuple(str(part, "utf-8") for part in parts(data, number)) for number in (_INPUT, _OUTPUT))
-    return Node(str(parts(data, _OP)[0], "utf-8"), inputs, outputs, dict(map(_attribute, parts(data, _ATTRIBUTE))))
+    inputs, outputs = (tuple(str(part, "utf-8") for part in submessages(data, number)) for number in (_INPUT, _OUTPUT))
+    return Node(
+        str(submessages(data, _OP)[0], "utf-8"), inputs, outputs, dict(map(_attribute, submessages(data, _ATTRIBUTE)))
+    )
 
 
 def _attribute(data: memoryview) -> tuple[str, Any]:
@@ -75,7 +77,7 @@ def _attribute(data: memoryview) -> tuple[str, Any]:
     return name, tuple(each - (1 << 64) if each >> 63 else each for each in many) if many else value
 
 
-def measured(nodes: Sequence[Node], values: dict[str, Value]) -> Iterator[Node]:
+def infer_shapes(nodes: Sequence[Node], values: dict[str, TensorInfo]) -> Iterator[Node]:
     """Goes through nodes in their order: ``values``, what is given, has what each gives when it comes out.
 
     Raises:
@@ -84,41 +86,41 @@ def measured(nodes: Sequence[Node], values: dict[str, Value]) -> Iterator[Node]:
     for node in nodes:
         missing = [name for name in node.inputs if name and name not in values]
         if missing:
-            raise UnknownGraph(f"'{missing[0]}' comes from elsewhere")
+            raise UnsupportedGraph(f"'{missing[0]}' comes from elsewhere")
         given = [values[name] if name else None for name in node.inputs]
         values.update(zip(node.outputs, _given(node, given), strict=False))
         yield node
 
 
-def _given(node: Node, given: Sequence[Value | None]) -> list[Value]:
+def _given(node: Node, given: Sequence[TensorInfo | None]) -> list[TensorInfo]:
     compute = _COMPUTED.get(node.op)
     if compute is not None and all(each is None or each.known is not None for each in given):
         known = [each.known for each in given if each is not None and each.known is not None]
-        return [Value.of(np.asarray(compute(known, node.attributes)))]
+        return [TensorInfo.of(np.asarray(compute(known, node.attributes)))]
     try:
-        found = _RULES[node.op]([each if each is not None else Value(()) for each in given], node.attributes)
+        found = _RULES[node.op]([each if each is not None else TensorInfo(()) for each in given], node.attributes)
     except (KeyError, IndexError, ValueError) as error:
-        raise UnknownGraph(f"the operator {node.op}, or how it is written") from error
+        raise UnsupportedGraph(f"the operator {node.op}, or how it is written") from error
     return found if isinstance(found, list) else [found]
 
 
-Rule: TypeAlias = Callable[[Sequence[Value], Mapping[str, Any]], "Value | list[Value]"]
+Rule: TypeAlias = Callable[[Sequence[TensorInfo], Mapping[str, Any]], "TensorInfo | list[TensorInfo]"]
 
 
-def _like_first(given: Sequence[Value], _how: Mapping[str, Any]) -> Value:
-    return Value(given[0].shape, given[0].itemsize)
+def _like_first(given: Sequence[TensorInfo], _how: Mapping[str, Any]) -> TensorInfo:
+    return TensorInfo(given[0].shape, given[0].itemsize)
 
 
-def _elementwise(given: Sequence[Value], _how: Mapping[str, Any]) -> Value:
-    return Value(np.broadcast_shapes(*(each.shape for each in given)), given[0].itemsize)
+def _elementwise(given: Sequence[TensorInfo], _how: Mapping[str, Any]) -> TensorInfo:
+    return TensorInfo(np.broadcast_shapes(*(each.shape for each in given)), given[0].itemsize)
 
 
-def _product(given: Sequence[Value], _how: Mapping[str, Any]) -> Value:
+def _product(given: Sequence[TensorInfo], _how: Mapping[str, Any]) -> TensorInfo:
     x, weight = (each.shape for each in given[:2])
-    return Value((*np.broadcast_shapes(x[:-2], weight[:-2]), *x[-2:-1], weight[-1]))
+    return TensorInfo((*np.broadcast_shapes(x[:-2], weight[:-2]), *x[-2:-1], weight[-1]))
 
 
-def _convolved(given: Sequence[Value], how: Mapping[str, Any]) -> Value:
+def _convolved(given: Sequence[TensorInfo], how: Mapping[str, Any]) -> TensorInfo:
     quantized = len(given) > 3  # QLinearConv
     (count, *sizes), kernel = given[0].shape, given[3 if quantized else 1].shape
     last = bool(how.get("channels_last"))
@@ -130,102 +132,104 @@ def _convolved(given: Sequence[Value], how: Mapping[str, Any]) -> Value:
             sizes, pads[:2], pads[2:], kernel[2:], how.get("strides", (1, 1)), strict=True
         )
     ]
-    return Value((count, *places, kernel[0]) if last else (count, kernel[0], *places), 1 if quantized else 4)
+    return TensorInfo((count, *places, kernel[0]) if last else (count, kernel[0], *places), 1 if quantized else 4)
 
 
-def _pooled(given: Sequence[Value], how: Mapping[str, Any]) -> Value:
+def _pooled(given: Sequence[TensorInfo], how: Mapping[str, Any]) -> TensorInfo:
     sides = given[0].shape[2:]
-    return Value((*given[0].shape[:2], *(side // step for side, step in zip(sides, how["strides"], strict=True))))
+    return TensorInfo((*given[0].shape[:2], *(side // step for side, step in zip(sides, how["strides"], strict=True))))
 
 
-def _reshaped(given: Sequence[Value], _how: Mapping[str, Any]) -> Value:
+def _reshaped(given: Sequence[TensorInfo], _how: Mapping[str, Any]) -> TensorInfo:
     x, wanted = given
     shape = [x.shape[place] if size == 0 else int(size) for place, size in enumerate(_ints(wanted))]
     rest = prod(size for size in shape if size != -1)
-    return Value(tuple(prod(x.shape) // rest if size == -1 else size for size in shape), x.itemsize)
+    return TensorInfo(tuple(prod(x.shape) // rest if size == -1 else size for size in shape), x.itemsize)
 
 
-def _reduced(given: Sequence[Value], how: Mapping[str, Any]) -> Value:
+def _reduced(given: Sequence[TensorInfo], how: Mapping[str, Any]) -> TensorInfo:
     axes = {axis % len(given[0].shape) for axis in _ints(given[1])}
     keep = how.get("keepdims", 1)
     sizes = [1 if axis in axes else size for axis, size in enumerate(given[0].shape) if keep or axis not in axes]
-    return Value(tuple(sizes))
+    return TensorInfo(tuple(sizes))
 
 
-def _split(given: Sequence[Value], how: Mapping[str, Any]) -> list[Value]:
+def _split(given: Sequence[TensorInfo], how: Mapping[str, Any]) -> list[TensorInfo]:
     shape, axis = list(given[0].shape), how.get("axis", 0)
     shape[axis] //= how["num_outputs"]
-    return [Value(tuple(shape), given[0].itemsize)] * int(how["num_outputs"])
+    return [TensorInfo(tuple(shape), given[0].itemsize)] * int(how["num_outputs"])
 
 
-def _joined(given: Sequence[Value], how: Mapping[str, Any]) -> Value:
+def _joined(given: Sequence[TensorInfo], how: Mapping[str, Any]) -> TensorInfo:
     shape, axis = list(given[0].shape), int(how["axis"])
     shape[axis] = sum(each.shape[axis] for each in given)
-    return Value(tuple(shape), given[0].itemsize)
+    return TensorInfo(tuple(shape), given[0].itemsize)
 
 
-def _sliced(given: Sequence[Value], _how: Mapping[str, Any]) -> Value:
+def _sliced(given: Sequence[TensorInfo], _how: Mapping[str, Any]) -> TensorInfo:
     shape = list(given[0].shape)
     starts, stops, *others = (_ints(each) for each in given[1:])
     axes, steps = others[0] if others else range(len(starts)), others[1] if len(others) > 1 else [1] * len(starts)
     for axis, start, stop, step in zip(axes, starts, stops, steps, strict=True):
         shape[axis] = len(range(shape[axis])[start:stop:step])
-    return Value(tuple(shape), given[0].itemsize)
+    return TensorInfo(tuple(shape), given[0].itemsize)
 
 
-def _enlarged(given: Sequence[Value], _how: Mapping[str, Any]) -> Value:
+def _enlarged(given: Sequence[TensorInfo], _how: Mapping[str, Any]) -> TensorInfo:
     x = given[0]
     if len(given) > 3:
-        return Value(tuple(_ints(given[3])), x.itemsize)
+        return TensorInfo(tuple(_ints(given[3])), x.itemsize)
     scales = given[2].known
-    return Value(tuple(int(size * scale) for size, scale in zip(x.shape, _listed(scales), strict=True)), x.itemsize)
+    return TensorInfo(
+        tuple(int(size * scale) for size, scale in zip(x.shape, _listed(scales), strict=True)), x.itemsize
+    )
 
 
-def _transposed(given: Sequence[Value], how: Mapping[str, Any]) -> Value:
+def _transposed(given: Sequence[TensorInfo], how: Mapping[str, Any]) -> TensorInfo:
     perm: tuple[int, ...] = how["perm"]
-    return Value(tuple(given[0].shape[axis] for axis in perm), given[0].itemsize)
+    return TensorInfo(tuple(given[0].shape[axis] for axis in perm), given[0].itemsize)
 
 
-def _unsqueezed(given: Sequence[Value], _how: Mapping[str, Any]) -> Value:
+def _unsqueezed(given: Sequence[TensorInfo], _how: Mapping[str, Any]) -> TensorInfo:
     shape, axes = list(given[0].shape), _ints(given[1])
     for axis in sorted(axis % (len(shape) + len(axes)) for axis in axes):
         shape.insert(axis, 1)
-    return Value(tuple(shape), given[0].itemsize)
+    return TensorInfo(tuple(shape), given[0].itemsize)
 
 
-def _gathered(given: Sequence[Value], how: Mapping[str, Any]) -> Value:
+def _gathered(given: Sequence[TensorInfo], how: Mapping[str, Any]) -> TensorInfo:
     x, axis = given[0], how.get("axis", 0)
-    return Value((*x.shape[:axis], *given[1].shape, *x.shape[axis + 1 :]), x.itemsize)
+    return TensorInfo((*x.shape[:axis], *given[1].shape, *x.shape[axis + 1 :]), x.itemsize)
 
 
-def _blocks_to_depth(given: Sequence[Value], how: Mapping[str, Any]) -> Value:
+def _blocks_to_depth(given: Sequence[TensorInfo], how: Mapping[str, Any]) -> TensorInfo:
     (count, channels, *sizes), side = given[0].shape, how["blocksize"]
-    return Value((count, channels * side * side, *(size // side for size in sizes)))
+    return TensorInfo((count, channels * side * side, *(size // side for size in sizes)))
 
 
-def _rows(given: Sequence[Value], _how: Mapping[str, Any]) -> Value:
+def _rows(given: Sequence[TensorInfo], _how: Mapping[str, Any]) -> TensorInfo:
     x, places = given[0], given[1].shape  # GatherND with batch_dims 0 or 1
     batch = _how.get("batch_dims", 0)
-    return Value((*places[:-1], *x.shape[batch + places[-1] :]), x.itemsize)
+    return TensorInfo((*places[:-1], *x.shape[batch + places[-1] :]), x.itemsize)
 
 
-def _tiled(given: Sequence[Value], _how: Mapping[str, Any]) -> Value:
+def _tiled(given: Sequence[TensorInfo], _how: Mapping[str, Any]) -> TensorInfo:
     sizes = zip(given[0].shape, _ints(given[1]), strict=True)
-    return Value(tuple(size * times for size, times in sizes), given[0].itemsize)
+    return TensorInfo(tuple(size * times for size, times in sizes), given[0].itemsize)
 
 
-def _shape(given: Sequence[Value], how: Mapping[str, Any]) -> Value:
-    return Value.of(np.array(given[0].shape[how.get("start", 0) : how.get("end")], np.int64))
+def _shape(given: Sequence[TensorInfo], how: Mapping[str, Any]) -> TensorInfo:
+    return TensorInfo.of(np.array(given[0].shape[how.get("start", 0) : how.get("end")], np.int64))
 
 
-def _coded(given: Sequence[Value], _how: Mapping[str, Any]) -> list[Value]:
-    return [Value(given[0].shape, 1), Value(()), Value((), 1)]
+def _coded(given: Sequence[TensorInfo], _how: Mapping[str, Any]) -> list[TensorInfo]:
+    return [TensorInfo(given[0].shape, 1), TensorInfo(()), TensorInfo((), 1)]
 
 
-def _highest(given: Sequence[Value], how: Mapping[str, Any]) -> Value:
+def _highest(given: Sequence[TensorInfo], how: Mapping[str, Any]) -> TensorInfo:
     shape = list(given[0].shape)
     axis = how.get("axis", 0) % len(shape)
-    return Value((*shape[:axis], *([1] if how.get("keepdims", 1) else []), *shape[axis + 1 :]), 8)
+    return TensorInfo((*shape[:axis], *([1] if how.get("keepdims", 1) else []), *shape[axis + 1 :]), 8)
 
 
 _RULES: Mapping[str, Rule] = {
@@ -239,14 +243,14 @@ _RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceSumSquare"), _reduced),
     "ArgMax": _highest,
     "AveragePool": _pooled,
-    "Cast": lambda given, how: Value(given[0].shape, ITEMSIZES[how["to"]]),
+    "Cast": lambda given, how: TensorInfo(given[0].shape, ITEMSIZES[how["to"]]),
     "Concat": _joined,
-    "DequantizeLinear": lambda given, _how: Value(given[0].shape, 4),
+    "DequantizeLinear": lambda given, _how: TensorInfo(given[0].shape, 4),
     "DynamicQuantizeLinear": _coded,
-    "Equal": lambda given, how: Value(_elementwise(given, how).shape, 1),
+    "Equal": lambda given, how: TensorInfo(_elementwise(given, how).shape, 1),
     "Gather": _gathered,
     "GatherND": _rows,
-    "QuantizeLinear": lambda given, _how: Value(given[0].shape, 1),
+    "QuantizeLinear": lambda given, _how: TensorInfo(given[0].shape, 1),
     "Reshape": _reshaped,
     "Resize": _enlarged,
     "Shape": _shape,
@@ -266,11 +270,11 @@ _COMPUTED: Mapping[str, Callable[[Sequence[AnyArray], Mapping[str, Any]], AnyArr
 """What shapes are computed with."""
 
 
-def _ints(value: Value) -> list[int]:
+def _ints(value: TensorInfo) -> list[int]:
     return [int(each) for each in _listed(value.known)]
 
 
 def _listed(known: AnyArray | None) -> list[Any]:
     if known is None:
-        raise UnknownGraph("a shape that isn't known")
+        raise UnsupportedGraph("a shape that isn't known")
     return [*known.reshape(-1)]

@@ -9,7 +9,7 @@ from math import ceil, prod
 from pathlib import Path
 
 from sdonnx_runtime.graphs.initializers import EXTERNAL_DATA, initializer_of
-from sdonnx_runtime.graphs.onnx_proto import fields, message, parts
+from sdonnx_runtime.graphs.onnx_proto import encode_message, fields, submessages
 
 LIMIT = 1 << 26
 """Bytes, in float32, that are not too many for a kernel."""
@@ -23,7 +23,7 @@ _ATTRIBUTE_NAME, _INT, _TYPE, _OF_INT = 1, 3, 20, 2
 """Fields of onnx.proto's NodeProto, TensorProto and AttributeProto, and values of two."""
 
 
-class Narrowing:
+class ConvSplitter:
     """Rewrites the convolutions of a graph.
 
     Args:
@@ -39,7 +39,7 @@ class Narrowing:
     def __call__(self, nodes: Iterable[memoryview]) -> Iterator[memoryview]:
         """The nodes, where a convolution with a wide kernel is several, and what they give is joined."""
         for node in nodes:
-            op, reads, makes = ([str(part, "utf-8") for part in parts(node, key)] for key in (_OP, _READ, _MADE))
+            op, reads, makes = ([str(part, "utf-8") for part in submessages(node, key)] for key in (_OP, _READ, _MADE))
             if op == ["Cast"] and self._borders(reads[0]):
                 borders = self._widened[makes[0]] = self._borders(reads[0])
                 for stored, made in zip(self._cut(reads[0], borders), _named(makes[0], borders), strict=True):
@@ -56,7 +56,7 @@ class Narrowing:
             made = _named(makes[0], borders)
             for *mine, output in zip(*pieces, made, strict=True):
                 yield _changed(node, [picture, *mine], output)
-            yield _joining(made, makes[0], parts(node, _MARK))
+            yield _joining(made, makes[0], submessages(node, _MARK))
 
     def _borders(self, name: str) -> list[int]:
         """The outputs that pieces of a kernel begin and end with; none if it isn't wide, or not to be cut."""
@@ -78,9 +78,9 @@ class Narrowing:
                 "offset": whole.offset + start * size,
                 "length": (stop - start) * size,
             }
-            entries = (message((1, key.encode()), (2, str(value).encode())) for key, value in where.items())
+            entries = (encode_message((1, key.encode()), (2, str(value).encode())) for key, value in where.items())
             self._tensors[piece] = memoryview(
-                message(
+                encode_message(
                     *((_DIMS, size) for size in (stop - start, *whole.shape[1:])),
                     (_DATA_TYPE, whole.data_type),
                     (_TENSOR_NAME, piece.encode()),
@@ -99,12 +99,12 @@ def _named(name: str, borders: list[int]) -> list[str]:
 def _changed(node: memoryview, reads: list[str], made: str) -> memoryview:
     """A node that reads and makes something else."""
     others = [(number, value) for number, value in fields(node) if number not in (_READ, _MADE, _NAME)]
-    return memoryview(message(*((_READ, each.encode()) for each in reads), (_MADE, made.encode()), *others))
+    return memoryview(encode_message(*((_READ, each.encode()) for each in reads), (_MADE, made.encode()), *others))
 
 
 def _joining(reads: list[str], made: str, marks: list[memoryview]) -> memoryview:
     """A node that joins channels."""
-    axis = message((_ATTRIBUTE_NAME, b"axis"), (_INT, 1), (_TYPE, _OF_INT))
+    axis = encode_message((_ATTRIBUTE_NAME, b"axis"), (_INT, 1), (_TYPE, _OF_INT))
     inputs = ((_READ, each.encode()) for each in reads)
     marked = ((_MARK, mark) for mark in marks)
-    return memoryview(message(*inputs, (_MADE, made.encode()), (_OP, b"Concat"), (_ATTRIBUTE, axis), *marked))
+    return memoryview(encode_message(*inputs, (_MADE, made.encode()), (_OP, b"Concat"), (_ATTRIBUTE, axis), *marked))

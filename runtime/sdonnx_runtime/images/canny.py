@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 from sdonnx_runtime.arrays import AnyArray
-from sdonnx_runtime.images.preprocess import opaque
+from sdonnx_runtime.images.preprocess import flatten_alpha
 
 
 def canny(picture: Image.Image, low: int = 100, high: int = 200) -> Image.Image:
@@ -17,7 +17,7 @@ def canny(picture: Image.Image, low: int = 100, high: int = 200) -> Image.Image:
         low: a gradient above this is an edge where it touches one above ``high``.
         high: a gradient above this is an edge.
     """
-    x, y = _gradients(np.asarray(opaque(picture), np.int32))
+    x, y = _gradients(np.asarray(flatten_alpha(picture), np.int32))
     size = np.abs(x) + np.abs(y)
     edges = _grown((size > high) & _ridges(x, y, size), (size > low) & _ridges(x, y, size))
     return Image.fromarray(np.where(edges, np.uint8(255), np.uint8(0))).convert("RGB")

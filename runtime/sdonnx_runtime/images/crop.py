@@ -10,7 +10,7 @@ Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Region:
+class CropRegion:
     """Where the part lies in the picture, and where in what is worked in."""
 
     box: Box
@@ -36,7 +36,7 @@ class Region:
         return whole
 
 
-def region_around(mask: Image.Image, size: tuple[int, int], padding: int) -> Region:
+def masked_region(mask: Image.Image, size: tuple[int, int], padding: int) -> CropRegion:
     """The smallest box around a mask, padded and grown to the shape of a size, as diffusers' get_crop_region has it.
 
     Args:
@@ -56,7 +56,7 @@ def region_around(mask: Image.Image, size: tuple[int, int], padding: int) -> Reg
     inner_width = min(size[0], max(width * size[1] // height, 1))
     inner_height = min(size[1], max(height * size[0] // width, 1))
     x, y = size[0] // 2 - inner_width // 2, size[1] // 2 - inner_height // 2
-    return Region(box=(left, top, right, bottom), size=size, inner=(x, y, x + inner_width, y + inner_height))
+    return CropRegion(box=(left, top, right, bottom), size=size, inner=(x, y, x + inner_width, y + inner_height))
 
 
 def _grown(low: int, high: int, length: float, limit: int) -> tuple[int, int]:

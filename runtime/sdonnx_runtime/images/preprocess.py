@@ -37,7 +37,7 @@ _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCb
 """Pillow's modes of 8 bits a channel."""
 
 
-def open_picture(path: Path) -> Image.Image:
+def open_image(path: Path) -> Image.Image:
     """A picture from a file, upright as its camera was held.
 
     Raises:
@@ -61,7 +61,7 @@ def open_picture(path: Path) -> Image.Image:
         raise RequestError(f"{path} can't be read: {reason}; give a whole PNG, JPEG or WebP file") from None
 
 
-def check_picture(name: str, picture: Image.Image) -> None:
+def check_image(name: str, picture: Image.Image) -> None:
     """Finds out whether a picture's pixels can be read.
 
     Raises:
@@ -91,7 +91,7 @@ def suitable_size(picture: Image.Image, *, area: int, multiple: int) -> tuple[in
     return width, height
 
 
-def fitted(picture: Image.Image, size: tuple[int, int], fit: str) -> Image.Image:
+def resize_to_fit(picture: Image.Image, size: tuple[int, int], fit: str) -> Image.Image:
     """The picture in another size by one of FITS; one that has the size is left as it is."""
     if picture.size == size:
         return picture
@@ -101,7 +101,7 @@ def fitted(picture: Image.Image, size: tuple[int, int], fit: str) -> Image.Image
     return fill(picture, size, Image.Resampling.LANCZOS)
 
 
-def extended(
+def outpaint_canvas(
     picture: Image.Image, margins: tuple[int, int, int, int], *, area: int, multiple: int
 ) -> tuple[Image.Image, Image.Image]:
     """For outpainting: the picture on a larger canvas, RGB, and the mask, L, that is white where it is new.
@@ -131,18 +131,18 @@ def extended(
             f"the canvas has {width}x{height} pixels; make both multiples of {multiple}: "
             f"{more[0]} more at a side, {more[1]} more above or below"
         )
-    pixels = np.pad(np.asarray(opaque(picture)), ((top, bottom), (left, right), (0, 0)), mode="edge")
+    pixels = np.pad(np.asarray(flatten_alpha(picture)), ((top, bottom), (left, right), (0, 0)), mode="edge")
     mask = Image.new("L", (width, height), 255)
     mask.paste(0, (left, top, left + picture.width, top + picture.height))
     return Image.fromarray(pixels), mask
 
 
-def opaque(picture: Image.Image) -> Image.Image:
+def flatten_alpha(picture: Image.Image) -> Image.Image:
     """RGB; what shows through lies on white."""
     return _on(picture, "white")
 
 
-def mask_of(picture: Image.Image) -> Image.Image:
+def to_mask(picture: Image.Image) -> Image.Image:
     """What is painted anew, as a picture of mode L: 255 where the given one is white and opaque, else 0.
 
     Gray counts as white from the middle on; transparent parts are kept.
@@ -168,10 +168,10 @@ def _eight_bit(picture: Image.Image) -> Image.Image:
     return Image.merge("LA", [Image.fromarray(gray), Image.fromarray(np.where(transparent, 0, 255).astype(np.uint8))])
 
 
-def depth_of(picture: Image.Image) -> Array:
+def to_depth(picture: Image.Image) -> Array:
     """(H, W): a depth map's gray, of 8 or 16 bits or floating point, in whatever unit; brighter is nearer."""
     if picture.mode not in ("F", "I") and not picture.mode.startswith("I;16"):
-        picture = opaque(picture).convert("L")
+        picture = flatten_alpha(picture).convert("L")
     return np.asarray(picture).astype(np.float32)
 
 
@@ -212,13 +212,13 @@ def latent_mask(mask: Image.Image, downscale: int, *, first_pixel: bool = False)
     return (cells[None, None] > 0).astype(np.float32)
 
 
-def in_whole_cells(mask: Image.Image, downscale: int) -> Image.Image:
+def snap_mask_to_latents(mask: Image.Image, downscale: int) -> Image.Image:
     """The mask grown to whole latent cells, for which all of `latent_mask`'s rules say the same."""
     cells = latent_mask(mask, downscale)[0, 0] * 255
     return Image.fromarray(cells.astype(np.uint8)).resize(mask.size, Image.Resampling.NEAREST)
 
 
-def feathered(mask: Image.Image, pixels: int) -> Image.Image:
+def blur_mask_inward(mask: Image.Image, pixels: int) -> Image.Image:
     """The mask fading out towards its edge over some pixels, inwards: what was 0 stays 0.
 
     The mean of the mask and of what is left of it when 1, 2, … ``pixels`` are taken off all around.

@@ -8,10 +8,10 @@ from math import inf
 from sdonnx_runtime.errors import DeviceError, RequestError
 from sdonnx_runtime.execution.arena import share_arena, warm_up
 from sdonnx_runtime.execution.process_memory import available_memory, resident_memory
-from sdonnx_runtime.graphs.shape_inference import UnknownGraph
-from sdonnx_runtime.memory.planner import Phase, Plan, make_plan
+from sdonnx_runtime.graphs.shape_inference import UnsupportedGraph
+from sdonnx_runtime.memory.planner import MemoryPhase, Plan, make_plan
 
-AUTO, MOST, LEAST = "auto", "max", "min"
+AUTO, MAX, MIN = "auto", "max", "min"
 """What is free; everything kept loaded; as little as there is a way to."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -42,11 +42,11 @@ class Budget:
 
     def __post_init__(self) -> None:
         """Checks what was asked for."""
-        if self.asked not in (AUTO, MOST, LEAST):
+        if self.asked not in (AUTO, MAX, MIN):
             self._bytes()
 
     def plan(
-        self, phases: Callable[[], Sequence[Phase]], enough: float, name: str, *, whole: bool = False
+        self, phases: Callable[[], Sequence[MemoryPhase]], enough: float, name: str, *, whole: bool = False
     ) -> Plan | None:
         """The plan for what a request has open; none where all of it may be open and whole, or nothing is known.
 
@@ -61,7 +61,7 @@ class Budget:
             DeviceError: what is free is too little.
         """
         free = available_memory() if self.asked == AUTO else None
-        plenty = self.asked == MOST or (self.asked == AUTO and (free is None or free > enough))
+        plenty = self.asked == MAX or (self.asked == AUTO and (free is None or free > enough))
         if plenty and not whole:
             share_arena(enough / 4)
             return None
@@ -70,14 +70,14 @@ class Budget:
         budget = inf if plenty else self._room(free)
         try:
             found = self._made(phases(), budget, base)
-        except UnknownGraph:
-            if self.asked in (AUTO, LEAST) and not whole:
+        except UnsupportedGraph:
+            if self.asked in (AUTO, MIN) and not whole:
                 return None
             raise RequestError(
                 f"what {name} takes of memory can't be told, for its graphs are of another program; export its "
                 "checkpoint with 'sdonnx export', or give auto, max or min"
             ) from None
-        if found.peak <= budget or self.asked == LEAST:
+        if found.peak <= budget or self.asked == MIN:
             share_arena(1.5 * found.arena)  # or what came to lie in pieces would need another, larger region
             return found
         least = -(-found.least // _STEP) * _STEP / 1e6
@@ -90,22 +90,20 @@ class Budget:
             f"{self.asked} of memory is too little for this; give {least:.0f}MB or more, or choose a smaller size"
         )
 
-    def _made(self, phases: Sequence[Phase], budget: float, base: int) -> Plan:
+    def _made(self, phases: Sequence[MemoryPhase], budget: float, base: int) -> Plan:
         alone = make_plan(phases, budget, base)
-        if self.asked != MOST:
+        if self.asked != MAX:
             return alone
         together = [part for phase in phases for part in phase]
         return replace(make_plan([together], budget, base), least=alone.least)
 
     def _room(self, free: int | None) -> int:
         """Bytes for the whole process."""
-        return (
-            int(resident_memory() + _SHARE * free) if free is not None else 0 if self.asked == LEAST else self._bytes()
-        )
+        return int(resident_memory() + _SHARE * free) if free is not None else 0 if self.asked == MIN else self._bytes()
 
     def bytes_of_device(self) -> int | None:
         """The limit for a device with memory of its own, in bytes; None without one."""
-        return None if self.asked in (AUTO, MOST, LEAST) else self._bytes()
+        return None if self.asked in (AUTO, MAX, MIN) else self._bytes()
 
     def _bytes(self) -> int:
         if isinstance(self.asked, int) and self.asked > 0:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from math import prod
 
 from sdonnx_runtime.graphs.initializers import GRAPH, Initializer
-from sdonnx_runtime.graphs.onnx_proto import parts
+from sdonnx_runtime.graphs.onnx_proto import submessages
 from sdonnx_runtime.graphs.partition import NODE, Stage
-from sdonnx_runtime.graphs.shape_inference import Node, Value, measured, node_of
+from sdonnx_runtime.graphs.shape_inference import Node, TensorInfo, infer_shapes, node_of
 
 _SMALL = 64
 """Elements of what may be a shape."""
@@ -45,7 +45,7 @@ class Footprint:
     """What of all that is packed anew is left lying about in the arena, if it is opened as a whole."""
     values: int
     """The most of values and of workspace at a time, without what the stage is given."""
-    outputs: Mapping[str, Value]
+    outputs: Mapping[str, TensorInfo]
     written: int
     """All values together."""
     work: int
@@ -54,14 +54,14 @@ class Footprint:
     """Whether most of the work is done in 8 bits."""
 
 
-def footprint(stage: Stage, given: Mapping[str, Value]) -> Footprint:
+def footprint(stage: Stage, given: Mapping[str, TensorInfo]) -> Footprint:
     """What a stage takes for inputs of these shapes.
 
     Raises:
         UnknownGraph: it has an operator that packages of sdonnx don't have.
     """
-    (graph,) = parts(memoryview(stage.model), GRAPH)
-    nodes = _as_run([node_of(part) for part in parts(graph, NODE)])
+    (graph,) = submessages(memoryview(stage.model), GRAPH)
+    nodes = _as_run([node_of(part) for part in submessages(graph, NODE)])
     values = {**given, **{name: _weight(each) for name, each in stage.weights.items()}}
     makers = {name: node for node in nodes for name in node.outputs}
     readers = Counter(name for node in nodes for name in node.inputs)
@@ -72,7 +72,7 @@ def footprint(stage: Stage, given: Mapping[str, Value]) -> Footprint:
     users: dict[str, int] = {}  # the last node that reads a buffer
     live = most = written = 0
     work = Counter[bool]()
-    for index, node in enumerate(measured(nodes, values)):
+    for index, node in enumerate(infer_shapes(nodes, values)):
         dying = {buffers[name] for name in node.inputs if name in buffers and users[buffers[name]] == index}
         for name in node.outputs:
             if name == "" or name in inside:
@@ -102,9 +102,9 @@ def footprint(stage: Stage, given: Mapping[str, Value]) -> Footprint:
     )
 
 
-def _weight(weight: Initializer) -> Value:
+def _weight(weight: Initializer) -> TensorInfo:
     known = weight.read() if prod(weight.shape) <= _SMALL and not weight.external else None
-    return Value(weight.shape, weight.length / max(prod(weight.shape), 1), known)
+    return TensorInfo(weight.shape, weight.length / max(prod(weight.shape), 1), known)
 
 
 def _inside(nodes: Sequence[Node], readers: Mapping[str, int], weights: Collection[str]) -> set[str]:
@@ -119,7 +119,7 @@ def _inside(nodes: Sequence[Node], readers: Mapping[str, int], weights: Collecti
     return codes | folded | {node.outputs[0] for node in nodes if node.op in _WIDENED and node.outputs[0] in matrices}
 
 
-def _weights(stage: Stage, nodes: Sequence[Node], values: Mapping[str, Value]) -> tuple[int, int, int, int, int]:
+def _weights(stage: Stage, nodes: Sequence[Node], values: Mapping[str, TensorInfo]) -> tuple[int, int, int, int, int]:
     """What a stage's weights take once it is open, the most before, and of them `packed`, `mapped` and `spread`."""
     readers: dict[str, list[Node]] = defaultdict(list)
     for node in nodes:
@@ -182,7 +182,7 @@ def _as_run(nodes: Sequence[Node]) -> list[Node]:
 
 
 def _taken_over(
-    node: Node, values: Mapping[str, Value], buffers: Mapping[str, str], dying: Collection[str]
+    node: Node, values: Mapping[str, TensorInfo], buffers: Mapping[str, str], dying: Collection[str]
 ) -> str | None:
     """The buffer of an input that what a node gives is put into."""
     if node.op in _IN_THE_SAME_PLACE:
@@ -194,7 +194,7 @@ def _taken_over(
 
 def _workspace(
     node: Node,
-    values: Mapping[str, Value],
+    values: Mapping[str, TensorInfo],
     makers: Mapping[str, Node],
     inside: Collection[str],
     dying: Collection[str],
@@ -217,7 +217,7 @@ def _workspace(
     return max(2 * given, kept + given + made.nbytes, kept + 2 * made.nbytes) - given - made.nbytes
 
 
-def _work(node: Node, values: Mapping[str, Value]) -> int:
+def _work(node: Node, values: Mapping[str, TensorInfo]) -> int:
     if node.op in ("MatMul", "MatMulIntegerToFloat"):
         return prod(values[node.outputs[0]].shape) * values[node.inputs[0]].shape[-1]
     if node.op in ("Conv", "QLinearConv"):

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from sdonnx_runtime.adapters.merging import module_of
 from sdonnx_runtime.errors import PackageError
-from sdonnx_runtime.execution.strategy import TILES, Way
-from sdonnx_runtime.execution.tiling import tiles_of
+from sdonnx_runtime.execution.strategy import VAE_TILES, ExecutionStrategy
+from sdonnx_runtime.execution.tiling import tile_offsets
 from sdonnx_runtime.graphs.initializers import INT4
 from sdonnx_runtime.graphs.partition import Stage, read_stages
-from sdonnx_runtime.graphs.shape_inference import Value
+from sdonnx_runtime.graphs.shape_inference import TensorInfo
 from sdonnx_runtime.memory.footprint import Footprint, footprint
-from sdonnx_runtime.packages.manifest import MOMENTS
+from sdonnx_runtime.packages.manifest import NORM_STATS
 
 _VAE_IN_CODES, _WHOLE, _STAGED = 1.25, 1.45, 1.4
 """How many times the values of an int8 VAE, of any other graph, and of a stage, the arena takes: in pieces."""
@@ -35,7 +35,7 @@ class Graph:
     """A graph, and what it is given."""
 
     path: Path
-    inputs: tuple[tuple[str, Value], ...]
+    inputs: tuple[tuple[str, TensorInfo], ...]
     tile: int | None = None
     """The side of what is worked on at a time, in places of what it is given; None is all."""
     adapted: frozenset[str] = frozenset()
@@ -43,7 +43,7 @@ class Graph:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class LoadedComponent:
     """A component as a request runs it."""
 
     component: str
@@ -57,16 +57,16 @@ class Part:
     """Bytes of what is made of it outside."""
 
 
-Phase = Sequence[Part]
+MemoryPhase = Sequence[LoadedComponent]
 """What is open at one time."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class ComponentPlan:
     """A way for a component, and what is predicted of it."""
 
     component: str
-    way: Way
+    way: ExecutionStrategy
     stages: int
     """How many it has."""
     peak: int
@@ -83,7 +83,7 @@ class Choice:
 class Plan:
     """How the components of a request are run, and what is predicted of that."""
 
-    choices: tuple[Choice, ...]
+    choices: tuple[ComponentPlan, ...]
     least: int
     """The smallest budget that there is a plan for, in bytes."""
 
@@ -93,7 +93,7 @@ class Plan:
         return max(choice.peak for choice in self.choices)
 
     @property
-    def ways(self) -> dict[str, Way]:
+    def ways(self) -> dict[str, ExecutionStrategy]:
         """By component."""
         return {choice.component: choice.way for choice in self.choices}
 
@@ -103,7 +103,7 @@ class Plan:
         return max((choice.moves for choice in self.choices if not choice.way.frugal), default=0)
 
 
-def make_plan(phases: Sequence[Phase], budget: float, base: int) -> Plan:
+def make_plan(phases: Sequence[MemoryPhase], budget: float, base: int) -> Plan:
     """The fastest plan that keeps to a budget, or, where none does, the one of least memory.
 
     Args:
@@ -115,7 +115,7 @@ def make_plan(phases: Sequence[Phase], budget: float, base: int) -> Plan:
         UnknownGraph: a graph has operators or inputs that packages of sdonnx don't have.
         PackageError: a graph is damaged.
     """
-    choices, least = list[Choice](), 0
+    choices, least = list[ComponentPlan](), 0
     for phase in phases:
         options = [[_Run(part, way) for part, way in zip(phase, ways, strict=True)] for ways in _ways(phase)]
         smallest = min(options, key=_peak)  # and of those the fastest
@@ -126,7 +126,7 @@ def make_plan(phases: Sequence[Phase], budget: float, base: int) -> Plan:
     return Plan(choices=tuple(choices), least=least)
 
 
-def outputs_of(graph: Graph) -> Mapping[str, Value]:
+def graph_outputs(graph: Graph) -> Mapping[str, TensorInfo]:
     """What a graph gives.
 
     Raises:
@@ -135,14 +135,20 @@ def outputs_of(graph: Graph) -> Mapping[str, Value]:
     return _walked(graph, False)[-1].footprint.outputs
 
 
-def _ways(phase: Phase) -> list[list[Way]]:
+def _ways(phase: MemoryPhase) -> list[list[ExecutionStrategy]]:
     """The ways for what is open at a time, fastest first."""
     if all(part.tiled is not None for part in phase):
-        tiled = [Way(staged=True, frugal=frugal, tile=tile) for frugal in (False, True) for tile in TILES]
-        found = [Way(), Way(staged=True, frugal=True), *tiled]
+        tiled = [
+            ExecutionStrategy(staged=True, frugal=frugal, tile=tile) for frugal in (False, True) for tile in VAE_TILES
+        ]
+        found = [ExecutionStrategy(), ExecutionStrategy(staged=True, frugal=True), *tiled]
     else:
         kinds = ((False, False), (True, False), (True, True))
-        found = [Way(rows=rows, staged=staged, frugal=frugal) for staged, frugal in kinds for rows in (False, True)]
+        found = [
+            ExecutionStrategy(rows=rows, staged=staged, frugal=frugal)
+            for staged, frugal in kinds
+            for rows in (False, True)
+        ]
     return [[way] * len(phase) for way in found]
 
 
@@ -190,7 +196,7 @@ class _Stage:
 class _Run:
     """A part run in a way: what stays in memory while others of its phase run, and what is added while it does."""
 
-    def __init__(self, part: Part, way: Way) -> None:
+    def __init__(self, part: LoadedComponent, way: ExecutionStrategy) -> None:
         self._part, graphs = part, part.graphs
         if way.tile is not None and part.tiled is not None:
             graphs = (replace(part.tiled, tile=way.tile * part.scale),)
@@ -223,7 +229,7 @@ class _Run:
         outside = max((max(each.mapped, s.opening - each.packed) for s, each in moving), default=0)
         return int(arena + outside)
 
-    def choice(self, peak: int) -> Choice:
+    def choice(self, peak: int) -> ComponentPlan:
         opened = sum(stage.footprint.weights for stage in self.stages if stage not in self.kept)
         extra = opened / _OPENED if self.way.staged and self.cut else 0.0
         if self.way.frugal:
@@ -231,7 +237,7 @@ class _Run:
         work = sum(
             each.times * each.footprint.work / (_IN_CODES if each.footprint.coded else 1) for each in self.stages
         )
-        return Choice(
+        return ComponentPlan(
             component=self._part.component,
             way=replace(self.way, kept=frozenset(stage.place for stage in self.kept)),
             stages=len(self.stages),
@@ -261,7 +267,7 @@ def _walk(graph: Graph, cut: bool, rows: bool, _changed: int) -> tuple[_Stage, .
     for index, stage in enumerate(staged.stages):
         held = count * sum(values[name].nbytes for name in alive)
         given, times = {name: values[name] for name in stage.inputs}, float(count)
-        if graph.tile is not None and (MOMENTS in given or len(staged.stages) == 1):
+        if graph.tile is not None and (NORM_STATS in given or len(staged.stages) == 1):
             taken, times = _in_tiles(stage, given, graph.tile)
         else:
             taken = footprint(stage, given)
@@ -289,10 +295,10 @@ def _adapted(stage: Stage, modules: frozenset[str]) -> tuple[int, int]:
     return merged, most
 
 
-def _in_tiles(stage: Stage, given: Mapping[str, Value], side: int) -> tuple[Footprint, float]:
+def _in_tiles(stage: Stage, given: Mapping[str, TensorInfo], side: int) -> tuple[Footprint, float]:
     """What a stage takes for a tile of its picture and gives for all of them, and how often it runs."""
     ((name, picture),) = [(name, value) for name, value in given.items() if len(value.shape) == 4]
-    whole, normed = picture.shape[2:], MOMENTS in given
+    whole, normed = picture.shape[2:], NORM_STATS in given
     part = tuple(min(size, side) for size in whole)
     taken = footprint(stage, {**given, name: replace(picture, shape=(*picture.shape[:2], *part))})
     outputs = {
@@ -300,7 +306,7 @@ def _in_tiles(stage: Stage, given: Mapping[str, Value], side: int) -> tuple[Foot
         for name, value in taken.outputs.items()
         if len(value.shape) == 4
     }
-    drawn = prod(sum(min(side, size - at) for at in tiles_of(size, side, normed=normed)) for size in whole)
+    drawn = prod(sum(min(side, size - at) for at in tile_offsets(size, side, normed=normed)) for size in whole)
     measured = 2 * prod(whole) if normed and part != whole else 0
     return replace(taken, outputs={**taken.outputs, **outputs}), (drawn + measured) / prod(part)
 

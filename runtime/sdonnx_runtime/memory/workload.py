@@ -7,32 +7,32 @@ from pathlib import Path
 from types import MappingProxyType
 
 from sdonnx_runtime.adapters.merging import Adapters
-from sdonnx_runtime.denoising.control import added_by, place
+from sdonnx_runtime.denoising.control import component_prefix, residual_names
 from sdonnx_runtime.denoising.step_cache import unet_graphs
 from sdonnx_runtime.execution.components import REFINER
 from sdonnx_runtime.graphs.partition import read_stages
-from sdonnx_runtime.graphs.shape_inference import ITEMSIZES, UnknownGraph, Value
-from sdonnx_runtime.memory.planner import Graph, Part, Phase, make_plan, outputs_of
+from sdonnx_runtime.graphs.shape_inference import ITEMSIZES, TensorInfo, UnsupportedGraph
+from sdonnx_runtime.memory.planner import Graph, LoadedComponent, MemoryPhase, graph_outputs, make_plan
 from sdonnx_runtime.packages.manifest import TILED
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.request import Request, given
-from sdonnx_runtime.text.conditioning import texts_of
-from sdonnx_runtime.text.prompt_schedule import Script
+from sdonnx_runtime.text.conditioning import encoder_texts
+from sdonnx_runtime.text.prompt_schedule import PromptSchedule
 
 _PICTURES = 6
 """How many times a picture is there, in float32, while it is put together of tiles and turned into bytes."""
 
 
-def phases_of(
+def memory_phases(
     package: Package,
     request: Request,
-    said: Script,
+    said: PromptSchedule,
     *,
     refiner: Package | None = None,
     controls: Sequence[Package] = (),
     adapters: Adapters | None = None,
     preview: Package | None = None,
-) -> list[Phase]:
+) -> list[MemoryPhase]:
     """What is open at a time, in the order of running.
 
     Args:
@@ -50,16 +50,16 @@ def phases_of(
     """
     applied = Adapters() if adapters is None else adapters
     space = package.manifest.latents
-    rows = max(sum(map(len, texts_of(package.manifest, request, row))) for each in said.passes for row in each)
+    rows = max(sum(map(len, encoder_texts(package.manifest, request, row))) for each in said.passes for row in each)
     height, width = given(request.height), given(request.width)
     sizes = {"batch": rows, "states": rows if package.manifest.conditions.beside == "picture" else 1, "timestep": 1}
     sizes |= {"height": height // space.downscale, "width": width // space.downscale}
-    phases = list[Phase]()
+    phases = list[MemoryPhase]()
     for prefix, model in {"": package, **({} if refiner is None else {REFINER: refiner})}.items():
         for encoder in model.manifest.text_encoders:
             graph = _graph(model.graph(encoder.component), {"batch": 1})
             phases.append([_part(f"{prefix}{encoder.component}", [graph], applied)])
-            told = outputs_of(graph)
+            told = graph_outputs(graph)
             sizes["tokens"] = encoder.length
             sizes["pooled"] = 0 if encoder.pooled is None else told[encoder.pooled].shape[1]
         sizes["ids"] = 5 if model.manifest.family == "sdxl-refiner" else 6
@@ -68,37 +68,39 @@ def phases_of(
     if request.image is not None or request.hires_upscaler == "lanczos":
         phases.append([_vae(package, "vae_encoder", height, width, scale=space.downscale, pixels=height * width)])
     cells = height // space.downscale, width // space.downscale
-    phases.append(decoding(package, *cells, request.num_images))
+    phases.append(decode_phase(package, *cells, request.num_images))
     if preview is None:
         return phases
-    shown = make_plan([decoding(preview, *cells, 1)], inf, 0).peak
+    shown = make_plan([decode_phase(preview, *cells, 1)], inf, 0).peak
     return [[replace(first, beside=first.beside + shown), *others] for first, *others in phases]
 
 
-def decoding(package: Package, height: int, width: int, pictures: int) -> Phase:
+def decode_phase(package: Package, height: int, width: int, pictures: int) -> MemoryPhase:
     """What a package's VAE decoder has open for latents of a size in cells.
 
     Raises:
-        UnknownGraph, PackageError: as `phases_of` does.
+        UnknownGraph, PackageError: as `memory_phases` does.
     """
     pixels = height * width * package.manifest.latents.downscale**2 * pictures
     return [_vae(package, "vae_decoder", height, width, scale=1, pixels=pixels)]
 
 
-def _vae(package: Package, component: str, height: int, width: int, *, scale: int, pixels: int) -> Part:
+def _vae(package: Package, component: str, height: int, width: int, *, scale: int, pixels: int) -> LoadedComponent:
     """A VAE's half, whose input has ``scale`` places to a cell's side; it makes, or is given, so many ``pixels``."""
     sizes = {"batch": 1, "height": height, "width": width}
     plain = _graph(package.graph(component), sizes)
     there = TILED in package.manifest.components[component].graphs
     tiled = _graph(package.graph(component, TILED), sizes) if there else plain
-    return Part(component=component, graphs=(plain,), tiled=tiled, scale=scale, beside=12 * _PICTURES * pixels)
+    return LoadedComponent(
+        component=component, graphs=(plain,), tiled=tiled, scale=scale, beside=12 * _PICTURES * pixels
+    )
 
 
 def _unets(
     prefix: str, model: Package, nets: Sequence[Package], request: Request, sizes: Mapping[str, int], applied: Adapters
-) -> Phase:
+) -> MemoryPhase:
     """A U-Net with what steers it."""
-    found, added = list[Part](), dict[str, Value]()
+    found, added = list[LoadedComponent](), dict[str, TensorInfo]()
     height, width = given(request.height), given(request.width)
     seen = {
         "adapter": {"batch": 1, "height": height, "width": width},
@@ -107,23 +109,23 @@ def _unets(
     for index, net in enumerate(nets):
         kind = str(net.control)
         graph = _graph(net.graph(kind), seen[kind])
-        found.append(_part(f"{place(index)}{kind}", [graph], Adapters()))
-        added |= dict(zip(added_by(kind, outputs_of(graph)), outputs_of(graph).values(), strict=True))
+        found.append(_part(f"{component_prefix(index)}{kind}", [graph], Adapters()))
+        added |= dict(zip(residual_names(kind, graph_outputs(graph)), graph_outputs(graph).values(), strict=True))
     whole, again = unet_graphs(request.reuse, token_downsampling=request.token_downsampling, controlled=len(nets) > 0)
     graphs = [_graph(model.graph("unet", whole), sizes, added)]
     if again != whole:
-        graphs.append(_graph(model.graph("unet", again), sizes, {**added, **outputs_of(graphs[0])}))
+        graphs.append(_graph(model.graph("unet", again), sizes, {**added, **graph_outputs(graphs[0])}))
     return [*found, _part(f"{prefix}unet", graphs, applied)]
 
 
-def _part(component: str, graphs: Sequence[Graph], applied: Adapters) -> Part:
+def _part(component: str, graphs: Sequence[Graph], applied: Adapters) -> LoadedComponent:
     adapted = frozenset(applied.changes.get(component, {}))
-    return Part(component=component, graphs=tuple(replace(graph, adapted=adapted) for graph in graphs))
+    return LoadedComponent(component=component, graphs=tuple(replace(graph, adapted=adapted) for graph in graphs))
 
 
-def _graph(path: Path, sizes: Mapping[str, int], known: Mapping[str, Value] = MappingProxyType({})) -> Graph:
+def _graph(path: Path, sizes: Mapping[str, int], known: Mapping[str, TensorInfo] = MappingProxyType({})) -> Graph:
     """A graph with its inputs' free sizes filled in; of what nothing is ``known`` of, by what they are called."""
-    inputs = dict[str, Value]()
+    inputs = dict[str, TensorInfo]()
     for name, port in read_stages(path).inputs.items():
         free = {f"{name}.{axis}": 1 for axis in ("batch", "channels", "height", "width")}
         called = {**free, **sizes}
@@ -131,7 +133,7 @@ def _graph(path: Path, sizes: Mapping[str, int], known: Mapping[str, Value] = Ma
         if name in known:
             inputs[name] = known[name]
         elif None in shape or port.data_type not in ITEMSIZES:
-            raise UnknownGraph(f"the input {name}")
+            raise UnsupportedGraph(f"the input {name}")
         else:
-            inputs[name] = Value(tuple(given(size) for size in shape), ITEMSIZES[port.data_type])
+            inputs[name] = TensorInfo(tuple(given(size) for size in shape), ITEMSIZES[port.data_type])
     return Graph(path=path, inputs=tuple(inputs.items()))

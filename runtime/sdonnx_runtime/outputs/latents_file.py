@@ -12,7 +12,7 @@ import numpy as np
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.outputs.atomic import replacing
-from sdonnx_runtime.request import Request, recipe
+from sdonnx_runtime.request import Request, generation_parameters
 from sdonnx_runtime.validation import check_recipe
 
 _DAMAGED = (
@@ -34,7 +34,7 @@ def save_latents(path: Path, latents: Array, request: Request, model: str) -> No
     Raises:
         SdonnxError: the place can't be written to.
     """
-    data = json.dumps({**recipe(request), "model": model}, ensure_ascii=False)
+    data = json.dumps({**generation_parameters(request), "model": model}, ensure_ascii=False)
     with replacing(path) as stream:
         np.savez(stream, latents=latents.astype(np.float32), recipe=np.array(data))
 

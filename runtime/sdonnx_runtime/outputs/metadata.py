@@ -9,7 +9,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from sdonnx_runtime.adapters.lora import Lora
 from sdonnx_runtime.outputs.atomic import replacing
-from sdonnx_runtime.request import Request, of_image, recipe
+from sdonnx_runtime.request import Request, for_image, generation_parameters
 from sdonnx_runtime.result import Result
 from sdonnx_runtime.sampling.registry import A1111_NAMES
 
@@ -137,7 +137,7 @@ def save_png(result: Result, index: int, path: Path, *, enlarge: int = 1) -> Non
         SdonnxError: the place can't be written to.
     """
     info = PngInfo()
-    request = of_image(result.request, index)
+    request = for_image(result.request, index)
     named = {"vae": result.vae, "refiner": result.refiner}
     text = parameters_text(request, result.model, **named, loras=result.loras, controls=result.controls)
     info.add_text("parameters", text)
@@ -149,7 +149,11 @@ def save_png(result: Result, index: int, path: Path, *, enlarge: int = 1) -> Non
             for name, each in zip(result.controls, request.controls, strict=True)
         ],
     }
-    data = {**recipe(request), "model": result.model, **{kind: name for kind, name in others.items() if name}}
+    data = {
+        **generation_parameters(request),
+        "model": result.model,
+        **{kind: name for kind, name in others.items() if name},
+    }
     info.add_text("sdonnx", json.dumps(data, ensure_ascii=False))
     with replacing(path) as stream:
         image = result.images[index]

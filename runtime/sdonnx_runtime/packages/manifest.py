@@ -31,7 +31,7 @@ FAMILIES: Mapping[str, str] = {
 
 MAX_ENLARGE = 16
 
-KEPT = "kept"
+CACHED_FEATURES = "kept"
 """What a U-Net's graph ``keeping`` gives besides its prediction, and its graph ``reusing`` takes."""
 
 EMBEDS = "inputs_embeds"
@@ -40,7 +40,7 @@ EMBEDS = "inputs_embeds"
 TILED = "tiled"
 """A VAE's graphs for tiles of a picture."""
 
-MOMENTS, GIVEN, MEASURED = "moments", "given", "measured"
+NORM_STATS, USE_NORM_STATS, MEASURED_STATS = "moments", "given", "measured"
 """What they take and give besides pictures: of each norm of a tile the means and mean squares
 (N, 2 K, groups) that it is to have if ``given`` () is 1, and those that it had of the tile itself."""
 
@@ -102,7 +102,7 @@ class TextEncoder:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conditions:
+class ConditioningSpec:
     """What the U-Net is given besides noised latents, time and text."""
 
     beside: str | None = None
@@ -164,7 +164,7 @@ class Manifest:
     scheduler: Mapping[str, Any]
     """diffusers' scheduler_config.json as published: prediction type, betas, spacing, the default sampler."""
     latents: Latents
-    conditions: Conditions = Conditions()
+    conditions: ConditioningSpec = ConditioningSpec()
     text_encoders: tuple[TextEncoder, ...]
     components: Mapping[str, Component]
     source: Source

@@ -9,7 +9,7 @@ from sdonnx_runtime.packages.manifest import (
     BESIDE,
     VAE_ALONE,
     Component,
-    Conditions,
+    ConditioningSpec,
     Defaults,
     File,
     Latents,
@@ -75,7 +75,7 @@ def manifest_of_layout(root: Path, *, source: Source) -> Manifest:
         defaults=Defaults(size=_value(unet, "sample_size", 64, int) * latents.downscale, **defaults),
         scheduler={**read_json(scheduler), **_AS_PIPELINES_READ_IT},
         latents=latents,
-        conditions=Conditions(
+        conditions=ConditioningSpec(
             beside=beside,
             guidance_width=None if embedded is None else _value(unet, "time_cond_proj_dim", None, int),
             zero_negative=index.get("force_zeros_for_empty_prompt") is True,

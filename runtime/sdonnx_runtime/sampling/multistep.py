@@ -14,10 +14,10 @@ from sdonnx_runtime.sampling.types import (
     Step,
     adams_bashforth,
     euler_step,
-    finish,
+    final_step,
+    iter_steps,
     lagrange,
-    levels,
-    relevel,
+    rescale_to_sigma,
 )
 
 FEW = 15
@@ -27,24 +27,24 @@ FEW = 15
 def lms(denoise: Denoise, x: Array, schedule: Schedule, noise: NoiseSource) -> Iterator[Step]:
     """Linear multistep of order 4 in sigma; k-diffusion's sample_lms."""
     slopes: list[Array] = []  # latest first
-    for i, t, sigma, sigma_next in levels(schedule):
+    for i, t, sigma, sigma_next in iter_steps(schedule):
         x0 = denoise(x, sigma, t)
         slopes = [(x - x0) / sigma, *slopes[:3]]
         nodes = [float(schedule.sigmas[i - k]) for k in range(len(slopes))]
         for k, slope in enumerate(slopes):
             integral = np.polyint(lagrange(nodes, k))
             x = x + float(integral(sigma_next) - integral(sigma)) * slope
-        yield finish(schedule, i, x, x0)
+        yield final_step(schedule, i, x, x0)
 
 
 def ipndm(denoise: Denoise, x: Array, schedule: Schedule, noise: NoiseSource) -> Iterator[Step]:
     """Adams-Bashforth of order 4 in sigma as if steps were even: arXiv:2202.09778, equation 12, on slopes."""
     slopes: list[Array] = []  # latest first
-    for i, t, sigma, sigma_next in levels(schedule):
+    for i, t, sigma, sigma_next in iter_steps(schedule):
         x0 = denoise(x, sigma, t)
         slopes = [(x - x0) / sigma, *slopes[:3]]
         x = x + (sigma_next - sigma) * adams_bashforth(slopes)
-        yield finish(schedule, i, x, x0)
+        yield final_step(schedule, i, x, x0)
 
 
 def pndm(denoise: Denoise, x: Array, schedule: Schedule, noise: NoiseSource) -> Iterator[Step]:
@@ -53,18 +53,18 @@ def pndm(denoise: Denoise, x: Array, schedule: Schedule, noise: NoiseSource) -> 
     The first step is taken twice, the second time with the mean of the slopes at its ends.
     """
     outputs: list[Array] = []  # latest first
-    for i, t, sigma, sigma_next in levels(schedule):
+    for i, t, sigma, sigma_next in iter_steps(schedule):
         x0 = denoise(x, sigma, t)
         outputs = [_model_output(schedule, x, x0, sigma), *outputs[:3]]
         target = float(schedule.targets[i])
         ahead = _along(schedule, x, adams_bashforth(outputs), sigma, target)
-        ahead = relevel(ahead, target, sigma_next)
+        ahead = rescale_to_sigma(ahead, target, sigma_next)
         if i == 0 and schedule.steps > 1:
             source = float(schedule.sources[0])
             there = _model_output(schedule, ahead, denoise(ahead, sigma_next, float(schedule.timesteps[1])), sigma_next)
-            ahead = _along(schedule, relevel(x, sigma, source), (there + outputs[0]) / 2, source, sigma_next)
+            ahead = _along(schedule, rescale_to_sigma(x, sigma, source), (there + outputs[0]) / 2, source, sigma_next)
         x = ahead
-        yield finish(schedule, i, x, x0)
+        yield final_step(schedule, i, x, x0)
 
 
 def _along(schedule: Schedule, x: Array, output: Array, sigma: float, target: float) -> Array:
@@ -94,14 +94,14 @@ def deis(
 ) -> Iterator[Step]:
     """Exponential integrator over polynomials in log(sigma), order 1 to 3, arXiv:2204.13902 (log-rho)."""
     slopes: list[Array] = []  # latest first
-    for i, t, sigma, sigma_next in levels(schedule):
+    for i, t, sigma, sigma_next in iter_steps(schedule):
         x0 = denoise(x, sigma, t)
         slopes = [(x - x0) / sigma, *slopes[: order - 1]]
         reached = _order_here(schedule, i, min(order, len(slopes)), lower_order_final=lower_order_final)
         nodes = [math.log(float(schedule.sigmas[i - k]) / sigma) for k in range(reached)]
         for k, slope in enumerate(slopes[:reached]):
             x = x + sigma * _exponential_integral(lagrange(nodes, k), sigma_next / sigma) * slope
-        yield finish(schedule, i, x, x0)
+        yield final_step(schedule, i, x, x0)
 
 
 def _order_here(schedule: Schedule, i: int, order: int, *, lower_order_final: bool) -> int:
@@ -137,7 +137,7 @@ def _dpm_solver(
 ) -> Iterator[Step]:
     """Multistep DPM-Solver++ of order 1 to 3, arXiv:2211.01095, for the ODE (eta 0) to the SDE (eta 1)."""
     history: list[Array] = []  # latest first
-    for i, t, sigma, sigma_next in levels(schedule):
+    for i, t, sigma, sigma_next in iter_steps(schedule):
         x0 = denoise(x, sigma, t)
         history = [x0, *history[: order - 1]]
         reached = _order_here(schedule, i, len(history), lower_order_final=lower_order_final)
@@ -150,7 +150,7 @@ def _dpm_solver(
         if eta > 0:
             spread = sigma_next * math.sqrt(1 - (sigma_next / sigma) ** (2 * eta))
             x = x + s_noise * spread * noise(x.shape)
-        yield finish(schedule, i, x, x0)
+        yield final_step(schedule, i, x, x0)
 
 
 def _curvature(schedule: Schedule, i: int, history: list[Array], solver_type: str, eta: float) -> Array:
@@ -236,7 +236,7 @@ def unipc(
     """
     history: list[Array] = []  # latest first
     start, reached = x, 0
-    for i, t, sigma, sigma_next in levels(schedule):
+    for i, t, sigma, sigma_next in iter_steps(schedule):
         x0 = denoise(x, sigma, t)
         if i > 0 and schedule.skipped + i - 1 not in uncorrected:
             x = _unified(schedule, i - 1, start, history[:reached], variant, corrected=x0)
@@ -245,7 +245,7 @@ def unipc(
         reached = 1 if sigma_next in (0.0, sigma) else reached
         start = x
         x = _unified(schedule, i, start, history[:reached], variant)
-        yield finish(schedule, i, x, x0)
+        yield final_step(schedule, i, x, x0)
 
 
 def _unified(

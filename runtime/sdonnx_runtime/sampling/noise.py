@@ -72,7 +72,7 @@ def slerp(a: Array, b: Array, share: float) -> Array:
     return np.float32(weights[0]) * a + np.float32(weights[1]) * b
 
 
-def between(a: Noise, b: Noise, share: float) -> Callable[[tuple[int, ...]], Array]:
+def interpolate_noise(a: Noise, b: Noise, share: float) -> Callable[[tuple[int, ...]], Array]:
     """A source whose every draw lies a share from a's towards b's, by `slerp`: at 0 it is a, at 1 it is b."""
     return lambda shape: slerp(a(shape), b(shape), share)
 

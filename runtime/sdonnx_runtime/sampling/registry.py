@@ -14,7 +14,7 @@ import numpy as np
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.sampling.multistep import deis, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, ipndm, lms, pndm, unipc
-from sdonnx_runtime.sampling.scheduler_config import CLASSES, SchedulerConfig, check_settings, limit_x0
+from sdonnx_runtime.sampling.scheduler_config import CLASSES, SchedulerConfig, check_settings, clip_or_threshold_x0
 from sdonnx_runtime.sampling.sigmas import SCHEDULES
 from sdonnx_runtime.sampling.single_step import (
     ddim,
@@ -187,7 +187,7 @@ def _settings(config: SchedulerConfig, sampler: str) -> dict[str, Any]:
     """What the config says of the keyword arguments."""
     found = config.settings
     if sampler == "ddim":
-        return {"limit": limit_x0(config, sampler)}
+        return {"limit": clip_or_threshold_x0(config, sampler)}
     if sampler == "ddpm":
         return {"variance": "fixed_large" if found.get("variance_type") == "fixed_large" else "fixed_small"}
     if sampler == "lcm":

@@ -11,9 +11,9 @@ from dataclasses import replace
 import numpy as np
 
 from sdonnx_runtime.errors import RequestError
-from sdonnx_runtime.sampling.scheduler_config import WHOLE_TIMESTEPS, SchedulerConfig, check_settings, respacing
-from sdonnx_runtime.sampling.sigmas import SCHEDULES, Levels, single, trained_sigmas
-from sdonnx_runtime.sampling.timesteps import KINDS, Wish
+from sdonnx_runtime.sampling.scheduler_config import WHOLE_TIMESTEPS, SchedulerConfig, check_settings, sigma_schedule
+from sdonnx_runtime.sampling.sigmas import SCHEDULES, Sigmas, round_to_float32, trained_sigmas
+from sdonnx_runtime.sampling.timesteps import KINDS, ScheduleSpec
 from sdonnx_runtime.sampling.types import Schedule
 
 SPACINGS = ("leading", "linspace", "trailing")
@@ -65,9 +65,9 @@ def make_schedule(
     steps = num_inference_steps if given is None else len(given)
     if not 1 <= steps <= train:
         raise RequestError(f"num_inference_steps is {steps}; give a whole number from 1 to {train}")
-    respaced = schedule if schedule is not None or given is not None else respacing(config, sampler)
+    respaced = schedule if schedule is not None or given is not None else sigma_schedule(config, sampler)
     trained = trained_sigmas(config)
-    wish = Wish(config=config, steps=steps, respaced=respaced, sigmas=levels, timesteps=times, trained=trained)
+    wish = ScheduleSpec(config=config, steps=steps, respaced=respaced, sigmas=levels, timesteps=times, trained=trained)
     made = KINDS[sampler](wish)
     if sampler in _DIVIDE_BY_STEPS and (np.diff(made.sigmas[:-1]) >= 0).any():
         raise RequestError(f"{steps} steps come to one noise level twice; take fewer or another sampler")
@@ -114,7 +114,7 @@ def listed(name: str, values: object) -> tuple[float, ...]:
     return tuple(float(value) for value in found)
 
 
-def _levels(sigmas: Sequence[float]) -> Levels:
+def _levels(sigmas: Sequence[float]) -> Sigmas:
     """Given sigmas in the single precision that samplers work with, a closing 0 taken off."""
     values = listed("sigmas", sigmas)
     if values == (0.0,):
@@ -127,7 +127,7 @@ def _levels(sigmas: Sequence[float]) -> Levels:
     return levels
 
 
-def _timesteps(timesteps: Sequence[float], train: int, sampler: str) -> Levels:
+def _timesteps(timesteps: Sequence[float], train: int, sampler: str) -> Sigmas:
     times = _decreasing("timesteps", listed("timesteps", timesteps), math.inf)
     if times[0] > train - 1:
         raise RequestError(f"timestep {times[0]:g} is above the last one trained with; give them from {train - 1} to 0")
@@ -136,13 +136,13 @@ def _timesteps(timesteps: Sequence[float], train: int, sampler: str) -> Levels:
     return times
 
 
-def _decreasing(name: str, values: tuple[float, ...], most: float) -> Levels:
+def _decreasing(name: str, values: tuple[float, ...], most: float) -> Sigmas:
     highest, lowest = max(values), min(values)
     if not all(math.isfinite(value) for value in values) or lowest < 0:
         raise RequestError(f"{name} are {values!r}; give finite numbers of 0 or more")
     if highest > most:
         raise RequestError(f"{name} go up to {highest:g}; give numbers of at most {most:g}")
-    levels = single(np.array(values))
+    levels = round_to_float32(np.array(values))
     if (np.diff(levels) >= 0).any():
         raise RequestError(f"{name} are {values!r}; give them decreasing in single precision, the highest first")
     return levels

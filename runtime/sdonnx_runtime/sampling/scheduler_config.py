@@ -179,7 +179,7 @@ _LIMITED: Mapping[str, tuple[str, ...]] = {
 """Which of the two settings each class reads; the first that is set counts."""
 
 
-def limit_x0(config: SchedulerConfig, sampler: str) -> Callable[[Array], Array] | None:
+def clip_or_threshold_x0(config: SchedulerConfig, sampler: str) -> Callable[[Array], Array] | None:
     """What a config wants every predicted x0, (B, ...), to be put through; None where it is left as it is.
 
     `ddim` is given this among its options and wants it nowhere else.
@@ -190,8 +190,8 @@ def limit_x0(config: SchedulerConfig, sampler: str) -> Callable[[Array], Array] 
     if not asked:
         return None
     if asked[0] == "clip_sample":
-        reach = float(settings.get("clip_sample_range", 1.0))
-        return lambda x0: np.clip(x0, -reach, reach)
+        clip_sample_range = float(settings.get("clip_sample_range", 1.0))
+        return lambda x0: np.clip(x0, -clip_sample_range, clip_sample_range)
     ratio = float(settings.get("dynamic_thresholding_ratio", 0.995))
     most = float(settings.get("sample_max_value", 1.0))
     return lambda x0: _dynamic_threshold(x0, ratio, most)
@@ -200,11 +200,11 @@ def limit_x0(config: SchedulerConfig, sampler: str) -> Callable[[Array], Array] 
 def _dynamic_threshold(x0: Array, ratio: float, most: float) -> Array:
     """Dynamic thresholding, arXiv:2205.11487, section 2.3: each of the batch by its own quantile."""
     sizes = np.quantile(np.abs(x0).reshape(len(x0), -1), ratio, axis=1)
-    reach = np.minimum(np.maximum(sizes, 1.0), most).astype(np.float32).reshape(-1, *[1] * (x0.ndim - 1))
-    return np.clip(x0, -reach, reach) / reach
+    clip_sample_range = np.minimum(np.maximum(sizes, 1.0), most).astype(np.float32).reshape(-1, *[1] * (x0.ndim - 1))
+    return np.clip(x0, -clip_sample_range, clip_sample_range) / clip_sample_range
 
 
-def respacing(config: SchedulerConfig, sampler: str) -> str | None:
+def sigma_schedule(config: SchedulerConfig, sampler: str) -> str | None:
     """The key of RESPACED that the config asks for, where the sampler's class listens."""
     names = ("karras", "exponential", "beta") if sampler in _RESPACED else ()
     asked = [name for name in names if config.settings.get(f"use_{name}_sigmas")]

@@ -9,55 +9,57 @@ from numpy.typing import NDArray
 
 from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig
 
-Levels = NDArray[np.float64]
+Sigmas = NDArray[np.float64]
 """Sigmas or timesteps, (n,)."""
 
 
-def trained_sigmas(config: SchedulerConfig) -> Levels:
+def trained_sigmas(config: SchedulerConfig) -> Sigmas:
     """The noise levels of training, (num_train_timesteps,), lowest first; in single precision, as published."""
-    alphas = single(1 - _betas(config))
+    alphas = round_to_float32(1 - _betas(config))
     if config.terminal_alpha is not None:
         alphas = _without_terminal_signal(alphas)
-    products = single(np.cumprod(alphas))
+    products = round_to_float32(np.cumprod(alphas))
     if config.terminal_alpha is not None:
         products[-1] = config.terminal_alpha
-    return single(np.sqrt(single(single(1 - products) / products)))
+    return round_to_float32(np.sqrt(round_to_float32(round_to_float32(1 - products) / products)))
 
 
-def _betas(config: SchedulerConfig) -> Levels:
+def _betas(config: SchedulerConfig) -> Sigmas:
     count, start, end = config.num_train_timesteps, config.beta_start, config.beta_end
     if config.trained_betas is not None:
-        return single(np.array(config.trained_betas))
+        return round_to_float32(np.array(config.trained_betas))
     if start is None or end is None:
         raise ValueError("betas are missing; SchedulerConfig.for_sampler fills them in")
     if config.beta_schedule == "linear":
         return _linspace(start, end, count)
     if config.beta_schedule == "scaled_linear":
-        return single(_linspace(math.sqrt(start), math.sqrt(end), count) ** 2)
-    bars: Levels = (
+        return round_to_float32(_linspace(math.sqrt(start), math.sqrt(end), count) ** 2)
+    bars: Sigmas = (
         np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
     )  # arXiv:2102.09672, equation 17
-    return single(np.minimum(1 - bars[1:] / bars[:-1], 0.999))
+    return round_to_float32(np.minimum(1 - bars[1:] / bars[:-1], 0.999))
 
 
-def _linspace(start: float, end: float, count: int) -> Levels:
+def _linspace(start: float, end: float, count: int) -> Sigmas:
     """torch.linspace in single precision, bit for bit: from both ends to the middle, rounded once."""
     low, high = np.float32(start), np.float32(end)
     step = float((high - low) / np.float32(max(count - 1, 1)))
     index = np.arange(count)
-    return single(np.where(index < count // 2, float(low) + step * index, float(high) - step * (count - 1 - index)))
+    return round_to_float32(
+        np.where(index < count // 2, float(low) + step * index, float(high) - step * (count - 1 - index))
+    )
 
 
-def _without_terminal_signal(alphas: Levels) -> Levels:
+def _without_terminal_signal(alphas: Sigmas) -> Sigmas:
     """Alphas whose product ends at zero: algorithm 1 of arXiv:2305.08891."""
-    roots = single(np.sqrt(single(np.cumprod(alphas))))
-    scale = single(roots[0] / single(roots[0] - roots[-1]))
-    products = single(single(single(roots - roots[-1]) * scale) ** 2)
-    betas = single(1 - np.append(products[:1], single(products[1:] / products[:-1])))
-    return single(1 - betas)
+    roots = round_to_float32(np.sqrt(round_to_float32(np.cumprod(alphas))))
+    scale = round_to_float32(roots[0] / round_to_float32(roots[0] - roots[-1]))
+    products = round_to_float32(round_to_float32(round_to_float32(roots - roots[-1]) * scale) ** 2)
+    betas = round_to_float32(1 - np.append(products[:1], round_to_float32(products[1:] / products[:-1])))
+    return round_to_float32(1 - betas)
 
 
-def timesteps_of(sigmas: Levels, trained: Levels) -> Levels:
+def sigma_to_t(sigmas: Sigmas, trained: Sigmas) -> Sigmas:
     """The timesteps at which a model was trained with such levels, interpolated in log(sigma).
 
     Logarithms of trained levels are in single precision and the rest in double, as in diffusers: it cuts off some
@@ -71,28 +73,28 @@ def timesteps_of(sigmas: Levels, trained: Levels) -> Levels:
     return (1 - share) * below + share * (below + 1)
 
 
-def sigmas_of(timesteps: Levels, trained: Levels) -> Levels:
-    """The noise levels at timesteps, interpolated in log(sigma): what `timesteps_of` inverts."""
+def t_to_sigma(timesteps: Sigmas, trained: Sigmas) -> Sigmas:
+    """The noise levels at timesteps, interpolated in log(sigma): what `sigma_to_t` inverts."""
     return np.exp(np.interp(timesteps, np.arange(len(trained)), np.log(trained)))
 
 
-def karras(lowest: float, highest: float, steps: int) -> Levels:
+def karras(lowest: float, highest: float, steps: int) -> Sigmas:
     """Equation 5 of arXiv:2206.00364 with rho 7: (steps,), highest first."""
     low, high = lowest ** (1 / 7), highest ** (1 / 7)
     return (high + np.linspace(0, 1, steps) * (low - high)) ** 7
 
 
-def exponential(lowest: float, highest: float, steps: int) -> Levels:
+def exponential(lowest: float, highest: float, steps: int) -> Sigmas:
     """Even in log(sigma): (steps,), highest first."""
     return np.exp(np.linspace(math.log(highest), math.log(lowest), steps))
 
 
-def beta(lowest: float, highest: float, steps: int) -> Levels:
+def beta(lowest: float, highest: float, steps: int) -> Sigmas:
     """Quantiles of the Beta(0.6, 0.6) distribution, arXiv:2407.12173: (steps,), highest first."""
     return lowest + _beta_quantiles(1 - np.linspace(0, 1, steps), 0.6) * (highest - lowest)
 
 
-def _beta_quantiles(shares: Levels, shape: float) -> Levels:
+def _beta_quantiles(shares: Sigmas, shape: float) -> Sigmas:
     """The inverse of the regularised incomplete beta function I(x; a, a), by integration in u = x ** a."""
     u = np.linspace(0, math.pow(0.5, shape), 20_001)
     x = u ** (1 / shape)
@@ -102,24 +104,24 @@ def _beta_quantiles(shares: Levels, shape: float) -> Levels:
     return np.where(shares <= 0.5, below, 1 - below)
 
 
-def simple(trained: Levels, steps: int) -> Levels:
+def simple(trained: Sigmas, steps: int) -> Sigmas:
     """Every (num_train_timesteps / steps)-th trained timestep from the highest, as ComfyUI's simple."""
     count = len(trained)
     return count - 1 - np.trunc(np.arange(steps) * (count / steps))
 
 
-def sgm_uniform(trained: Levels, steps: int) -> Levels:
+def sgm_uniform(trained: Sigmas, steps: int) -> Sigmas:
     """Even in timesteps, as if there were one step more, as in Stability's generative-models."""
     return np.linspace(len(trained) - 1, 0, steps + 1)[:-1]
 
 
-def _ays(published: tuple[float, ...]) -> Callable[[Levels, int], Levels]:
+def _ays(published: tuple[float, ...]) -> Callable[[Sigmas, int], Sigmas]:
     """Align Your Steps, arXiv:2404.14507: levels for 10 steps, for other counts interpolated in log(sigma)."""
 
-    def timesteps(trained: Levels, steps: int) -> Levels:
+    def timesteps(trained: Sigmas, steps: int) -> Sigmas:
         share = np.linspace(0, 1, steps + 1)[:-1]
         levels = np.exp(np.interp(share, np.linspace(0, 1, len(published)), np.log(published)))
-        return timesteps_of(levels, trained)
+        return sigma_to_t(levels, trained)
 
     return timesteps
 
@@ -129,7 +131,7 @@ AYS = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.
 AYS_SDXL = (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029)
 """For SDXL; the same page."""
 
-BETWEEN: Mapping[str, Callable[[float, float, int], Levels]] = {
+SIGMA_RANGE_SCHEDULES: Mapping[str, Callable[[float, float, int], Sigmas]] = {
     "karras": karras,
     "exponential": exponential,
     "beta": beta,
@@ -137,7 +139,7 @@ BETWEEN: Mapping[str, Callable[[float, float, int], Levels]] = {
 }
 """Ways to lay levels between the lowest and the highest, whatever the timesteps: ``f(lowest, highest, steps)``."""
 
-ALONG: Mapping[str, Callable[[Levels, int], Levels]] = {
+TIMESTEP_SCHEDULES: Mapping[str, Callable[[Sigmas, int], Sigmas]] = {
     "simple": simple,
     "sgm_uniform": sgm_uniform,
     "ays": _ays(AYS),
@@ -145,10 +147,10 @@ ALONG: Mapping[str, Callable[[Levels, int], Levels]] = {
 }
 """Ways to choose timesteps from those trained with: ``f(trained, steps)``, highest first."""
 
-SCHEDULES = (*BETWEEN, *ALONG)
+SCHEDULES = (*SIGMA_RANGE_SCHEDULES, *TIMESTEP_SCHEDULES)
 """The names of all ways to lay levels other than a scheduler class's own."""
 
 
-def single(values: NDArray[Any]) -> Levels:
+def round_to_float32(values: NDArray[Any]) -> Sigmas:
     """Rounded to float32, kept as float64."""
     return values.astype(np.float32).astype(np.float64)

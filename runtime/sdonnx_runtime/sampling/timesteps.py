@@ -8,12 +8,19 @@ import numpy as np
 
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.sampling.scheduler_config import NO_SIGNAL, SchedulerConfig
-from sdonnx_runtime.sampling.sigmas import ALONG, BETWEEN, Levels, sigmas_of, single, timesteps_of
+from sdonnx_runtime.sampling.sigmas import (
+    SIGMA_RANGE_SCHEDULES,
+    TIMESTEP_SCHEDULES,
+    Sigmas,
+    round_to_float32,
+    sigma_to_t,
+    t_to_sigma,
+)
 from sdonnx_runtime.sampling.types import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class ScheduleSpec:
     """What a schedule is to be like."""
 
     config: SchedulerConfig
@@ -22,11 +29,11 @@ class Wish:
     """1 or more."""
     respaced: str | None
     """A name of SCHEDULES, or None for the class's own timesteps."""
-    sigmas: Levels | None
+    sigmas: Sigmas | None
     """(steps,): levels to take as they are, a closing 0 left out."""
-    timesteps: Levels | None
+    timesteps: Sigmas | None
     """(steps,): timesteps to take as they are."""
-    trained: Levels
+    trained: Sigmas
     """(num_train_timesteps,): the noise levels of training, lowest first."""
 
     @property
@@ -41,25 +48,29 @@ class Wish:
         return float(self.trained[0]) if ends_low else 0.0
 
 
-def sigma_space(wish: Wish, last: float = 0.0) -> Schedule:
+def sigma_space(wish: ScheduleSpec, last: float = 0.0) -> Schedule:
     """k-diffusion's samplers: sigmas between those trained with are interpolated."""
     spacing = wish.config.timestep_spacing or "linspace"
     timesteps = _spaced(wish, spacing, whole=False)
     at = np.interp(timesteps, np.arange(wish.train), wish.trained)
     timesteps, sigmas = _laid(wish, timesteps, at, float(at[-1]), float(at[0]))
-    return _plain(wish, timesteps, single(np.append(sigmas, last)), _k_scale(spacing, sigmas), final_scale=1.0)
+    return _plain(
+        wish, timesteps, round_to_float32(np.append(sigmas, last)), _k_scale(spacing, sigmas), final_scale=1.0
+    )
 
 
-def _k_scale(spacing: str, sigmas: Levels) -> float:
-    highest = float(single(sigmas).max())
+def _k_scale(spacing: str, sigmas: Sigmas) -> float:
+    highest = float(round_to_float32(sigmas).max())
     return math.hypot(highest, 1.0) if spacing == "leading" else highest
 
 
-def euler(wish: Wish) -> Schedule:
+def euler(wish: ScheduleSpec) -> Schedule:
     """Euler: as the others in sigmas, but it has settings of its own."""
     settings = wish.config.settings
     chosen = wish.respaced is not None or wish.sigmas is not None or wish.timesteps is not None
-    if settings.get("interpolation_type") == "log_linear" and not (chosen and wish.respaced not in BETWEEN):
+    if settings.get("interpolation_type") == "log_linear" and not (
+        chosen and wish.respaced not in SIGMA_RANGE_SCHEDULES
+    ):
         made = _log_linear(wish)
     else:
         made = sigma_space(wish, wish.last_sigma)
@@ -68,25 +79,25 @@ def euler(wish: Wish) -> Schedule:
     return made
 
 
-def _log_linear(wish: Wish) -> Schedule:
+def _log_linear(wish: ScheduleSpec) -> Schedule:
     """Levels even in log(sigma) beside timesteps that know nothing of it; the walk ends at the lowest level."""
     spacing = wish.config.timestep_spacing or "linspace"
     timesteps = _spaced(wish, spacing, whole=False)
     lowest, highest = float(wish.trained[0]), float(wish.trained[-1])
-    sigmas = BETWEEN["exponential"](lowest, highest, wish.steps + 1)
+    sigmas = SIGMA_RANGE_SCHEDULES["exponential"](lowest, highest, wish.steps + 1)
     if wish.respaced is not None:
         timesteps, sigmas = _laid(wish, timesteps, sigmas, lowest, highest)
         sigmas = np.append(sigmas, wish.last_sigma)
-    return _plain(wish, timesteps, single(sigmas), _k_scale(spacing, sigmas), final_scale=1.0)
+    return _plain(wish, timesteps, round_to_float32(sigmas), _k_scale(spacing, sigmas), final_scale=1.0)
 
 
-def dpm2(wish: Wish) -> Schedule:
+def dpm2(wish: ScheduleSpec) -> Schedule:
     """DPM2: as the others in sigmas, but Karras levels are told to the model as whole timesteps."""
     made = sigma_space(wish)
     return replace(made, timesteps=np.round(made.timesteps)) if wish.respaced == "karras" else made
 
 
-def lms(wish: Wish) -> Schedule:
+def lms(wish: ScheduleSpec) -> Schedule:
     """LMS: as the others in sigmas, but its Karras levels know no ``sigma_min`` and ``sigma_max``."""
     if wish.respaced != "karras":
         return sigma_space(wish)
@@ -94,7 +105,7 @@ def lms(wish: Wish) -> Schedule:
     return sigma_space(replace(wish, config=replace(wish.config, settings=settings)))
 
 
-def dpm_solver(wish: Wish) -> Schedule:
+def dpm_solver(wish: ScheduleSpec) -> Schedule:
     """DPM-Solver++: like the others in whole timesteps, but spaced as if there were one step more."""
     config, steps = wish.config, wish.steps
     spacing = config.timestep_spacing or "linspace"
@@ -111,36 +122,36 @@ def dpm_solver(wish: Wish) -> Schedule:
     timesteps, sigmas = _laid(wish, timesteps, at, float(wish.trained[0]), float(wish.trained[-1]))
     if wish.respaced in ("karras", "lu") and config.beta_schedule != "squaredcos_cap_v2":
         timesteps = np.round(timesteps)
-    elif wish.respaced in BETWEEN:
+    elif wish.respaced in SIGMA_RANGE_SCHEDULES:
         timesteps = np.trunc(timesteps)
-    sigmas = single(np.append(sigmas, wish.last_sigma))
+    sigmas = round_to_float32(np.append(sigmas, wish.last_sigma))
     return _plain(wish, timesteps, sigmas, math.hypot(sigmas[0], 1.0), 1.0 / math.hypot(sigmas[-1], 1.0))
 
 
-def _clipped(wish: Wish) -> int:
+def _clipped(wish: ScheduleSpec) -> int:
     """How many timesteps are left below ``lambda_min_clipped``, which cosine schedules are published with."""
     lowest = float(wish.config.settings.get("lambda_min_clipped", -math.inf))
     return wish.train - int(np.searchsorted(-np.log(wish.trained[::-1]), lowest))
 
 
-def unipc(wish: Wish) -> Schedule:
+def unipc(wish: ScheduleSpec) -> Schedule:
     """UniPC: as DPM-Solver++, but it rounds Karras timesteps always and clips nothing."""
     settings = {key: value for key, value in wish.config.settings.items() if key != "lambda_min_clipped"}
     made = dpm_solver(replace(wish, config=replace(wish.config, settings=settings)))
     if wish.respaced == "karras":
-        made = replace(made, timesteps=np.round(timesteps_of(made.sigmas[:-1], wish.trained)))
-    if wish.respaced in BETWEEN and wish.config.final_sigmas_type == "sigma_min":
+        made = replace(made, timesteps=np.round(sigma_to_t(made.sigmas[:-1], wish.trained)))
+    if wish.respaced in SIGMA_RANGE_SCHEDULES and wish.config.final_sigmas_type == "sigma_min":
         sigmas = np.append(made.sigmas[:-1], made.sigmas[-2])
         made = _plain(wish, made.timesteps, sigmas, made.init_scale, 1.0 / math.hypot(sigmas[-1], 1.0))
     return made
 
 
-def deis(wish: Wish) -> Schedule:
+def deis(wish: ScheduleSpec) -> Schedule:
     """DEIS: it always stops at the lowest level."""
     return unipc(replace(wish, config=replace(wish.config, final_sigmas_type="sigma_min")))
 
 
-def ddim(wish: Wish) -> Schedule:
+def ddim(wish: ScheduleSpec) -> Schedule:
     """DDIM: each step goes down by the same number of timesteps, whatever comes next."""
     timesteps = _spaced(wish, wish.config.timestep_spacing or "leading", whole=True)
     clean = wish.config.set_alpha_to_one in (None, True)
@@ -151,7 +162,7 @@ def ddim(wish: Wish) -> Schedule:
     return _whole_steps(wish, timesteps, targets)
 
 
-def pndm(wish: Wish) -> Schedule:
+def pndm(wish: ScheduleSpec) -> Schedule:
     """PNDM without Runge-Kutta steps: whichever step is the first is taken twice, hence the sources."""
     timesteps = _spaced(wish, wish.config.timestep_spacing or "leading", whole=True)
     targets = _lower(wish, timesteps, ends_clean=bool(wish.config.set_alpha_to_one))
@@ -160,25 +171,25 @@ def pndm(wish: Wish) -> Schedule:
     return replace(made, sources=np.append(above, made.sigmas[-2]))
 
 
-def ddpm(wish: Wish) -> Schedule:
+def ddpm(wish: ScheduleSpec) -> Schedule:
     """DDPM: from each timestep to the next, and from the last to none."""
     timesteps = _spaced(wish, wish.config.timestep_spacing or "leading", whole=True)
     return _whole_steps(wish, timesteps, np.append(_at(wish, timesteps)[1:], 0.0))
 
 
-def lcm(wish: Wish) -> Schedule:
+def lcm(wish: ScheduleSpec) -> Schedule:
     """LCM: every so many of the timesteps of distillation, from the last."""
     timesteps = _distilled(wish)
     return _whole_steps(wish, timesteps, np.append(_at(wish, timesteps)[1:], 0.0))
 
 
-def tcd(wish: Wish) -> Schedule:
+def tcd(wish: ScheduleSpec) -> Schedule:
     """TCD: as LCM, but the last step is to timestep 0."""
     timesteps = _distilled(wish)
     return _whole_steps(wish, timesteps, np.append(_at(wish, timesteps)[1:], wish.trained[0]))
 
 
-def _distilled(wish: Wish) -> Levels:
+def _distilled(wish: ScheduleSpec) -> Sigmas:
     if wish.timesteps is not None:
         return wish.timesteps
     count = int(wish.config.settings.get("original_inference_steps", 50))
@@ -188,7 +199,7 @@ def _distilled(wish: Wish) -> Levels:
     return taught[np.floor(np.linspace(0, count, wish.steps, endpoint=False)).astype(int)]
 
 
-KINDS: Mapping[str, Callable[[Wish], Schedule]] = {
+KINDS: Mapping[str, Callable[[ScheduleSpec], Schedule]] = {
     "ddim": ddim,
     "ddpm": ddpm,
     "deis": deis,
@@ -213,7 +224,7 @@ KINDS: Mapping[str, Callable[[Wish], Schedule]] = {
 """For each sampler."""
 
 
-def _spaced(wish: Wish, spacing: str, *, whole: bool) -> Levels:
+def _spaced(wish: ScheduleSpec, spacing: str, *, whole: bool) -> Sigmas:
     """Timesteps, highest first: table 2 of arXiv:2305.08891."""
     train, steps = wish.train, wish.steps
     if wish.timesteps is not None:
@@ -226,23 +237,23 @@ def _spaced(wish: Wish, spacing: str, *, whole: bool) -> Levels:
     return np.round(np.arange(train, 0, -train / steps)) - 1
 
 
-def _laid(wish: Wish, timesteps: Levels, at: Levels, lowest: float, highest: float) -> tuple[Levels, Levels]:
+def _laid(wish: ScheduleSpec, timesteps: Sigmas, at: Sigmas, lowest: float, highest: float) -> tuple[Sigmas, Sigmas]:
     """Timesteps and sigmas after the wish; ``timesteps`` and the levels ``at`` them where it has none."""
     if wish.sigmas is not None:
-        return timesteps_of(wish.sigmas, wish.trained), wish.sigmas
-    if wish.respaced is not None and wish.respaced in ALONG:
-        chosen = ALONG[wish.respaced](wish.trained, wish.steps)
-        return chosen, sigmas_of(chosen, wish.trained)
+        return sigma_to_t(wish.sigmas, wish.trained), wish.sigmas
+    if wish.respaced is not None and wish.respaced in TIMESTEP_SCHEDULES:
+        chosen = TIMESTEP_SCHEDULES[wish.respaced](wish.trained, wish.steps)
+        return chosen, t_to_sigma(chosen, wish.trained)
     if wish.respaced is not None:
         if wish.respaced != "lu":
             low, high = (wish.config.settings.get(key) for key in ("sigma_min", "sigma_max"))
             lowest, highest = (lowest if low is None else float(low)), (highest if high is None else float(high))
-        sigmas = BETWEEN[wish.respaced](lowest, highest, wish.steps)
-        return timesteps_of(sigmas, wish.trained), sigmas
+        sigmas = SIGMA_RANGE_SCHEDULES[wish.respaced](lowest, highest, wish.steps)
+        return sigma_to_t(sigmas, wish.trained), sigmas
     return timesteps, at
 
 
-def _plain(wish: Wish, timesteps: Levels, sigmas: Levels, init_scale: float, final_scale: float) -> Schedule:
+def _plain(wish: ScheduleSpec, timesteps: Sigmas, sigmas: Sigmas, init_scale: float, final_scale: float) -> Schedule:
     """A schedule whose every step ends where the next begins."""
     return Schedule(
         timesteps=timesteps,
@@ -256,7 +267,7 @@ def _plain(wish: Wish, timesteps: Levels, sigmas: Levels, init_scale: float, fin
     )
 
 
-def _whole_steps(wish: Wish, timesteps: Levels, targets: Levels) -> Schedule:
+def _whole_steps(wish: ScheduleSpec, timesteps: Sigmas, targets: Sigmas) -> Schedule:
     """A schedule of variance-preserving states at whole timesteps."""
     sigmas = np.append(_at(wish, timesteps), targets[-1])
     made = _plain(wish, timesteps, sigmas, math.hypot(sigmas[0], 1.0), 1.0 / math.hypot(sigmas[-1], 1.0))
@@ -269,13 +280,13 @@ def _whole_steps(wish: Wish, timesteps: Levels, targets: Levels) -> Schedule:
     return replace(made, targets=targets)
 
 
-def _lower(wish: Wish, timesteps: Levels, *, ends_clean: bool) -> Levels:
+def _lower(wish: ScheduleSpec, timesteps: Sigmas, *, ends_clean: bool) -> Sigmas:
     """Sigmas a step's length below timesteps; below the lowest it is zero, or the lowest one trained with."""
     lower = timesteps - wish.train // wish.steps
     return np.where(lower >= 0, _at(wish, np.maximum(lower, 0)), 0.0 if ends_clean else wish.trained[0])
 
 
-def _at(wish: Wish, timesteps: Levels) -> Levels:
+def _at(wish: ScheduleSpec, timesteps: Sigmas) -> Sigmas:
     highest = wish.train - 1
     if len(timesteps) > 0 and timesteps.max() > highest:
         raise RequestError(

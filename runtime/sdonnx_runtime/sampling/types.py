@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 
 from sdonnx_runtime.arrays import Array
-from sdonnx_runtime.sampling.sigmas import Levels, timesteps_of
+from sdonnx_runtime.sampling.sigmas import Sigmas, sigma_to_t
 
 Denoise: TypeAlias = Callable[[Array, float, float], Array]
 """``denoise(x, sigma, t)``: what the model takes the clean x0 to be at noise level sigma, timestep t."""
@@ -21,13 +21,13 @@ NoiseSource: TypeAlias = Callable[[tuple[int, ...]], Array]
 class Schedule:
     """What a sampler walks along."""
 
-    timesteps: Levels
+    timesteps: Sigmas
     """(n,): what the model is told at each step's first evaluation."""
-    sigmas: Levels
+    sigmas: Sigmas
     """(n + 1,): the noise level at which each step starts, and the last one that is reached."""
-    targets: Levels
+    targets: Sigmas
     """(n,): where each step ends; not ``sigmas[1:]`` where the next evaluation is at another timestep."""
-    sources: Levels
+    sources: Sigmas
     """(n,): for pndm, from where a first step is taken anew to reach the next of ``sigmas``."""
     prediction_type: str
     """epsilon, v_prediction or sample."""
@@ -35,7 +35,7 @@ class Schedule:
     """What unit noise is multiplied by to make the first state."""
     final_scale: float
     """What the last state is multiplied by to make the latents."""
-    trained: Levels
+    trained: Sigmas
     """(num_train_timesteps,): the noise levels of training, lowest first."""
     skipped: int = 0
     """How many steps were left out at the start."""
@@ -65,7 +65,7 @@ class Schedule:
 
     def timestep(self, sigma: float) -> float:
         """What the model is told at a noise level between those of the steps."""
-        return float(timesteps_of(np.array(sigma), self.trained))
+        return float(sigma_to_t(np.array(sigma), self.trained))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,18 +86,18 @@ Sampler: TypeAlias = Callable[..., Iterator[Step]]
 """``sampler(denoise, x, schedule, noise, **options)``; `sampler_options` gives the options."""
 
 
-def levels(schedule: Schedule) -> Iterator[tuple[int, float, float, float]]:
+def iter_steps(schedule: Schedule) -> Iterator[tuple[int, float, float, float]]:
     """(index, timestep, sigma, next sigma) of each step."""
     for i, t in enumerate(schedule.timesteps):
         yield i, float(t), float(schedule.sigmas[i]), float(schedule.sigmas[i + 1])
 
 
-def finish(schedule: Schedule, index: int, x: Array, x0: Array) -> Step:
+def final_step(schedule: Schedule, index: int, x: Array, x0: Array) -> Step:
     """The step that led to x."""
     return Step(index=index, total=schedule.steps, x=x, x0=x0)
 
 
-def ancestral(sigma: float, sigma_next: float, eta: float = 1.0) -> tuple[float, float]:
+def get_ancestral_step(sigma: float, sigma_next: float, eta: float = 1.0) -> tuple[float, float]:
     """(down, up): go down to the first, add noise of the second, and be at ``sigma_next``.
 
     Equation 16 of arXiv:2010.02502 in terms of sigma; k-diffusion's get_ancestral_step.
@@ -107,7 +107,7 @@ def ancestral(sigma: float, sigma_next: float, eta: float = 1.0) -> tuple[float,
     return math.sqrt(sigma_next**2 - up**2), up
 
 
-def relevel(x: Array, sigma: float, other: float) -> Array:
+def rescale_to_sigma(x: Array, sigma: float, other: float) -> Array:
     """The same variance-preserving state sqrt(alpha) x taken to be at another noise level."""
     return x if sigma == other else x * (math.hypot(other, 1.0) / math.hypot(sigma, 1.0))
 

@@ -30,7 +30,7 @@ class _Open:
     """Where its last comma is."""
 
 
-def chunked(tokenizer: Tokenizer, parts: Sections) -> list[Chunk]:
+def split_into_chunks(tokenizer: Tokenizer, parts: Sections) -> list[Chunk]:
     """The chunks of a text, one or more; each section begins one.
 
     Raises:
@@ -42,14 +42,14 @@ def chunked(tokenizer: Tokenizer, parts: Sections) -> list[Chunk]:
     return [_closed(tokenizer, each.ids, each.weights) for section in found for each in section]
 
 
-def cut(tokenizer: Tokenizer, text: str) -> tuple[Chunk, str]:
-    """One chunk of a text as it stands, and what no longer fits in; raises like `chunked`."""
+def truncate(tokenizer: Tokenizer, text: str) -> tuple[Chunk, str]:
+    """One chunk of a text as it stands, and what no longer fits in; raises like `split_into_chunks`."""
     tokens = tokenizer.encode(text)
     ids = tuple(int(token) for token in tokens.ids[0])
     return Chunk(ids=ids, weights=(1.0,) * len(ids)), tokens.truncated
 
 
-def empty(tokenizer: Tokenizer) -> Chunk:
+def empty_chunk(tokenizer: Tokenizer) -> Chunk:
     """The chunk of an empty text."""
     return _closed(tokenizer, (), ())
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from sdonnx_runtime.arrays import AnyArray, Array
 from sdonnx_runtime.packages.manifest import Manifest, TextEncoder
-from sdonnx_runtime.request import Request, given, guided
-from sdonnx_runtime.text.prompt_schedule import Rows
+from sdonnx_runtime.request import Request, given, uses_guidance
+from sdonnx_runtime.text.prompt_schedule import StepPrompts
 
 Encode = Callable[[TextEncoder, str], Mapping[str, AnyArray]]
 """What a text encoder makes of a text: its outputs, each of one row."""
@@ -18,9 +18,9 @@ Texts = tuple[Sequence[str], Sequence[str]]
 Conditioning = Callable[[Manifest, Request, Texts, Encode], dict[str, AnyArray]]
 
 
-def condition(manifest: Manifest, request: Request, rows: Rows, encode: Encode) -> dict[str, AnyArray]:
-    """Inputs of the U-Net, a row for each text of `texts_of`, first those without the prompt."""
-    texts = texts_of(manifest, request, rows)
+def condition(manifest: Manifest, request: Request, rows: StepPrompts, encode: Encode) -> dict[str, AnyArray]:
+    """Inputs of the U-Net, a row for each text of `encoder_texts`, first those without the prompt."""
+    texts = encoder_texts(manifest, request, rows)
     inputs = CONDITIONING[manifest.family](manifest, request, texts, encode)
     if manifest.conditions.guidance_width is not None:
         scale = given(request.guidance_scale) - 1
@@ -29,7 +29,7 @@ def condition(manifest: Manifest, request: Request, rows: Rows, encode: Encode) 
     return inputs
 
 
-def texts_of(manifest: Manifest, request: Request, rows: Rows) -> Texts:
+def encoder_texts(manifest: Manifest, request: Request, rows: StepPrompts) -> Texts:
     """What is encoded for a step: with guidance the negative prompt and the conditional ones, else these alone.
 
     An editing model that is guided by its picture too has the negative one twice: for neither, and the picture alone.
@@ -39,7 +39,7 @@ def texts_of(manifest: Manifest, request: Request, rows: Rows) -> Texts:
 
 def rows_of(manifest: Manifest, request: Request) -> int:
     """How many rows a step of a checked request has, where its prompt has one part."""
-    if manifest.conditions.guidance_width is not None or not guided(request):
+    if manifest.conditions.guidance_width is not None or not uses_guidance(request):
         return 1
     return 3 if manifest.conditions.beside == "picture" and given(request.image_guidance_scale) != 1 else 2
 

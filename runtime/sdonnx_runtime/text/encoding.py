@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from sdonnx_runtime.adapters.textual_inversion import Embedding, Learned
+from sdonnx_runtime.adapters.textual_inversion import Embedding, TextualInversions
 from sdonnx_runtime.arrays import AnyArray, Array
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.execution.components import Runner
@@ -15,9 +15,9 @@ from sdonnx_runtime.graphs.initializers import read_initializers
 from sdonnx_runtime.packages.manifest import TextEncoder
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.request import Request
-from sdonnx_runtime.text.chunks import Chunk, chunked, cut, empty
-from sdonnx_runtime.text.conditioning import condition, texts_of
-from sdonnx_runtime.text.prompt_schedule import Rows, Script
+from sdonnx_runtime.text.chunks import Chunk, empty_chunk, split_into_chunks, truncate
+from sdonnx_runtime.text.conditioning import condition, encoder_texts
+from sdonnx_runtime.text.prompt_schedule import PromptSchedule, StepPrompts
 from sdonnx_runtime.text.prompt_syntax import Sections, sections
 from sdonnx_runtime.text.tokenizer import Tokenizer
 from sdonnx_runtime.text.weighting import WEIGHTINGS
@@ -31,13 +31,13 @@ _NORM, _EPSILON = "text_model.final_layer_norm", 1e-5
 Outputs: TypeAlias = Mapping[str, AnyArray]
 """A text encoder's, by name."""
 
-Conditions: TypeAlias = Mapping[Rows, Mapping[str, AnyArray]]
+Conditioning: TypeAlias = Mapping[StepPrompts, Mapping[str, AnyArray]]
 """What a U-Net is given besides latents and time, by the texts of a step."""
 
 
-def conditions_of(
-    package: Package, place: str, run: Runner, request: Request, said: Script, embeddings: Sequence[Embedding]
-) -> Conditions:
+def encode_prompts(
+    package: Package, place: str, run: Runner, request: Request, said: PromptSchedule, embeddings: Sequence[Embedding]
+) -> Conditioning:
     """What a package's U-Net is given, for the texts of each step.
 
     All are as long as the longest, with chunks of the empty text where they end.
@@ -51,12 +51,12 @@ def conditions_of(
         embeddings: the words that the text encoders are taught.
 
     Raises:
-        RequestError: ``clip_skip`` leaves no layer of a text encoder; or as `chunked` does.
+        RequestError: ``clip_skip`` leaves no layer of a text encoder; or as `split_into_chunks` does.
         PackageError, DeviceError: as `Runner` does.
     """
-    manifest, learned = package.manifest, Learned(package, embeddings)
+    manifest, learned = package.manifest, TextualInversions(package, embeddings)
     rows = list(dict.fromkeys(row for each in said.passes for row in each))
-    texts = list(dict.fromkeys(text for row in rows for part in texts_of(manifest, request, row) for text in part))
+    texts = list(dict.fromkeys(text for row in rows for part in encoder_texts(manifest, request, row) for text in part))
     encoders = {
         each.component: _Encoder(package, partial(run, f"{place}{each.component}"), request, each, learned)
         for each in manifest.text_encoders
@@ -75,7 +75,12 @@ class _Encoder:
     """One text encoder; it runs once for each chunk that is another one."""
 
     def __init__(
-        self, package: Package, run: Callable[..., Outputs], request: Request, encoder: TextEncoder, learned: Learned
+        self,
+        package: Package,
+        run: Callable[..., Outputs],
+        request: Request,
+        encoder: TextEncoder,
+        learned: TextualInversions,
     ) -> None:
         where = package.root / encoder.tokenizer
         self._tokenizer = Tokenizer.open(where, length=encoder.length, learned=learned.words)
@@ -95,7 +100,7 @@ class _Encoder:
         words = sections(text, self._request.prompt_syntax)
         chunks = self._chunked(words)
         states = WEIGHTINGS[self._request.weighting](words, self._chunked, lambda chunk: self._outputs(chunk)[0])
-        states += [self._outputs(empty(self._tokenizer))[0]] * (length - len(states))
+        states += [self._outputs(empty_chunk(self._tokenizer))[0]] * (length - len(states))
         outputs: dict[str, AnyArray] = {self._encoder.output: np.concatenate(states)[None]}
         pooled = self._outputs(chunks[0])[1]
         return outputs if pooled is None else {**outputs, str(self._encoder.pooled): pooled}
@@ -103,11 +108,11 @@ class _Encoder:
     def _chunked(self, words: Sections) -> list[Chunk]:
         if words not in self._read:
             plain = self._request.prompt_syntax == "plain"
-            self._read[words] = [self._cut(words)] if plain else chunked(self._tokenizer, words)
+            self._read[words] = [self._cut(words)] if plain else split_into_chunks(self._tokenizer, words)
         return self._read[words]
 
     def _cut(self, words: Sections) -> Chunk:
-        chunk, truncated = cut(self._tokenizer, "".join(each.text for section in words for each in section))
+        chunk, truncated = truncate(self._tokenizer, "".join(each.text for section in words for each in section))
         if truncated and self._warns:
             logger.warning("the prompt is longer than %d tokens; cut: %s", self._tokenizer.length, truncated)
         return chunk

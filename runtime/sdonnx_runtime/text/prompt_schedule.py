@@ -8,7 +8,7 @@ from sdonnx_runtime.text.prompt_syntax import LoraTag, Prompt, parse_prompt
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class StepPrompts:
     """The texts of one step."""
 
     negative: str
@@ -16,7 +16,7 @@ class Rows:
     """One for each part of the prompt."""
 
 
-def script(prompt: Prompt, negative: Prompt, steps: int, done: int | None = None) -> tuple[Rows, ...]:
+def step_prompts(prompt: Prompt, negative: Prompt, steps: int, done: int | None = None) -> tuple[StepPrompts, ...]:
     """The texts of each step of a pass.
 
     Args:
@@ -27,27 +27,27 @@ def script(prompt: Prompt, negative: Prompt, steps: int, done: int | None = None
     """
     parts = (*negative.parts, *prompt.parts)
     changes = {0}.union(*(part.changes(steps, done) for part in parts))
-    rows: list[Rows] = []
+    rows: list[StepPrompts] = []
     for step in range(1, steps + 1):
         if step - 1 in changes:
             first, *others = (part.at(step, steps, done) for part in parts)
-            rows.append(Rows(negative=first, conditional=tuple(others)))
+            rows.append(StepPrompts(negative=first, conditional=tuple(others)))
         else:
             rows.append(rows[-1])
     return tuple(rows)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Script:
+class PromptSchedule:
     """What a request says at each step."""
 
-    passes: tuple[tuple[Rows, ...], ...]
+    passes: tuple[tuple[StepPrompts, ...], ...]
     """Of each pass the texts of each step."""
     weights: tuple[float, ...]
     """How far each conditional row pulls."""
 
 
-def script_of(passes: Sequence[Request]) -> Script:
+def schedule_prompts(passes: Sequence[Request]) -> PromptSchedule:
     """The texts of a checked request's passes.
 
     Raises:
@@ -58,13 +58,13 @@ def script_of(passes: Sequence[Request]) -> Script:
     negative = parse_prompt(request.negative_prompt, request.prompt_syntax, composed=False)
     steps = [given(each.num_inference_steps) for each in passes]
     done = (None, *steps)
-    return Script(
-        passes=tuple(script(prompt, negative, count, before) for count, before in zip(steps, done, strict=False)),
+    return PromptSchedule(
+        passes=tuple(step_prompts(prompt, negative, count, before) for count, before in zip(steps, done, strict=False)),
         weights=tuple(part.weight for part in prompt.parts),
     )
 
 
-def tags_of(request: Request) -> list[LoraTag]:
+def parse_lora_tags(request: Request) -> list[LoraTag]:
     """The adapters that a checked request's prompts name.
 
     Raises:

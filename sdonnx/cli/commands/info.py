@@ -12,7 +12,7 @@ from sdonnx_runtime.execution.cpu import cpu_name, instruction_set
 from sdonnx_runtime.packages.manifest import FAMILIES
 
 import sdonnx
-from sdonnx.cli.console import described_recipe, out, print_json, samplers_table, suggested, tasks
+from sdonnx.cli.console import defaults_text, out, print_json, recipe_lines, samplers_table, tasks
 from sdonnx.loading import find_model
 
 
@@ -35,7 +35,7 @@ def info(
     facts.add_row("source", source.name if source.revision is None else f"{source.name} at {source.revision}")
     facts.add_row("exporter", source.exporter)
     if "unet" in manifest.components:
-        facts.add_row("suggests", suggested(manifest.defaults))
+        facts.add_row("suggests", defaults_text(manifest.defaults))
         predicts = manifest.scheduler.get("prediction_type", "epsilon")
         facts.add_row("scheduler", f"{manifest.scheduler.get('_class_name')}, predicts {predicts}")
     latents = manifest.latents
@@ -69,9 +69,9 @@ def models(
     listing = Table.grid(padding=(0, 2))
     for name, path in bundled().items():
         manifest = sdonnx.Package.open(path).manifest
-        listing.add_row(Text(name, style="bold"), f"comes with sdonnx\n{suggested(manifest.defaults)}\n")
+        listing.add_row(Text(name, style="bold"), f"comes with sdonnx\n{defaults_text(manifest.defaults)}\n")
     for name, recipe in known.items():
-        listing.add_row(Text(name, style="bold"), "\n".join(described_recipe(recipe)) + "\n")
+        listing.add_row(Text(name, style="bold"), "\n".join(recipe_lines(recipe)) + "\n")
     out.print(listing, highlight=False, soft_wrap=True)
 
 

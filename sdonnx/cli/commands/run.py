@@ -4,13 +4,13 @@ from typing import Any
 
 from sdonnx_models import DEFAULT
 from sdonnx_runtime.images.canny import canny
-from sdonnx_runtime.images.preprocess import opaque, open_picture
+from sdonnx_runtime.images.preprocess import flatten_alpha, open_image
 
 import sdonnx
 from sdonnx.cli import options
 from sdonnx.cli.batch import make_batch, read_batch
-from sdonnx.cli.console import described, err, print_json, print_made
-from sdonnx.cli.generate import Outputs, make
+from sdonnx.cli.console import err, print_json, print_results, result_json
+from sdonnx.cli.generate import OutputPaths, generate
 from sdonnx.cli.parsing import (
     parse_control,
     parse_embedding,
@@ -93,7 +93,7 @@ def run(
     nets = [parse_control(each) for each in control or ()]
     if control_prep is not None and not nets:
         raise sdonnx.RequestError("--control-prep is given without --control; give the net that reads the edges")
-    prepare = canny if control_prep is not None else opaque
+    prepare = canny if control_prep is not None else flatten_alpha
     fields: dict[str, Any] = {
         "negative_prompt": negative,
         "prompt_syntax": prompts,
@@ -112,16 +112,16 @@ def run(
         "sigmas": parse_numbers("sigmas", sigmas),
         "timesteps": parse_numbers("timesteps", timesteps),
         "guidance_rescale": guidance_rescale,
-        "image": None if image is None else open_picture(image),
+        "image": None if image is None else open_image(image),
         "strength": strength,
         "fit": fit,
-        "mask_image": None if mask is None else open_picture(mask),
+        "mask_image": None if mask is None else open_image(mask),
         "mask_blur": mask_blur,
         "paste": paste,
         "padding_mask_crop": only_masked,
         "image_guidance_scale": image_guidance,
-        "depth_image": None if depth is None else open_picture(depth),
-        "controls": tuple(sdonnx.Control(image=prepare(open_picture(path)), **how) for _, path, how in nets),
+        "depth_image": None if depth is None else open_image(depth),
+        "controls": tuple(sdonnx.Control(image=prepare(open_image(path)), **how) for _, path, how in nets),
         "control_guess": control_guess,
         **refined,
         **parse_hires(hires),
@@ -150,15 +150,15 @@ def run(
         pipe.set_embeddings([parse_embedding(each) for each in embedding or []])
         if preview is not None and preview_vae is None and pipe.package.manifest.latents.preview is None:
             raise sdonnx.PackageError("the package has no preview; run 'sdonnx export' again, or leave out --preview")
-        outputs = Outputs(pictures=output, preview=preview, latents=save_latents, enlarge=enlarge)
+        outputs = OutputPaths(pictures=output, preview=preview, latents=save_latents, enlarge=enlarge)
         if batch_file is not None and lines is not None:
             make_batch(pipe, batch_file, lines, fields, outputs, margins, as_json=as_json)
             return
-        result, paths = make(pipe, {**fields, "prompt": prompt}, outputs, margins)
+        result, paths = generate(pipe, {**fields, "prompt": prompt}, outputs, margins)
     if as_json:
-        print_json(described(result, paths))
+        print_json(result_json(result, paths))
     else:
-        print_made(result, paths)
+        print_results(result, paths)
 
 
 def _bundled() -> str:

@@ -46,7 +46,7 @@ def sensitivity(
         check_writable(write)
     try:
         from sdonnx_export.quantization.sensitivity import sensitivity as measure
-        from sdonnx_export.quantization.sensitivity import write_mix
+        from sdonnx_export.quantization.sensitivity import write_mixed_precision
     except ModuleNotFoundError as error:
         raise sdonnx.ExportError(
             f"""this needs {error.name}, which is not installed; pip install "sdonnx[export]\""""
@@ -64,7 +64,7 @@ def sensitivity(
         )
     if write is not None:
         saved = sum(group.saved for group in found.groups)
-        mix = write_mix(write, found, saved // 20 if budget is None else int(budget * 1e6))
+        mix = write_mixed_precision(write, found, saved // 20 if budget is None else int(budget * 1e6))
         kept = len(mix.patterns["unet"])
         what = f"{write} keeps {kept} of {len(found.groups)}: sdonnx export {source} --precision mixed:{write}"
         err.print(what, highlight=False, soft_wrap=True)

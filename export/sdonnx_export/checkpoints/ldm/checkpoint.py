@@ -15,11 +15,11 @@ from sdonnx_runtime.errors import ExportError
 
 from sdonnx_export.checkpoint_model import Checkpoint, Part
 from sdonnx_export.checkpoints.few_steps import few_steps
-from sdonnx_export.checkpoints.ldm.keys import Weights, below
+from sdonnx_export.checkpoints.ldm.keys import Weights, with_prefix
 from sdonnx_export.checkpoints.ldm.text_encoder import read_clip, read_open_clip
 from sdonnx_export.checkpoints.ldm.unet import read_unet
 from sdonnx_export.checkpoints.ldm.vae import read_vae
-from sdonnx_export.checkpoints.unsupported import EXPORTABLE, foreign
+from sdonnx_export.checkpoints.unsupported import EXPORTABLE, unsupported_files
 
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _IGNORED = (
@@ -119,7 +119,7 @@ def split_vae(path: Path, weights: Weights) -> Part:
         ExportError: there is none in it.
     """
     weights = {name: weight for name, weight in weights.items() if not name.startswith(("loss.", *_IGNORED))}
-    found = below(weights, _VAE) or weights
+    found = with_prefix(weights, _VAE) or weights
     if "decoder.conv_in.weight" not in found:
         raise ExportError(f"{path} holds no VAE; expected a file with 'decoder.conv_in.weight'")
     family = next((each for each in _FAMILIES if _has_texts(each, weights)), None)
@@ -137,7 +137,7 @@ def _has_texts(family: Family, weights: Weights) -> bool:
 
 
 def _family(path: Path, weights: Weights) -> Family:
-    message = foreign(path, weights)
+    message = unsupported_files(path, weights)
     if message is not None:
         raise ExportError(message)
     family = next((each for each in _FAMILIES if _has_texts(each, weights)), None)
@@ -147,7 +147,7 @@ def _family(path: Path, weights: Weights) -> Family:
         listed = ", ".join(unknown[:3])
         raise ExportError(f"{path} has {len(unknown)} weights that no such checkpoint has ({listed}); {EXPORTABLE}")
     present = {"a U-Net": _UNET, "a VAE": _VAE}
-    missing = [what for what, prefix in present.items() if not below(weights, prefix)]
+    missing = [what for what, prefix in present.items() if not with_prefix(weights, prefix)]
     if family is None:
         missing.append("a text encoder" if not any(name.startswith(texts) for name in weights) else "one text encoder")
     if missing or family is None:
@@ -158,11 +158,11 @@ def _family(path: Path, weights: Weights) -> Family:
 def _parts(family: Family, weights: Weights, original: Mapping[str, Any]) -> dict[str, Part]:
     used = {name: weight for name, weight in weights.items() if not name.startswith(_IGNORED)}
     parts = {
-        "unet": read_unet(below(used, _UNET), original, heads=family.heads),
-        "vae": read_vae(below(used, _VAE), original.get("scale_factor", family.scaling_factor)),
+        "unet": read_unet(with_prefix(used, _UNET), original, heads=family.heads),
+        "vae": read_vae(with_prefix(used, _VAE), original.get("scale_factor", family.scaling_factor)),
     }
     for name, prefix in family.texts.items():
-        mine = below(used, prefix)
+        mine = with_prefix(used, prefix)
         open_clip = prefix.endswith(".model.")
         parts[name] = read_open_clip(mine, projected=family.ids > 0) if open_clip else read_clip(mine)
     if family.ids:

@@ -7,8 +7,8 @@ from typing import Any
 from sdonnx_runtime.errors import ExportError
 
 from sdonnx_export.checkpoint_model import Part
-from sdonnx_export.checkpoints.ldm.keys import Weights, below, count
-from sdonnx_export.checkpoints.ldm.unet import down_config, renamed
+from sdonnx_export.checkpoints.ldm.keys import Weights, count, with_prefix
+from sdonnx_export.checkpoints.ldm.unet import down_config, rename_keys
 
 _POOLED, _SIZES = 1280, 6
 """What SDXL is told beside the time: its pooled text, and how many numbers of sizes."""
@@ -23,12 +23,12 @@ def read_control(path: Path, weights: Weights) -> dict[str, Part]:
     what = "ControlNet"
     try:
         for prefix in ("control_model.", ""):
-            mine = below(weights, prefix)
+            mine = with_prefix(weights, prefix)
             if "input_hint_block.0.weight" in mine:
                 return {"controlnet": _part(_original(mine))}
             if "controlnet_cond_embedding.conv_in.weight" in mine:
                 return {"controlnet": _part(mine)}
-        adapter, what = below(weights, "adapter.") or weights, "T2I-Adapter"
+        adapter, what = with_prefix(weights, "adapter.") or weights, "T2I-Adapter"
         if "body.0.resnets.0.block1.weight" in adapter:
             return {"adapter": _adapter(path, adapter)}
         if any(re.match(r"body\.0\.(body\.0\.)?block1\.weight", name) for name in adapter):
@@ -51,7 +51,7 @@ def _original(weights: Weights) -> dict[str, Any]:
     own |= {f"input_hint_block.{index}.": f"{_EMBEDDING}.blocks.{index // 2 - 1}." for index in range(2, last, 2)}
     zeros = count(weights, r"zero_convs\.(\d+)\.")
     own |= {f"zero_convs.{index}.0.": f"controlnet_down_blocks.{index}." for index in range(zeros)}
-    return renamed(weights, own)
+    return rename_keys(weights, own)
 
 
 _EMBEDDING = "controlnet_cond_embedding"

@@ -8,7 +8,7 @@ from sdonnx_export.checkpoint_model import Weight
 Weights = Mapping[str, Weight]
 
 
-def below(weights: Weights, prefix: str) -> dict[str, Weight]:
+def with_prefix(weights: Weights, prefix: str) -> dict[str, Weight]:
     """The weights whose names begin with ``prefix``, by the rest of them."""
     return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
 
@@ -19,7 +19,7 @@ def count(names: Iterable[str], pattern: str) -> int:
     return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
-def replaced(name: str, replacements: Iterable[tuple[str, str]]) -> str:
+def apply_renames(name: str, replacements: Iterable[tuple[str, str]]) -> str:
     """A name after all replacements, one after another."""
     for pattern, new in replacements:
         name = re.sub(pattern, new, name)

@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from sdonnx_export.checkpoint_model import Part, Weight
-from sdonnx_export.checkpoints.files import current_name, is_needed
-from sdonnx_export.checkpoints.ldm.keys import Weights, count, replaced
+from sdonnx_export.checkpoints.files import canonical_key, is_used_key
+from sdonnx_export.checkpoints.ldm.keys import Weights, apply_renames, count
 
 _OPEN_CLIP_H = 24
 """Layers of Stable Diffusion 2's encoder, of which the last but one is read."""
@@ -14,7 +14,7 @@ _OPEN_CLIP_H = 24
 
 def read_clip(weights: Weights) -> Part:
     """OpenAI's CLIP, which these files have in transformers' names already."""
-    renamed = {current_name(name): w for name, w in weights.items() if is_needed(name, "text_encoder")}
+    renamed = {canonical_key(name): w for name, w in weights.items() if is_used_key(name, "text_encoder")}
     return Part(config=_config(renamed, "quick_gelu"), weights=renamed)
 
 
@@ -30,7 +30,7 @@ def read_open_clip(weights: Weights, *, projected: bool) -> Part:
         weights = {name: weight for name, weight in weights.items() if not name.startswith(last)}
     renamed: dict[str, Weight] = {}
     for name, weight in weights.items():
-        new = replaced(name, _OPEN_CLIP)
+        new = apply_renames(name, _OPEN_CLIP)
         if new.endswith(("in_proj_weight", "in_proj_bias")):
             stem, kind = new.rsplit("in_proj_", 1)
             renamed |= {f"{stem}{which}_proj.{kind}": _third(weight, at) for at, which in enumerate("qkv")}
@@ -39,7 +39,7 @@ def read_open_clip(weights: Weights, *, projected: bool) -> Part:
         elif name != "attn_mask":
             renamed[new] = weight
     part = "text_encoder_2" if projected else "text_encoder"
-    renamed = {name: weight for name, weight in renamed.items() if is_needed(name, part)}
+    renamed = {name: weight for name, weight in renamed.items() if is_used_key(name, part)}
     config = _config(renamed, "gelu")
     if projected:
         width = renamed["text_projection.weight"].shape[0]

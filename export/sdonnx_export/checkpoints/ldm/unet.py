@@ -7,7 +7,7 @@ from typing import Any
 from sdonnx_runtime.errors import ExportError
 
 from sdonnx_export.checkpoint_model import Part, Weight
-from sdonnx_export.checkpoints.ldm.keys import Weights, count, replaced
+from sdonnx_export.checkpoints.ldm.keys import Weights, apply_renames, count
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -23,12 +23,12 @@ def read_unet(weights: Weights, original: Mapping[str, Any], *, heads: int | Non
     Raises:
         ExportError: there are weights that no such U-Net has, or its attention is of several kinds.
     """
-    found = renamed(weights)
+    found = rename_keys(weights)
     shapes = {name: weight.shape for name, weight in found.items()}
     return Part(config=_config(shapes, original, heads), weights=found)
 
 
-def renamed(weights: Weights, more: Mapping[str, str] = MappingProxyType({})) -> dict[str, Weight]:
+def rename_keys(weights: Weights, more: Mapping[str, str] = MappingProxyType({})) -> dict[str, Weight]:
     """The weights by diffusers' names; ``more`` has those of what is beside a U-Net's blocks.
 
     Raises:
@@ -41,7 +41,7 @@ def renamed(weights: Weights, more: Mapping[str, str] = MappingProxyType({})) ->
         if block is None:
             raise ExportError(f"the U-Net's '{name}' has no place in a Stable Diffusion model; it is of another kind")
         rest = name.removeprefix(block)
-        inner = rest if "attentions" in names[block] else replaced(rest, _RESNET)
+        inner = rest if "attentions" in names[block] else apply_renames(rest, _RESNET)
         found[names[block] + inner] = weight
     return found
 

@@ -4,8 +4,8 @@ import re
 from dataclasses import replace
 
 from sdonnx_export.checkpoint_model import Part, Weight
-from sdonnx_export.checkpoints.files import current_name
-from sdonnx_export.checkpoints.ldm.keys import Weights, count, replaced
+from sdonnx_export.checkpoints.files import canonical_key
+from sdonnx_export.checkpoints.ldm.keys import Weights, apply_renames, count
 
 
 def read_vae(weights: Weights, scaling_factor: float | None) -> Part:
@@ -14,7 +14,7 @@ def read_vae(weights: Weights, scaling_factor: float | None) -> Part:
     renamed: dict[str, Weight] = {}
     for name, weight in weights.items():
         name = re.sub(r"^decoder\.up\.(\d+)", lambda match: f"decoder.up_blocks.{levels - 1 - int(match[1])}", name)
-        name = current_name(replaced(name, _NAMES))
+        name = canonical_key(apply_renames(name, _NAMES))
         renamed[name] = _flat(weight) if re.search(r"attentions\.0\.to_.*weight", name) else weight
     shapes = {name: weight.shape for name, weight in renamed.items()}
     config = {

@@ -1,13 +1,9 @@
-"""OpenVINO's side of the benches: a checkpoint's U-Net and VAE decoder as its models, made int8 and run in our loop.
-
-    python bench/openvino_models.py DIR                             # pictogram: DIR/fp32/unet.xml, DIR/int8/unet.xml
-    python bench/quality.py --unet DIR/int8/unet.xml --reference pictogram
+"""OpenVINO models for the benchmarks: convert a checkpoint's U-Net and VAE, quantize them, run them in sdonnx' loop.
 
 int8 is what optimum-intel's OVQuantizationConfig makes of a Stable Diffusion pipeline: the U-Net's weights and
 activations by NNCF with SmoothQuant, the VAE's weights alone.
 """
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,22 +12,22 @@ from typing import Any
 import numpy as np
 
 OPTIONS = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-"""float32 where nothing is quantized, as everybody else computes; CPUs with bfloat16 would use that."""
+"""float32 unless quantized, as the other runtimes; by default OpenVINO uses bfloat16 on CPUs that have it."""
 
 Feeds = Mapping[str, np.ndarray]
 
 
 class OpenVinoSession:
-    """A model in OpenVINO, with what our loop asks of a session; compiled for the shapes that it is given."""
+    """An OpenVINO model with the interface of `Session`; compiled once for each set of input shapes."""
 
     def __init__(self, path: Path, shapes: Mapping[str, Sequence[int]] | None = None) -> None:
-        """``shapes`` are each input's, where they are known beforehand; else the first run finds them."""
+        """Compile for these shapes of the inputs; None compiles at the first run."""
         self._path = path
         self._compiled: dict[tuple[Any, ...], Any] = {}
         if shapes is not None:
-            self._model(shapes)
+            self._compile(shapes)
 
-    def _model(self, shapes: Mapping[str, Sequence[int]]) -> Any:
+    def _compile(self, shapes: Mapping[str, Sequence[int]]) -> Any:
         import openvino
 
         key = tuple((name, *shape) for name, shape in sorted(shapes.items()))
@@ -43,37 +39,36 @@ class OpenVinoSession:
         return self._compiled[key]
 
     def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
-        given = whole(feeds)
-        model = self._model({name: value.shape for name, value in given.items()})
-        return {"output": np.array(model(given)[0])}
+        inputs = repeat_latents(feeds)
+        model = self._compile({name: value.shape for name, value in inputs.items()})
+        return {"output": np.array(model(inputs)[0])}
 
     def cancel(self) -> None:
-        """OpenVINO's synchronous runs can't be stopped."""
+        """Do nothing: OpenVINO's synchronous runs can't be cancelled."""
 
 
-def whole(feeds: Feeds) -> dict[str, np.ndarray]:
-    """A row of latents for each row of text, which our graphs do without."""
-    given = dict(feeds)
-    if "encoder_hidden_states" in given:
-        times = len(given["encoder_hidden_states"]) // len(given["sample"])
-        given["sample"] = np.concatenate([given["sample"]] * times)
-    return given
+def repeat_latents(feeds: Feeds) -> dict[str, np.ndarray]:
+    """Repeat the latents to the batch size of the text, which sdonnx' graphs do themselves."""
+    inputs = dict(feeds)
+    if "encoder_hidden_states" in inputs:
+        times = len(inputs["encoder_hidden_states"]) // len(inputs["sample"])
+        inputs["sample"] = np.concatenate([inputs["sample"]] * times)
+    return inputs
 
 
-def attach(pipe: Any, models: Mapping[str, Path]) -> None:
-    """Lets OpenVINO run some of a pipeline's components."""
-    from sdonnx_runtime.execution.components import Components
-    from sdonnx_runtime.execution.session import Session
+def model_opener(models: Mapping[str, Path]) -> Any:
+    """Make an ``open_model`` for `Pipeline` that opens these OpenVINO models in place of the components' graphs."""
+    from sdonnx_runtime.execution.staged_model import open_model
 
-    def opened(path: Path, *_: object) -> Any:
+    def open_either(path: Path, *arguments: Any, **options: Any) -> Any:
         model = models.get(path.parent.name)
-        return Session(path, device="cpu") if model is None else OpenVinoSession(model)
+        return open_model(path, *arguments, **options) if model is None else OpenVinoSession(model)
 
-    pipe._components = Components(pipe.package, opened, keep_loaded=pipe._components._keep_loaded)
+    return open_either
 
 
 def convert(checkpoint: Path, component: str, path: Path) -> None:
-    """A component of a diffusers checkpoint by OpenVINO's own reading of torch, float32, with shapes left open."""
+    """Convert a component of a diffusers checkpoint from torch to float32 with dynamic shapes."""
     import openvino
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -93,16 +88,15 @@ def convert(checkpoint: Path, component: str, path: Path) -> None:
             self, sample: Any, timestep: Any, encoder_hidden_states: Any, text_embeds: Any, time_ids: Any
         ) -> Any:
             added = {"text_embeds": text_embeds, "time_ids": time_ids}
-            given = sample, timestep, encoder_hidden_states
-            return self.model(*given, added_cond_kwargs=added, return_dict=False)[0]
+            return self.model(sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
 
     class Decoder(Traced):
         def forward(self, latent_sample: Any) -> Any:
             return self.model.decode(latent_sample, return_dict=False)[0]
 
     config = json.loads((checkpoint / ("unet" if component == "unet" else "vae") / "config.json").read_text())
-    large = config.get("addition_embed_type") is not None
-    module = Decoder() if component != "unet" else XlUNet() if large else UNet()
+    is_xl = config.get("addition_embed_type") is not None
+    module = Decoder() if component != "unet" else XlUNet() if is_xl else UNet()
     sample = torch.randn(2, 4, 16, 16)
     example = {"latent_sample": sample}
     if component == "unet":
@@ -110,72 +104,41 @@ def convert(checkpoint: Path, component: str, path: Path) -> None:
         example = {"sample": sample, "timestep": torch.tensor(500.0), "encoder_hidden_states": text}
         sizes = 6 * config.get("addition_time_embed_dim", 0)
         width = config.get("projection_class_embeddings_input_dim", 0) - sizes
-        example |= {"text_embeds": torch.randn(2, width), "time_ids": torch.ones(2, 6)} if large else {}
+        example |= {"text_embeds": torch.randn(2, width), "time_ids": torch.ones(2, 6)} if is_xl else {}
     shapes = {name: [-1, 4, -1, -1] if value is sample else [-1] * value.ndim for name, value in example.items()}
     if component == "unet":
         shapes["encoder_hidden_states"][2] = config["cross_attention_dim"]
-        shapes |= {"text_embeds": [-1, width], "time_ids": [-1, 6]} if large else {}
+        shapes |= {"text_embeds": [-1, width], "time_ids": [-1, 6]} if is_xl else {}
     with torch.no_grad():
         model = openvino.convert_model(module, example_input=example)
     model.reshape(shapes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    openvino.save_model(model, path, compress_to_fp16=large)  # its checkpoint is of float16 already
+    openvino.save_model(model, path, compress_to_fp16=is_xl)  # the XL checkpoint is fp16 already
 
 
 def quantize(source: Path, feeds: Sequence[Feeds], path: Path) -> None:
-    """A U-Net's weights and activations in int8, calibrated on ``feeds``."""
+    """Quantize a U-Net's weights and activations to int8, calibrated on ``feeds``."""
     import nncf
     import openvino
 
     model = openvino.Core().read_model(source)
-    made = nncf.quantize(
+    quantized = nncf.quantize(
         model,
-        nncf.Dataset([whole(each) for each in feeds]),
+        nncf.Dataset([repeat_latents(each) for each in feeds]),
         preset=nncf.QuantizationPreset.MIXED,
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=len(feeds),
         advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.DISABLE),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    openvino.save_model(made, path, compress_to_fp16=False)
+    openvino.save_model(quantized, path, compress_to_fp16=False)
 
 
 def compress(source: Path, path: Path) -> None:
-    """A model's weights in int8."""
+    """Quantize a model's weights to int8."""
     import nncf
     import openvino
 
-    made = nncf.compress_weights(openvino.Core().read_model(source))
+    compressed = nncf.compress_weights(openvino.Core().read_model(source))
     path.parent.mkdir(parents=True, exist_ok=True)
-    openvino.save_model(made, path, compress_to_fp16=False)
-
-
-def trajectories(package: str, pictures: int) -> list[Feeds]:
-    """What the U-Net is given while it draws some of the judge's captions, with seeds that the judge doesn't use."""
-    from quality import FIRST_SEED, Judge
-
-    import sdonnx
-    from sdonnx.benchmark.worker import measure_image
-    from sdonnx.loading import find_model
-
-    opened = sdonnx.Package.open(find_model(package))
-    pipe = sdonnx.Pipeline(opened)
-    cases = Judge().cases(pictures)
-    requests = [pipe.check(case.caption, seed=case.seed - FIRST_SEED) for case in cases]
-    made = [measure_image(opened, request, "cpu", None) for request in requests]
-    return [call.inputs for picture in made for call in picture.calls["unet"]]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--pictures", type=int, default=12, help="trajectories to calibrate on")
-    args = parser.parse_args()
-    source, target = (args.directory / precision / "unet.xml" for precision in ("fp32", "int8"))
-    convert(Path(__file__).parents[1] / "models" / "pictogram" / "checkpoint", "unet", source)
-    quantize(source, trajectories("pictogram", args.pictures), target)
-    print(f"{target}: pictogram's U-Net in int8")
-
-
-if __name__ == "__main__":
-    main()
+    openvino.save_model(compressed, path, compress_to_fp16=False)

@@ -1,13 +1,13 @@
-"""A U-Net step, a VAE decode and a picture by sdonnx and its peers, of one random checkpoint, in one run.
+"""Compare sdonnx with other runtimes on one random checkpoint: a U-Net step, a VAE decode and an image.
 
     pip install -e ".[cpu,peers]"
     python bench/peers.py --work DIR --json FILE                  # Stable Diffusion 1.5's size, 18 GB of disk
     python bench/peers.py --work DIR --only sdonnx,openvino --image
     python bench/peers.py --work DIR --size sdxl --only sdonnx,openvino       # SDXL's, of float16, 30 GB of disk
-    python bench/peers.py --work DIR --size tiny --repeats 1      # whether all of it works, in two minutes
+    python bench/peers.py --work DIR --size tiny --repeats 1      # check that everything works, in two minutes
 
-Runtimes take turns, every figure comes from a process of its own, and the table gives medians. One that is not
-installed, or fails, is left out with a line. What was made of the checkpoint is kept in DIR and not made again.
+Runtimes take turns, every figure comes from its own process, and the table gives medians. A runtime that is not
+installed, or fails, is left out with a message. Converted models are kept in DIR and reused.
 """
 
 import argparse
@@ -23,17 +23,18 @@ from typing import Any
 
 import random_checkpoint
 from runtimes import KEYS, RUNTIMES, Runtime
-from sdonnx_runtime.execution.cpu import cpu_name, instruction_set
+
+from sdonnx.benchmark.cpu import cpu_name, instruction_set
 
 Figures = dict[str, float]
 
 
-class Failed(Exception):
-    """A process ended with an error."""
+class RunFailed(Exception):
+    """A process exited with an error."""
 
 
-def measured(command: list[str]) -> tuple[str, float, float]:
-    """What a command of Python printed last; its seconds; its peak RSS in MB as the system accounts for it."""
+def run_and_measure(command: list[str]) -> tuple[str, float, float]:
+    """Run a Python script; return the last line that it printed, its seconds, and its peak RSS in 10**6 bytes."""
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
         environment = {**os.environ, "COLUMNS": "1000", "HF_HUB_OFFLINE": "1"}
@@ -45,79 +46,79 @@ def measured(command: list[str]) -> tuple[str, float, float]:
             stream.seek(0)
         if process.returncode != 0:
             lines = [line.strip("│╭╮╰╯─ \n") for line in stderr]
-            raise Failed(next((line for line in reversed(lines) if line), f"it ended with {process.returncode}"))
+            raise RunFailed(next((line for line in reversed(lines) if line), f"exit code {process.returncode}"))
         peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         printed = stdout.read().splitlines()
     return printed[-1] if printed else "", seconds, peak / 1e6
 
 
-def work(runtime: Runtime, what: str, runs: int) -> None:
-    """One thing in this process; prints its figures."""
-    if what == "make":
+def run_worker(runtime: Runtime, task: str, runs: int) -> None:
+    """Run one task in this process; print its figures."""
+    if task == "convert":
         runtime.prepare()
-    elif what in runtime.pictures:
+    elif task in runtime.image_tasks:
         start = time.perf_counter()
-        runtime.fast() if what == "fast" else runtime.picture()
-        print(json.dumps({f"{what}_s": time.perf_counter() - start}))
+        runtime.generate_fast() if task == "fast" else runtime.generate()
+        print(json.dumps({f"{task}_s": time.perf_counter() - start}))
     else:
-        print(json.dumps(runtime.figures(what, runs)))
+        print(json.dumps(runtime.measure(task, runs)))
 
 
-class Run:
-    """One run of the bench."""
+class Benchmark:
+    """One run of this script."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.rounds: dict[Runtime, list[Figures]] = {}
         self.exports: dict[Runtime, Figures] = {}
 
-    def apart(self, runtime: Runtime, what: str) -> tuple[str, float, float]:
-        """`work` in a process of its own, as `measured` gives it."""
-        where = ["--work", str(self.args.work), "--size", self.args.size, "--steps", str(self.args.steps)]
-        return measured([__file__, *where, "--worker", runtime.name, runtime.precision, what])
+    def run_in_subprocess(self, runtime: Runtime, task: str) -> tuple[str, float, float]:
+        """Call `run_worker` in a new process; returns what `run_and_measure` does."""
+        options = ["--work", str(self.args.work), "--size", self.args.size, "--steps", str(self.args.steps)]
+        return run_and_measure([__file__, *options, "--worker", runtime.name, runtime.precision, task])
 
     def prepare(self, runtimes: list[Runtime]) -> None:
-        """Makes every runtime's files; those that can't be made are left out."""
+        """Convert the checkpoint for every runtime; leave out runtimes that fail."""
         for runtime in runtimes:
             reason = runtime.missing()
             if reason is None and not runtime.folder.exists():
-                reason = self.make(runtime)
+                reason = self.convert(runtime)
             if reason is None:
                 self.rounds[runtime] = []
             else:
                 print(f"{runtime.name} {runtime.precision} is left out: {reason}", flush=True)
 
-    def make(self, runtime: Runtime) -> str | None:
-        """Makes a runtime's files; what went wrong, if it did."""
+    def convert(self, runtime: Runtime) -> str | None:
+        """Convert the checkpoint for a runtime; return the error message if that fails."""
         try:
-            _, seconds, peak = self.apart(runtime, "make")
-        except Failed as error:
+            _, seconds, peak = self.run_in_subprocess(runtime, "convert")
+        except RunFailed as error:
             return str(error)
         if runtime.folder.exists():
             self.exports[runtime] = {"export_s": seconds, "export_peak_rss_mb": peak}
         return None
 
     def round(self) -> None:
-        """Each runtime's turn."""
+        """Measure every runtime once."""
         for runtime in list(self.rounds):
-            found: Figures = {}
+            figures: Figures = {}
             try:
-                for part in [*runtime.parts, *(runtime.pictures if self.args.image else [])]:
-                    printed, _, peak = self.apart(runtime, part)
-                    found |= {**json.loads(printed), PEAKS[part]: peak}
-            except Failed as error:
+                for task in [*runtime.parts, *(runtime.image_tasks if self.args.image else [])]:
+                    printed, _, peak = self.run_in_subprocess(runtime, task)
+                    figures |= {**json.loads(printed), PEAKS[task]: peak}
+            except RunFailed as error:
                 print(f"{runtime.name} {runtime.precision} is left out: {error}", flush=True)
                 del self.rounds[runtime]
                 continue
-            self.rounds[runtime].append(found)
-            print(f"{runtime.name} {runtime.precision}: {found['step_s']:.3g} s/step", flush=True)
+            self.rounds[runtime].append(figures)
+            print(f"{runtime.name} {runtime.precision}: {figures['step_s']:.3g} s/step", flush=True)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Medians for each runtime."""
+        """Return the medians for each runtime."""
         return [
             {"runtime": runtime.name, "precision": runtime.precision, **self.exports.get(runtime, {})}
-            | {key: statistics.median(each[key] for each in found) for key in found[0]}
-            for runtime, found in self.rounds.items()
+            | {key: statistics.median(each[key] for each in figures) for key in figures[0]}
+            for runtime, figures in self.rounds.items()
         ]
 
 
@@ -136,16 +137,16 @@ COLUMNS = {
     "peak_rss_mb": "peak MB",
     "decode_s": "decode s",
     "decode_peak_rss_mb": "decode MB",
-    "image_s": "picture s",
-    "image_peak_rss_mb": "picture MB",
+    "image_s": "image s",
+    "image_peak_rss_mb": "image MB",
     "fast_s": "--fast s",
     "fast_peak_rss_mb": "--fast MB",
 }
 RATIOS = ("step_s", "peak_rss_mb", "decode_s", "image_s", "fast_s")
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """A markdown table; in brackets what is times the first row's."""
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """Format a markdown table; ratios to the first row are in brackets."""
     columns = {key: title for key, title in COLUMNS.items() if any(key in row for row in rows)}
     lines = [f"| runtime | precision | {' | '.join(columns.values())} |", f"| --- {'| --- ' * (len(columns) + 1)}|"]
     for row in rows:
@@ -158,60 +159,62 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def differing(rows: list[dict[str, Any]]) -> list[str]:
-    """Which float32 runtimes did not compute what the first of them did."""
+def find_mismatches(rows: list[dict[str, Any]]) -> list[str]:
+    """Report the float32 runtimes whose outputs differ from the first one's."""
     exact = [row for row in rows if row["precision"] == "fp32"]
     return [
-        f"{row['runtime']}'s {part} gives something else than {exact[0]['runtime']}'s"
+        f"{row['runtime']}'s {part} output differs from {exact[0]['runtime']}'s"
         for row in exact[1:]
         for part in KEYS
         if abs(row[f"{part}_checksum"] / exact[0][f"{part}_checksum"] - 1) > 1e-3
     ]
 
 
-def prepared(args: argparse.Namespace) -> None:
-    """Makes the checkpoint, unless it is there."""
+def write_checkpoint(args: argparse.Namespace) -> None:
+    """Write the checkpoint unless it exists."""
     config = args.work / "checkpoint" / "unet" / "config.json"
     if not config.exists():
         script = Path(__file__).with_name("random_checkpoint.py")
         dtype = "float16" if args.size == "sdxl" else "float32"
-        measured([str(script), str(args.work / "checkpoint"), "--size", args.size, "--dtype", dtype])
+        run_and_measure([str(script), str(args.work / "checkpoint"), "--size", args.size, "--dtype", dtype])
     if json.loads(config.read_text(encoding="utf-8")) != random_checkpoint.SIZES[args.size]["unet"]:
-        raise SystemExit(f"{args.work} has a checkpoint of another size than {args.size}; give another directory")
+        raise SystemExit(f"{args.work} has a checkpoint of another size; give another --work directory for {args.size}")
 
 
 def main() -> None:
     names = list(dict.fromkeys(runtime.name for runtime in RUNTIMES))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="where the checkpoint and what is made of it are kept")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="directory for the checkpoint and the converted models"
+    )
     parser.add_argument("--size", choices=sorted(random_checkpoint.SIZES), default="sd15")
-    parser.add_argument("--only", help=f"which of {','.join(names)}")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each runtime")
-    parser.add_argument("--steps", type=int, default=5, help="timed runs in each process, after one that is not")
-    parser.add_argument("--image", action="store_true", help="a whole picture of 20 steps too, and sdonnx' --fast")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    parser.add_argument("--only", help=f"some of {','.join(names)}")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of all runtimes")
+    parser.add_argument("--steps", type=int, default=5, help="timed runs in each process, after an untimed one")
+    parser.add_argument("--image", action="store_true", help="also an image of 20 steps, and sdonnx' --fast")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     runtimes = [kind(args.work, args.size) for kind in RUNTIMES]
     if args.worker is not None:
-        name, precision, what = args.worker
+        name, precision, task = args.worker
         (runtime,) = (each for each in runtimes if (each.name, each.precision) == (name, precision))
-        work(runtime, what, args.steps)
+        run_worker(runtime, task, args.steps)
         return
-    wanted = names if args.only is None else args.only.split(",")
-    if not set(wanted) <= set(names):
-        parser.error(f"--only takes {', '.join(names)}, with commas")
-    prepared(args)
-    run = Run(args)
-    run.prepare([runtime for runtime in runtimes if runtime.name in wanted])
+    selected = names if args.only is None else args.only.split(",")
+    if not set(selected) <= set(names):
+        parser.error(f"--only: give some of {', '.join(names)}, with commas")
+    write_checkpoint(args)
+    benchmark = Benchmark(args)
+    benchmark.prepare([runtime for runtime in runtimes if runtime.name in selected])
     for _ in range(args.repeats):
-        run.round()
-    rows = run.rows()
+        benchmark.round()
+    rows = benchmark.rows()
     if not rows:
-        raise SystemExit("nothing was measured")
+        raise SystemExit("every runtime was left out")
     pixels = runtimes[0].pixels
-    print(f"\n{cpu_name()}, {os.cpu_count()} CPUs, {instruction_set()}; {pixels}x{pixels}, a step has 2 rows of text\n")
-    print("\n".join([table(rows), *differing(rows)]))
+    print(f"\n{cpu_name()}, {os.cpu_count()} CPUs, {instruction_set()}; {pixels}x{pixels}, U-Net batch 2\n")
+    print("\n".join([format_table(rows), *find_mismatches(rows)]))
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 

@@ -1,6 +1,6 @@
-"""Makes checkpoints with random weights, without torch: what benches and first steps run on.
+"""Write checkpoints with random weights, without torch, for benchmarks and first steps.
 
-python bench/random_checkpoint.py tiny-sd                              # a few MB, pictures of noise in a second
+python bench/random_checkpoint.py tiny-sd                              # a few MB; generates noise in a second
 python bench/random_checkpoint.py sd15 --size sd15                     # 860 M + 123 M + 84 M parameters, 4.3 GB
 python bench/random_checkpoint.py sdxl --size sdxl --dtype float16     # 2567 M + 123 M + 695 M + 84 M, 6.9 GB
 """
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 from sdonnx_export.models.components import COMPONENTS
-from sdonnx_export.operators.base import TransposedWeight
+from sdonnx_export.operators.base import checkpoint_shape
 from sdonnx_export.packaging.clip_tokenizer import write_clip_tokenizer
 
 UNET = {
@@ -146,20 +146,16 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def shapes(component: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a component's weights as its checkpoint has them."""
+def weight_shapes(component: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a component's weights in its checkpoint, by name."""
     module, _ = COMPONENTS[component].module(config)
-    found = {}
-    for name, parameter in module.named_parameters():
-        shape = tuple(int(size) for size in parameter.shape)
-        found[name] = shape[::-1] if isinstance(parameter, TransposedWeight) else shape
-    return found
+    return {name: checkpoint_shape(parameter) for name, parameter in module.named_parameters()}
 
 
-def random_weights(rng: np.random.Generator, wanted: dict[str, tuple[int, ...]], dtype: Any) -> dict[str, Any]:
-    """Weights under which activations keep their scale: matrices of variance 1 / fan-in, unit norms."""
+def random_weights(rng: np.random.Generator, shapes: dict[str, tuple[int, ...]], dtype: Any) -> dict[str, Any]:
+    """Draw weights that keep the scale of activations: variance 1 / fan-in, unit norms."""
     weights = {}
-    for name, shape in wanted.items():
+    for name, shape in shapes.items():
         if len(shape) > 1:
             fan_in = shape[-1] if "embedding.weight" in name else int(np.prod(shape[1:]))
             data = rng.standard_normal(shape, np.float32) / np.sqrt(fan_in)
@@ -170,7 +166,7 @@ def random_weights(rng: np.random.Generator, wanted: dict[str, tuple[int, ...]],
 
 
 def make(directory: Path, size: str = "tiny", dtype: str = "float32", seed: int = 0) -> None:
-    """Writes a checkpoint in diffusers' layout to ``directory``, over what is there."""
+    """Write a checkpoint in diffusers' layout to ``directory``; files there are overwritten."""
     rng, parts = np.random.default_rng(seed), SIZES[size]
     names = {
         "unet": ("diffusion_pytorch_model.safetensors", ["unet"]),
@@ -180,11 +176,11 @@ def make(directory: Path, size: str = "tiny", dtype: str = "float32", seed: int 
     }
     for part, config in parts.items():
         filename, components = names[part]
-        wanted = {name: shape for component in components for name, shape in shapes(component, config).items()}
+        shapes = {name: shape for component in components for name, shape in weight_shapes(component, config).items()}
         folder = directory / part
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        save_file(random_weights(rng, wanted, np.dtype(dtype)), folder / filename, metadata={"format": "pt"})
+        save_file(random_weights(rng, shapes, np.dtype(dtype)), folder / filename, metadata={"format": "pt"})
     (directory / "scheduler").mkdir(exist_ok=True)
     scheduler = json.dumps(SCHEDULER, indent=2)
     (directory / "scheduler" / "scheduler_config.json").write_text(scheduler, encoding="utf-8")

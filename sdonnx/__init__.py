@@ -1,10 +1,20 @@
 """Stable Diffusion on ONNX Runtime, without PyTorch.
 
-import sdonnx
+    import sdonnx
 
-pipe = sdonnx.load("my-package")
-result = pipe.generate("a photograph of an astronaut riding a horse", seed=32)
-result.images[0].save("horse.png")
+    pipe = sdonnx.load("my-package")
+    result = pipe.generate("a photograph of an astronaut riding a horse", seed=32)
+    result.images[0].save("horse.png")
+
+General layout:
+
+    load                          opens a package, by directory, bundled name or Hub id
+    Package, Pipeline             what it opens, and what generates
+    Request, Control, Lora, FAST  what to generate
+    Stream, Progress              one generation, step by step
+    Result, Timings, save_png     its images
+    Plan, ComponentPlan           predicted memory and time
+    SdonnxError                   the root of RequestError, PackageError, DeviceError and ExportError
 """
 
 from sdonnx_runtime.adapters.lora import Lora

@@ -1,4 +1,4 @@
-"""``python -m sdonnx`` is the command line."""
+"""``python -m sdonnx``: the command line."""
 
 from sdonnx.cli.app import main
 

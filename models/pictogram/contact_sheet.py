@@ -1,4 +1,4 @@
-"""Draws the picture in README: `python models/pictogram/contact_sheet.py docs/pictogram.png`."""
+"""Draw the contact sheet of the README: `python models/pictogram/contact_sheet.py docs/pictogram.png`."""
 
 import sys
 from pathlib import Path
@@ -37,16 +37,16 @@ TILE, LINE, COLUMNS = 128, 16, 6
 
 
 def main() -> None:
-    """Seed i for prompt i, twice enlarged, the prompt below."""
+    """Generate prompt i with seed i, upscaled by 2, above its text."""
     sheet = Image.new("RGB", (COLUMNS * TILE, len(PROMPTS) // COLUMNS * (TILE + LINE)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
     with sdonnx.load("pictogram", memory="max") as pipe:
         for seed, prompt in enumerate(PROMPTS):
             left, top = seed % COLUMNS * TILE, seed // COLUMNS * (TILE + LINE)
-            picture = pipe.generate(prompt, seed=seed).images[0]
-            sheet.paste(picture.resize((TILE, TILE), Image.Resampling.LANCZOS), (left, top))
-            words = prompt.removesuffix(" background").split(" ", 1)[1]
-            draw.text((left + 4, top + TILE + 2), words, fill="black", font=font)
+            image = pipe.generate(prompt, seed=seed).images[0]
+            sheet.paste(image.resize((TILE, TILE), Image.Resampling.LANCZOS), (left, top))
+            text = prompt.removesuffix(" background").split(" ", 1)[1]
+            draw.text((left + 4, top + TILE + 2), text, fill="black", font=font)
     sheet.save(Path(sys.argv[1]), optimize=True)
 
 

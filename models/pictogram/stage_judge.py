@@ -1,4 +1,4 @@
-"""The classifier that bench/quality.py judges with."""
+"""Train the classifier of bench/quality.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 
 
 class Judge(nn.Module):
-    """A residual network that names the subject of a picture, for bench/quality.py."""
+    """A residual network that classifies the subject of an image."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -27,9 +27,9 @@ class Judge(nn.Module):
         self.blocks = nn.Sequential(*(_Residual(a, b) for a, b in zip((32, *widths[:-1]), widths, strict=True)))
         self.head = nn.Linear(192, classes)
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(N, 3, 64, 64) in [-1, 1] to logits, (N, classes), and features, (N, 192)."""
-        features = self.blocks(self.stem(pictures)).mean(dim=(2, 3))
+        features = self.blocks(self.stem(images)).mean(dim=(2, 3))
         return self.head(features), features
 
 
@@ -46,17 +46,16 @@ class _Residual(nn.Module):
 
 
 def train_judge(args: argparse.Namespace, emoji: list[Subject]) -> None:
-    """A classifier of its own renderings: any colour behind, more sizes, blurred and noisy; and its own figures."""
+    """Train on renderings with any background colour, more sizes, blur and noise; write the model and its figures."""
     torch.manual_seed(args.seed)
     judge = Judge(len(emoji))
     trainer = Trainer("judge", judge, args)
 
-    def loss_of(rng: np.random.Generator) -> Tensor:
+    def loss_fn(rng: np.random.Generator) -> Tensor:
         labels = rng.integers(0, len(emoji), BATCH["judge"])
         colours = rng.integers(0, 256, (len(labels), 3)).tolist()
-        images = to_tensor(
-            [compose(emoji[at].art, tuple(colour), rng, (38, 64)) for at, colour in zip(labels, colours, strict=True)]
-        )
+        pairs = zip(labels, colours, strict=True)
+        images = to_tensor([compose(emoji[index].art, tuple(colour), rng, (38, 64)) for index, colour in pairs])
         if rng.random() < 0.5:
             images = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
         images = images + torch.randn_like(images) * rng.uniform(0, 0.15)
@@ -67,18 +66,18 @@ def train_judge(args: argparse.Namespace, emoji: list[Subject]) -> None:
     rng = np.random.default_rng([args.seed, 77])
     labels = np.repeat(np.arange(len(emoji)), 20)
     named = list(BACKGROUNDS.values())
-    real = [compose(emoji[at].art, named[rng.integers(len(named))], rng) for at in labels]
+    real = [compose(emoji[index].art, named[rng.integers(len(named))], rng) for index in labels]
 
     @torch.no_grad()
-    def judged() -> tuple[Tensor, Tensor]:
-        parts = [judge(to_tensor(real[at : at + 256])) for at in range(0, len(real), 256)]
+    def classify() -> tuple[Tensor, Tensor]:
+        parts = [judge(to_tensor(real[start : start + 256])) for start in range(0, len(real), 256)]
         return torch.cat([logits for logits, _ in parts]), torch.cat([features for _, features in parts])
 
     def accuracy() -> float:
-        return float((judged()[0].argmax(1).numpy() == labels).mean())
+        return float((classify()[0].argmax(1).numpy() == labels).mean())
 
-    trainer.run(loss_of, 500, lambda: f"accuracy {accuracy():.4f}")
-    features = judged()[1].double().numpy()
+    trainer.run(loss_fn, 500, lambda: f"accuracy {accuracy():.4f}")
+    features = classify()[1].double().numpy()
     np.savez_compressed(HERE / "judge.npz", mean=features.mean(0), covariance=np.cov(features.T))
     facts = {
         "accuracy": round(accuracy(), 4),
@@ -90,10 +89,10 @@ def train_judge(args: argparse.Namespace, emoji: list[Subject]) -> None:
     (HERE / "judge.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     torch.onnx.export(
         judge, (torch.zeros(2, 3, SIZE, SIZE),), HERE / "judge.onnx", dynamo=True, external_data=False, verbose=False,
-        input_names=["pictures"], output_names=["logits", "features"],
-        dynamic_shapes={"pictures": {0: torch.export.Dim("batch")}},
+        input_names=["images"], output_names=["logits", "features"],
+        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
     )  # fmt: skip
     model = onnx.load(HERE / "judge.onnx")
     for node in model.graph.node:
-        del node.metadata_props[:]  # file names of whoever exported it
+        del node.metadata_props[:]  # they hold file names of the machine that exported it
     onnx.save(model, HERE / "judge.onnx")

@@ -1,4 +1,4 @@
-"""The last stage: what was trained, as a checkpoint and as the package that the wheel carries."""
+"""The last stage: write the checkpoint and the bundled package."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ HERE = Path(__file__).parent
 
 
 def release(args: argparse.Namespace, emoji: list[Subject]) -> None:
-    """Writes the checkpoint (fp16, diffusers' layout), the package that the wheel carries, and some real composites."""
+    """Write the checkpoint (fp16, diffusers' layout), the bundled package, and 64 composites for the benchmarks."""
     work, checkpoint = args.work, HERE / "checkpoint"
     shutil.rmtree(checkpoint, ignore_errors=True)
     scheduler = DPMSolverMultistepScheduler(**BETAS, timestep_spacing="trailing")
-    scheduler.register_to_config(skip_prk_steps=True)  # for whoever takes PNDM instead
+    scheduler.register_to_config(skip_prk_steps=True)  # for users who switch to PNDM
     StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(work / "vae"),
         text_encoder=CLIPTextModel.from_pretrained(work / "text_encoder"),
@@ -46,5 +46,5 @@ def release(args: argparse.Namespace, emoji: list[Subject]) -> None:
     shutil.copy(HERE / "README.md", package / "README.md")
     rng, named = np.random.default_rng(64), list(BACKGROUNDS.values())
     chosen = [(emoji[rng.integers(len(emoji))], named[rng.integers(len(named))]) for _ in range(64)]
-    pictures = np.stack([compose(subject.art, colour, rng) for subject, colour in chosen])
-    np.savez_compressed(HERE / "composites.npz", pictures=pictures)
+    images = np.stack([compose(subject.art, colour, rng) for subject, colour in chosen])
+    np.savez_compressed(HERE / "composites.npz", images=images)

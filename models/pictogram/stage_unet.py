@@ -1,4 +1,4 @@
-"""The stage of the U-Net, the text encoder and its vocabulary."""
+"""Train the U-Net, the text encoder and its tokenizer."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from composites import BACKGROUNDS, Subject, caption, compose, held_out
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from trainer import BATCH, Trainer, half, sheet, to_images, to_tensor
+from trainer import BATCH, Trainer, half, save_sheet, to_images, to_tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
 RENDERINGS = 12
-"""Of each subject on each background, encoded once before the U-Net is trained."""
+"""Renderings of each subject on each background; they are encoded once, before training."""
 MAX_LENGTH = 32
-"""Tokens of a prompt, with the two at its ends."""
+"""Tokens of a prompt, including start and end."""
 SNR_CAP = 5.0
 """Min-SNR weighting, arXiv:2303.09556."""
 
 
 def new_tokenizer(args: argparse.Namespace, emoji: list[Subject]) -> CLIPTokenizer:
-    """CLIP's byte-pair encoding with a vocabulary of its own, in CLIP's order: bytes, bytes that end a word, merges."""
+    """Train a byte-pair encoding with CLIP's order of tokens: bytes, bytes that end a word, merges."""
     rng = np.random.default_rng(0)
     words = [caption(name, colour, rng) for each in emoji for name in each.names for colour in BACKGROUNDS]
     alphabet = list(bytes_to_unicode().values())
@@ -48,7 +48,7 @@ def new_tokenizer(args: argparse.Namespace, emoji: list[Subject]) -> CLIPTokeniz
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Two layers, trained together with the U-Net."""
+    """Make a text encoder of two layers, to be trained with the U-Net."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer), hidden_size=192, intermediate_size=768, num_hidden_layers=2,
@@ -60,7 +60,7 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def new_unet() -> UNet2DConditionModel:
-    """Three levels; cross-attention at the two lower ones."""
+    """Make a U-Net of three levels with cross-attention at the two lower ones."""
     return UNet2DConditionModel(
         sample_size=16, in_channels=4, out_channels=4, block_out_channels=(64, 128, 160), layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -73,9 +73,9 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 
 def train_unet(args: argparse.Namespace, emoji: list[Subject]) -> None:
-    """Noise prediction over cached latents; a tenth of the captions is empty, for classifier-free guidance."""
+    """Train noise prediction on cached latents; a tenth of the captions is empty, for classifier-free guidance."""
     vae = AutoencoderKL.from_pretrained(args.work / "vae")
-    names, colours, posteriors = encoded(args, emoji, vae)
+    names, colours, posteriors = encode(args, emoji, vae)
     vae.config.scaling_factor = round(1 / float(posteriors[:, :4].float().std()), 5)
     vae.register_to_config(scaling_factor=vae.config.scaling_factor)
     vae.save_pretrained(args.work / "vae")
@@ -91,11 +91,11 @@ def train_unet(args: argparse.Namespace, emoji: list[Subject]) -> None:
         ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         return both["text_encoder"](ids).last_hidden_state
 
-    def loss_of(rng: np.random.Generator) -> Tensor:
+    def loss_fn(rng: np.random.Generator) -> Tensor:
         chosen = rng.integers(0, len(names), BATCH["unet"])
         captions = [
-            "" if rng.random() < 0.1 else caption(str(rng.choice(emoji[names[at]].names)), colours[at], rng)
-            for at in chosen
+            "" if rng.random() < 0.1 else caption(str(rng.choice(emoji[names[index]].names)), colours[index], rng)
+            for index in chosen
         ]
         mean, std = posteriors[torch.from_numpy(chosen)].float().chunk(2, dim=1)
         latents = (mean + std * torch.randn_like(std)) * vae.config.scaling_factor
@@ -121,31 +121,32 @@ def train_unet(args: argparse.Namespace, emoji: list[Subject]) -> None:
         for t in scheduler.timesteps:
             empty, full = both["unet"](torch.cat([x, x]), t, text).sample.chunk(2)
             x = scheduler.step(empty + 4 * (full - empty), t, x).prev_sample
-        sheet(to_images(vae.decode(x / vae.config.scaling_factor).sample), 8, args.work / "unet.png")
+        save_sheet(to_images(vae.decode(x / vae.config.scaling_factor).sample), 8, args.work / "unet.png")
         return probes[1]
 
-    trainer.run(loss_of, 500, report)
+    trainer.run(loss_fn, 500, report)
     both["unet"].save_pretrained(args.work / "unet")
     both["text_encoder"].save_pretrained(args.work / "text_encoder")
     tokenizer.save_pretrained(args.work / "tokenizer")
 
 
 @torch.no_grad()
-def encoded(args: argparse.Namespace, emoji: list[Subject], vae: AutoencoderKL) -> tuple[np.ndarray, list[str], Tensor]:
-    """The subject's index, the background and the posterior's mean and deviation, (N, 8, 16, 16), of each rendering."""
+def encode(args: argparse.Namespace, emoji: list[Subject], vae: AutoencoderKL) -> tuple[np.ndarray, list[str], Tensor]:
+    """Encode every rendering: subject indices, backgrounds, and the posterior's mean and deviation, (N, 8, 16, 16)."""
     pairs = [
         (index, colour)
-        for index, never in enumerate(held_out(len(emoji)))
+        for index, left_out in enumerate(held_out(len(emoji)))
         for colour in BACKGROUNDS
-        if colour != never
+        if colour != left_out
         for _ in range(RENDERINGS)
     ]
     path = args.work / "latents.pt"
     if not path.is_file():
-        rng, rows = np.random.default_rng([args.seed, 9]), []
-        for at in range(0, len(pairs), 64):
-            images = [compose(emoji[index].art, BACKGROUNDS[colour], rng) for index, colour in pairs[at : at + 64]]
+        rng, moments = np.random.default_rng([args.seed, 9]), []
+        for start in range(0, len(pairs), 64):
+            batch = pairs[start : start + 64]
+            images = [compose(emoji[index].art, BACKGROUNDS[colour], rng) for index, colour in batch]
             posterior = vae.encode(to_tensor(images)).latent_dist
-            rows.append(torch.cat([posterior.mean, posterior.std], dim=1).half())
-        torch.save(torch.cat(rows), path)
+            moments.append(torch.cat([posterior.mean, posterior.std], dim=1).half())
+        torch.save(torch.cat(moments), path)
     return np.array([index for index, _ in pairs]), [colour for _, colour in pairs], torch.load(path)

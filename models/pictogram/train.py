@@ -1,7 +1,7 @@
-"""Trains pictogram, the model that comes with sdonnx, on two CPU cores in about two hours.
+"""Train pictogram, the bundled model, on two CPU cores in about two hours.
 
-`python models/pictogram/train.py --work DIR` does whatever stage is not done yet and may be stopped and started again
-at any time: every step's randomness is drawn from the seed and the step's number. Needs the `test` extra.
+`python models/pictogram/train.py --work DIR` runs the stages that are not done yet. It can be stopped and started again
+at any time: the randomness of a step depends on the seed and the step's number alone. Requires the `test` extra.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from trainer import STEPS
 
 
 def main() -> None:
-    """Runs the stages in order."""
+    """Run the stages in order."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="downloads, checkpoints and samples are kept here")
-    parser.add_argument("--stage", choices=[*STEPS, "release"], help="one stage alone")
+    parser.add_argument("--work", type=Path, required=True, help="directory for downloads, checkpoints and samples")
+    parser.add_argument("--stage", choices=[*STEPS, "release"], help="run this stage only")
     parser.add_argument("--seed", type=int, default=0)
     for stage, steps in STEPS.items():
         parser.add_argument(f"--{stage}-steps", type=int, default=steps)

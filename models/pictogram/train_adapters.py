@@ -1,8 +1,8 @@
-"""Trains pictogram's two adapters with diffusers and peft, in a quarter of an hour on two CPU cores.
+"""Train pictogram's two adapters with diffusers and peft, in a quarter of an hour on two CPU cores.
 
-`python models/pictogram/train_adapters.py --work DIR` writes adapters/grey.safetensors, a LoRA of rank 4 that draws
-everything in grey, and adapters/teal.safetensors, a textual inversion: the word "<teal>", a background that the model
-was never shown. Needs the `test` extra.
+`python models/pictogram/train_adapters.py --work DIR` writes adapters/grey.safetensors, a LoRA of rank 4 that removes
+the colours, and adapters/teal.safetensors, a textual inversion with the trigger word "<teal>", a background that the
+model was not trained on. Requires the `test` extra.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ SNR_CAP = 5.0
 """Min-SNR weighting, arXiv:2303.09556."""
 
 
-def encoded(pipe: StableDiffusionPipeline, images: list[np.ndarray]) -> Tensor:
-    """The latents of composites, (N, 4, 16, 16), scaled."""
+def encode(pipe: StableDiffusionPipeline, images: list[np.ndarray]) -> Tensor:
+    """Encode composites to scaled latents, (N, 4, 16, 16)."""
     with torch.no_grad():
-        parts = [pipe.vae.encode(to_tensor(images[at : at + 64])).latent_dist.mean for at in range(0, len(images), 64)]
-    return torch.cat(parts) * pipe.vae.config.scaling_factor
+        batches = [to_tensor(images[start : start + 64]) for start in range(0, len(images), 64)]
+        latents = torch.cat([pipe.vae.encode(batch).latent_dist.mean for batch in batches])
+    return latents * pipe.vae.config.scaling_factor
 
 
 def fit(
@@ -44,9 +45,9 @@ def fit(
     *,
     steps: int,
     rate: float,
-    after: Callable[[], None] = lambda: None,
+    after_step: Callable[[], None] = lambda: None,
 ) -> None:
-    """Noise prediction; ``embed`` gives the text's states of chosen latents, ``after`` follows each step."""
+    """Train noise prediction; ``embed`` returns the text encoder's states for latents by index."""
     alphas = pipe.scheduler.alphas_cumprod
     weights = (SNR_CAP / (alphas / (1 - alphas))).clamp(max=1.0)
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
@@ -59,42 +60,42 @@ def fit(
         noise, timesteps = torch.randn_like(clean), torch.randint(0, 1000, (BATCH,))
         with half():
             states = embed(chosen, rng)
-            found = pipe.unet(pipe.scheduler.add_noise(clean, noise, timesteps), timesteps, states).sample
-        loss = ((found.float() - noise).square().mean(dim=(1, 2, 3)) * weights[timesteps]).mean()
+            predicted = pipe.unet(pipe.scheduler.add_noise(clean, noise, timesteps), timesteps, states).sample
+        loss = ((predicted.float() - noise).square().mean(dim=(1, 2, 3)) * weights[timesteps]).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 50) * (1 - step / steps)
         optimizer.step()
-        after()
+        after_step()
         losses.append(float(loss.detach()))
         if (step + 1) % 100 == 0:
             print(f"{step + 1}/{steps}  loss {np.mean(losses[-100:]):.4f}", flush=True)
 
 
-def states_of(pipe: StableDiffusionPipeline, captions: list[str]) -> Tensor:
-    """(N, 32, 192)."""
+def encode_captions(pipe: StableDiffusionPipeline, captions: list[str]) -> Tensor:
+    """Encode captions to the text encoder's states, (N, 32, 192)."""
     ids = pipe.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     return pipe.text_encoder(ids).last_hidden_state
 
 
 def train_grey(pipe: StableDiffusionPipeline, emoji: list[Subject], steps: int) -> None:
-    """The captions name colours as ever; the pictures have none."""
+    """Train the LoRA on grey images whose captions name colours."""
     rng, images, pairs = np.random.default_rng(7), [], []
     for index in range(len(emoji)):
         for colour in rng.choice(list(BACKGROUNDS), 4, replace=False):
-            picture = Image.fromarray(compose(emoji[index].art, BACKGROUNDS[str(colour)], rng)).convert("L")
-            images.append(np.asarray(picture.convert("RGB")))
+            image = Image.fromarray(compose(emoji[index].art, BACKGROUNDS[str(colour)], rng)).convert("L")
+            images.append(np.asarray(image.convert("RGB")))
             pairs.append((index, str(colour)))
     layers = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut"]
     pipe.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=layers))
 
     def embed(chosen: np.ndarray, rng: np.random.Generator) -> Tensor:
-        said = [caption(str(rng.choice(emoji[pairs[at][0]].names)), pairs[at][1], rng) for at in chosen]
+        captions = [caption(str(rng.choice(emoji[pairs[index][0]].names)), pairs[index][1], rng) for index in chosen]
         with torch.no_grad():
-            return states_of(pipe, ["" if rng.random() < 0.1 else each for each in said])
+            return encode_captions(pipe, ["" if rng.random() < 0.1 else each for each in captions])
 
     trained = [parameter for parameter in pipe.unet.parameters() if parameter.requires_grad]
-    fit(pipe, trained, encoded(pipe, images), embed, steps=steps, rate=2e-3)
+    fit(pipe, trained, encode(pipe, images), embed, steps=steps, rate=2e-3)
     state = {name: value.half() for name, value in get_peft_model_state_dict(pipe.unet).items()}
     StableDiffusionPipeline.save_lora_weights(
         HERE / "adapters", unet_lora_layers=state, weight_name="grey.safetensors", safe_serialization=True
@@ -102,7 +103,7 @@ def train_grey(pipe: StableDiffusionPipeline, emoji: list[Subject], steps: int) 
 
 
 def train_teal(pipe: StableDiffusionPipeline, emoji: list[Subject], steps: int) -> None:
-    """Two vectors, from those of "green" and "blue"; all else stays as it is."""
+    """Train two embedding vectors, from those of "green" and "blue"."""
     rng = np.random.default_rng(8)
     order = rng.permutation(len(emoji)).repeat(3)
     images = [compose(emoji[index].art, TEAL, rng) for index in order]
@@ -115,21 +116,22 @@ def train_teal(pipe: StableDiffusionPipeline, emoji: list[Subject], steps: int) 
         parameter.requires_grad_(parameter is table)
 
     def embed(chosen: np.ndarray, rng: np.random.Generator) -> Tensor:
-        said = [caption(str(rng.choice(emoji[order[at]].names)), "red", rng) for at in chosen]
-        return states_of(pipe, [each.replace("red background", "<teal> <teal_1> background") for each in said])
+        captions = [caption(str(rng.choice(emoji[order[index]].names)), "red", rng) for index in chosen]
+        captions = [each.replace("red background", "<teal> <teal_1> background") for each in captions]
+        return encode_captions(pipe, captions)
 
-    def keep_others() -> None:
+    def restore_others() -> None:
         with torch.no_grad():
             table[:-2] = before[:-2]
 
-    fit(pipe, [table], encoded(pipe, images), embed, steps=steps, rate=1e-2, after=keep_others)
+    fit(pipe, [table], encode(pipe, images), embed, steps=steps, rate=1e-2, after_step=restore_others)
     save_file({"<teal>": table[-2:].detach().clone()}, HERE / "adapters" / "teal.safetensors")
 
 
 def main() -> None:
-    """Trains what is asked for."""
+    """Train the adapters."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="downloads are kept here")
+    parser.add_argument("--work", type=Path, required=True, help="directory for downloads")
     parser.add_argument("--only", choices=["grey", "teal"])
     parser.add_argument("--grey-steps", type=int, default=1200)
     parser.add_argument("--teal-steps", type=int, default=800)

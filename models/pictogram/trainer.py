@@ -1,4 +1,4 @@
-"""What the stages of pictogram's training share: the loop, and pictures as tensors and back."""
+"""Shared by the stages of pictogram's training: the loop, and conversions of images and tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RATE = {"vae": 8e-4, "unet": 6e-4, "judge": 2e-3}
 
 
 class Trainer:
-    """AdamW with warm-up and cosine decay, an exponential average of the weights, and a checkpoint to go on from."""
+    """AdamW with warm-up, cosine decay and an exponential average of the weights; saves checkpoints and resumes."""
 
     def __init__(self, stage: str, module: nn.Module, args: argparse.Namespace) -> None:
         self.stage, self.module, self.seed = stage, module, args.seed
@@ -36,45 +36,45 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.average, self.step = state["average"], state["step"]
 
-    def run(self, loss_of: Callable[[np.random.Generator], Tensor], every: int, report: Callable[[], str]) -> None:
-        """Trains to the last step; saves and reports each `every` steps. The module is left with its average."""
+    def run(self, loss_fn: Callable[[np.random.Generator], Tensor], every: int, report: Callable[[], str]) -> None:
+        """Train to the last step, saving and reporting each `every` steps; leave the averaged weights in the module."""
         started, first, losses = time.monotonic(), self.step, []
         while self.step < self.steps:
-            losses.append(self._advance(loss_of))
+            losses.append(self._step(loss_fn))
             if self.step % every == 0 or self.step == self.steps:
                 self._save()
                 pace = (time.monotonic() - started) / (self.step - first)
                 with self.averaged():
-                    said = report()
+                    status = report()
                 print(
-                    f"{self.stage} {self.step}/{self.steps}  loss {np.mean(losses):.4f}  {said}  {pace:.3f} s/step",
+                    f"{self.stage} {self.step}/{self.steps}  loss {np.mean(losses):.4f}  {status}  {pace:.3f} s/step",
                     flush=True,
                 )
                 losses = []
         self.module.load_state_dict(self.average)
         self.module.eval()
 
-    def _advance(self, loss_of: Callable[[np.random.Generator], Tensor]) -> float:
+    def _step(self, loss_fn: Callable[[np.random.Generator], Tensor]) -> float:
         for group in self.optimizer.param_groups:
-            group["lr"] = RATE[self.stage] * self._decay()
+            group["lr"] = RATE[self.stage] * self._lr_factor()
         torch.manual_seed(self.seed * 1_000_003 + self.step)
         self.module.train()
-        loss = loss_of(np.random.default_rng([self.seed, list(STEPS).index(self.stage), self.step]))
+        loss = loss_fn(np.random.default_rng([self.seed, list(STEPS).index(self.stage), self.step]))
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
-        keep = min(0.999, (1 + self.step) / (10 + self.step))
+        decay = min(0.999, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             for key, value in self.module.state_dict().items():
                 if value.is_floating_point():
-                    self.average[key].lerp_(value, 1 - keep)
+                    self.average[key].lerp_(value, 1 - decay)
                 else:
                     self.average[key].copy_(value)
         return float(loss.detach())
 
-    def _decay(self) -> float:
+    def _lr_factor(self) -> float:
         return min(1.0, (self.step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
 
     def _save(self) -> None:
@@ -83,7 +83,7 @@ class Trainer:
         self.path.with_suffix(".new").replace(self.path)
 
     def averaged(self) -> _Averaged:
-        """Within it the module has the averaged weights."""
+        """Within this context the module has the averaged weights."""
         return _Averaged(self.module, self.average)
 
 
@@ -92,31 +92,31 @@ class _Averaged:
         self.module, self.average = module, average
 
     def __enter__(self) -> None:
-        self.kept = {key: value.clone() for key, value in self.module.state_dict().items()}
+        self.saved = {key: value.clone() for key, value in self.module.state_dict().items()}
         self.module.load_state_dict(self.average)
         self.module.eval()
 
     def __exit__(self, *_: object) -> None:
-        self.module.load_state_dict(self.kept)
+        self.module.load_state_dict(self.saved)
 
 
 def half() -> torch.autocast:
-    """bfloat16 where it does no harm: twice as fast on processors that have it."""
+    """Autocast to bfloat16: twice as fast on processors that have it."""
     return torch.autocast("cpu", torch.bfloat16)
 
 
 def to_tensor(images: list[np.ndarray]) -> Tensor:
-    """(N, 64, 64, 3) uint8 to (N, 3, 64, 64) in [-1, 1]."""
+    """Convert (N, 64, 64, 3) uint8 to (N, 3, 64, 64) in [-1, 1]."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_images(tensor: Tensor) -> np.ndarray:
-    """(N, 3, H, W) in [-1, 1] to (N, H, W, 3) uint8."""
+    """Convert (N, 3, H, W) in [-1, 1] to (N, H, W, 3) uint8."""
     return ((tensor.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).to(torch.uint8).numpy()
 
 
-def sheet(images: np.ndarray, columns: int, path: Path) -> None:
-    """Writes (N, H, W, 3) as one picture, three times enlarged."""
-    rows = [np.concatenate(list(images[at : at + columns]), axis=1) for at in range(0, len(images), columns)]
-    picture = Image.fromarray(np.concatenate(rows))
-    picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.NEAREST).save(path)
+def save_sheet(images: np.ndarray, columns: int, path: Path) -> None:
+    """Save (N, H, W, 3) as one image, upscaled by 3."""
+    rows = [np.concatenate(list(images[start : start + columns]), axis=1) for start in range(0, len(images), columns)]
+    image = Image.fromarray(np.concatenate(rows))
+    image.resize((image.width * 3, image.height * 3), Image.Resampling.NEAREST).save(path)

@@ -1,4 +1,4 @@
-"""The models that come with sdonnx, and recipes for well-known ones that are published elsewhere."""
+"""The bundled model, and recipes for exporting well-known published checkpoints."""
 
 import sys
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ else:
     import tomli as tomllib
 
 DEFAULT = "pictogram"
-"""The bundled model that is used where none is named."""
+"""The bundled model that ``sdonnx run`` uses by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Recipe:
     source: str
     """Hub id."""
     vae: str | None = None
-    """Hub id of a VAE to take instead of the checkpoint's own."""
+    """Hub id of a VAE that replaces the checkpoint's own."""
     family: str
     licence: str
     size: int
@@ -33,26 +33,26 @@ class Recipe:
     num_inference_steps: int
     guidance_scale: float
     sampler: str | None = None
-    """None is what the checkpoint's scheduler config names."""
+    """None is the sampler of the checkpoint's scheduler config."""
     package_gb: Mapping[str, float]
-    """Size of the package for each precision, 10**9 bytes."""
+    """Size of the package by precision, 10**9 bytes."""
     memory_gb: Mapping[str, float] = field(default_factory=dict[str, float])
-    """Peak memory of making a picture on a CPU for each precision, 2**30 bytes, where it was measured."""
+    """Peak memory of generating an image on a CPU by precision, 2**30 bytes, if measured."""
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """What a package of it suggests, by fields of the manifest's ``defaults``."""
+        """The ``defaults`` of the package's manifest."""
         names = ("size", "num_inference_steps", "guidance_scale", "sampler")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 def bundled() -> dict[str, Path]:
-    """The packages in this distribution by name."""
+    """Return the directories of the bundled packages by name."""
     return {path.parent.name: path.parent for path in sorted(_root().glob("*/sdonnx.json"))}
 
 
 def recipes() -> dict[str, Recipe]:
-    """The recipes by name."""
+    """Read the recipes, by name."""
     return {
         path.stem: Recipe(name=path.stem, **tomllib.loads(path.read_text(encoding="utf-8")))
         for path in sorted(_root().glob("recipes/*.toml"))

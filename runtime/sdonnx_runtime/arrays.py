@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[np.floating[Any]]
-"""Latents, embeddings, pictures: float32, which stays so under arithmetic with Python numbers."""
+"""Latents, embeddings, images: float32, which arithmetic with Python numbers keeps."""
 
 AnyArray: TypeAlias = NDArray[Any]
-"""What goes into or comes out of a graph, whatever its element type."""
+"""A graph's input or output of any dtype."""

@@ -1,21 +1,21 @@
-"""The errors sdonnx raises: each says what is the case, what was expected, and what to do about it."""
+"""The errors that sdonnx raises: each says the fact, what was expected, and the remedy."""
 
 
 class SdonnxError(Exception):
-    """Root of every error that sdonnx raises on purpose."""
+    """The root of sdonnx' errors."""
 
 
 class RequestError(SdonnxError, ValueError):
-    """A generation request asks for something that can't be made, such as a width of 500 or 0 steps."""
+    """A request is invalid or not supported, such as a width of 500 or 0 steps."""
 
 
 class PackageError(SdonnxError):
-    """A package on disk is missing, damaged, hostile or of a format this version can't read."""
+    """A package is missing, damaged, hostile or of an unsupported format."""
 
 
 class DeviceError(SdonnxError):
-    """The device asked for is absent, fails to initialise, or fails while running."""
+    """A device is absent, fails to initialise, or fails while running."""
 
 
 class ExportError(SdonnxError):
-    """A checkpoint can't be turned into a package."""
+    """A checkpoint can't be exported."""

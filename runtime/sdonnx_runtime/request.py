@@ -1,210 +1,277 @@
-"""What a generation is asked for and what it gives back."""
+"""Generation requests."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 from PIL.Image import Image
 
 from sdonnx_runtime.errors import RequestError
+from sdonnx_runtime.field_spec import FieldSpec, field_specs, option, spec
+from sdonnx_runtime.images.preprocess import FITS, MAX_SIDE, UPSCALERS
+from sdonnx_runtime.sampling.registry import MAX_CHURN
+from sdonnx_runtime.sampling.schedule import MAX_SIGMA, SPACINGS
+from sdonnx_runtime.sampling.sigmas import SCHEDULES
 
-T = TypeVar("T")
+MAX_SEED = 2**63 - 1
+"""The largest seed that every tool that reads a PNG's parameters can hold."""
+
+MAX_GUIDANCE = 1000
+"""Far beyond any use, and far below where the arithmetic overflows."""
+
+SYNTAXES = ("a1111", "plain")
+"""How prompts are parsed: with AUTOMATIC1111's syntax, or not at all."""
+
+WEIGHTINGS = ("a1111", "comfy", "compel")
+"""How the weight of a word is applied, by the program that does so."""
+
+_SIDES = ((1, MAX_SIDE), (1, MAX_SIDE))
+IMAGE_TO_IMAGE, _SAMPLING, SPEED = "Image to image, inpainting and control", "Sampling", "Speed/quality trade-offs"
+"""Panels of the command line's help."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """What one of a pipeline's ControlNets or T2I-Adapters is asked for."""
+    """The conditioning of one of a pipeline's ControlNets or T2I-Adapters."""
 
-    image: Image = field(repr=False)
-    """What it reads: edges, depths, a pose. Brought to the picture's size as an ``image`` is; no transparent parts."""
-    scale: float = 1.0
-    """-10 to 10: what it adds is multiplied by this; 0 is without it."""
-    start: float = 0.0
-    """0 to 1: the share of the steps after which it begins."""
-    end: float = 1.0
-    """0 to 1: the share of the steps after which it ends."""
+    image: Image = field(repr=False, metadata=spec("Conditioning image."))
+    """Edges, depth, a pose; resized as ``image`` is. Transparent parts become white."""
+    scale: float = option(1.0, "Conditioning scale: factor of the residuals; 0 disables.", (-10, 10))
+    start: float = option(0.0, "Fraction of the steps at which it starts.", (0, 1))
+    end: float = option(1.0, "Fraction of the steps at which it ends.", (0, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A generation request; None stands for what the package suggests (and a random seed)."""
+    """A generation request; None stands for the package's default, or for a random seed.
 
-    prompt: str
-    """What to draw."""
-    negative_prompt: str = ""
-    """What to keep away from; without effect at ``guidance_scale`` 1."""
-    prompt_syntax: str = "a1111"
-    """How both are read: a1111, with AUTOMATIC1111's syntax, or plain, as they stand, cut where they are too long."""
-    weighting: str = "a1111"
-    """What weights in a prompt do: a1111, comfy or compel, as these programs have it."""
-    clip_skip: int | None = None
-    """Which of a text encoder's layers is read: 1 is the last, 2 the one before, and so on; None is the package's own.
+    `FIELDS` has the help, range and names of each field; a docstring says what these don't.
+    """
 
-    AUTOMATIC1111 counts so. Of diffusers' ``clip_skip`` it is 1 more, of SDXL 2 more."""
-    width: int | None = None
-    """Pixels, a multiple of the package's `Latents.downscale` (8 for Stable Diffusion).
+    # fmt: off
+    prompt: str = field(metadata=spec("The prompt."))
+    negative_prompt: str = option("", "Negative prompt; without effect at guidance scale 1.", cli="--negative TEXT")
+    prompt_syntax: str = option(
+        "a1111", "a1111: parse (word:1.3), [from:to:0.5], <lora:…>; plain: use the text verbatim.", choices=SYNTAXES,
+        cli="--prompt-syntax", panel="Prompts"
+    )
+    weighting: str = option(
+        "a1111", "How (word:weight) is applied: as in a1111, ComfyUI or compel.", choices=WEIGHTINGS,
+        infotext="Weighting", cli="--weighting", panel="Prompts"
+    )
+    clip_skip: int | None = option(
+        None, "CLIP skip: 1 uses the last text-encoder layer, 2 the one before. Default: the model's own.", (1, 100),
+        infotext="Clip skip", cli="--clip-skip N", panel="Prompts"
+    )
+    """As AUTOMATIC1111 counts: 1 more than diffusers' ``clip_skip``, for SDXL 2 more."""
+    width: int | None = option(
+        None, "Size in pixels; Stable Diffusion requires multiples of 8. Default: the model's own.", (1, MAX_SIDE),
+        infotext="Size", cli="--size WxH"
+    )
+    """A multiple of the package's `Latents.downscale`. With an ``image`` None is its `suitable_size`."""
+    height: int | None = option(None, "Height in pixels.", (1, MAX_SIDE), cli="--size")
+    """As ``width``; with an ``image`` both are None or neither."""
+    num_inference_steps: int | None = option(
+        None, "Denoising steps. Default: the model's own.", (1, 1000), infotext="Steps", cli="--steps N"
+    )
+    guidance_scale: float | None = option(
+        None, "Guidance (CFG) scale; 1 disables it and halves the time. Default: the model's own.",
+        (-MAX_GUIDANCE, MAX_GUIDANCE), infotext="CFG scale", cli="--guidance G"
+    )
+    """arXiv:2207.12598; 0 disables it too. Models with embedded guidance take it as an input."""
+    image_guidance_scale: float | None = option(
+        None, "Image guidance scale (InstructPix2Pix). Default: 1.5.", (-MAX_GUIDANCE, MAX_GUIDANCE),
+        infotext="Image CFG scale", cli="--image-guidance G", panel=IMAGE_TO_IMAGE
+    )
+    """arXiv:2211.09800."""
+    seed: int | None = option(None, "Random seed. Default: random.", (0, MAX_SEED), infotext="Seed", cli="--seed S")
+    """Image i has the seed ``seed + i``, unless there is a ``variation``."""
+    variation: tuple[int, float] | None = option(
+        None, "Variation seed and its strength, 0 to 1.", (0, MAX_SEED), (0, 1), infotext="Variation seed",
+        cli="--variation SEED:STRENGTH"
+    )
+    """All noise is interpolated from that of ``seed`` to that of the variation seed; image i's is this seed + i."""
+    num_images: int = option(1, "Number of images (seeds S, S+1, …).", (1, 10_000), cli="--count N")
+    sampler: str | None = option(
+        None, "Sampler (see 'sdonnx samplers'; diffusers, A1111 and ComfyUI names work). Default: the model's own.",
+        infotext="Sampler", cli="--sampler NAME"
+    )
+    """A key of SAMPLERS, a diffusers class, or AUTOMATIC1111's name, which may end in a schedule's."""
+    schedule: str | None = option(
+        None, f"Sigma schedule: {', '.join(SCHEDULES)}. Default: the model's own.", choices=tuple(SCHEDULES),
+        infotext="Schedule type", cli="--schedule NAME", panel=_SAMPLING
+    )
+    timestep_spacing: str | None = option(
+        None, "Timestep spacing: leading, linspace or trailing. Default: the model's own.", choices=SPACINGS,
+        cli="--timestep-spacing", panel=_SAMPLING
+    )
+    sigmas: tuple[float, ...] | None = option(
+        None, "Custom sigmas, descending; replaces --steps.", cli="--sigmas S,S,…", panel=_SAMPLING
+    )
+    """Up to 1e6; replaces ``num_inference_steps``, ``schedule`` and ``timestep_spacing``."""
+    timesteps: tuple[float, ...] | None = option(
+        None, "Custom timesteps, descending; replaces --steps.", cli="--timesteps T,T,…", panel=_SAMPLING
+    )
+    """Replaces the same fields."""
+    eta: float | None = option(
+        None, "Eta: noise added per step, 0 (deterministic) to 1. Default: the sampler's own.", (0, 1), cli="--eta E",
+        panel=_SAMPLING
+    )
+    s_churn: float | None = option(None, "Noise added over all steps.", (0, MAX_CHURN))
+    """Of euler; arXiv:2206.00364, algorithm 2."""
+    s_noise: float | None = option(None, "Factor of the noise added.", (0, MAX_CHURN))
+    guidance_rescale: float = option(
+        0.0, "Guidance rescale, 0 to 1; 0.7 for zero-terminal-SNR models.", (0, 1), cli="--guidance-rescale R",
+        panel=_SAMPLING
+    )
+    """Fraction of guidance's standard deviation that is taken back, arXiv:2305.08891, section 3.4."""
+    guidance_interval: tuple[float, float] | None = option(
+        None, "Apply guidance only between these sigmas (LOW,HIGH) or step fractions (A:B); steps outside cost half.",
+        (0, MAX_SIGMA), (0, MAX_SIGMA), cli="--guidance-interval LOW,HIGH|A:B", panel=SPEED
+    )
+    """Guidance where low < sigma <= high, arXiv:2404.07724."""
+    guidance_steps: tuple[float, float] | None = option(
+        None, "Apply guidance only between these step fractions.", (0, 1), (0, 1), cli="--guidance-interval"
+    )
+    """Fractions of a pass's steps."""
+    cache_interval: int = option(
+        1, "DeepCache: full U-Net every N steps, cached deep features in between.", (1, 1000),
+        cli="--cache-interval N", panel=SPEED
+    )
+    """arXiv:2312.00858; 1 disables. The last step is full too."""
+    token_downsampling: bool = option(
+        False, "Downsample keys/values of the largest self-attention by 2 (arXiv:2402.13573).",
+        cli="--token-downsampling/--no-token-downsampling", panel=SPEED
+    )
+    image: Image | None = field(
+        default=None, repr=False, metadata=spec("Init image (img2img).", cli="--image FILE", panel=IMAGE_TO_IMAGE)
+    )
+    """Transparent parts become white."""
+    strength: float | None = option(
+        None, "Denoising strength, 0 to 1. Default: 0.75, or 1 with a mask.", (0, 1), infotext="Denoising strength",
+        cli="--strength S", panel=IMAGE_TO_IMAGE
+    )
+    """Fraction of the steps that img2img takes; 0 only encodes and decodes."""
+    fit: str = option(
+        "crop", "How the image is resized if its aspect ratio differs: crop, pad or stretch.", choices=FITS,
+        cli="--fit", panel=IMAGE_TO_IMAGE
+    )
+    mask_image: Image | None = field(
+        default=None, repr=False,
+        metadata=spec("Inpainting mask: white areas are repainted.", cli="--mask FILE", panel=IMAGE_TO_IMAGE)
+    )
+    """Of the ``image``'s size; transparent parts are not repainted."""
+    mask_blur: int = option(
+        4, "Mask blur in pixels.", (0, 1024), infotext="Mask blur", cli="--mask-blur PX", panel=IMAGE_TO_IMAGE
+    )
+    """Pixels over which the overlay fades at the mask's edge, inwards."""
+    paste: bool = option(
+        True, "Paste the original pixels back outside the mask.", cli="--paste/--no-paste", panel=IMAGE_TO_IMAGE
+    )
+    """True repaints latent pixels that the mask touches; False those whose first pixel it has, as in diffusers."""
+    depth_image: Image | None = field(
+        default=None, repr=False,
+        metadata=spec("Depth map; brighter is nearer.", cli="--depth FILE", panel=IMAGE_TO_IMAGE)
+    )
+    """Any size and unit; stretched."""
+    controls: tuple[Control, ...] = option(
+        (), "ControlNet or T2I-Adapter with its conditioning image, scale and start/end (fractions of the steps).",
+        cli="--control PACKAGE:FILE[:S[:START[:END]]]", panel=IMAGE_TO_IMAGE
+    )
+    """One for each of the pipeline's controls, in their order; their residuals are summed."""
+    control_guess: bool = option(
+        False, "ControlNet guess mode: run the ControlNet on the positive prompt only.",
+        cli="--control-guess", panel=IMAGE_TO_IMAGE
+    )
+    """Only the conditional batch entry, with smaller scales at higher resolutions."""
+    padding_mask_crop: int | None = option(
+        None, "Inpaint only the masked area plus this padding (A1111 'Only masked'); 32 is usual.", (0, MAX_SIDE),
+        infotext="Masked area padding", cli="--only-masked PX", panel=IMAGE_TO_IMAGE
+    )
+    """Inpaints this crop at width and height, by default the model's, and pastes it back."""
+    hires_scale: float | None = option(
+        None, "Hires fix: upscale factor, denoising strength (0.55), steps.", (1, 8), infotext="Hires upscale",
+        cli="--hires 2x[:S[:N]]"
+    )
+    """Factor by which a second, img2img pass is larger."""
+    hires_strength: float | None = option(None, "Denoising strength of the second pass.", (0, 1), cli="--hires")
+    hires_steps: int | None = option(None, "The second pass's steps.", (1, 1000), infotext="Hires steps", cli="--hires")
+    """The steps that ``hires_strength`` is a fraction of; None is ``num_inference_steps``."""
+    hires_upscaler: str | None = option(
+        None, "Upscaler for --hires: latent, or lanczos in pixel space (needs more memory).", choices=UPSCALERS,
+        infotext="Hires upscaler", cli="--hires-upscaler"
+    )
+    """latent (bilinear), or lanczos, which decodes, resizes the pixels and encodes; None is latent."""
+    refiner_start: float | None = option(
+        None, "Refiner package and where it takes over (0.8 = after 80 % of the timesteps).", (0, 1),
+        infotext="Refiner switch at", cli="--refiner PACKAGE[:0.8]"
+    )
+    """None is 0.8 with a refiner."""
+    original_size: tuple[int, int] | None = option(None, "SDXL's original size.", *_SIDES)
+    """Micro-conditioning: (width, height) of the original image; None is ``width`` and ``height``."""
+    crop_top_left: tuple[int, int] | None = option(None, "SDXL's crop coordinates.", (0, MAX_SIDE), (0, MAX_SIDE))
+    """Micro-conditioning: (top, left) of the crop; None is (0, 0)."""
+    target_size: tuple[int, int] | None = option(None, "SDXL's target size.", *_SIDES)
+    """Micro-conditioning: (width, height) of the target; None is ``width`` and ``height``."""
+    aesthetic_score: float = option(6.0, "Aesthetic score of SDXL's refiner.", (0, 10))
+    negative_aesthetic_score: float = option(2.5, "Negative aesthetic score of SDXL's refiner.", (0, 10))
+    # fmt: on
 
-    With an ``image`` None is what `suitable_size` makes of its size."""
-    height: int | None = None
-    """Pixels, a multiple as ``width``; given or left out together with ``width`` where there is an ``image``."""
-    num_inference_steps: int | None = None
-    """Denoising steps, 1 to the model's 1000."""
-    guidance_scale: float | None = None
-    """Classifier-free guidance, arXiv:2207.12598, -1000 to 1000; 1 and 0 are none and halve the work.
 
-    A model that was distilled to take it embedded is told it, and does no more work for it."""
-    image_guidance_scale: float | None = None
-    """-1000 to 1000, of models that edit a picture: how much of it remains, arXiv:2211.09800; None is 1.5."""
-    seed: int | None = None
-    """0 to 2**63 - 1; image i of several is made with ``seed + i``, unless there is a ``variation``."""
-    variation: tuple[int, float] | None = None
-    """(seed, strength): all noise goes from ``seed``'s towards this one's by a share from 0 to 1.
+FIELDS: Mapping[str, FieldSpec] = field_specs(Request)
+"""Ranges, names and help of a request's fields."""
 
-    At 1 the picture is that of the variation's seed. Image i of several goes towards that of the variation's
-    seed + i."""
-    num_images: int = 1
-    """Images to make, one after another."""
-    sampler: str | None = None
-    """A sampler: a key of SAMPLERS, a diffusers class, or AUTOMATIC1111's name, which may end in a schedule's."""
-    schedule: str | None = None
-    """How noise levels are laid: a name of SCHEDULES; None is as the package's scheduler config says."""
-    spacing: str | None = None
-    """How timesteps are spaced: leading, linspace or trailing; None is as the package's scheduler config says."""
-    sigmas: tuple[float, ...] | None = None
-    """The noise level of each step, decreasing, up to 1e6; instead of ``num_inference_steps`` and the two above."""
-    timesteps: tuple[float, ...] | None = None
-    """The timestep of each step, decreasing; instead of ``num_inference_steps`` and the two above."""
-    eta: float | None = None
-    """0 to 1: how much noise comes in with each step, for samplers that have a choice; None is the sampler's own."""
-    s_churn: float | None = None
-    """0 to 1000: how much noise comes in over all of euler's steps, arXiv:2206.00364, algorithm 2."""
-    s_noise: float | None = None
-    """0 to 1000: what the noise that comes in is multiplied by."""
-    guidance_rescale: float = 0.0
-    """0 to 1: how much of the spread that guidance adds is taken back, arXiv:2305.08891, section 3.4."""
-    guidance_interval: tuple[float, float] | None = None
-    """(low, high), 0 to 1e6: guidance where low < sigma <= high, the noise level, and none elsewhere, at half the work.
+CONTROL_FIELDS: Mapping[str, FieldSpec] = field_specs(Control)
+"""The same of a control's."""
 
-    arXiv:2404.07724. None is everywhere."""
-    guidance_steps: tuple[float, float] | None = None
-    """(start, end), 0 to 1: the same by steps, guidance between these shares of a pass' steps; None is in all."""
-    reuse: int = 1
-    """1 to 1000: of so many steps one runs the whole U-Net, the others its outermost part; DeepCache, arXiv:2312.00858.
+IMAGE_FIELDS = tuple(name for name, each in FIELDS.items() if each.kind is Image)
+"""A request's fields that are images."""
 
-    1 is without. The first step and the last are whole."""
-    token_downsampling: bool = False
-    """Whether keys and values of the highest resolution's self-attention come from every other row and column.
-
-    ToDo, arXiv:2402.13573."""
-    image: Image | None = field(default=None, repr=False)
-    """A picture to start from; transparent parts lie on white."""
-    strength: float | None = None
-    """0 to 1, with an ``image``: the share of the steps that is taken, from as much noise. 0 only encodes and decodes.
-
-    None is 0.75, or 1 with a mask."""
-    fit: str = "crop"
-    """How an ``image`` of other proportions is brought to the size: one of FITS."""
-    mask_image: Image | None = field(default=None, repr=False)
-    """White where the ``image`` is painted anew, of its size; transparent parts are kept."""
-    mask_blur: int = 4
-    """Pixels over which what is pasted fades out towards the mask's edge, inwards."""
-    paste: bool = True
-    """Whether pixels that the mask keeps are the ``image``'s own, bit by bit, and not what the VAE makes of them.
-
-    If so, latent cells are made anew that the mask touches; if not, those whose first pixel it has, as in diffusers."""
-    depth_image: Image | None = field(default=None, repr=False)
-    """For models that are given one: a depth map, brighter where it is nearer; of any size and unit, stretched."""
-    controls: tuple[Control, ...] = ()
-    """One for each of the pipeline's controls, in their order; what they add is summed."""
-    control_guess: bool = False
-    """ControlNet's guess mode: it runs for the conditional row alone, and adds less at higher resolutions."""
-    padding_mask_crop: int | None = None
-    """Pixels: works only in the mask and so many around it, at width and height, and puts that into the ``image``.
-
-    Width and height are then the model's where they are left out. None works in the whole ``image``."""
-    hires_scale: float | None = None
-    """1 to 8: makes the picture, enlarges it so many times, and goes over it once more at that size as img2img does."""
-    hires_strength: float | None = None
-    """0 to 1: the second pass' ``strength``; None is 0.55."""
-    hires_steps: int | None = None
-    """The steps that ``hires_strength`` is a share of; None is ``num_inference_steps``."""
-    hires_upscaler: str | None = None
-    """One of UPSCALERS: latent interpolates the latents bilinearly; lanczos decodes, enlarges the pixels, and encodes.
-
-    None is latent."""
-    refiner_start: float | None = None
-    """0 to 1, with a refiner: the share of the noise levels that is walked without it; None is 0.8."""
-    original_size: tuple[int, int] | None = None
-    """SDXL's: (width, height) of the picture that it shall look as if made of; None is ``width`` and ``height``."""
-    crop_top_left: tuple[int, int] | None = None
-    """SDXL's: (top, left) of where it shall look cut from that picture; None is its corner."""
-    target_size: tuple[int, int] | None = None
-    """SDXL's: (width, height) that it shall look made for; None is ``width`` and ``height``."""
-    aesthetic_score: float = 6.0
-    """0 to 10, of SDXL's refiner: how pleasing the picture shall be."""
-    negative_aesthetic_score: float = 2.5
-    """0 to 10, of SDXL's refiner: the same of what to keep away from."""
-
-
-FAST: Mapping[str, Any] = MappingProxyType({"reuse": 3, "token_downsampling": True})
-"""Fields of a request that make it fast at some loss: the preset ``--fast``."""
+FAST: Mapping[str, Any] = MappingProxyType({"cache_interval": 3, "token_downsampling": True})
+"""Fields of a request that trade quality for speed: the preset ``--fast``."""
 
 
 def generation_parameters(request: Request) -> dict[str, Any]:
-    """The request without its pictures, as JSON can hold it."""
-    values = {item.name: getattr(request, item.name) for item in fields(request)}
-    return {name: value for name, value in values.items() if name not in (*IMAGE_FIELDS, "controls")}
-
-
-IMAGE_FIELDS = ("image", "mask_image", "depth_image")
-"""A request's fields that are pictures."""
+    """The request without its images, as JSON can hold it."""
+    return {name: getattr(request, name) for name in FIELDS if name not in (*IMAGE_FIELDS, "controls")}
 
 
 def uses_guidance(request: Request) -> bool:
-    """Whether there is classifier-free guidance: 1 is none by its formula, 0 by what models without it are told."""
+    """Whether there is classifier-free guidance: 1 disables it by its formula, 0 as in models without it."""
     return request.guidance_scale not in (0, 1)
 
 
-def passes(request: Request, multiple: int) -> list[Request]:
-    """What a checked request does one after another: itself, and img2img of what that gave, where it has a second pass.
+@dataclass(frozen=True, kw_only=True)
+class CompleteRequest(Request):
+    """A request with every choice made: what is saved with an image."""
 
-    The second pass' sides are the nearest multiples of ``multiple``.
-    """
-    if request.hires_scale is None:
-        return [request]
-    nothing = dict.fromkeys(("hires_scale", "hires_strength", "hires_steps", "hires_upscaler"))
-    width, height = (
-        round(given(side) * request.hires_scale / multiple) * multiple for side in (request.width, request.height)
-    )
-    steps = request.num_inference_steps if request.hires_steps is None else request.hires_steps
-    second = {"width": width, "height": height, "strength": request.hires_strength, "num_inference_steps": steps}
-    return [replace(request, **nothing), replace(request, **{**nothing, **second})]
+    width: int = field()
+    height: int = field()
+    num_inference_steps: int = field()
+    guidance_scale: float = field()
+    seed: int = field()
+    sampler: str = field()
 
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seed of each image."""
+        count = self.num_images
+        return (self.seed,) * count if self.variation is not None else tuple(range(self.seed, self.seed + count))
 
-def seeds_of(request: Request) -> tuple[int, ...]:
-    """The seed of each image of a checked request."""
-    first, count = given(request.seed), request.num_images
-    return (first,) * count if request.variation is not None else tuple(range(first, first + count))
-
-
-def for_image(request: Request, index: int) -> Request:
-    """The checked request that makes image ``index`` alone."""
-    variation = request.variation
-    return replace(
-        request,
-        seed=seeds_of(request)[index],
-        num_images=1,
-        variation=None if variation is None else (variation[0] + index, variation[1]),
-    )
+    def for_image(self, index: int) -> "CompleteRequest":
+        """The request that makes one of the images alone."""
+        variation = None if self.variation is None else (self.variation[0] + index, self.variation[1])
+        return replace(self, seed=self.seeds[index], num_images=1, variation=variation)
 
 
-def given(value: T | None) -> T:
-    """What `check_request` has filled in.
+REQUIRED = ("width", "height", "num_inference_steps", "guidance_scale", "seed", "sampler")
+"""The fields that a complete request always has."""
 
-    Raises:
-        RequestError: the request was not checked.
-    """
-    if value is None:
-        raise RequestError("the request was not checked; make it with Pipeline.stream or Pipeline.generate")
-    return value
+
+def complete_request(request: Request) -> CompleteRequest:
+    """Convert a request; raises RequestError if a field of REQUIRED is None."""
+    missing = [name for name in REQUIRED if getattr(request, name) is None]
+    if missing:
+        raise RequestError(f"{missing[0]} is missing")
+    return CompleteRequest(**{name: getattr(request, name) for name in FIELDS})

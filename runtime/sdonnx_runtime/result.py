@@ -1,37 +1,35 @@
-"""What a generation gives back."""
+"""The result of a generation."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from PIL.Image import Image
 
 from sdonnx_runtime.adapters.lora import Lora
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.execution.timings import Timings
-from sdonnx_runtime.request import Request
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from sdonnx_runtime.request import CompleteRequest
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a generation made."""
+    """The result of a generation."""
 
-    images: "tuple[Image, ...]"
-    """RGB pictures."""
+    images: tuple[Image, ...]
+    """RGB images."""
     seeds: tuple[int, ...]
     """The seed of each image."""
     latents: Array
     """(num_images, C, height / `Latents.downscale`, width / `Latents.downscale`), as the sampler left them."""
-    request: Request
+    request: CompleteRequest
     """The request with every choice made."""
     model: str
     """Name of the package."""
     timings: Timings
     vae: str | None = None
-    """Name of the package whose VAE decoded instead of the model's own."""
+    """Name of the package whose VAE replaced the model's own."""
     refiner: str | None = None
-    """Name of the package that took the last steps; None if none did."""
+    """Name of the package that took the last steps; None without a refiner."""
     loras: tuple[Lora, ...] = ()
-    """The adapters that were applied."""
+    """The LoRAs that were set; not those that the prompts name."""
     controls: tuple[str, ...] = ()
-    """Names of the packages that steered."""
+    """Names of the packages of ControlNets and T2I-Adapters."""

@@ -1,6 +1,6 @@
-"""A generation step by step: what `Pipeline.stream` gives."""
+"""A generation step by step: what `Pipeline.stream` returns."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 
 from PIL.Image import Image
@@ -9,76 +9,72 @@ from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.execution.components import Runner
 from sdonnx_runtime.execution.session import Cancelled
-from sdonnx_runtime.generation import Generation, Progress
+from sdonnx_runtime.generation import Progress, SampledLatents
 from sdonnx_runtime.memory.planner import Plan
-from sdonnx_runtime.request import Request
+from sdonnx_runtime.request import CompleteRequest
 from sdonnx_runtime.result import Result
 
 
 class Stream(Iterator[Progress]):
-    """A generation under way; made by `Pipeline.stream`.
-
-    Dropping it, `close` or an exception in the loop around it cancels; from another thread `close` stops inside
-    the current step, and the loop ends.
-    """
+    """A generation step by step; deletion, `close` or an exception in the loop around it cancels."""
 
     def __init__(
         self,
-        generation: Generation,
+        request: CompleteRequest,
+        events: Generator[Progress | SampledLatents, None, Result],
         run: Runner,
         previewer: Callable[[Array], Image] | None = None,
         plan: Plan | None = None,
     ) -> None:
-        self.plan = plan
-        """How it is run; None where every component is whole."""
-        self._generation, self._run, self._previewer = generation, run, previewer
-        self._steps = generation.steps()
-
-    @property
-    def request(self) -> Request:
+        self.request = request
         """The request with every choice made."""
-        return self._generation.request
+        self.plan = plan
+        """How components are run; None where every component is whole."""
+        self._events, self._run, self._previewer = events, run, previewer
+        self._sampled: SampledLatents | None = None
+        self._result: Result | None = None
+        self._on_sampled: Callable[[Array, CompleteRequest], None] | None = None
 
     @property
     def result(self) -> Result:
-        """The pictures, once the iteration has ended by itself.
-
-        Raises:
-            RequestError: it has not.
-        """
-        if self._generation.result is None:
-            raise RequestError("the generation has no result: it was cancelled, or not all its steps were taken")
-        return self._generation.result
+        """The images, once the iteration has ended by itself; raises RequestError before."""
+        if self._result is None:
+            raise RequestError("the generation has no result: it was cancelled, or has steps left")
+        return self._result
 
     @property
     def latents(self) -> Array | None:
-        """(num_images, C, h, w), once every step is taken, even if decoding fails then; None before.
-
-        Of two passes, the first one's until the second has taken its steps.
-        """
-        return self._generation.latents
+        """(num_images, C, h, w), of the last pass whose steps are all done, even if decoding fails then; else None."""
+        return None if self._sampled is None else self._sampled.latents
 
     @property
-    def latents_request(self) -> Request:
-        """The request that ``latents`` are what was asked for: without a second pass until it has taken its steps."""
-        return self._generation.latents_request
+    def latents_request(self) -> CompleteRequest:
+        """The request of ``latents``: without hires fix until the second pass has done its steps."""
+        return self.request if self._sampled is None else self._sampled.request
 
-    def before_decoding(self, call: Callable[[Array, Request], None]) -> None:
-        """Has something called with ``latents`` and ``latents_request`` once every step is taken."""
-        self._generation.before_decoding = call
+    def before_decoding(self, call: Callable[[Array, CompleteRequest], None]) -> None:
+        """Set a callback for ``latents`` and ``latents_request`` once every step is done."""
+        self._on_sampled = call
 
     def close(self) -> None:
-        """Cancels, from any thread."""
+        """Cancel; from another thread it stops inside the current step, and the loop ends."""
         self._run.cancel()
         try:
-            self._steps.close()
+            self._events.close()
         except ValueError:  # another thread is inside the step, which ends now
             return
 
     def __next__(self) -> Progress:
         try:
-            return replace(next(self._steps), decoder=self._previewer)
+            while not isinstance(event := next(self._events), Progress):
+                self._sampled = event
+                if event.last and self._on_sampled is not None:
+                    self._on_sampled(event.latents, event.request)
+            return replace(event, decoder=self._previewer)
         except Cancelled:
+            raise StopIteration from None
+        except StopIteration as end:
+            self._result = self._result if end.value is None else end.value
             raise StopIteration from None
 
     def __del__(self) -> None:

@@ -1,1 +1,1 @@
-"""Benchmarks: each measurement in a process of its own."""
+"""``sdonnx bench``: measure time and memory of a package."""

@@ -1,4 +1,4 @@
-"""Measuring one thing in a process of its own: the most memory that a process has had is a mark that never falls."""
+"""Measure one thing in its own process, because the peak memory of a process never falls."""
 
 import multiprocessing
 import signal
@@ -21,10 +21,11 @@ from sdonnx_runtime.execution.components import Components, Runner
 from sdonnx_runtime.execution.ort import DEVICES, runtime_version
 from sdonnx_runtime.execution.process_memory import peak_memory
 from sdonnx_runtime.execution.session import Session
-from sdonnx_runtime.generation import Generation
+from sdonnx_runtime.generation import Models, generate_images, run_to_end
 from sdonnx_runtime.graphs.onnx_proto import single_node_model
 from sdonnx_runtime.packages.package import Package
-from sdonnx_runtime.request import Request, given
+from sdonnx_runtime.pipeline import Pipeline
+from sdonnx_runtime.request import CompleteRequest
 from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig
 
 T = TypeVar("T")
@@ -32,45 +33,45 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class ComponentFigures:
-    """One component, in a process that runs nothing else."""
+    """Time and memory of one component, in a process that runs nothing else."""
 
     component: str
     precision: str
-    """How the weights are stored."""
+    """The precision of the weights."""
     provider: str
-    """ONNX Runtime's name for the device."""
+    """The execution provider of ONNX Runtime."""
     load_s: float
-    """Opening the session, seconds."""
+    """Seconds to create the session."""
     first_s: float
-    """The first run, seconds."""
+    """Seconds of the first run."""
     median_s: float
-    """The runs after it, seconds."""
+    """Median of the later runs, seconds."""
     peak_rss_mb: float
-    """The most resident memory, loading included, MB of a million bytes."""
+    """Peak resident memory including loading, in 10**6 bytes."""
     on_cpu: Mapping[str, int]
-    """How many nodes of each operator ran on the CPU because the device lacks it; none where the device is the CPU."""
+    """Number of nodes by operator that ran on the CPU instead of the device; empty if the device is the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFigures:
-    """Pictures from a prompt as ``sdonnx run`` makes them: components are opened and let go in turn."""
+    """Time and memory of images from a prompt, as in ``sdonnx run``: components are loaded and unloaded in turn."""
 
     num_inference_steps: int
     total_s: float
-    """From the request to the pictures, opening the components included, seconds."""
+    """Seconds from the request to the images, including loading the components."""
     load_s: float
-    """Opening the components, seconds."""
+    """Seconds to load the components."""
     first_step_s: float
-    """The first step, opening the U-Net included, seconds."""
+    """Seconds of the first step, including loading the U-Net."""
     step_s: float
-    """The median of the steps after it, seconds; where there is one step, that one."""
+    """Median of the later steps, seconds; of one step, that step."""
     peak_rss_mb: float
-    """The most resident memory, MB of a million bytes."""
+    """Peak resident memory, in 10**6 bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One run of a component."""
+    """The inputs and outputs of one run of a component."""
 
     inputs: Mapping[str, AnyArray]
     outputs: Mapping[str, AnyArray]
@@ -78,7 +79,7 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRun:
-    """What `measure_image` made, and what it cost."""
+    """The images that `measure_image` generated, with every run of the components."""
 
     figures: ImageFigures
     pixels: AnyArray
@@ -90,8 +91,8 @@ class ImageRun:
 def measure_component(
     package: Package, name: str, feeds: Sequence[Mapping[str, AnyArray]], runs: int, device: str, threads: int | None
 ) -> tuple[ComponentFigures, list[dict[str, AnyArray]]]:
-    """Figures of a component, and its outputs for each of ``feeds``, which take turns in ``runs`` runs, 2 or more."""
-    runtime_version()  # importing ONNX Runtime is not loading the component
+    """Measure a component in ``runs`` (2 or more) runs that cycle through ``feeds``; also return its outputs."""
+    runtime_version()  # imports ONNX Runtime, which is not to be measured
     path = package.graph(name)
     start = time.perf_counter()
     session = Session(path, device=device, threads=threads)
@@ -99,54 +100,54 @@ def measure_component(
     outputs: list[dict[str, AnyArray]] = []
     for index in range(runs):
         start = time.perf_counter()
-        found = session.run(feeds[index % len(feeds)])
+        output = session.run(feeds[index % len(feeds)])
         seconds.append(time.perf_counter() - start)
         if index < len(feeds):
-            outputs.append(found)
-    peak, chosen = peak_memory(), session.device
+            outputs.append(output)
+    peak, used_device = peak_memory(), session.device
     del session
-    placed = {} if chosen == "cpu" else operators(path, feeds[0], device=chosen, threads=threads)
+    by_provider = {} if used_device == "cpu" else count_operators(path, feeds[0], device=used_device, threads=threads)
     figures = ComponentFigures(
         component=name,
         precision=package.manifest.components[name].precision,
-        provider=DEVICES[chosen].provider,
+        provider=DEVICES[used_device].provider,
         load_s=seconds[0],
         first_s=seconds[1],
         median_s=statistics.median(seconds[2:]),
         peak_rss_mb=peak / 1e6,
-        on_cpu=placed.get(DEVICES["cpu"].provider, {}),
+        on_cpu=by_provider.get(DEVICES["cpu"].provider, {}),
     )
     return figures, outputs
 
 
-def operators(
+def count_operators(
     path: Path, feeds: Mapping[str, AnyArray], *, device: str = "auto", threads: int | None = None
 ) -> dict[str, dict[str, int]]:
-    """Where a graph's nodes run: for each of ONNX Runtime's providers, how many of each operator; it is run once.
+    """Run a graph once and count its nodes by execution provider and operator.
 
     Raises:
-        PackageError, DeviceError: as `Session` and `Session.run` do.
+        PackageError, DeviceError: as `Session` and `Session.run`.
     """
     with tempfile.TemporaryDirectory() as folder:
         session = Session(path, device=device, threads=threads, profile=Path(folder) / "run")
         session.run(feeds)
         events = session.finish_profile()
-    placed: dict[str, Counter[str]] = {}
+    counts: dict[str, Counter[str]] = {}
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            placed.setdefault(event["args"]["provider"], Counter())[event["args"]["op_name"]] += 1
-    return {provider: dict(count) for provider, count in placed.items()}
+            counts.setdefault(event["args"]["provider"], Counter())[event["args"]["op_name"]] += 1
+    return {provider: dict(count) for provider, count in counts.items()}
 
 
 def macs_per_second(path: Path, threads: int | None = None) -> float:
-    """How many multiplications with additions the CPU does in float32, in large matrices, here and now.
+    """Measure the CPU's float32 multiply-adds per second, in a MatMul of large matrices.
 
     Args:
-        path: any graph; it isn't opened.
+        path: any graph; it is not loaded.
         threads: as for `Session`.
     """
     session = Session(
-        path, device="cpu", threads=threads, model=single_node_model("MatMul", 2, _SIDE, _SIDE), frugal=True
+        path, device="cpu", threads=threads, model=single_node_model("MatMul", 2, _SIDE, _SIDE), no_arena=True
     )
     feeds, times = {"x": np.ones((_SIDE, _SIDE), np.float32)}, list[float]()
     for _ in range(8):
@@ -159,36 +160,29 @@ def macs_per_second(path: Path, threads: int | None = None) -> float:
 _SIDE = 1024
 
 
-class _Recorder(Runner):
-    """A runner that keeps what components were given and gave."""
-
-    def __init__(self, components: Components) -> None:
-        super().__init__(components)
-        self.calls: dict[str, tuple[Call, ...]] = {}
-
-    def __call__(self, name: str, feeds: Mapping[str, AnyArray], variant: str = "plain") -> dict[str, AnyArray]:
-        outputs = super().__call__(name, feeds, variant)
-        self.calls[name] = (*self.calls.get(name, ()), Call(inputs=dict(feeds), outputs=outputs))
-        return outputs
-
-
-def measure_image(package: Package, request: Request, device: str, threads: int | None) -> ImageRun:
-    """The pictures of a checked request."""
+def measure_image(package: Package, request: CompleteRequest, device: str, threads: int | None) -> ImageRun:
+    """Generate the images of a resolved request, and measure that."""
     runtime_version()
+    resolved = Pipeline(package, device=device, threads=threads).resolve(request)
     start = time.perf_counter()
 
-    def opened(path: Path, *_: object) -> Session:
+    calls = dict[str, tuple[Call, ...]]()
+
+    def open_model(path: Path, *_: object, **__: object) -> Session:
         return Session(path, device=device, threads=threads)
 
-    run = _Recorder(Components(package, opened, keep_loaded=False))
-    generation = Generation(package, run, SchedulerConfig.from_dict(package.manifest.scheduler), request)
-    for _ in generation.steps():
-        pass
-    result = given(generation.result)
+    def record(
+        name: str, _variant: str, inputs: Mapping[str, AnyArray], outputs: Mapping[str, AnyArray], _seconds: float
+    ) -> None:
+        calls[name] = (*calls.get(name, ()), Call(inputs=dict(inputs), outputs=outputs))
+
+    run = Runner(Components(package, open_model, keep_loaded=False), record)
+    models = Models(run=run, package=package, scheduler=SchedulerConfig.from_dict(package.manifest.scheduler))
+    result = run_to_end(generate_images(models, resolved))
     total = time.perf_counter() - start
     steps = result.timings.steps
     figures = ImageFigures(
-        num_inference_steps=given(request.num_inference_steps),
+        num_inference_steps=request.num_inference_steps,
         total_s=total,
         load_s=sum(result.timings.load.values()),
         first_step_s=steps[0],
@@ -196,27 +190,27 @@ def measure_image(package: Package, request: Request, device: str, threads: int 
         peak_rss_mb=peak_memory() / 1e6,
     )
     pixels = np.stack([np.asarray(image) for image in result.images])
-    return ImageRun(figures=figures, pixels=pixels, calls=run.calls)
+    return ImageRun(figures=figures, pixels=pixels, calls=calls)
 
 
-def run_in_subprocess(what: str, function: Callable[..., T], *arguments: Any) -> T:
-    """``function(*arguments)`` in a new process; ``what`` names it in the error.
+def run_in_subprocess(task: str, function: Callable[..., T], *arguments: Any) -> T:
+    """Call ``function(*arguments)`` in a new process; ``task`` is its name in the error.
 
     Raises:
-        DeviceError: the process came to a sudden end.
-        Exception: what the function raised.
+        DeviceError: the process died.
+        Exception: the function raised it.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(sender, function, arguments), daemon=True)
-    with _deaf():
+    process = context.Process(target=_worker, args=(sender, function, arguments), daemon=True)
+    with _ignore_sigint():
         process.start()
     sender.close()
     try:
         outcome = receiver.recv()
     except EOFError:
         raise DeviceError(
-            f"the process that measured {what} was ended by the system, most likely for lack of memory; "
+            f"the process that measured {task} was killed by the system, most likely because memory ran out; "
             "choose a smaller size or batch"
         ) from None
     finally:
@@ -227,7 +221,7 @@ def run_in_subprocess(what: str, function: Callable[..., T], *arguments: Any) ->
     return outcome
 
 
-def _work(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _worker(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     try:
         outcome = function(*arguments)
     except Exception as error:
@@ -236,8 +230,8 @@ def _work(sender: Connection, function: Callable[..., Any], arguments: tuple[Any
 
 
 @contextmanager
-def _deaf() -> Generator[None, None, None]:
-    """Processes that begin meanwhile leave Ctrl-C to this one."""
+def _ignore_sigint() -> Generator[None, None, None]:
+    """Let processes that are started meanwhile ignore Ctrl-C; this process handles it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

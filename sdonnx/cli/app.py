@@ -1,4 +1,4 @@
-"""The command line: ``sdonnx`` and its commands."""
+"""The ``sdonnx`` command line: the app, its commands, its exit codes."""
 
 import atexit
 import logging
@@ -17,7 +17,7 @@ from sdonnx.cli.commands.info import info, models, samplers
 from sdonnx.cli.commands.plan import plan
 from sdonnx.cli.commands.run import run
 from sdonnx.cli.commands.sensitivity import sensitivity
-from sdonnx.cli.console import err, log_handler
+from sdonnx.cli.console import OUT_OF_MEMORY, err, log_handler
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,20 +26,20 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Stable Diffusion on ONNX Runtime, without PyTorch: export a checkpoint once, then run it anywhere.",
 )
-for command in (export, sensitivity, run, decode, plan, bench, info, models, samplers):
+for command in (run, export, decode, models, samplers, info, plan, bench, sensitivity):
     app.command()(command)
 
 
 INTERRUPTED = 130
-"""The exit code after a Ctrl-C, as typer and shells have it."""
+"""Exit code after Ctrl-C, as in shells and typer."""
 
 PATIENCE = 2.0
-"""Seconds after a Ctrl-C in which another one changes nothing, so that what tidies up isn't cut short."""
+"""Seconds after a Ctrl-C in which a second one is ignored, so that clean-up can finish."""
 
 
 def main() -> None:
-    """The entry point: errors become one line on stderr and an exit code, 2 for usage and 1 for the rest."""
-    _interrupt_once()
+    """Run the command line; an error becomes one line on stderr and an exit code: 2 for usage, 1 for the rest."""
+    _debounce_interrupts()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[log_handler()])
     try:
         app(standalone_mode=True)
@@ -48,17 +48,17 @@ def main() -> None:
     except sdonnx.SdonnxError as error:
         _fail(error, 1)
     except MemoryError:
-        _fail(MemoryError("there is too little memory for this; choose a smaller size"), 1)
+        _fail(MemoryError(OUT_OF_MEMORY), 1)
     except SystemExit as end:
         if end.code == INTERRUPTED:
             err.print("stopped")
         raise
 
 
-def _interrupt_once() -> None:
-    """Makes an impatient second Ctrl-C end the command as the first one does."""
+def _debounce_interrupts() -> None:
+    """Ignore a second Ctrl-C shortly after the first."""
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        return  # started in the background, where Ctrl-C is another's
+        return  # in the background, Ctrl-C belongs to another process
     last = float("-inf")
 
     def interrupt(*_: object) -> None:
@@ -68,7 +68,7 @@ def _interrupt_once() -> None:
             raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
-    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # the interpreter's end would die of it
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # else a Ctrl-C during shutdown prints a traceback
 
 
 def _fail(error: Exception, code: int) -> None:

@@ -1,10 +1,10 @@
-"""What the command line shows: consoles, the progress bar, tables, JSON."""
+"""Output of the command line: consoles, the progress bar, tables, JSON."""
 
 import json
 import logging
 import statistics
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,25 +16,28 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeR
 from rich.table import Table
 from sdonnx_models import Recipe
 from sdonnx_runtime.execution.process_memory import peak_memory
+from sdonnx_runtime.packages.concat import CONCAT
 from sdonnx_runtime.packages.manifest import Defaults, Manifest
-from sdonnx_runtime.request import generation_parameters as recipe_of
+from sdonnx_runtime.request import generation_parameters
 from sdonnx_runtime.sampling.registry import A1111_NAMES, SAMPLERS
 from sdonnx_runtime.sampling.scheduler_config import CLASSES
 
 import sdonnx
 
-out = Console(markup=False)  # names of files and models may look like markup
+out = Console(markup=False)  # names of files and models can look like markup
 err = Console(stderr=True, markup=False)
+
+OUT_OF_MEMORY = "out of memory; choose a smaller size"
 
 
 def log_handler() -> logging.Handler:
-    """Warnings of the libraries, on stderr."""
+    """Print the libraries' warnings on stderr."""
     return RichHandler(console=err, show_time=False, show_path=False, markup=False)
 
 
 @contextmanager
 def progress(text: str, *columns: ProgressColumn) -> Generator[Progress, None, None]:
-    """A progress bar on stderr that is gone when the work is done; none where no person is looking."""
+    """Show a progress bar on stderr, removed at the end; nothing if stderr is not a terminal."""
     with Progress(
         TextColumn(text),
         BarColumn(),
@@ -48,47 +51,41 @@ def progress(text: str, *columns: ProgressColumn) -> Generator[Progress, None, N
 
 
 def defaults_text(defaults: Defaults) -> str:
-    """What a package suggests, in one line."""
+    """Describe a package's defaults in one line."""
     sampler = "" if defaults.sampler is None else f", {defaults.sampler}"
-    shown = "" if defaults.enlarge == 1 else f", saved {defaults.enlarge} times larger"
+    upscaled = "" if defaults.enlarge == 1 else f", saved {defaults.enlarge} times larger"
     return (
-        f"{defaults.size}x{defaults.size} pixels{shown}, {defaults.num_inference_steps} steps, "
+        f"{defaults.size}x{defaults.size} pixels{upscaled}, {defaults.num_inference_steps} steps, "
         f"guidance {defaults.guidance_scale:g}{sampler}"
     )
 
 
-_TASKS: Mapping[str | None, tuple[str, str | None]] = {
-    None: ("pictures of text", "of pictures (--image), of parts of them (--mask) and around them (--outpaint)"),
-    "mask": ("parts of pictures, or what is around them: needs --image with --mask or --outpaint", None),
-    "picture": ("pictures edited as the prompt tells: needs --image", None),
-    "depth": ("pictures of text with the depth of another: needs --depth", "of pictures (--image) as well"),
-}
-"""What a model makes by what its U-Net is given beside the latents; the second needs a VAE encoder."""
-
-
 def tasks(manifest: Manifest) -> str:
-    """What a package makes, and what it needs for it."""
-    always, encoding = _TASKS[manifest.conditions.beside]
-    more = encoding is not None and "vae_encoder" in manifest.components
-    distilled = "; guided by itself" if manifest.conditions.guidance_width is not None else ""
-    return f"{always}; {encoding}{distilled}" if more else f"{always}{distilled}"
+    """Describe what a package generates and which inputs it requires."""
+    task, img2img = "text to image", "image to image (--image), inpainting (--mask), outpainting (--outpaint)"
+    if manifest.conditions.concat is not None:
+        concat = CONCAT[manifest.conditions.concat]
+        task, img2img = concat.task, concat.img2img
+    has_encoder = img2img is not None and "vae_encoder" in manifest.components
+    distilled = "; guidance-distilled" if manifest.conditions.guidance_width is not None else ""
+    return f"{task}; {img2img}{distilled}" if has_encoder else f"{task}{distilled}"
 
 
-def recipe_lines(generation_parameters: Recipe) -> list[str]:
-    """A recipe in a few lines."""
-    disk = ", ".join(f"{size:g} GB ({precision})" for precision, size in generation_parameters.package_gb.items())
-    memory = ", ".join(f"{size:g} GB ({precision})" for precision, size in generation_parameters.memory_gb.items())
+def recipe_lines(recipe: Recipe) -> list[str]:
+    """Describe an export recipe in a few lines."""
+    disk = ", ".join(f"{size:g} GB ({precision})" for precision, size in recipe.package_gb.items())
+    memory = ", ".join(f"{size:g} GB ({precision})" for precision, size in recipe.memory_gb.items())
     return [
-        generation_parameters.title,
-        generation_parameters.source,
-        generation_parameters.licence,
-        defaults_text(Defaults(**generation_parameters.defaults)),
+        recipe.title,
+        recipe.source,
+        recipe.licence,
+        defaults_text(Defaults(**recipe.defaults)),
         f"disk {disk}" + (f"; memory {memory}" if memory else ""),
     ]
 
 
 def samplers_table() -> Table:
-    """Every sampler by our name, AUTOMATIC1111's and diffusers'."""
+    """List the samplers with their names in sdonnx, AUTOMATIC1111 and diffusers."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("--sampler", "AUTOMATIC1111", "diffusers"):
         table.add_column(heading, no_wrap=True)
@@ -98,10 +95,10 @@ def samplers_table() -> Table:
 
 
 def result_json(result: sdonnx.Result, paths: list[Path]) -> dict[str, Any]:
-    """What was made, as JSON can hold it."""
+    """Convert a result to JSON data."""
     return {
         "images": [{"path": str(path), "seed": seed} for path, seed in zip(paths, result.seeds, strict=True)],
-        "request": recipe_of(result.request),
+        "request": generation_parameters(result.request),
         "model": result.model,
         "vae": result.vae,
         "refiner": result.refiner,
@@ -110,38 +107,45 @@ def result_json(result: sdonnx.Result, paths: list[Path]) -> dict[str, Any]:
     }
 
 
-def strategy_text(choice: sdonnx.ComponentPlan) -> str:
-    """How a component is run."""
-    how, kept = choice.way, len(choice.way.kept)
-    cut = how.staged and choice.stages > 1 and how.tile is None
-    words = [f"{choice.stages} stages" + (f", {kept} kept" if kept else "")] if cut else []
-    words += ["a row at a time"] if how.rows else []
-    words += [f"tiles of {how.tile} cells"] if how.tile is not None else []
-    words += ["nothing for reuse"] if how.frugal else []
+def strategy_text(planned: sdonnx.ComponentPlan) -> str:
+    """Describe how a component is run."""
+    how, resident = planned.strategy, len(planned.strategy.resident_stages)
+    is_staged = how.staged and planned.stages > 1 and how.vae_tile is None
+    words = [f"{planned.stages} stages" + (f", {resident} resident" if resident else "")] if is_staged else []
+    words += ["batch split"] if how.split_batch else []
+    words += [f"VAE tiles {how.vae_tile}"] if how.vae_tile is not None else []
+    words += ["arena off"] if how.no_arena else []
     return "; ".join(words) or "whole"
 
 
 def print_plan(plan: sdonnx.Plan) -> None:
-    """Says how a picture is going to be made, and what that takes."""
+    """Print how a request will be run, and its predicted peak memory."""
     parts = ", ".join(
-        f"{choice.component}: {strategy_text(choice)}" for choice in plan.choices if strategy_text(choice) != "whole"
+        f"{planned.component}: {strategy_text(planned)}"
+        for planned in plan.components
+        if strategy_text(planned) != "whole"
     )
-    err.print(f"{plan.peak / 1e6:,.0f} MB at most; {parts or 'every component whole'}", highlight=False, soft_wrap=True)
+    print_note(f"peak {plan.peak / 1e6:,.0f} MB (predicted); {parts or 'every component whole'}")
 
 
 def print_usage(result: sdonnx.Result) -> None:
-    """Says what memory and time a picture took that there was a plan for."""
+    """Print the measured peak memory and the median time of a step."""
     seconds = statistics.median(result.timings.steps) if result.timings.steps else 0.0
-    err.print(f"took {peak_memory() / 1e6:,.0f} MB at most, {seconds:.2g} s a step", highlight=False, soft_wrap=True)
+    print_note(f"peak {peak_memory() / 1e6:,.0f} MB, {seconds:.2g} s/step")
 
 
 def print_results(result: sdonnx.Result, paths: list[Path]) -> None:
-    """Says where pictures are."""
+    """Print the path and the seed of each image."""
     for path, seed in zip(paths, result.seeds, strict=True):
-        err.print(f"{path}  seed {seed}", highlight=False, soft_wrap=True)
+        print_note(f"{path}  seed {seed}")
+
+
+def print_note(text: str) -> None:
+    """Print a line on stderr, as it is."""
+    err.print(text, highlight=False, soft_wrap=True)
 
 
 def print_json(data: dict[str, Any], *, indent: int | None = 2) -> None:
-    """Writes JSON to stdout; without an indent, on one line, and at once."""
+    """Print JSON on stdout and flush it; on one line without an indent."""
     sys.stdout.write(json.dumps(data, indent=indent, allow_nan=False) + "\n")
     sys.stdout.flush()

@@ -1,1 +1,1 @@
-"""Checkpoints in every published layout, read lazily under diffusers' names."""
+"""Read checkpoints of every published layout lazily, under diffusers' names."""

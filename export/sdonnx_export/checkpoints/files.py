@@ -1,4 +1,4 @@
-"""The form that every checkpoint is read into: parts with configs and lazy weights, and the files they are read of."""
+"""Open a file's tensors as lazy weights, and know which of its keys count and under which names."""
 
 import re
 from collections.abc import Callable
@@ -14,59 +14,60 @@ from sdonnx_export.torch_bridge import load_pickled
 
 
 def open_file(path: Path) -> dict[str, Weight]:
-    """All tensors of a ``.safetensors`` or, through torch, a pickled file.
+    """Open all tensors of a ``.safetensors`` or, through torch, a pickled file.
 
-    The file is opened anew for each tensor: a map kept open would keep gigabytes of it resident.
+    The file is opened again for each tensor: a memory map that stays open keeps gigabytes resident.
 
     Raises:
-        ExportError: it is damaged or of another kind.
+        ExportError: the file is damaged or of another kind.
     """
     if path.suffix != ".safetensors":
         return _open_pickled(path)
     try:
         with safe_open(path, "np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 — it is no dict
-            found = {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 — not a dict
+            headers = {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise ExportError(f"{path} is damaged or no safetensors file ({error}); download it again") from None
+        raise ExportError(f"{path} is damaged or not a safetensors file ({error}); download it again") from None
 
     def reader(name: str) -> Callable[[], AnyArray]:
         def read() -> AnyArray:
             with safe_open(path, "np") as file:
-                return _plain(file.get_tensor(name))
+                return _widen_bfloat16(file.get_tensor(name))
 
         return read
 
-    return {name: Weight(shape=shape, dtype=dtype, read=reader(name)) for name, (shape, dtype) in found.items()}
+    return {name: Weight(shape=shape, dtype=dtype, read=reader(name)) for name, (shape, dtype) in headers.items()}
 
 
 def _open_pickled(path: Path) -> dict[str, Weight]:
     if path.suffix not in (".ckpt", ".bin", ".pt", ".pth"):
-        raise ExportError(f"{path} is no checkpoint: expected a directory, a .safetensors or a .ckpt file")
+        raise ExportError(f"{path} is not a checkpoint: expected a directory, a .safetensors or a .ckpt file")
     return {
         name: Weight(shape=shape, dtype=dtype, read=read) for name, (shape, dtype, read) in load_pickled(path).items()
     }
 
 
-def _plain(data: AnyArray) -> AnyArray:
-    """Numpy knows no bfloat16 of its own; float32 holds all its values."""
+def _widen_bfloat16(data: AnyArray) -> AnyArray:
+    """Convert what numpy has no type for, bfloat16, to float32, which has all its values."""
     return data if data.dtype.kind in "iub" or data.dtype in (np.float16, np.float32) else data.astype(np.float32)
 
 
 def is_used_key(name: str, part: str) -> bool:
-    """Whether a weight is one; old transformers wrote positions among them, and whole CLIP models have more parts.
+    """Whether a key of a part is a weight that its graphs use.
 
-    Of the text's projection only ``text_encoder_2`` is read.
+    Old transformers stored position ids among the weights, and whole CLIP models have more components. Only
+    ``text_encoder_2`` uses the text projection.
     """
-    rest = _CLIP_REST if part == "text_encoder_2" else (*_CLIP_REST, "text_projection.")
-    return not name.endswith("position_ids") and not name.startswith(rest)
+    unused = _UNUSED_CLIP if part == "text_encoder_2" else (*_UNUSED_CLIP, "text_projection.")
+    return not name.endswith("position_ids") and not name.startswith(unused)
 
 
-_CLIP_REST = ("logit_scale", "vision_model.", "visual_projection.")
+_UNUSED_CLIP = ("logit_scale", "vision_model.", "visual_projection.")
 
 
 def canonical_key(name: str) -> str:
-    """A weight's name in today's diffusers and transformers."""
+    """Return a key's name in today's diffusers and transformers."""
     for old, new in _RENAMED.items():
         name = re.sub(old, new, name)
     return name
@@ -79,3 +80,4 @@ _RENAMED = {
     r"(mid_block\.attentions\.\d+)\.proj_attn\.": r"\1.to_out.0.",
     r"^(embeddings\.|encoder\.layers\.\d+\.(?:self_attn|mlp|layer_norm)|final_layer_norm\.)": r"text_model.\1",
 }
+"""Pattern of an old key, and its replacement."""

@@ -1,4 +1,4 @@
-"""Reading a package back as the checkpoint that it was made of: its graphs hold the weights by the same names."""
+"""Read a package back as a checkpoint: its graphs store the weights under the checkpoint's keys."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,31 +14,28 @@ from sdonnx_runtime.packages.package import Package
 
 from sdonnx_export.checkpoint_model import Checkpoint, Part, Weight
 from sdonnx_export.models.components import COMPONENTS
-from sdonnx_export.operators.base import TransposedWeight
+from sdonnx_export.operators.base import checkpoint_shape, transpose_linear
 
 
 def open_package(root: Path) -> Checkpoint:
-    """The checkpoint in a package of fp32 or fp16.
+    """Open the checkpoint in a package of fp32 or fp16.
 
     Raises:
-        ExportError: its weights are stored in fewer bits.
+        ExportError: its weights are quantized.
         PackageError: it is damaged, or was not written by `export`.
     """
     package = Package.open(root)
+    manifest = package.manifest
     parts: dict[str, Part] = {}
-    for name in package.manifest.components:
-        component = COMPONENTS[name]
-        graph, precision = package.graph(name), package.manifest.components[name].precision
-        if precision not in ("fp32", "fp16"):
-            raise ExportError(f"{root} has a {name} of {precision}; give the checkpoint, or a package of fp32 or fp16")
-        config = read_json(root / name / "config.json")
-        before = parts[component.part].weights if component.part in parts else {}
-        weights = {**before, **_weights(graph, name, config)}
-        parts[component.part] = Part(config=config, weights=weights)
-    manifest, index = (
-        package.manifest,
-        read_json(root / "model_index.json") if "unet" in package.manifest.components else {},
-    )
+    for name, component in manifest.components.items():
+        if component.precision not in ("fp32", "fp16"):
+            raise ExportError(
+                f"{root} has a {name} of {component.precision}; give the checkpoint, or a package of fp32 or fp16"
+            )
+        config, part = read_json(root / name / "config.json"), COMPONENTS[name].part
+        others = parts[part].weights if part in parts else {}
+        parts[part] = Part(config=config, weights={**others, **_weights(package.graph(name), name, config)})
+    index = read_json(root / "model_index.json") if "unet" in manifest.components else {}
     return Checkpoint(
         source=package.name,
         revision=manifest.source.revision,
@@ -52,23 +49,22 @@ def open_package(root: Path) -> Checkpoint:
 
 def _weights(graph: Path, name: str, config: dict[str, Any]) -> dict[str, Weight]:
     module, _ = COMPONENTS[name].module(config)
-    turned = {key: isinstance(weight, TransposedWeight) for key, weight in module.named_parameters()}
+    parameters = dict(module.named_parameters())
     stored = ir.load(graph).graph.initializers
-    tensors = {key: stored[key].const_value for key in turned if key in stored}
-    return {key: _weight(tensor, turned=turned[key]) for key, tensor in tensors.items() if tensor is not None}
+    tensors = {key: stored[key].const_value for key in parameters if key in stored}
+    return {key: _weight(parameters[key], tensor) for key, tensor in tensors.items() if tensor is not None}
 
 
-def _weight(tensor: ir.TensorProtocol, *, turned: bool) -> Weight:
-    shape = tuple(tensor.shape.numpy())
-    stored = "F16" if tensor.dtype == ir.DataType.FLOAT16 else "F32"
-    return Weight(shape=shape[::-1] if turned else shape, dtype=stored, read=_reader(tensor, turned=turned))
+def _weight(parameter: ir.Value, tensor: ir.TensorProtocol) -> Weight:
+    dtype = "F16" if tensor.dtype == ir.DataType.FLOAT16 else "F32"
+    return Weight(shape=checkpoint_shape(parameter), dtype=dtype, read=_reader(parameter, tensor))
 
 
-def _reader(tensor: ir.TensorProtocol, *, turned: bool) -> Callable[[], AnyArray]:
+def _reader(parameter: ir.Value, tensor: ir.TensorProtocol) -> Callable[[], AnyArray]:
     def read() -> AnyArray:
         data = np.array(tensor.numpy())
         if isinstance(tensor, ir.ExternalTensor):
-            tensor.release()  # a map kept open would keep gigabytes resident
-        return data.T if turned else data
+            tensor.release()  # a memory map that stays open keeps gigabytes resident
+        return transpose_linear(parameter, data)
 
     return read

@@ -1,4 +1,4 @@
-"""Adapters that become part of a package for good: a checkpoint whose weights are read with them."""
+"""Fuse LoRAs into a checkpoint: its weights are read with them merged."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,41 +7,48 @@ import numpy as np
 from sdonnx_runtime.adapters.lora import LayerDelta, Lora
 from sdonnx_runtime.adapters.merging import LayerDeltas, match_keys
 from sdonnx_runtime.arrays import AnyArray
+from sdonnx_runtime.errors import ExportError
 
-from sdonnx_export.checkpoint_model import Checkpoint, Part, Weight
+from sdonnx_export.checkpoint_model import Checkpoint, Part, Weight, checked
 
 
 def fuse_loras(checkpoint: Checkpoint, loras: Sequence[Lora]) -> Checkpoint:
-    """A checkpoint with adapters merged into its weights, as each is read.
+    """Return a checkpoint whose weights are merged with the LoRAs as each is read.
 
     Raises:
-        RequestError: a file can't be read, or is for another model.
+        RequestError: a file can't be read or is for another model.
     """
     if not loras:
         return checkpoint
     modules = {
-        part: [name.removesuffix(".weight") for name, weight in each.weights.items() if len(weight.shape) in (2, 4)]
-        for part, each in checkpoint.parts.items()
-        if part != "vae"
+        name: [key.removesuffix(".weight") for key, weight in part.weights.items() if len(weight.shape) in (2, 4)]
+        for name, part in checkpoint.parts.items()
+        if name != "vae"
     }
-    changes = match_keys(checkpoint.source, modules, loras)
-    parts = {name: _changed(part, changes.get(name, {})) for name, part in checkpoint.parts.items()}
+    deltas = match_keys(checkpoint.source, modules, loras)
+    parts = {name: _fuse(part, deltas.get(name, {})) for name, part in checkpoint.parts.items()}
     return replace(checkpoint, parts=parts)
 
 
-def _changed(part: Part, changes: LayerDeltas) -> Part:
-    def changed(weight: Weight, mine: Sequence[tuple[LayerDelta, float]]) -> Weight:
-        def read() -> AnyArray:
-            data = weight.read().astype(np.float32)
-            flat: AnyArray = data.reshape(len(data), -1)
-            for change, scale in mine:
-                flat = change(flat, scale)
-            return flat.reshape(data.shape)
-
-        return replace(weight, dtype="F32", read=read)
-
-    touched = {f"{module}.weight": mine for module, mine in changes.items()}
-    weights = {
-        name: changed(weight, touched[name]) if name in touched else weight for name, weight in part.weights.items()
+def _fuse(part: Part, deltas: LayerDeltas) -> Part:
+    fused = {
+        name: _with_deltas(name, part.weights[name], each)
+        for name, each in ((f"{module}.weight", each) for module, each in deltas.items())
     }
-    return replace(part, weights=weights)
+    return replace(part, weights={**part.weights, **fused})
+
+
+def _with_deltas(name: str, weight: Weight, deltas: Sequence[tuple[LayerDelta, float]]) -> Weight:
+    original = checked(name, weight)
+
+    def read() -> AnyArray:
+        data = original.read().astype(np.float32)
+        flat: AnyArray = data.reshape(len(data), -1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for delta, scale in deltas:
+                flat = delta.apply(flat, scale)
+        if not np.isfinite(flat).all():
+            raise ExportError(f"fusing LoRA into '{name}' overflows; use a smaller scale")
+        return flat.reshape(data.shape)
+
+    return replace(weight, dtype="F32", read=read)

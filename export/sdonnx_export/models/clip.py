@@ -1,26 +1,74 @@
 """The CLIP text encoder (arXiv:2103.00020), as transformers' CLIPTextModel names its weights."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 from onnxscript.nn import Module, ModuleList, Parameter
-from sdonnx_runtime.packages.manifest import EMBEDS
+from sdonnx_runtime.packages.variant import EMBEDS
 
-from sdonnx_export.models.configs import ClipTextConfig
+from sdonnx_export.models.config_reader import ConfigReader
 from sdonnx_export.models.layers import LayerNorm, Linear
 from sdonnx_export.operators.base import Operators
 
 
-class ClipTextEncoder(Module):
-    """Token ids (N, 77) to last_hidden_state (N, 77, C) and pooler_output (N, C); or to text_embeds (N, P) and that.
+@dataclass(frozen=True, kw_only=True)
+class ClipTextConfig:
+    """A CLIP text encoder, with transformers' keys as names."""
 
-    Then come the hidden states (N, 77, C): what goes into each layer, and what comes out of the last.
+    vocab_size: int
+    max_position_embeddings: int
+    """Tokens of a prompt; 77 in every published model."""
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_act: str
+    """quick_gelu or gelu."""
+    layer_norm_eps: float
+    eos_token_id: int
+    """2 means "the largest id", as in configs written before transformers 4.30."""
+    projection_dim: int | None
+    """Width of the projected pooled state; None without a projection."""
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], *, projected: bool = False) -> "ClipTextConfig":
+        """Parse a transformers config.json, ``projected`` if the encoder has a projection; raises ExportError."""
+        read = ConfigReader("text_encoder_2" if projected else "text_encoder", config)
+        read.require_value("model_type", "clip_text_model")
+        # No finish(): transformers writes its general settings here too, which don't change the graph.
+        parsed = cls(
+            vocab_size=read.integer("vocab_size", 49408),
+            max_position_embeddings=read.integer("max_position_embeddings", 77),
+            hidden_size=read.integer("hidden_size", 512),
+            intermediate_size=read.integer("intermediate_size", 2048),
+            num_hidden_layers=read.integer("num_hidden_layers", 12),
+            num_attention_heads=read.integer("num_attention_heads", 8),
+            hidden_act=read.one_of("hidden_act", ("quick_gelu", "gelu"), "quick_gelu"),
+            layer_norm_eps=read.number("layer_norm_eps", 1e-5),
+            eos_token_id=read.integer("eos_token_id", 49407, low=0),
+            projection_dim=read.integer("projection_dim", 512) if projected else None,
+        )
+        heads, width = parsed.num_attention_heads, parsed.hidden_size
+        if width % heads != 0:
+            raise read.invalid("num_attention_heads", heads, f"a divisor of hidden_size {width}")
+        return parsed
+
+
+class ClipTextEncoder(Module):
+    """Token ids (N, 77) to last_hidden_state (N, 77, C) and pooler_output (N, C).
+
+    With a projection, to text_embeds (N, P) and last_hidden_state. Further outputs are the hidden states (N, 77, C):
+    each layer's input, and the output of the last.
     """
 
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__("")
         self.text_model = ClipTextTransformer(config)
         self.text_projection = (
-            Linear(config.width, config.projection, bias=False) if config.projection is not None else None
+            Linear(config.hidden_size, config.projection_dim, bias=False) if config.projection_dim is not None else None
         )
 
     def forward(self, op: Operators, input_ids: ir.Value) -> tuple[ir.Value, ...]:
@@ -37,45 +85,45 @@ class ClipTextTransformer(Module):
         super().__init__()
         self.embeddings = ClipEmbeddings(config)
         self.encoder = ClipEncoder(config)
-        self.final_layer_norm = LayerNorm(config.width, config.eps)
+        self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self._config = config
 
     def forward(self, op: Operators, input_ids: ir.Value) -> tuple[ir.Value, ir.Value, list[ir.Value]]:
         op.begin_stage("embeddings")
         x = self.embeddings(op, input_ids)  # (N, 77, C)
-        states = self.encoder(op, x, causal_bias(op, self._config.positions))
+        states = self.encoder(op, x, causal_bias(op, self._config.max_position_embeddings))
         op.begin_stage("final_layer_norm")
         hidden = self.final_layer_norm(op, states[-1])
         return hidden, self._pool(op, hidden, input_ids), states
 
     def _pool(self, op: Operators, hidden: ir.Value, input_ids: ir.Value) -> ir.Value:
-        """The hidden state at the end-of-text token, the first where there are several."""
+        """Return the hidden state (N, C) at the first end-of-text token."""
         eos = self._config.eos_token_id
         marks = input_ids if eos == 2 else op.Cast(op.Equal(input_ids, eos), to=ir.DataType.INT32)
-        place = op.ArgMax(marks, axis=1, keepdims=0)  # (N,)
-        return op.GatherND(hidden, op.Unsqueeze(place, [1]), batch_dims=1)  # (N, C)
+        index = op.ArgMax(marks, axis=1, keepdims=0)  # (N,)
+        return op.GatherND(hidden, op.Unsqueeze(index, [1]), batch_dims=1)  # (N, C)
 
 
 def causal_bias(op: Operators, length: int) -> ir.Value:
-    """Added to attention scores so that no token sees a later one: (1, 1, length, length)."""
+    """Return what is added to attention scores so that no token sees a later one: (1, 1, length, length)."""
     lowest = np.finfo(np.float32).min
     bias = np.triu(np.full((1, 1, length, length), lowest, np.float32), k=1)
     return op.constant("causal_bias", bias)
 
 
 class ClipEmbeddings(Module):
-    """Token plus position embeddings."""
+    """Sum of token and position embeddings."""
 
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
-        self.token_embedding = Embedding(config.vocab_size, config.width)
-        self.position_embedding = Embedding(config.positions, config.width)
+        self.token_embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size)
         self._config = config
 
     def forward(self, op: Operators, input_ids: ir.Value) -> ir.Value:
         tokens = self.token_embedding(op, input_ids)
         tokens.name, tokens.type = EMBEDS, ir.TensorType(ir.DataType.FLOAT)
-        tokens.shape = ir.Shape(["batch", self._config.positions, self._config.width])
+        tokens.shape = ir.Shape(["batch", self._config.max_position_embeddings, self._config.hidden_size])
         return op.Add(tokens, self.position_embedding(op))
 
 
@@ -87,8 +135,8 @@ class Embedding(Module):
         self.weight = Parameter([entries, width])
 
     def forward(self, op: Operators, ids: ir.Value | None = None) -> ir.Value:
-        """The rows at ``ids``, or the whole table."""
-        return op.matrix(self.weight) if ids is None else op.embed(ids, self.weight)
+        """Return the vectors of ``ids`` (N, S), or the whole table."""
+        return op.to_float32(self.weight) if ids is None else op.embed(ids, self.weight)
 
 
 class ClipEncoder(Module):
@@ -96,7 +144,7 @@ class ClipEncoder(Module):
 
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
-        self.layers = ModuleList([ClipLayer(config) for _ in range(config.layers)])
+        self.layers = ModuleList([ClipLayer(config) for _ in range(config.num_hidden_layers)])
 
     def forward(self, op: Operators, x: ir.Value, bias: ir.Value) -> list[ir.Value]:
         states = [x]
@@ -111,9 +159,9 @@ class ClipLayer(Module):
 
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
-        self.layer_norm1 = LayerNorm(config.width, config.eps)
+        self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.self_attn = ClipAttention(config)
-        self.layer_norm2 = LayerNorm(config.width, config.eps)
+        self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = ClipMlp(config)
 
     def forward(self, op: Operators, x: ir.Value, bias: ir.Value) -> ir.Value:
@@ -126,11 +174,11 @@ class ClipAttention(Module):
 
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
-        self.q_proj = Linear(config.width, config.width)
-        self.k_proj = Linear(config.width, config.width)
-        self.v_proj = Linear(config.width, config.width)
-        self.out_proj = Linear(config.width, config.width)
-        self._heads = config.heads
+        self.q_proj = Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = Linear(config.hidden_size, config.hidden_size)
+        self._heads = config.num_attention_heads
 
     def forward(self, op: Operators, x: ir.Value, bias: ir.Value) -> ir.Value:
         q, k, v = self.q_proj(op, x), self.k_proj(op, x), self.v_proj(op, x)
@@ -142,9 +190,9 @@ class ClipMlp(Module):
 
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
-        self.fc1 = Linear(config.width, config.inner_width)
-        self.fc2 = Linear(config.inner_width, config.width)
-        self._activation = config.activation
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+        self._activation = config.hidden_act
 
     def forward(self, op: Operators, x: ir.Value) -> ir.Value:
         activation = {"quick_gelu": op.quick_gelu, "gelu": op.gelu}[self._activation]

@@ -1,4 +1,4 @@
-"""Builds a component's graph from its config and binds the checkpoint's weights to it."""
+"""The registry of components: build a component's graph from its config, and bind the checkpoint's weights to it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -10,16 +10,18 @@ import onnx_ir as ir
 from onnxscript.nn import Module
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import ExportError
-from sdonnx_runtime.packages.manifest import NORM_STATS, USE_NORM_STATS
+from sdonnx_runtime.packages.families import FAMILIES
+from sdonnx_runtime.packages.variant import NORM_STATS, USE_NORM_STATS
 
-from sdonnx_export.checkpoint_model import Checkpoint, Part, Weight
-from sdonnx_export.models.clip import ClipTextEncoder
-from sdonnx_export.models.configs import ClipTextConfig, ConfigReader, UNetConfig, VaeConfig
-from sdonnx_export.models.controlnet import SIZES, ControlNet, ControlNetConfig
+from sdonnx_export.checkpoint_model import Checkpoint, Part, Weight, checked
+from sdonnx_export.models.clip import ClipTextConfig, ClipTextEncoder
+from sdonnx_export.models.config_reader import ConfigReader
+from sdonnx_export.models.controlnet import ControlNet, ControlNetConfig
 from sdonnx_export.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from sdonnx_export.models.tiny_vae import TinyVaeConfig, TinyVaeDecoder, TinyVaeEncoder
 from sdonnx_export.models.unet import UNet, residual_names
-from sdonnx_export.models.vae import VaeDecoder, VaeEncoder
+from sdonnx_export.models.unet_config import UNetConfig
+from sdonnx_export.models.vae import VaeConfig, VaeDecoder, VaeEncoder
 from sdonnx_export.operators.base import (
     CONTRIB,
     IR_VERSION,
@@ -27,11 +29,15 @@ from sdonnx_export.operators.base import (
     OPSET,
     OPSET_4_BITS,
     Operators,
-    TransposedWeight,
+    checkpoint_shape,
     sizes,
+    transpose_linear,
 )  # fmt: skip
 from sdonnx_export.operators.partition import name_edges
-from sdonnx_export.operators.precision import PrecisionSpec, precision_of
+from sdonnx_export.operators.precision import PrecisionSpec, make_precision_lookup
+
+_INLINE = 256
+"""Bytes up to which `onnx_ir.save` keeps a weight in the graph's own file."""
 
 _FLOAT, _HALF, _INT64 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT64
 
@@ -43,39 +49,41 @@ class Port:
     name: str
     dtype: ir.DataType
     shape: tuple[int | str, ...]
-    """A name where a size is free."""
+    """A name for a dynamic size."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Component:
-    """How one component's graph is made."""
+class ComponentSpec:
+    """How one component's graph is built."""
 
     part: str
     """The part of a checkpoint that holds its config and weights."""
     prefixes: tuple[str, ...]
-    """What the names of its weights in that part begin with; empty: all of them are its."""
+    """Prefixes of its keys in that part; empty means all keys."""
     module: Callable[..., tuple[Any, tuple[Port, ...]]]
-    """Makes it of its config and of what may be chosen."""
+    """Make the module and its inputs from the config and the options of `build`."""
     outputs: tuple[str, ...]
-    """Its first ones, of a module that names none; what more there is is called ``hidden_states.0`` and so on."""
+    """Names of the first outputs, unless the module has ``outputs``; further ones are ``hidden_states.0`` and so on."""
 
 
 def _text_encoder(config: Mapping[str, Any], *, projected: bool = False) -> tuple[ClipTextEncoder, tuple[Port, ...]]:
     parsed = ClipTextConfig.from_dict(config, projected=projected)
-    return ClipTextEncoder(parsed), (Port(name="input_ids", dtype=_INT64, shape=("batch", parsed.positions)),)
+    return ClipTextEncoder(parsed), (
+        Port(name="input_ids", dtype=_INT64, shape=("batch", parsed.max_position_embeddings)),
+    )
 
 
-def _unet(config: Mapping[str, Any], **choices: bool) -> tuple[UNet, tuple[Port, ...]]:
-    parsed = replace(UNetConfig.from_dict(config), **choices)
+def _unet(config: Mapping[str, Any], **options: bool) -> tuple[UNet, tuple[Port, ...]]:
+    parsed = replace(UNetConfig.from_dict(config), **options)
     ports: dict[str, tuple[int | str, ...]] = {
         "sample": ("states", parsed.in_channels, "height", "width"),
         "timestep": (),
-        "encoder_hidden_states": ("batch", "tokens", parsed.context_width),
+        "encoder_hidden_states": ("batch", "tokens", parsed.cross_attention_dim),
     }
-    if parsed.added_width is not None:
+    if parsed.projection_class_embeddings_input_dim is not None:
         ports |= {"text_embeds": ("batch", "pooled"), "time_ids": ("batch", "ids")}
-    if parsed.guidance_width is not None:
-        ports |= {"timestep_cond": ("batch", parsed.guidance_width)}
+    if parsed.time_cond_proj_dim is not None:
+        ports |= {"timestep_cond": ("batch", parsed.time_cond_proj_dim)}
     for name in residual_names(parsed):
         ports[name] = tuple(f"{name}.{axis}" for axis in ("batch", "channels", "height", "width"))
     return UNet(parsed), tuple(Port(name=name, dtype=_FLOAT, shape=shape) for name, shape in ports.items())
@@ -87,11 +95,13 @@ def _controlnet(config: Mapping[str, Any]) -> tuple[ControlNet, tuple[Port, ...]
     ports: dict[str, tuple[int | str, ...]] = {
         "sample": ("states", unet.in_channels, "height", "width"),
         "timestep": (),
-        "encoder_hidden_states": ("batch", "tokens", unet.context_width),
-        "controlnet_cond": ("pictures", parsed.picture_channels, "picture_height", "picture_width"),
+        "encoder_hidden_states": ("batch", "tokens", unet.cross_attention_dim),
+        "controlnet_cond": ("images", parsed.conditioning_channels, "image_height", "image_width"),
     }
-    if unet.added_width is not None:
-        ports |= {"text_embeds": ("batch", unet.added_width - SIZES * unet.id_width), "time_ids": ("batch", SIZES)}
+    if unet.projection_class_embeddings_input_dim is not None:
+        time_ids = FAMILIES["sdxl"].time_ids
+        pooled = unet.projection_class_embeddings_input_dim - time_ids * unet.addition_time_embed_dim
+        ports |= {"text_embeds": ("batch", pooled), "time_ids": ("batch", time_ids)}
     return ControlNet(parsed), tuple(Port(name=name, dtype=_FLOAT, shape=shape) for name, shape in ports.items())
 
 
@@ -105,74 +115,74 @@ VAES = {
     "AutoencoderKL": (VaeConfig, VaeDecoder, VaeEncoder),
     "AutoencoderTiny": (TinyVaeConfig, TinyVaeDecoder, TinyVaeEncoder),
 }
-"""Config, decoder and encoder of each of diffusers' classes."""
+"""diffusers' class of a VAE; its config, decoder and encoder."""
 
 
 def _vae(config: Mapping[str, Any]) -> tuple[Any, ...]:
-    kind = ConfigReader("vae", config).one_of("_class_name", tuple(VAES), "AutoencoderKL")
-    parse, decoder, encoder = VAES[kind]
-    return parse.from_dict(config), decoder, encoder
+    class_name = ConfigReader("vae", config).one_of("_class_name", tuple(VAES), "AutoencoderKL")
+    parser, decoder, encoder = VAES[class_name]
+    return parser.from_dict(config), decoder, encoder
 
 
 def has_norms(config: Mapping[str, Any]) -> bool:
-    """Whether a VAE normalizes over a picture, so that a tile of it has to be told of the whole."""
+    """Whether a VAE has norms over the whole image, whose statistics a tile needs."""
     return config.get("_class_name", "AutoencoderKL") == "AutoencoderKL"
 
 
-def _vae_decoder(config: Mapping[str, Any], **choices: bool) -> tuple[Module, tuple[Port, ...]]:
+def _vae_decoder(config: Mapping[str, Any], **options: bool) -> tuple[Module, tuple[Port, ...]]:
     parsed, decoder, _ = _vae(config)
     port = Port(name="latent_sample", dtype=_FLOAT, shape=("batch", parsed.latent_channels, "height", "width"))
-    return _half(decoder(replace(parsed, **choices)), port)
+    return _vae_half(decoder(replace(parsed, **options)), port)
 
 
-def _vae_encoder(config: Mapping[str, Any], **choices: bool) -> tuple[Module, tuple[Port, ...]]:
+def _vae_encoder(config: Mapping[str, Any], **options: bool) -> tuple[Module, tuple[Port, ...]]:
     parsed, _, encoder = _vae(config)
     port = Port(name="sample", dtype=_FLOAT, shape=("batch", parsed.in_channels, "height", "width"))
-    return _half(encoder(replace(parsed, **choices)), port)
+    return _vae_half(encoder(replace(parsed, **options)), port)
 
 
-def _half(module: Any, picture: Port) -> tuple[Module, tuple[Port, ...]]:
-    """One half of a VAE, with what its norms are given where it works on tiles."""
-    moments: tuple[int, int] | None = getattr(module, "moments", None)
-    if moments is None:
-        return module, (picture,)
+def _vae_half(module: Any, image: Port) -> tuple[Module, tuple[Port, ...]]:
+    """Return one half of a VAE with its inputs: the image or latents and, if it is tiled, the norms' statistics."""
+    shape: tuple[int, int] | None = getattr(module, "norm_stats_shape", None)
+    if shape is None:
+        return module, (image,)
     norms = (
-        Port(name=NORM_STATS, dtype=_FLOAT, shape=("batch", *moments)),
+        Port(name=NORM_STATS, dtype=_FLOAT, shape=("batch", *shape)),
         Port(name=USE_NORM_STATS, dtype=_FLOAT, shape=()),
     )
-    return module, (picture, *norms)
+    return module, (image, *norms)
 
 
 COMPONENTS = {
-    "text_encoder": Component(
+    "text_encoder": ComponentSpec(
         part="text_encoder", prefixes=(), module=_text_encoder, outputs=("last_hidden_state", "pooler_output")
     ),
-    "text_encoder_2": Component(
+    "text_encoder_2": ComponentSpec(
         part="text_encoder_2",
         prefixes=(),
         module=partial(_text_encoder, projected=True),
         outputs=("text_embeds", "last_hidden_state"),
     ),
-    "unet": Component(part="unet", prefixes=(), module=_unet, outputs=("out_sample",)),
-    "vae_decoder": Component(
+    "unet": ComponentSpec(part="unet", prefixes=(), module=_unet, outputs=("out_sample",)),
+    "vae_decoder": ComponentSpec(
         part="vae", prefixes=("decoder.", "post_quant_conv."), module=_vae_decoder, outputs=("sample",)
     ),
-    "vae_encoder": Component(
+    "vae_encoder": ComponentSpec(
         part="vae", prefixes=("encoder.", "quant_conv."), module=_vae_encoder, outputs=("latent_parameters",)
     ),
-    "controlnet": Component(part="controlnet", prefixes=(), module=_controlnet, outputs=()),
-    "adapter": Component(part="adapter", prefixes=(), module=_adapter, outputs=()),
+    "controlnet": ComponentSpec(part="controlnet", prefixes=(), module=_controlnet, outputs=()),
+    "adapter": ComponentSpec(part="adapter", prefixes=(), module=_adapter, outputs=()),
 }
 """Input and output names are those of optimum's exports, so that a package opens there."""
 
 
-def components_of(checkpoint: Checkpoint) -> dict[str, Component]:
-    """Those that a checkpoint has the parts for."""
+def components_in(checkpoint: Checkpoint) -> dict[str, ComponentSpec]:
+    """Return the components of a checkpoint's parts."""
     return {name: component for name, component in COMPONENTS.items() if component.part in checkpoint.parts}
 
 
-def layers(name: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The weights of component ``name`` that have a precision: their names, and their shapes in the graph.
+def layer_shapes(name: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes in the graph, by name, of the weights of component ``name`` that have a precision.
 
     Raises:
         ExportError: the config has a value without a written graph.
@@ -189,46 +199,49 @@ def build(
     part: Part,
     precision: PrecisionSpec,
     operators: Callable[..., Operators] = Operators,
-    **choices: bool,
+    **options: bool,
 ) -> ir.Model:
-    """The model of component ``name`` (a key of COMPONENTS); its weights are read when it is saved.
+    """Build the model of a component; its weights are read, and checked to be finite, when it is saved.
 
     Args:
-        name: of the component.
+        name: a key of COMPONENTS.
         part: its config and weights.
-        precision: of the package.
-        operators: what the graph is written in; called as `Operators` is.
-        **choices: of the U-Net, ``token_downsampling`` and ``controlled``; of a KL autoencoder's halves, ``tiled``.
+        precision: the package's.
+        operators: the class of operators to write the graph in.
+        **options: ``token_downsampling`` and ``controlled`` for the U-Net; ``tiled`` for a half of a KL autoencoder.
 
     Raises:
-        ExportError: the config has a value without a written graph; a weight is missing, is left over, or has
-            another shape than the config says.
+        ExportError: the config has an unsupported value; or a weight is missing, unexpected, or of a shape that
+            contradicts the config.
     """
     component = COMPONENTS[name]
-    module, ports = component.module(part.config, **choices)
-    find = precision_of(precision, name)
+    module, ports = component.module(part.config, **options)
+    find = make_precision_lookup(precision, name)
     in_4_bits = any(find(layer) == "int4" for layer in _layers(module))
     opset, version = (OPSET_4_BITS, IR_VERSION_4_BITS) if in_4_bits else (OPSET, IR_VERSION)
     graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": opset, CONTRIB: 1})
-    mine = {
-        key: weight
+    weights = {
+        key: checked(key, weight)
         for key, weight in part.weights.items()
         if not component.prefixes or key.startswith(component.prefixes)
     }
-    op = operators(graph, mine, find)
+    op = operators(graph, weights, find)
     inputs = [op.builder.input(port.name, port.dtype, port.shape) for port in ports]
-    results = module(op, *inputs)
-    results = results if isinstance(results, tuple) else (results,)
-    first = getattr(module, "outputs", component.outputs)
-    more = (f"hidden_states.{index}" for index in range(len(results) - len(first)))
-    for value, output in zip(results, (*first, *more), strict=True):
-        op.builder.add_output(value, output)
+    _add_outputs(op, module(op, *inputs), getattr(module, "outputs", component.outputs))
     name_edges(graph)
-    _bind(graph, name, mine)
+    _bind(graph, name, weights)
     return ir.Model(graph, ir_version=version, producer_name="sdonnx")
 
 
+def _add_outputs(op: Operators, results: ir.Value | tuple[ir.Value, ...], names: tuple[str, ...]) -> None:
+    results = results if isinstance(results, tuple) else (results,)
+    hidden_states = (f"hidden_states.{index}" for index in range(len(results) - len(names)))
+    for value, name in zip(results, (*names, *hidden_states), strict=True):
+        op.builder.add_output(value, name)
+
+
 def _bind(graph: ir.Graph, component: str, weights: Mapping[str, Weight]) -> None:
+    """Give the graph's parameters their tensors, and check that no weight is missing or left over."""
     unused = set(weights)
     for name, value in list(graph.initializers.items()):
         if value.const_value is not None:
@@ -237,34 +250,37 @@ def _bind(graph: ir.Graph, component: str, weights: Mapping[str, Weight]) -> Non
         if weight is None:
             raise ExportError(f"{component}: the weight '{name}' is missing; the checkpoint and its config disagree")
         unused.discard(name)
-        value.const_value = _lazy(name, value, weight, component)
-        if not value.uses():  # its codes are there instead
+        value.const_value = _tensor(name, value, weight, component)
+        if not value.uses():  # its quantized values are used instead
             del graph.initializers[name]
     if unused:
         listed = ", ".join(sorted(unused)[:3])
         raise ExportError(
-            f"{component}: {len(unused)} weights have no place in the graph that the config describes ({listed}); "
+            f"{component}: {len(unused)} weights are not in the graph that the config describes ({listed}); "
             "try --via optimum"
         )
 
 
-def _lazy(name: str, value: ir.Value, weight: Weight, component: str) -> ir.LazyTensor:
-    shape = tuple(value.shape.numpy()) if value.shape is not None else ()
-    expected = shape[::-1] if isinstance(value, TransposedWeight) else shape
+def _tensor(name: str, value: ir.Value, weight: Weight, component: str) -> ir.TensorProtocol:
+    """Return a weight as a tensor that is read when it is saved; a small one is read at once.
+
+    Small ones are saved by the graph's serializer, which replaces the errors of reading by its own.
+    """
+    expected = checkpoint_shape(value)
     if weight.shape != expected:
-        raise ExportError(f"{component}: '{name}' has shape {weight.shape}; the config asks for {expected}")
+        raise ExportError(f"{component}: '{name}' has shape {weight.shape}; the config requires {expected}")
     dtype = np.dtype(np.float16 if value.dtype == _HALF else np.float32)
 
     def read() -> ir.Tensor:
-        return ir.Tensor(_convert(name, weight.read(), dtype, transpose=isinstance(value, TransposedWeight)), name=name)
+        return ir.Tensor(_convert(name, transpose_linear(value, weight.read()), dtype), name=name)
 
-    return ir.LazyTensor(read, dtype=ir.DataType.from_numpy(dtype), shape=ir.Shape(shape), name=name)
+    lazy = ir.LazyTensor(read, dtype=ir.DataType.from_numpy(dtype), shape=ir.Shape(sizes(value)), name=name)
+    return read() if lazy.nbytes <= _INLINE else lazy
 
 
-def _convert(name: str, data: AnyArray, dtype: np.dtype[Any], *, transpose: bool) -> AnyArray:
+def _convert(name: str, data: AnyArray, dtype: np.dtype[Any]) -> AnyArray:
     with np.errstate(over="ignore"):
-        converted = np.ascontiguousarray((data.T if transpose else data).astype(dtype, copy=False))
-    if not np.isfinite(converted).all():
-        cause = "fp16 can't hold them; use --precision fp32" if np.isfinite(data).all() else "the file is damaged"
-        raise ExportError(f"'{name}' has values that are not finite: {cause}")
+        converted = np.ascontiguousarray(data.astype(dtype, copy=False))
+    if dtype.itemsize < data.dtype.itemsize and not np.isfinite(converted).all():
+        raise ExportError(f"'{name}' has values beyond the range of fp16; use --precision fp32")
     return converted

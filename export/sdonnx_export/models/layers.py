@@ -1,11 +1,12 @@
-"""The layers that every component shares; parameter names are the checkpoint's."""
+"""Layers that several components use; parameter names are the checkpoint's keys."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import onnx_ir as ir
 from onnxscript.nn import Module, ModuleList, Parameter
 
-from sdonnx_export.operators.base import Operators, TransposedWeight
+from sdonnx_export.operators.base import ConvSpec, Operators, TransposedWeight
 
 
 class Linear(Module):
@@ -21,7 +22,7 @@ class Linear(Module):
 
 
 class Conv2d(Module):
-    """A square convolution; ``pads`` defaults to keeping the size at stride 1."""
+    """A square convolution; the default ``pads`` keep the size at stride 1."""
 
     def __init__(
         self,
@@ -39,10 +40,10 @@ class Conv2d(Module):
         self._stride = stride
         self._pads = pads if pads is not None else [kernel // 2] * 4
 
-    def forward(self, op: Operators, x: ir.Value, *, enlarged: bool = False, like: ir.Value | None = None) -> ir.Value:
-        """Of ``x``, or of ``x`` enlarged by 2 or to the size of ``like``."""
-        how = {"stride": self._stride, "pads": self._pads}
-        return op.conv(x, self.weight, self.bias, **how, enlarged=enlarged, like=like)
+    def forward(self, op: Operators, x: ir.Value, *, upsample: bool = False, like: ir.Value | None = None) -> ir.Value:
+        """Convolve ``x``, with ``upsample`` after upsampling it by 2 or to the size of ``like``."""
+        geometry: dict[str, Any] = {"stride": self._stride, "pads": self._pads, "upsample": upsample, "like": like}
+        return op.conv(x, ConvSpec(weight=self.weight, bias=self.bias, **geometry))
 
 
 class GroupNorm(Module):
@@ -72,7 +73,7 @@ class LayerNorm(Module):
 
 
 class ResnetBlock(Module):
-    """Two normalized convolutions around the time embedding, with a shortcut."""
+    """Two convolutions, each after norm and SiLU, with the timestep embedding between them and a shortcut."""
 
     def __init__(
         self, in_channels: int, out_channels: int, *, groups: int, eps: float, temb: int | None = None
@@ -86,16 +87,16 @@ class ResnetBlock(Module):
         self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, op: Operators, x: ir.Value, temb: ir.Value | None = None) -> ir.Value:
-        """``temb`` (N, T) has gone through SiLU already: every block would begin with the same one."""
+        """Apply it to ``x`` (N, C, H, W); the caller has applied SiLU to ``temb`` (N, T), once for all blocks."""
         h = self.conv1(op, op.silu(self.norm1(op, x)))
         if self.time_emb_proj is not None:
-            h = op.add_to_pixels(h, self.time_emb_proj(op, temb))
+            h = op.add_per_channel(h, self.time_emb_proj(op, temb))
         h = self.conv2(op, op.silu(self.norm2(op, h)))
         return op.Add(h, x if self.conv_shortcut is None else self.conv_shortcut(op, x))
 
 
 class Attention(Module):
-    """Multi-head attention; keys and values come from ``context`` where one is given."""
+    """Multi-head attention; keys and values come from ``context``, if any, else from ``x``."""
 
     def __init__(self, channels: int, heads: int, *, context: int | None = None, bias: bool = False) -> None:
         super().__init__()
@@ -109,3 +110,26 @@ class Attention(Module):
         source = x if context is None else context
         q, k, v = self.to_q(op, x), self.to_k(op, source), self.to_v(op, source)
         return self.to_out[0](op, op.attention(q, k, v, self._heads))
+
+
+class Downsample(Module):
+    """A convolution of stride 2; padding 0 adds a row of zeros below and a column on the right."""
+
+    def __init__(self, channels: int, padding: int) -> None:
+        super().__init__()
+        pads = [padding] * 4 if padding > 0 else [0, 0, 1, 1]
+        self.conv = Conv2d(channels, channels, stride=2, pads=pads)
+
+    def forward(self, op: Operators, x: ir.Value) -> ir.Value:
+        return self.conv(op, x)
+
+
+class Upsample(Module):
+    """Nearest-neighbour upsampling, by 2 or to the size of the next skip connection, and a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = Conv2d(channels, channels)
+
+    def forward(self, op: Operators, x: ir.Value, like: ir.Value | None = None) -> ir.Value:
+        return self.conv(op, x, upsample=True, like=like)

@@ -7,20 +7,20 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript.nn import Module, ModuleList
 
-from sdonnx_export.models.configs import ConfigReader
+from sdonnx_export.models.config_reader import ConfigReader
 from sdonnx_export.models.layers import Conv2d
 from sdonnx_export.operators.base import Operators
 
 
 @dataclass(frozen=True, kw_only=True)
 class TinyVaeConfig:
-    """A tiny autoencoder; one entry of each tuple for a resolution, in the order of running."""
+    """A tiny autoencoder; tuples have one entry per level, in the order of running."""
 
     in_channels: int
     out_channels: int
     latent_channels: int
     encoder_width: int
-    """Channels at every resolution: diffusers builds no others that run."""
+    """Channels on every level; diffusers runs no other models."""
     decoder_width: int
     encoder_blocks: tuple[int, ...]
     decoder_blocks: tuple[int, ...]
@@ -29,20 +29,20 @@ class TinyVaeConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> "TinyVaeConfig":
         """Parse a diffusers AutoencoderTiny config.json; raises ExportError."""
         read = ConfigReader("vae", config)
-        read.fixed("_class_name", "AutoencoderTiny")
-        read.fixed("act_fn", "relu")
-        read.fixed("upsample_fn", "nearest")
-        read.fixed("upsampling_scaling_factor", 2)
-        for key in ("scaling_factor", "shift_factor"):  # the manifest has them
+        read.require_value("_class_name", "AutoencoderTiny")
+        read.require_value("act_fn", "relu")
+        read.require_value("upsample_fn", "nearest")
+        read.require_value("upsampling_scaling_factor", 2)
+        for key in ("scaling_factor", "shift_factor"):  # which the manifest has
             read.number(key, 0)
-        # block_out_channels are the decoder's again, the latents' magnitude and shift serve neither half.
+        # block_out_channels repeat the decoder's; neither half uses the latents' magnitude and shift.
         read.ignore("block_out_channels", "force_upcast", "latent_magnitude", "latent_shift")
         widths, counts = read.integers("decoder_block_out_channels"), {}
         levels = len(widths)
         for half in ("encoder", "decoder"):
             key = f"{half}_block_out_channels"
             if len(set(read.integers(key, levels))) > 1:
-                raise read.refusal(key, config[key], "the same number for every resolution")
+                raise read.invalid(key, config[key], "the same number for every resolution")
             counts[half] = read.integers(f"num_{half}_blocks", levels)
         parsed = cls(
             in_channels=read.integer("in_channels", 3),
@@ -58,24 +58,24 @@ class TinyVaeConfig:
 
 
 class TinyVaeDecoder(Module):
-    """Latents (N, 4, h, w), unscaled, to pictures (N, 3, 8 h, 8 w) in about -1..1."""
+    """Unscaled latents (N, 4, h, w) to images (N, 3, 8 h, 8 w) in about -1..1."""
 
     def __init__(self, config: TinyVaeConfig) -> None:
         super().__init__("")
         width, layers = config.decoder_width, [Conv2d(config.latent_channels, config.decoder_width), _Relu()]
         for level, blocks in enumerate(config.decoder_blocks):
-            layers += [_Nothing(), _EnlargingConv2d(width, width, bias=False)] if level > 0 else []
+            layers += [_Identity(), _UpsampleConv2d(width, width, bias=False)] if level > 0 else []
             layers += [_Block(width) for _ in range(blocks)]
         self.decoder = _Layers([*layers, Conv2d(width, config.out_channels)])
 
     def forward(self, op: Operators, latents: ir.Value) -> ir.Value:
-        limited = op.Mul(op.Tanh(op.Div(latents, 3.0)), 3.0)
-        picture = op.to_output(self.decoder(op, op.from_input(limited)))
-        return op.Sub(op.Mul(picture, 2.0), 1.0)
+        clamped = op.Mul(op.Tanh(op.Div(latents, 3.0)), 3.0)
+        image = op.to_output(self.decoder(op, op.from_input(clamped)))
+        return op.Sub(op.Mul(image, 2.0), 1.0)
 
 
 class TinyVaeEncoder(Module):
-    """Pictures (N, 3, H, W) in -1..1 to latents (N, 4, H / 8, W / 8), themselves and no distribution of them."""
+    """Images (N, 3, H, W) in -1..1 to latents (N, 4, H / 8, W / 8); there is no posterior distribution."""
 
     outputs = ("latent_sample",)
 
@@ -87,8 +87,8 @@ class TinyVaeEncoder(Module):
             layers += [first, *(_Block(width) for _ in range(blocks))]
         self.encoder = _Layers([*layers, Conv2d(width, config.latent_channels)])
 
-    def forward(self, op: Operators, picture: ir.Value) -> ir.Value:
-        return op.to_output(self.encoder(op, op.from_input(op.Div(op.Add(picture, 1.0), 2.0))))
+    def forward(self, op: Operators, image: ir.Value) -> ir.Value:
+        return op.to_output(self.encoder(op, op.from_input(op.Div(op.Add(image, 1.0), 2.0))))
 
 
 class _Layers(Module):
@@ -103,7 +103,7 @@ class _Layers(Module):
 
 
 class _Block(Module):
-    """Three convolutions and what they are added to."""
+    """Three convolutions with a residual connection."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -116,11 +116,11 @@ class _Block(Module):
         return op.Relu(op.Add(h, x))
 
 
-class _EnlargingConv2d(Conv2d):
-    """A convolution of its input enlarged by 2."""
+class _UpsampleConv2d(Conv2d):
+    """A convolution after upsampling by 2."""
 
     def forward(self, op: Operators, x: ir.Value) -> ir.Value:
-        return super().forward(op, x, enlarged=True)
+        return super().forward(op, x, upsample=True)
 
 
 class _Relu(Module):
@@ -128,8 +128,8 @@ class _Relu(Module):
         return op.Relu(x)
 
 
-class _Nothing(Module):
-    """Holds a number among the layers: torch enlarges in a layer of its own."""
+class _Identity(Module):
+    """A placeholder for torch's upsampling layer, which has an index of its own."""
 
     def forward(self, op: Operators, x: ir.Value) -> ir.Value:
         return x

@@ -1,7 +1,7 @@
-"""Operators that compute in 8 bits, for ONNX Runtime's CPU kernels: pictures are channels-last, activations codes."""
+"""Operators that compute in 8 bits, for ONNX Runtime's CPU kernels: channels-last, with quantized activations."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -10,106 +10,95 @@ from onnxscript.nn import Parameter
 from sdonnx_runtime.arrays import AnyArray
 
 from sdonnx_export.checkpoint_model import Weight
-from sdonnx_export.operators.base import Operators, TransposedWeight, sizes
-from sdonnx_export.operators.precision import PrecisionOf
+from sdonnx_export.operators.base import ConvSpec, Operators, TransposedWeight, sizes
+from sdonnx_export.operators.precision import PrecisionLookup
 from sdonnx_export.operators.quantized import Range
 
 _ALL = slice(None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Coded:
-    """An activation in codes, and its range as values of the graph."""
+class _QTensor:
+    """A quantized activation, and its quantization parameters, as values of the graph."""
 
-    codes: ir.Value
+    values: ir.Value
     scale: ir.Value
     zero: ir.Value
 
 
 class Int8Operators(Operators):
-    """`Operators` whose pictures are (N, H, W, C) inside, and whose int8 layers work on codes.
+    """`Operators` whose feature maps are (N, H, W, C), and whose int8 layers read quantized activations.
 
-    Matrices, and kernels of one place, give float32 of codes (``MatMulIntegerToFloat``), whose range is found at each
-    run, so that it follows timestep and prompt and never clips. Other kernels give codes (``QLinearConv``), whose range
-    must be known beforehand. What several layers read is coded once.
+    Linear layers and 1x1 convolutions run as int8 MatMul with float32 output (``MatMulIntegerToFloat``); the range of
+    their input is found in each run, so that it follows timestep and prompt and never clips. Other convolutions run as
+    int8 Conv (``QLinearConv``), whose ranges must be known beforehand. An activation that several layers read
+    is quantized once.
 
     Args:
-        graph: what is written to.
+        graph: the graph to write to.
         weights: the checkpoint's.
-        precision_of: those of the layers; what is not int8 computes in float32.
-        ranges: of what each kernel reads and gives, by the name of its weight and by that with ``.output``; a kernel
-            without computes in float32.
+        find_precision: the layers' precisions; what is not int8 computes in float32.
+        ranges: of each convolution's input, by the weight's name, and of its output, by that with ``.output``; a
+            convolution without ranges computes in float32.
     """
 
     def __init__(
         self,
         graph: ir.Graph,
         weights: Mapping[str, Weight],
-        precision_of: PrecisionOf,
+        find_precision: PrecisionLookup,
         ranges: Mapping[str, Range] = MappingProxyType({}),
     ) -> None:
-        super().__init__(graph, weights, precision_of)
+        super().__init__(graph, weights, find_precision)
         self._ranges = ranges
-        self._coded: dict[tuple[ir.Value, str | None, str], _Coded] = {}
-        self._joined: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        self._quantized: dict[tuple[ir.Value, str | None, str], _QTensor] = {}
+        self._concatenated: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
 
     def linear(self, x: ir.Value, weight: Parameter, bias: Parameter | None) -> ir.Value:
-        """``x @ weight + bias``, over codes where the layer is int8."""
-        if self.precision_of(str(weight.name)) != "int8":
+        """``x @ weight + bias``, as int8 MatMul where the layer is int8."""
+        if self.find_precision(str(weight.name)) != "int8":
             return super().linear(x, weight, bias)
-        return self._product(self._code(x), weight, bias)
+        return self._matmul(self._quantize(x), weight, bias)
 
     def geglu(self, x: ir.Value, weight: Parameter, bias: Parameter | None) -> ir.Value:
-        """``a * gelu(b)``; each half is a product of its own, so that nothing is split afterwards."""
-        if self.precision_of(str(weight.name)) != "int8":
+        """``a * gelu(b)``; each half is a MatMul of its own, so that nothing is split afterwards."""
+        if self.find_precision(str(weight.name)) != "int8":
             return super().geglu(x, weight, bias)
-        x_codes, half = self._code(x), sizes(weight)[1] // 2
+        quantized, half = self._quantize(x), sizes(weight)[1] // 2
 
         def part(start: int) -> ir.Value:
             columns = slice(start, start + half)
-            mine = None if bias is None else self.Slice(bias, [columns.start], [columns.stop])
-            return self._product(x_codes, weight, mine, columns=columns)
+            half_bias = None if bias is None else self.Slice(bias, [columns.start], [columns.stop])
+            return self._matmul(quantized, weight, half_bias, columns=columns)
 
         hidden, gate = part(0), part(half)
         return self.Mul(hidden, self.gelu(gate))
 
-    def conv(
-        self,
-        x: ir.Value,
-        weight: Parameter,
-        bias: Parameter | None,
-        *,
-        stride: int = 1,
-        pads: Sequence[int],
-        enlarged: bool = False,
-        like: ir.Value | None = None,
-    ) -> ir.Value:
-        """2-D convolution of pictures (N, H, W, C); what is enlarged is so in codes."""
-        name = str(weight.name)
-        if sizes(weight)[2] == 1 and self.precision_of(name) == "int8":
-            return self._pointwise(x, weight, bias)
-        if self.precision_of(name) != "int8" or f"{name}.output" not in self._ranges:
-            x = self.upsample(x, like) if enlarged else x
-            y = super().conv(self.Transpose(x, perm=[0, 3, 1, 2]), weight, bias, stride=stride, pads=pads)
-            return self.Transpose(y, perm=[0, 2, 3, 1])
-        read = self._code(x, name)
-        codes = self.upsample(read.codes, like) if enlarged else read.codes
-        kernel, scale = self.store_codes(name, self.reader(weight), sizes(weight), axis=0)
-        given = self._range(f"{name}.output")
-        inputs = [read.scale, read.zero, kernel, scale, self.no_shift(kernel, scale), *given]
-        how = {"strides": [stride, stride], "pads": list(pads), "channels_last": 1}
-        y = self._contrib("QLinearConv", codes, *inputs, **how)
-        y.shape = ir.Shape([None, None, None, sizes(weight)[0]])
-        wide = self.DequantizeLinear(y, *given)
-        return wide if bias is None else self.Add(wide, bias)
+    def conv(self, x: ir.Value, spec: ConvSpec) -> ir.Value:
+        """2-D convolution of (N, H, W, C); what is upsampled is quantized before."""
+        is_int8 = self.find_precision(spec.name) == "int8"
+        if is_int8 and spec.is_pointwise:
+            return self._pointwise_conv(x, spec)
+        if not is_int8 or f"{spec.name}.output" not in self._ranges:
+            x = self.Transpose(self._conv_input(x, spec), perm=[0, 3, 1, 2])
+            return self.Transpose(super().conv(x, replace(spec, upsample=False)), perm=[0, 2, 3, 1])
+        quantized = self._quantize(x, spec.name)
+        values = self._conv_input(quantized.values, spec)
+        weight, scale = self.store_quantized(spec.name, self.stored_reader(spec.weight), sizes(spec.weight), axis=0)
+        output_range = self._range(f"{spec.name}.output")
+        inputs = [quantized.scale, quantized.zero, weight, scale, self.zero_point(weight, scale), *output_range]
+        y = self._contrib("QLinearConv", values, *inputs, **spec.attributes, channels_last=1)
+        y.shape = ir.Shape([None, None, None, sizes(spec.weight)[0]])
+        y = self.DequantizeLinear(y, *output_range)
+        return y if spec.bias is None else self.Add(y, spec.bias)
 
     def group_norm(self, x: ir.Value, weight: Parameter, bias: Parameter, *, groups: int, eps: float) -> ir.Value:
         """Group normalization (arXiv:1803.08494) of (N, H, W, C), from each channel's mean and mean square."""
-        return self._normed(x, weight, bias, groups=groups, eps=eps)
+        return self._normalize_groups(x, weight, bias, groups=groups, eps=eps)
 
-    def _moments(self, x: ir.Value, groups: int) -> tuple[ir.Value, ir.Value]:
-        """Of each group the mean and the mean square (N, G, 1)."""
-        sums = self.ReduceSum(x, [2], keepdims=0), self.ReduceSumSquare(x, [2], keepdims=0)  # row by row: in parallel
+    def _group_stats(self, x: ir.Value, groups: int) -> tuple[ir.Value, ir.Value]:
+        """Mean and mean square of each group, (N, G, 1)."""
+        sums = self.ReduceSum(x, [2], keepdims=0), self.ReduceSumSquare(x, [2], keepdims=0)  # of each row: in parallel
         width = self.Cast(self.Shape(x, start=2, end=3), to=ir.DataType.FLOAT)
         means, squares = (self.ReduceMean(self.Div(each, width), [1]) for each in sums)  # (N, 1, C)
         mean, square = (
@@ -117,13 +106,13 @@ class Int8Operators(Operators):
         )
         return mean, square
 
-    def _channels_of(self, channels: int) -> list[int]:
-        """The shape of what is the same at all places of a picture."""
+    def _per_channel_shape(self, channels: int) -> list[int]:
+        """The shape of one value per channel of a feature map."""
         return [0, 1, 1, channels]
 
-    def _extent(self, picture: ir.Value) -> ir.Value:
-        """Its height and width."""
-        return self.Shape(picture, start=1, end=3)
+    def _spatial_shape(self, x: ir.Value) -> ir.Value:
+        """Height and width."""
+        return self.Shape(x, start=1, end=3)
 
     def from_input(self, x: ir.Value) -> ir.Value:
         """(N, C, H, W) to (N, H, W, C)."""
@@ -133,21 +122,21 @@ class Int8Operators(Operators):
         """(N, H, W, C) to (N, C, H, W)."""
         return self.Transpose(x, perm=[0, 3, 1, 2])
 
-    def join(self, x: ir.Value, y: ir.Value) -> ir.Value:
-        """Two pictures' channels, one after the other; a matrix that reads them has a range for each."""
-        joined = self.Concat(x, y, axis=-1)
-        self._joined[joined] = (x, y)
-        return joined
+    def concat_channels(self, x: ir.Value, y: ir.Value) -> ir.Value:
+        """Concatenate the channels of two feature maps; a MatMul over them has a range for each."""
+        both = self.Concat(x, y, axis=-1)
+        self._concatenated[both] = (x, y)
+        return both
 
-    def add_to_pixels(self, x: ir.Value, vector: ir.Value) -> ir.Value:
-        """A picture with ``vector`` (N, C) added at each of its places."""
+    def add_per_channel(self, x: ir.Value, vector: ir.Value) -> ir.Value:
+        """Add ``vector`` (N, C) to every pixel of a feature map."""
         return self.Add(x, self.Unsqueeze(vector, [1, 2]))
 
     def to_sequence(self, x: ir.Value, channels: int) -> ir.Value:
         """(N, H, W, C) to (N, H * W, C)."""
         return self.Reshape(x, [0, -1, channels])
 
-    def to_picture(self, x: ir.Value, like: ir.Value) -> ir.Value:
+    def to_feature_map(self, x: ir.Value, like: ir.Value) -> ir.Value:
         """(N, H * W, C) to (N, H, W, C), with the shape of ``like``."""
         return self.Reshape(x, self.Shape(like))
 
@@ -159,52 +148,53 @@ class Int8Operators(Operators):
         size = self.Concat(self.Shape(x, end=1), self.Shape(like, start=1, end=3), self.Shape(x, start=3), axis=0)
         return self.Resize(x, None, None, size, **options)
 
-    def _pointwise(self, x: ir.Value, weight: Parameter, bias: Parameter | None) -> ir.Value:
-        """A kernel of one place: a matrix over channels."""
-        if x not in self._joined:
-            return self._product(self._code(x), weight, bias)
-        first, second = self._joined[x]
+    def _pointwise_conv(self, x: ir.Value, spec: ConvSpec) -> ir.Value:
+        """A 1x1 convolution: a MatMul over channels."""
+        if x not in self._concatenated:
+            return self._matmul(self._quantize(x), spec.weight, spec.bias)
+        first, second = self._concatenated[x]
         border = first.shape[-1] if first.shape is not None else None
         if not isinstance(border, int):
-            raise TypeError(f"{first.name} has {first.shape}: layers must say how many channels they give")
-        y = self._product(self._code(first), weight, bias, rows=slice(0, border))
-        return self.Add(y, self._product(self._code(second), weight, None, rows=slice(border, None)))
+            raise TypeError(f"{first.name} has shape {first.shape}; expected a known number of channels")
+        y = self._matmul(self._quantize(first), spec.weight, spec.bias, rows=slice(0, border))
+        return self.Add(y, self._matmul(self._quantize(second), spec.weight, None, rows=slice(border, None)))
 
-    def _product(
-        self, x: _Coded, weight: Parameter, bias: ir.Value | None, *, rows: slice = _ALL, columns: slice = _ALL
+    def _matmul(
+        self, x: _QTensor, weight: Parameter, bias: ir.Value | None, *, rows: slice = _ALL, columns: slice = _ALL
     ) -> ir.Value:
         """``x @ weight[rows, columns] + bias`` in float32."""
         whole = sizes(weight)[:2] if isinstance(weight, TransposedWeight) else sizes(weight)[1::-1]
         shape = tuple(len(range(size)[part]) for size, part in zip(whole, (rows, columns), strict=True))
         name = "".join([str(weight.name), *(f"_{part.start}" for part in (rows, columns) if part is not _ALL)])
-        read = self.reader(weight)
+        read = self.stored_reader(weight)
 
-        def matrix() -> AnyArray:
+        def read_part() -> AnyArray:
             data = read()
             return np.ascontiguousarray((data if data.ndim == 2 else data[:, :, 0, 0].T)[rows, columns])
 
-        codes, scale = self.store_codes(name, matrix, shape, axis=1)
-        inputs = [codes, x.scale, scale, x.zero, self.no_shift(codes, scale), *([] if bias is None else [bias])]
-        y = self._contrib("MatMulIntegerToFloat", x.codes, *inputs)
-        y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), _with_last(x.codes.shape, shape[1])
+        quantized, scale = self.store_quantized(name, read_part, shape, axis=1)
+        zero = self.zero_point(quantized, scale)
+        inputs = [quantized, x.scale, scale, x.zero, zero, *([] if bias is None else [bias])]
+        y = self._contrib("MatMulIntegerToFloat", x.values, *inputs)
+        y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), _with_last(x.values.shape, shape[1])
         return y
 
-    def _code(self, x: ir.Value, name: str | None = None) -> _Coded:
-        """``x`` in codes of the range called ``name``; without a name, of the range that it has in each run."""
-        key = x, name, self.stage  # codes that two stages read would be an edge between them
-        if key not in self._coded:
+    def _quantize(self, x: ir.Value, name: str | None = None) -> _QTensor:
+        """Quantize ``x`` with the range called ``name``; without a name, with the range that it has in each run."""
+        key = x, name, self.stage  # quantized values that two stages read would be an edge between them
+        if key not in self._quantized:
             if name is None:
-                codes, scale, zero = self.DynamicQuantizeLinear(x, _outputs=3)
+                values, scale, zero = self.DynamicQuantizeLinear(x, _outputs=3)
             else:
                 scale, zero = self._range(name)
-                codes = self.QuantizeLinear(x, scale, zero)
-            self._coded[key] = _Coded(codes=codes, scale=scale, zero=zero)
-        return self._coded[key]
+                values = self.QuantizeLinear(x, scale, zero)
+            self._quantized[key] = _QTensor(values=values, scale=scale, zero=zero)
+        return self._quantized[key]
 
     def _range(self, name: str) -> tuple[ir.Value, ir.Value]:
-        found = self._ranges[name]
-        scale = self.constant(f"{name}.scale", np.array(found.scale, np.float32))
-        return scale, self.constant(f"{name}.zero", np.array(found.zero, np.uint8))
+        measured = self._ranges[name]
+        scale = self.constant(f"{name}.scale", np.array(measured.scale, np.float32))
+        return scale, self.constant(f"{name}.zero", np.array(measured.zero, np.uint8))
 
 
 def _with_last(shape: ir.Shape | None, size: int) -> ir.Shape | None:

@@ -1,4 +1,4 @@
-"""Which precision a layer has: what each of a package's precisions means, and mixed ones that a file describes."""
+"""The precision of each layer: what each of a package's precisions means, and mixed precision from a file."""
 
 import re
 import sys
@@ -16,32 +16,35 @@ else:
     import tomli as tomllib
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8", "int8-weights", "int4"]
-"""Of a layer: int8 computes in 8 bits; fp16, int8-weights and int4 store the weights so and compute in float32."""
+"""Of a layer: int8 computes in 8 bits; fp16, int8-weights and int4 store the weights and compute in float32."""
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 _BY_NAME: Mapping[str, Precision] = {precision: precision for precision in PRECISIONS}
 
-PrecisionOf: TypeAlias = Callable[[str], Precision]
+PrecisionLookup: TypeAlias = Callable[[str], Precision]
 """The precision of a layer by its weight's name."""
 
-_ENDS = r"(^|\.)(conv_in|conv_out|quant_conv|post_quant_conv)\.|^(encoder|decoder)\.layers\.\d+\.weight"
-"""What comes in and goes out; of a tiny autoencoder also what changes the size between its blocks."""
+_INPUTS_OUTPUTS = r"(^|\.)(conv_in|conv_out|quant_conv|post_quant_conv)\.|^(encoder|decoder)\.layers\.\d+\.weight"
+"""The first and the last convolutions; of a tiny autoencoder also those that resize between its blocks."""
 
 _EXCEPTIONS: dict[Precision, tuple[tuple[str, Precision], ...]] = {
     "fp32": (),
     "fp16": (),
     "int8": (
-        (_ENDS, "fp32"),
-        (r"time_emb|\.attn2\.to_[kv]\.|^text_model\.", "int8-weights"),  # few rows: the weights are the work
+        (_INPUTS_OUTPUTS, "fp32"),
+        (
+            r"time_emb|\.attn2\.to_[kv]\.|^text_model\.",
+            "int8-weights",
+        ),  # few tokens: time goes to reading weights
     ),
-    "int8-weights": ((_ENDS, "fp32"),),
+    "int8-weights": ((_INPUTS_OUTPUTS, "fp32"),),
     "int4": (
-        (_ENDS, "fp32"),
+        (_INPUTS_OUTPUTS, "fp32"),
         (r"time_emb|^text_model\.|^decoder\.|^encoder\.|conv_shortcut", "int8-weights"),
     ),
 }
-"""First match; layers that none matches have the package's own."""
+"""Layers whose precision differs from the package's; the first match counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +52,16 @@ class MixedPrecision:
     """A precision for each layer."""
 
     base: Precision
-    """Layers that no pattern matches have what a package of this precision would give them."""
+    """Layers that no pattern matches have their precision in a package of this precision."""
     patterns: Mapping[str, Mapping[str, Precision]]
-    """By component, then by a pattern of layers' names (`matches`); the first match counts."""
+    """By component, then by a pattern of layer names (`matches`); the first match counts."""
 
     @classmethod
     def read(cls, path: Path) -> "MixedPrecision":
-        """What a TOML file says: ``base``, and for each component a table of patterns.
+        """Read a TOML file: ``base``, and for each component a table of patterns.
 
         Raises:
-            ExportError: it can't be read, or says something else.
+            ExportError: it can't be read, or has other content.
         """
         try:
             data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -68,44 +71,45 @@ class MixedPrecision:
             raise ExportError(f"{path} is not valid TOML: {error}") from None
         if "base" not in data:
             raise ExportError(f"""{path} has no 'base'; begin it with a line such as base = "int8\"""")
-        base = _checked(data.pop("base"), f"{path}: 'base'")
+        base = _check_precision(data.pop("base"), f"{path}: 'base'")
         tables: dict[str, dict[str, Precision]] = {}
         for component, table in data.items():
             if not isinstance(table, dict):
-                raise ExportError(f"{path}: '{component}' is no table of patterns; put them below a line [unet]")
+                raise ExportError(f"{path}: '{component}' is not a table; expected such as [unet] and its patterns")
             tables[component] = {
-                pattern: _checked(value, f"{path}: '{pattern}' of [{component}]") for pattern, value in table.items()
+                pattern: _check_precision(value, f"{path}: '{pattern}' of [{component}]")
+                for pattern, value in table.items()
             }
         return cls(base=base, patterns=tables)
 
     def check(self, layers: Mapping[str, Iterable[str]]) -> None:
-        """Whether everything in it is about something; ``layers`` are names of weights by component.
+        """Check that its components exist and its patterns match; ``layers`` are weight names by component.
 
         Raises:
-            ExportError: a component or a pattern is not.
+            ExportError: a component is unknown, or a pattern matches nothing.
         """
         for component, table in self.patterns.items():
             if component not in layers:
-                raise ExportError(f"the mix names a component '{component}'; there are {', '.join(layers)}")
+                raise ExportError(f"unknown component '{component}' in mixed precision; expected {', '.join(layers)}")
             names = list(layers[component])
             for pattern in table:
                 if not any(matches(pattern, name) for name in names):
                     raise ExportError(
-                        f"the mix's pattern '{pattern}' matches no layer of {component}, "
-                        f"which has such as {', '.join(names[:: max(len(names) // 3, 1)][:3])}"
+                        f"pattern '{pattern}' of mixed precision matches no layer of {component}; "
+                        f"it has {', '.join(names[:: max(len(names) // 3, 1)][:3])} and others"
                     )
 
 
 PrecisionSpec: TypeAlias = Precision | MixedPrecision
-"""Of a package."""
+"""The precision of a package."""
 
 
 def parse_precision(precision: str) -> PrecisionSpec:
-    """One of PRECISIONS, or with ``mixed:FILE`` what `MixedPrecision.read` gives.
+    """Parse one of PRECISIONS, or ``mixed:FILE`` (see `MixedPrecision.read`).
 
     Raises:
         RequestError: it is neither.
-        ExportError: the file can't be honoured.
+        ExportError: the file is invalid.
     """
     if precision.startswith("mixed:"):
         return MixedPrecision.read(Path(precision.removeprefix("mixed:")))
@@ -115,12 +119,12 @@ def parse_precision(precision: str) -> PrecisionSpec:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern, in which ``*`` stands for anything, is of a weight or of a module that it lies in."""
+    """Whether a pattern, in which ``*`` matches anything, is the name of a weight or of a module around it."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
-def precision_of(package: PrecisionSpec, component: str) -> PrecisionOf:
-    """What the layers of a component have."""
+def make_precision_lookup(package: PrecisionSpec, component: str) -> PrecisionLookup:
+    """Return the function from a layer of a component to its precision."""
     base, patterns = (
         (package.base, package.patterns.get(component, {})) if isinstance(package, MixedPrecision) else (package, {})
     )
@@ -133,14 +137,14 @@ def precision_of(package: PrecisionSpec, component: str) -> PrecisionOf:
     return find
 
 
-def label(package: PrecisionSpec, component: str) -> str:
-    """What the manifest calls a component's precision."""
+def precision_label(package: PrecisionSpec, component: str) -> str:
+    """Return a component's precision as the manifest names it."""
     if isinstance(package, MixedPrecision):
         return "mixed" if component in package.patterns else package.base
     return package
 
 
-def _checked(value: Any, what: str) -> Precision:
+def _check_precision(value: Any, what: str) -> Precision:
     if isinstance(value, dict):
         raise ExportError(f"{what} is a table; put patterns with dots in quotes")
     if not isinstance(value, str) or value not in _BY_NAME:

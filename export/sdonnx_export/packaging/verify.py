@@ -1,113 +1,127 @@
-"""The last step of an export: every component is loaded and run once, on a small picture."""
+"""The last step of an export: run every graph of every component once, on a small image."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import ExportError
 from sdonnx_runtime.execution.session import Port, Session
-from sdonnx_runtime.packages.manifest import CACHED_FEATURES, CONTROLS, Manifest, channels_beside, read_json
-from sdonnx_runtime.request import Request
-from sdonnx_runtime.text.conditioning import condition
+from sdonnx_runtime.graphs.partition import read_stages
+from sdonnx_runtime.packages.concat import CONCAT
+from sdonnx_runtime.packages.families import FAMILIES, PackageKind
+from sdonnx_runtime.packages.manifest import Manifest, read_json
+from sdonnx_runtime.packages.variant import CACHED_FEATURES, PLAIN, VARIANT_NAMES
+from sdonnx_runtime.request import CompleteRequest
+from sdonnx_runtime.text.conditioning import make_conditioning
 from sdonnx_runtime.text.prompt_schedule import StepPrompts
 
-from sdonnx_export.operators.partition import cut
-
-_CELLS = 8
-"""Latent cells per side: enough for a U-Net of four resolutions to halve thrice."""
+_LATENT_SIZE = 8
+"""Width and height of the latents: enough for a U-Net of four resolutions to halve it thrice."""
 
 
 def verify(directory: Path, manifest: Manifest, report: Callable[[str, float], None]) -> None:
-    """Runs each component of a package just written, on the CPU, each on what the one before gave, by all its graphs.
+    """Run all graphs of a package just written on the CPU, each component on the outputs of those before it.
 
     A graph of several stages runs a stage at a time, so that no more than one stage's weights are in memory.
 
     Raises:
         ExportError: an output has another shape than its neighbours need.
-        SdonnxError: a component can't be loaded, or gives values that are not finite.
+        SdonnxError: a component can't be loaded, or returns values that are not finite.
     """
-    channels, pixels = manifest.latents.channels, _CELLS * manifest.latents.downscale
-    picture: AnyArray = np.zeros((1, 3, pixels, pixels), np.float32)
-    latents: AnyArray = np.ones((1, channels, _CELLS, _CELLS), np.float32)
-    beside = np.zeros((1, channels_beside(manifest.conditions.beside, channels), _CELLS, _CELLS), np.float32)
+    channels, pixels = manifest.latents.channels, _LATENT_SIZE * manifest.latents.downscale
+    image: AnyArray = np.zeros((1, 3, pixels, pixels), np.float32)
+    latents: AnyArray = np.ones((1, channels, _LATENT_SIZE, _LATENT_SIZE), np.float32)
     feeds: dict[str, AnyArray] = {"timestep": np.array(500, np.float32), "latent_sample": latents}
 
     def run(component: str) -> dict[str, AnyArray]:
         report(f"checking {component}", 0.0)
-        found: dict[str, dict[str, AnyArray]] = {}
-        seen: dict[bytes, dict[str, AnyArray]] = {}
-        for variant, path in sorted(manifest.components[component].graphs.items()):  # what keeps, then what reuses
-            outputs = found[variant] = _run(directory / path, feeds, seen)
-            feeds.update({CACHED_FEATURES: outputs.pop(CACHED_FEATURES)} if CACHED_FEATURES in outputs else {})
-            _expect(f"{component} ({variant})", _first(outputs), _first(next(iter(found.values()))).shape)
-        return found["plain"]
+        outputs: dict[str, dict[str, AnyArray]] = {}
+        stage_outputs: dict[bytes, dict[str, AnyArray]] = {}
+        graphs = manifest.components[component].graphs
+        for variant in sorted(graphs, key=VARIANT_NAMES.index):
+            outputs[variant] = _run_graph(directory / graphs[variant], feeds, stage_outputs)
+            if CACHED_FEATURES in outputs[variant]:
+                feeds[CACHED_FEATURES] = outputs[variant].pop(CACHED_FEATURES)
+            _expect_shape(f"{component} ({variant})", _first(outputs[variant]), _first(outputs[PLAIN]).shape)
+        return outputs[PLAIN]
 
-    if "unet" in manifest.components:
+    kind = FAMILIES[manifest.family].kind
+    if kind is PackageKind.MODEL:
         encoded = {encoder.component: run(encoder.component) for encoder in manifest.text_encoders}
-        request = Request(prompt="", width=pixels, height=pixels, guidance_scale=1)
-        rows = StepPrompts(negative="", conditional=("",))
-        feeds.update(condition(manifest, request, rows, lambda encoder, _text: encoded[encoder.component]))
-        feeds["sample"] = np.concatenate([latents, beside], axis=1)
-        _expect("unet", _first(run("unet")), latents.shape)
-    for component in CONTROLS:
-        if component in manifest.components:
-            feeds.update(_controls_feeds(read_json(directory / component / "config.json")))
-            run(component)
-    if "vae_decoder" not in manifest.components:
+        feeds.update(_unet_inputs(manifest, latents, encoded))
+        _expect_shape("unet", _first(run("unet")), latents.shape)
+    if kind.is_control:
+        feeds.update(_control_inputs(read_json(directory / kind.value / "config.json")))
+        run(kind.value)
         return
-    _expect("vae_decoder", _first(run("vae_decoder")), picture.shape)
-    feeds["sample"] = picture
+    _expect_shape("vae_decoder", _first(run("vae_decoder")), image.shape)
+    feeds["sample"] = image
     if "vae_encoder" in manifest.components:
-        works = [(1, count * channels, _CELLS, _CELLS) for count in (2, 1)]  # a tiny autoencoder gives latents
-        _expect("vae_encoder", _first(run("vae_encoder")), *works)
+        shapes = [(1, count * channels, *latents.shape[2:]) for count in (2, 1)]  # a tiny autoencoder returns latents
+        _expect_shape("vae_encoder", _first(run("vae_encoder")), *shapes)
 
 
-def _controls_feeds(config: Mapping[str, Any]) -> dict[str, AnyArray]:
-    """A ControlNet's or a T2I-Adapter's picture, and latents of its size."""
-    side = _CELLS * config.get(
+def _unet_inputs(
+    manifest: Manifest, latents: AnyArray, encoded: Mapping[str, Mapping[str, AnyArray]]
+) -> dict[str, AnyArray]:
+    """The U-Net's inputs but the timestep, from the text encoders' outputs."""
+    pixels = _LATENT_SIZE * manifest.latents.downscale
+    request = CompleteRequest(
+        prompt="", width=pixels, height=pixels, num_inference_steps=1, guidance_scale=1, seed=0, sampler="euler"
+    )
+    prompts = StepPrompts(negative="", conditional=("",))
+    concat = manifest.conditions.concat
+    extra = 0 if concat is None else CONCAT[concat].channels(manifest.latents.channels)
+    return {
+        **make_conditioning(manifest, request, prompts, lambda encoder, _text: encoded[encoder.component]),
+        "sample": np.pad(latents, [(0, 0), (0, extra), (0, 0), (0, 0)]),
+    }
+
+
+def _control_inputs(config: Mapping[str, Any]) -> dict[str, AnyArray]:
+    """The image of a ControlNet or a T2I-Adapter, and latents of its size."""
+    side = _LATENT_SIZE * config.get(
         "downscale_factor", 2 ** (len(config.get("conditioning_embedding_out_channels", ".....")) - 1)
     )
-    latents = np.ones((1, config.get("in_channels", 4), _CELLS, _CELLS), np.float32)
-    zeros = {name: np.zeros((1, config.get(key, 3), side, side), np.float32) for name, key in _PICTURES.items()}
+    latents = np.ones((1, config.get("in_channels", 4), _LATENT_SIZE, _LATENT_SIZE), np.float32)
+    zeros = {name: np.zeros((1, config.get(key, 3), side, side), np.float32) for name, key in _CONTROL_IMAGES.items()}
     return {"sample": latents, **zeros}
 
 
-_PICTURES = {"control_image": "in_channels", "controlnet_cond": "conditioning_channels"}
-"""Inputs for pictures, and the configs' keys of how many channels those have."""
+_CONTROL_IMAGES = {"control_image": "in_channels", "controlnet_cond": "conditioning_channels"}
+"""Image inputs, and the configs' keys for their numbers of channels."""
 
 
 def _first(outputs: Mapping[str, AnyArray]) -> AnyArray:
     return next(iter(outputs.values()))
 
 
-def _expect(component: str, found: AnyArray, *works: tuple[int, ...]) -> None:
-    if found.shape not in works:
-        raise ExportError(f"{component} gives {found.shape} instead of {works[0]}; its config contradicts the others")
+def _expect_shape(component: str, output: AnyArray, *shapes: tuple[int, ...]) -> None:
+    if output.shape not in shapes:
+        raise ExportError(
+            f"{component} returns shape {output.shape} instead of {shapes[0]}; its config contradicts the others"
+        )
 
 
-def _run(path: Path, feeds: Mapping[str, AnyArray], seen: dict[bytes, dict[str, AnyArray]]) -> dict[str, AnyArray]:
-    """The outputs of a graph that is run stage by stage; inputs that ``feeds`` lacks are zeros.
+def _run_graph(
+    path: Path, feeds: Mapping[str, AnyArray], stage_outputs: dict[bytes, dict[str, AnyArray]]
+) -> dict[str, AnyArray]:
+    """Run a graph stage by stage; inputs that ``feeds`` lacks are zeros.
 
-    A stage that is in another graph too runs once: ``seen`` is what each gave.
+    A stage that is in another graph too runs once: ``stage_outputs`` has the outputs of each, by its encoded model.
     """
     values = dict(feeds)
-    model = ir.load(path)
-    stage = path.with_name("stage.onnx")  # beside the weights that it points into
-    try:
-        for piece in cut(model):
-            ir.save(piece, stage)
-            content = stage.read_bytes()
-            if content not in seen:
-                session = Session(stage, device="cpu", frugal=True)
-                outputs = session.run({port.name: _zeros(port) for port in session.inputs} | values)
-                seen[content] = {name: value.copy() for name, value in outputs.items()}  # they'd keep its memory alive
-            values.update(seen[content])
-    finally:
-        stage.unlink(missing_ok=True)
-    return {str(output.name): values[str(output.name)] for output in model.graph.outputs}
+    graph = read_stages(path)
+    for stage in graph.stages:
+        if stage.model not in stage_outputs:
+            session = Session(path, model=stage.model, device="cpu", no_arena=True)
+            outputs = session.run({port.name: _zeros(port) for port in session.inputs} | values)
+            # Copies: the outputs themselves would keep the session's memory alive.
+            stage_outputs[stage.model] = {name: value.copy() for name, value in outputs.items()}
+        values.update(stage_outputs[stage.model])
+    return {name: values[name] for name in graph.outputs}
 
 
 def _zeros(port: Port) -> AnyArray:

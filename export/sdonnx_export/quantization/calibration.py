@@ -1,48 +1,50 @@
-"""Calibration: what a model's activations are along denoising trajectories of its own."""
+"""Calibration: the ranges of a model's activations along its own denoising trajectories."""
 
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
-from onnxscript.nn import Parameter
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.denoising.init_image import encode_image, example_images
 from sdonnx_runtime.errors import ExportError
 from sdonnx_runtime.execution.components import Components, Runner
 from sdonnx_runtime.execution.session import Session
-from sdonnx_runtime.generation import Generation
+from sdonnx_runtime.generation import Models, generate_images, run_to_end
 from sdonnx_runtime.images.preprocess import to_values
-from sdonnx_runtime.packages.manifest import Source, write_manifest
+from sdonnx_runtime.packages.families import PackageKind
+from sdonnx_runtime.packages.manifest import FORMAT, Source, write_manifest
 from sdonnx_runtime.packages.package import Package
+from sdonnx_runtime.packages.variant import PLAIN
 from sdonnx_runtime.pipeline import Pipeline
 from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig
 
 from sdonnx_export.checkpoint_model import Checkpoint, Report, Weight
 from sdonnx_export.models.components import COMPONENTS, build
-from sdonnx_export.operators.base import Operators, sizes
-from sdonnx_export.operators.precision import PrecisionOf, PrecisionSpec
+from sdonnx_export.operators.base import ConvSpec, Operators
+from sdonnx_export.operators.precision import PrecisionLookup, PrecisionSpec
 from sdonnx_export.operators.quantized import Range
 from sdonnx_export.packaging.preview import smooth_color_images
-from sdonnx_export.packaging.writer import manifest_of, write_components
+from sdonnx_export.packaging.writer import make_manifest, write_components
 
 ActivationRanges: TypeAlias = Mapping[str, Mapping[str, Range]]
-"""The ranges of activations: by component, then by the names that `Int8Operators` has."""
+"""The ranges of activations, by component, then by the names that `Int8Operators` uses."""
 
 _PROMPTS = Path(__file__).parents[1] / "data" / "calibration_prompts.txt"
 _STEPS = 8
-_GRAINS, _PIXELS = (4, 16, 64), 256
-_TAP, _GIVEN = "range:", "given:"
+_GRIDS, _PIXELS = (4, 16, 64), 256
+"""Colors on each side of the random images for a VAE, from low to high frequency; and their width and height."""
+_TAP, _INPUT = "range:", "input:"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What a model is observed on."""
+    """What a model is calibrated on."""
 
     prompts: tuple[str, ...]
     """Each is denoised once, at the package's own size, guidance and sampler."""
@@ -50,8 +52,8 @@ class Calibration:
     """Of each trajectory; a few more or less, so that timesteps differ."""
 
     @classmethod
-    def named(cls, name: str) -> "Calibration | None":
-        """``full``, ``fast``, or a file of prompts, one to a line; ``none`` is None.
+    def parse(cls, name: str) -> "Calibration | None":
+        """Parse ``full``, ``fast``, or the name of a file with one prompt per line; ``none`` is None.
 
         Raises:
             ExportError: there is no such file, or no prompt in it.
@@ -70,42 +72,30 @@ class Calibration:
             raise ExportError(f"{name} has no prompts to calibrate on; give one to a line")
         return cls(prompts=prompts[:1] if name == "fast" else prompts)
 
-    def runs(self) -> list[int]:
+    def steps_per_prompt(self) -> list[int]:
         """Steps of each trajectory."""
         offsets = [(-1) ** number * ((number + 1) // 2 % 5) for number in range(len(self.prompts))]
         return [max(self.steps + offset, 2) for offset in offsets]
 
 
 class TappedOperators(Operators):
-    """`Operators` in float32 that also give, as outputs of the graph, least and greatest of what kernels read and give.
+    """`Operators` in float32 whose graph also outputs the minimum and maximum of what int8 Convs will read and return.
 
-    Nothing else of an int8 graph has a range of its own: see `Int8Operators`.
+    Nothing else in an int8 graph has a range of its own: see `Int8Operators`.
     """
 
-    def __init__(self, graph: ir.Graph, weights: Mapping[str, Weight], precision_of: PrecisionOf) -> None:
+    def __init__(self, graph: ir.Graph, weights: Mapping[str, Weight], find_precision: PrecisionLookup) -> None:
         super().__init__(graph, weights, lambda _name: "fp32")
-        self._wanted = precision_of
+        self._find_target_precision = find_precision
 
-    def conv(
-        self,
-        x: ir.Value,
-        weight: Parameter,
-        bias: Parameter | None,
-        *,
-        stride: int = 1,
-        pads: Sequence[int],
-        enlarged: bool = False,
-        like: ir.Value | None = None,
-    ) -> ir.Value:
-        """2-D convolution; what it gives is tapped before the bias is added."""
-        name = str(weight.name)
-        if sizes(weight)[2] == 1 or self._wanted(name) != "int8":
-            return super().conv(x, weight, bias, stride=stride, pads=pads, enlarged=enlarged, like=like)
-        self._tap(name, x)
-        x = self.upsample(x, like) if enlarged else x
-        y = self.Conv(x, weight, strides=[stride, stride], pads=list(pads))
-        self._tap(f"{name}.output", y)
-        return y if bias is None else self.Add(y, self.Unsqueeze(bias, [1, 2]))
+    def conv(self, x: ir.Value, spec: ConvSpec) -> ir.Value:
+        """2-D convolution; the tap at its output is before the bias is added."""
+        if spec.is_pointwise or self._find_target_precision(spec.name) != "int8":
+            return super().conv(x, spec)
+        self._tap(spec.name, x)
+        y = self.Conv(self._conv_input(x, spec), spec.weight, **spec.attributes)
+        self._tap(f"{spec.name}.output", y)
+        return y if spec.bias is None else self.Add(y, self.Unsqueeze(spec.bias, [1, 2]))
 
     def _tap(self, name: str, x: ir.Value) -> None:
         ends = [self.Reshape(reduce(x, keepdims=0), [1]) for reduce in (self.ReduceMin, self.ReduceMax)]
@@ -120,78 +110,80 @@ def calibrate(
     defaults: Mapping[str, Any],
     report: Report,
 ) -> ActivationRanges:
-    """What a checkpoint's activations are.
+    """Measure the ranges of a checkpoint's activations.
 
     Args:
         checkpoint: of which a package with taps is written to ``work`` first.
-        precision: of the package that it is for.
+        precision: of the package that the ranges are for.
         calibration: what is denoised.
-        work: a directory, made if absent; what is seen is kept there, and there already is not made again.
+        work: a directory, made if absent; it keeps the results of all runs, and runs that it has are not repeated.
         defaults: fields of `Defaults`.
-        report: told of the progress.
+        report: progress callback.
 
     Raises:
         SdonnxError: a component can't be run.
     """
-    stamp = json.dumps([repr(precision), asdict(calibration), dict(defaults), _fingerprint(checkpoint)], sort_keys=True)
-    mark = work / "calibration.json"
+    parts = [FORMAT, repr(precision), asdict(calibration), dict(defaults), _fingerprint(checkpoint)]
+    stamp, mark = json.dumps(parts, sort_keys=True), work / "calibration.json"
     if not mark.is_file() or mark.read_text(encoding="utf-8") != stamp:
         shutil.rmtree(work, ignore_errors=True)
         _write_tapped(checkpoint, precision, work / "package", defaults, report)
         mark.write_text(stamp, encoding="utf-8")
     package = Package.open(work / "package")
-    components = Components(package, lambda path, *_: Session(path, device="cpu"), keep_loaded=False)
-    runs = calibration.runs()
-    observer = _Observer(components, work / "seen", sum(runs), report)
-    if package.is_vae_alone:
-        _show_pictures(observer, package)
-        return observer.seen()
+    components = Components(package, lambda path, *_, **__: Session(path, device="cpu"), keep_loaded=False)
+    recorder = _RangeRecorder(components, work / "runs", sum(calibration.steps_per_prompt()), report)
+    if package.kind is PackageKind.VAE:
+        _run_vae_on_color_images(recorder, package)
+    else:
+        _denoise_prompts(recorder, package, calibration)
+    return recorder.ranges()
+
+
+def _denoise_prompts(run: Runner, package: Package, calibration: Calibration) -> None:
+    """Run a model once per prompt; one that requires images gets the image before, first one of random colors."""
     pipeline, scheduler = Pipeline(package, device="cpu"), SchedulerConfig.from_dict(package.manifest.scheduler)
-    (picture,) = smooth_color_images(package.manifest.defaults.size)[:1]  # for models that are given one
-    for number, (prompt, count) in enumerate(zip(calibration.prompts, runs, strict=True)):
-        pictures = example_images(package.manifest, picture)
-        request = pipeline.check(prompt, num_inference_steps=count, seed=number, **pictures)
-        generation = Generation(package, observer, scheduler, request)
-        for _ in generation.steps():
-            pass
-        if generation.result is not None:
-            (picture,) = generation.result.images
-            observer("vae_encoder", {"sample": to_values(picture)})
-            observer.components.release("vae_encoder")
-    return observer.seen()
+    image = smooth_color_images(package.manifest.defaults.size)[0]
+    steps = calibration.steps_per_prompt()
+    for number, (prompt, count) in enumerate(zip(calibration.prompts, steps, strict=True)):
+        images = example_images(package.manifest, image)
+        resolved = pipeline.resolve(prompt, num_inference_steps=count, seed=number, **images)
+        models = Models(run=run, package=package, scheduler=scheduler)
+        (image,) = run_to_end(generate_images(models, resolved)).images
+        run("vae_encoder", {"sample": to_values(image)})
+        run.components.unload("vae_encoder")
 
 
-def _show_pictures(observer: Runner, package: Package) -> None:
-    """Has a VAE alone encode and decode random colours, from smooth to grainy."""
-    for places in _GRAINS:
-        for picture in smooth_color_images(_PIXELS, places)[:2]:
-            moments = encode_image(observer, picture)
-            observer("vae_decoder", {"latent_sample": moments[:, : package.manifest.latents.channels]})
+def _run_vae_on_color_images(run: Runner, package: Package) -> None:
+    """Run a VAE on random images from low to high frequency."""
+    for grid in _GRIDS:
+        for image in smooth_color_images(_PIXELS, grid)[:2]:
+            moments = encode_image(run, image)
+            run("vae_decoder", {"latent_sample": moments[:, : package.manifest.latents.channels]})
 
 
-def record_inputs(component: str, work: Path) -> list[dict[str, AnyArray]]:
-    """The inputs of each of a component's runs that `calibrate` kept in ``work``, in their order."""
-    found = []
-    for path in sorted((work / "seen").glob(f"{component}-*.npz")):
+def load_recorded_inputs(component: str, work: Path) -> list[dict[str, AnyArray]]:
+    """Load the inputs of each of a component's runs from the directory of `calibrate`, in the order of running."""
+    runs = []
+    for path in sorted((work / "runs").glob(f"{component}-*.npz")):
         with np.load(path) as saved:
-            found.append({key.removeprefix(_GIVEN): saved[key] for key in saved.files if key.startswith(_GIVEN)})
-    return found
+            runs.append({key.removeprefix(_INPUT): saved[key] for key in saved.files if key.startswith(_INPUT)})
+    return runs
 
 
 def _write_tapped(
     checkpoint: Checkpoint, precision: PrecisionSpec, directory: Path, defaults: Mapping[str, Any], report: Report
 ) -> None:
     def make(name: str) -> dict[str, ir.Model]:
-        return {"plain": build(name, checkpoint.parts[COMPONENTS[name].part], precision, TappedOperators)}
+        return {PLAIN: build(name, checkpoint.parts[COMPONENTS[name].part], precision, TappedOperators)}
 
     directory.mkdir(parents=True)
     files = write_components(directory, checkpoint, make, lambda what, done: report(f"for calibration: {what}", done))
-    manifest = manifest_of(directory, files, "fp32", Source(name=checkpoint.source, exporter="calibration"))
+    manifest = make_manifest(directory, files, "fp32", Source(name=checkpoint.source, exporter="calibration"))
     write_manifest(directory, replace(manifest, defaults=replace(manifest.defaults, **defaults)))
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:
-    """Of its names, and of the values of what is small: enough to tell one fine-tuned model from another."""
+    """Hash its keys, shapes and one-dimensional weights: enough to tell one fine-tuned model from another."""
     digest = hashlib.sha256()
     for name, part in sorted(checkpoint.parts.items()):
         for key, weight in sorted(part.weights.items()):
@@ -201,8 +193,8 @@ def _fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-class _Observer(Runner):
-    """Runs components and keeps what their taps give; what it has seen before is read instead of run."""
+class _RangeRecorder(Runner):
+    """Runs components and saves inputs, outputs and taps of each run; a run that is saved already is not repeated."""
 
     def __init__(self, components: Components, work: Path, total: int, report: Report) -> None:
         super().__init__(components)
@@ -210,13 +202,13 @@ class _Observer(Runner):
         self._done: dict[str, int] = {}
         work.mkdir(parents=True, exist_ok=True)
 
-    def __call__(self, name: str, feeds: Mapping[str, AnyArray], variant: str = "plain") -> dict[str, AnyArray]:
+    def __call__(self, name: str, feeds: Mapping[str, AnyArray], variant: str = PLAIN) -> dict[str, AnyArray]:
         """As `Runner`, without the taps."""
         number = self._done.get(name, 0)
         self._done[name] = number + 1
         path = self._work / f"{name}-{number:03}.npz"
         if not path.exists():
-            values = super().__call__(name, feeds, variant) | {f"{_GIVEN}{key}": value for key, value in feeds.items()}
+            values = super().__call__(name, feeds, variant) | {f"{_INPUT}{key}": value for key, value in feeds.items()}
             partial = path.with_suffix(".partial")
             with partial.open("wb") as stream:
                 np.savez(stream, allow_pickle=False, **values)
@@ -224,18 +216,18 @@ class _Observer(Runner):
         if name == "unet":
             self._report("calibrating", min((number + 1) / self._total, 1.0))
         with np.load(path) as saved:
-            return {key: saved[key] for key in saved.files if not key.startswith((_TAP, _GIVEN))}
+            return {key: saved[key] for key in saved.files if not key.startswith((_TAP, _INPUT))}
 
-    def seen(self) -> ActivationRanges:
-        """From the least to the greatest: clipping was measured, and costs more than coarser steps do."""
-        found: dict[str, dict[str, list[AnyArray]]] = {}
+    def ranges(self) -> ActivationRanges:
+        """From the minimum to the maximum: clipping was measured, and costs more than coarser steps do."""
+        taps_by_component: dict[str, dict[str, list[AnyArray]]] = {}
         for path in sorted(self._work.glob("*.npz")):
-            taps = found.setdefault(path.stem.rsplit("-", 1)[0], {})
+            taps = taps_by_component.setdefault(path.stem.rsplit("-", 1)[0], {})
             with np.load(path) as saved:
                 for key in saved.files:
                     if key.startswith(_TAP):
                         taps.setdefault(key.removeprefix(_TAP), []).append(saved[key])
         return {
-            name: {tap: Range.spanning(float(np.min(ends)), float(np.max(ends))) for tap, ends in taps.items()}
-            for name, taps in found.items()
+            name: {tap: Range.from_min_max(float(np.min(ends)), float(np.max(ends))) for tap, ends in taps.items()}
+            for name, taps in taps_by_component.items()
         }

@@ -1,4 +1,4 @@
-"""Adapters of weights, LoRA (arXiv:2106.09685) and its kin: what a file of them says, and what becomes of a weight."""
+"""LoRA (arXiv:2106.09685) and LyCORIS files: their layers, and the weight deltas of these."""
 
 import json
 import math
@@ -18,29 +18,26 @@ from sdonnx_runtime.errors import RequestError
 Tensors: TypeAlias = Mapping[str, Array]
 """A layer's tensors by the values of PARAMETERS."""
 
-MAX_SCALE = 100.0
-
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """A file of adapters, and how strongly they are applied."""
+    """A LoRA or LyCORIS file with its scale."""
 
     path: Path
-    """A ``.safetensors`` file: LoRA, LoCon, LoHa, LoKr or DoRA, as kohya's, diffusers', peft's or LyCORIS's trainers
-    write it."""
+    """A ``.safetensors`` file of LoRA, LoCon, LoHa, LoKr or DoRA, by kohya, diffusers, peft or LyCORIS."""
     scale: float = 1.0
-    """-100 to 100; 0 is as if it were not there."""
+    """-100 to 100; 0 has no effect."""
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale) or abs(self.scale) > MAX_SCALE:
+        if not math.isfinite(self.scale) or abs(self.scale) > 100:
             raise RequestError(f"the LoRA {self.path} has the scale {self.scale}; give a number from -100 to 100")
 
     @classmethod
-    def of(cls, given: "AnyLora") -> "Lora":
-        """A file, with its scale where that isn't 1."""
-        if isinstance(given, Lora):
-            return given
-        path, scale = given if isinstance(given, tuple) else (given, 1.0)
+    def of(cls, lora: "AnyLora") -> "Lora":
+        """Make a `Lora` of a path, or of a path and a scale."""
+        if isinstance(lora, Lora):
+            return lora
+        path, scale = lora if isinstance(lora, tuple) else (lora, 1.0)
         return cls(path=Path(path), scale=scale)
 
 
@@ -49,77 +46,73 @@ AnyLora: TypeAlias = Lora | tuple[Path | str, float] | Path | str
 
 
 def find_lora(folder: Path | None, name: str, scale: float) -> Lora:
-    """What a prompt means by ``<lora:name:scale>``: a file in a folder or in one within it.
+    """Find the file of a prompt's ``<lora:name:scale>`` in a folder or below it.
 
     Raises:
-        RequestError: there is no folder, or not one file of that name in it.
+        RequestError: there is no folder, or no file of that name in it, or several.
     """
     if folder is None:
         raise RequestError(
-            f"the prompt has <lora:{name}:{scale:g}>, but there is no folder to look in; give it with --lora-dir "
-            "(lora_folder=)"
+            f"<lora:{name}:{scale:g}> requires a folder of LoRA files; give it with --lora-dir (lora_folder=)"
         )
     found = sorted(path for path in folder.rglob("*.safetensors") if path.stem == name)
-    if len(found) != 1:
-        said = "no" if not found else f"{len(found)} files"
-        raise RequestError(f"{folder} has {said} {name}.safetensors, which the prompt names; give one of its files")
+    if not found:
+        raise RequestError(f"{folder} has no {name}.safetensors, which the prompt names; use the name of a file there")
+    if len(found) > 1:
+        raise RequestError(f"'{name}' is ambiguous in {folder} ({len(found)} files); rename one of them")
     return Lora(path=found[0], scale=scale)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDelta:
-    """What one file does to one layer."""
+    """The change of one layer's weight by one file."""
 
     layer: str
-    """As the file calls it."""
+    """Its name in the file."""
     names: Mapping[str, str]
-    """Tensors' names in the file by the values of PARAMETERS."""
+    """The tensors' names in the file, by the values of PARAMETERS."""
     file: TensorFile
+    compute: Callable[[Tensors], Array]
+    """Computes the delta of its kind from the tensors."""
     alpha: float | None
-    """What the file says of it beside its tensors; None is nothing."""
-    by_root: bool
-    """Whether alpha is divided by the rank's square root, arXiv:2312.03732."""
+    """Alpha from the file's settings; None if they have none."""
+    use_rslora: bool
+    """Whether alpha is divided by the square root of the rank, arXiv:2312.03732."""
 
-    @property
-    def kind(self) -> str | None:
-        """One of _KINDS; None where tensors are missing, or of several kinds."""
-        kinds = [kind for kind, (needed, allowed) in _TENSORS.items() if needed <= self.names.keys() <= allowed]
-        return kinds[0] if kinds else None
-
-    def __call__(self, weight: Array, scale: float) -> Array:
-        """What becomes of a weight (out, n), of an n that is the product of its other sizes.
+    def apply(self, weight: Array, scale: float) -> Array:
+        """Add the delta to a weight (out, n), n being the product of its other sizes.
 
         Raises:
             RequestError: the layer has another size.
         """
         tensors = {name: self.file.read(key) for name, key in self.names.items()}
         try:
-            difference = _KINDS[str(self.kind)](tensors)
+            difference = self.compute(tensors)
             if difference.size != weight.size or len(difference) != len(weight):
                 raise ValueError(f"are for {difference.size} weights of {len(difference)} outputs")
             difference = difference.reshape(weight.shape)
             difference *= np.float32(self._strength(tensors))
-            difference = _directed(weight, difference, tensors)
+            difference = _dora(weight, difference, tensors)
         except (ValueError, KeyError) as error:
             raise RequestError(
                 f"{self.file.path}: the tensors of '{self.layer}' don't fit the model's {weight.size} weights of "
-                f"{len(weight)} outputs ({error}); take one that was made for this kind of model"
+                f"{len(weight)} outputs ({error}); use one that was trained for this kind of model"
             ) from None
         difference *= np.float32(scale)
         difference += weight
         return difference
 
     def _strength(self, tensors: Tensors) -> float:
-        """``alpha / rank``, or 1 where there is no alpha, or no rank."""
+        """``alpha / rank``, or 1 without alpha or rank."""
         alpha = float(tensors["alpha"].reshape(-1)[0]) if "alpha" in tensors else self.alpha
         ranks = [len(tensors[name]) for name in ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b") if name in tensors]
         if alpha is None or not ranks:
             return 1.0
-        return alpha / (math.sqrt(ranks[0]) if self.by_root else ranks[0])
+        return alpha / (math.sqrt(ranks[0]) if self.use_rslora else ranks[0])
 
 
 def _low_rank(tensors: Tensors) -> Array:
-    """LoRA, and LoCon (arXiv:2309.14859) with or without a kernel in the middle: (out, in * k * k)."""
+    """LoRA, and LoCon (arXiv:2309.14859) with or without a core: (out, in * k * k)."""
     down = tensors["down"]
     if "mid" in tensors:
         down = np.einsum("mnkl,ni->mikl", tensors["mid"], _flat(down))
@@ -127,9 +120,9 @@ def _low_rank(tensors: Tensors) -> Array:
 
 
 def _hadamard(tensors: Tensors) -> Array:
-    """LoHa (arXiv:2108.06098): the product, element by element, of two matrices of low rank."""
+    """LoHa (arXiv:2108.06098): the element-wise product of two low-rank matrices."""
     first, second = (
-        _through(tensors.get(f"hada_t{index}"), tensors[f"hada_w{index}_a"], tensors[f"hada_w{index}_b"])
+        _low_rank_factor(tensors.get(f"hada_t{index}"), tensors[f"hada_w{index}_a"], tensors[f"hada_w{index}_b"])
         for index in (1, 2)
     )
     first *= second
@@ -137,43 +130,35 @@ def _hadamard(tensors: Tensors) -> Array:
 
 
 def _kronecker(tensors: Tensors) -> Array:
-    """LoKr (arXiv:2212.10650): the Kronecker product of two matrices or kernels, either of which may be of low rank."""
+    """LoKr (arXiv:2212.10650): the Kronecker product of two weights, of low rank or not."""
     first, second = (
         tensors[name]
         if (name := f"lokr_w{index}") in tensors
-        else _through(tensors.get(f"lokr_t{index}"), tensors[f"{name}_a"], tensors[f"{name}_b"])
+        else _low_rank_factor(tensors.get(f"lokr_t{index}"), tensors[f"{name}_a"], tensors[f"{name}_b"])
         for index in (1, 2)
     )
     return _flat(np.kron(first.reshape(*first.shape, *[1] * (second.ndim - first.ndim)), second))
 
 
-def _through(core: Array | None, a: Array, b: Array) -> Array:
-    """``a @ b``; or a kernel of its core (r, r, k, k), of ``a`` (r, out) and ``b`` (r, in)."""
+def _low_rank_factor(core: Array | None, a: Array, b: Array) -> Array:
+    """``a @ b``; or a conv weight from its Tucker core (r, r, k, k), ``a`` (r, out) and ``b`` (r, in)."""
     if core is None:
         return (a @ _flat(b)).reshape(len(a), *b.shape[1:])
     return np.einsum("ijkl,jr,ip->prkl", core, b, a)
 
 
-def _difference(tensors: Tensors) -> Array:
-    """All of it."""
-    return _flat(tensors["difference"])
-
-
-def _directed(weight: Array, difference: Array, tensors: Tensors) -> Array:
-    """The difference; of DoRA (arXiv:2402.09353) that to the sum with the norms that were trained.
-
-    There is one for each output, or for each input.
-    """
+def _dora(weight: Array, difference: Array, tensors: Tensors) -> Array:
+    """DoRA (arXiv:2402.09353): the delta to the sum rescaled to the trained norms, per output or per input."""
     norms = tensors.get("output_norms", tensors.get("norms"))
     if norms is None:
         return difference
     difference = np.ascontiguousarray(difference)
     difference += weight
     by_output = "output_norms" in tensors or len(norms) == len(weight)
-    places = difference.reshape(len(weight), 1 if by_output else norms.size, -1)
-    squares = [np.square(row).sum(axis=1) for row in places]  # (outputs, inputs), of a row at a time: it may be large
-    found = np.sqrt(squares if by_output else np.sum(squares, axis=0, keepdims=True))
-    places *= (norms.reshape(found.shape) / found)[:, :, None]
+    blocks = difference.reshape(len(weight), 1 if by_output else norms.size, -1)
+    squares = [np.square(block).sum(axis=1) for block in blocks]  # (outputs, inputs), one output at a time: large
+    sums = np.sqrt(squares if by_output else np.sum(squares, axis=0, keepdims=True))
+    blocks *= (norms.reshape(sums.shape) / sums)[:, :, None]
     difference -= weight
     return difference
 
@@ -182,84 +167,78 @@ def _flat(data: Array) -> Array:
     return data.reshape(len(data), -1)
 
 
-_KINDS: Mapping[str, Callable[[Tensors], Array]] = {
-    "lora": _low_rank,
-    "loha": _hadamard,
-    "lokr": _kronecker,
-    "difference": _difference,
-}
-
 _ANY = {"alpha", "norms", "output_norms"}
 _HADA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
-_TENSORS: Mapping[str, tuple[set[str], set[str]]] = {
-    "lora": ({"down", "up"}, {"down", "up", "mid", *_ANY}),
-    "loha": (_HADA, {*_HADA, "hada_t1", "hada_t2", *_ANY}),
-    "lokr": (set(), {name for name in PARAMETERS.values() if name.startswith("lokr_")} | _ANY),
-    "difference": ({"difference"}, {"difference", *_ANY}),
-}
-"""Which tensors each of _KINDS has to have, and which it may have."""
+_KINDS: tuple[tuple[Callable[[Tensors], Array], set[str], set[str]], ...] = (
+    (_low_rank, {"down", "up"}, {"down", "up", "mid"}),
+    (_hadamard, _HADA, {*_HADA, "hada_t1", "hada_t2"}),
+    (_kronecker, set(), {name for name in PARAMETERS.values() if name.startswith("lokr_")}),
+    (lambda tensors: _flat(tensors["difference"]), {"difference"}, {"difference"}),  # LyCORIS's full adapter
+)
+"""Each kind of adapter, the tensors that it requires, and those that it allows in addition to _ANY."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraFile:
-    """What a file has."""
+    """The contents of a file."""
 
-    changes: Mapping[tuple[str, str], LayerDelta]
-    """By component, and by module as `known_names` spells them."""
-    strange: tuple[str, ...]
-    """Names of tensors that no kind of adapter has."""
+    deltas: Mapping[tuple[str, str], LayerDelta]
+    """By component and module, as `known_names` spells them."""
+    unexpected_keys: tuple[str, ...]
+    """Tensors that belong to no kind of adapter."""
 
 
 def read_lora(path: Path) -> LoraFile:
-    """A ``.safetensors`` file of adapters.
+    """Read the layers of a ``.safetensors`` file of LoRA or LyCORIS.
 
     Raises:
-        RequestError: it can't be read, is damaged, or has no adapters.
+        RequestError: the file can't be read, is damaged, or has no adapters.
     """
     file = open_safetensors(path)
     layers: dict[str, dict[str, str]] = defaultdict(dict)
-    strange: list[str] = []
+    unexpected: list[str] = []
     for name in file.shapes:
-        layer, parameter = split_name(name) or ("", "")
-        if parameter == "":
-            strange.append(name)
+        split = split_name(name)
+        if split is None:
+            unexpected.append(name)
         else:
-            layers[layer][parameter] = name
+            layers[split[0]][split[1]] = name
     settings = _settings(file)
-    changes: dict[tuple[str, str], LayerDelta] = {}
+    deltas: dict[tuple[str, str], LayerDelta] = {}
     for layer, names in layers.items():
-        place = split_component(layer)
-        alpha, by_root = _told(settings, place[0], layer)
-        change = LayerDelta(layer=layer, names=names, file=file, alpha=alpha, by_root=by_root)
-        if change.kind is None:
-            strange.extend(names.values())
+        component, module = split_component(layer)
+        alpha, use_rslora = _alpha_from_config(settings, component, layer)
+        compute = next((kind for kind, needed, allowed in _KINDS if needed <= names.keys() <= allowed | _ANY), None)
+        if compute is None:  # tensors are missing or of several kinds
+            unexpected.extend(names.values())
         else:
-            changes[place] = change
-    if not changes:
+            deltas[component, module] = LayerDelta(
+                layer=layer, names=names, file=file, compute=compute, alpha=alpha, use_rslora=use_rslora
+            )
+    if not deltas:
         raise RequestError(
-            f"{path} has no LoRA, LoHa or LoKr of any layer, but such as '{next(iter(file.shapes), 'nothing')}'; "
-            "give a file of adapters"
+            f"{path} is not a LoRA or LyCORIS file; it has tensors such as '{next(iter(file.shapes), 'none')}'"
         )
-    return LoraFile(changes=changes, strange=tuple(strange))
+    return LoraFile(deltas=deltas, unexpected_keys=tuple(unexpected))
 
 
 def _settings(file: TensorFile) -> Mapping[str, Any]:
-    """What diffusers says within a file, or peft beside it; alphas are there where tensors say nothing of them."""
-    beside = file.path.with_name("adapter_config.json")
+    """Read diffusers' settings in the file, or peft's adapter_config.json next to it, for alphas without tensors."""
+    config = file.path.with_name("adapter_config.json")
     try:
         if "lora_adapter_metadata" in file.metadata:
             found = json.loads(file.metadata["lora_adapter_metadata"])
-        elif file.path.name == "adapter_model.safetensors" and beside.is_file():
-            found = json.loads(beside.read_text(encoding="utf-8"))
+        elif file.path.name == "adapter_model.safetensors" and config.is_file():
+            found = json.loads(config.read_text(encoding="utf-8"))
         else:
             return {}
     except (OSError, ValueError, RecursionError):
-        raise RequestError(f"{file.path}: its settings are no JSON; save it again") from None
+        raise RequestError(f"{file.path}: its settings are not JSON; save it again") from None
     return cast("Mapping[str, Any]", found) if isinstance(found, dict) else {}
 
 
-def _told(settings: Mapping[str, Any], component: str, layer: str) -> tuple[float | None, bool]:
-    """A layer's alpha, and whether it is divided by the rank's square root."""
+def _alpha_from_config(settings: Mapping[str, Any], component: str, layer: str) -> tuple[float | None, bool]:
+    """Get a layer's alpha, and whether it is divided by the square root of the rank."""
 
     def setting(name: str) -> Any:
         return settings.get(f"{component}.{name}", settings.get(name))

@@ -1,4 +1,4 @@
-"""Which layer of which component a name in an adapter's file means; there are as many ways to write it as trainers."""
+"""Tensor names in LoRA files: each trainer's spelling of components, layers and parameters."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -17,17 +17,17 @@ PARAMETERS: Mapping[str, str] = {
     **{f".lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
     ".diff": "difference",
 }  # fmt: skip
-"""How a tensor's name ends, and what it is then: kohya's, peft's, diffusers' and LyCORIS's ways."""
+"""Suffixes of tensor names, and the parameter of each: kohya's, peft's, diffusers' and LyCORIS'."""
 
 _COMPONENTS: Mapping[str, str] = {
     "lora_unet_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te_": "text_encoder",
     "unet.": "unet", "text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2",
 }  # fmt: skip
-"""What a name begins with, and the component that it is then of."""
+"""Prefixes of names, and the component of each."""
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """A tensor's name without its end, and which of PARAMETERS' values it is; None where it is none."""
+    """Split a tensor's name into layer and one of PARAMETERS' values; None if it is of no parameter."""
     for end in sorted(PARAMETERS, key=len, reverse=True):
         if name.endswith(end):
             return name.removesuffix(end), PARAMETERS[end]
@@ -35,7 +35,7 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def split_component(module: str) -> tuple[str, str]:
-    """The component that a module's name means, and the module as `known_names` spells it."""
+    """Split a layer's name into component and module, as `known_names` spells it."""
     module = module.removeprefix("base_model.model.").replace(".processor.", ".")
     for start, component in _COMPONENTS.items():
         if module.startswith(start):
@@ -45,7 +45,7 @@ def split_component(module: str) -> tuple[str, str]:
 
 
 def known_names(modules: Iterable[str]) -> dict[str, str]:
-    """A component's modules, such as ``mid_block.attentions.0.proj_in``, by every spelling that files have of them."""
+    """Map every spelling of a component's modules to the module, such as ``mid_block.attentions.0.proj_in``."""
     names = list(modules)
     found = {name.replace(".", "_"): name for name in names}
     found |= {original: name for name, original in _original_names(names).items()}
@@ -58,7 +58,7 @@ def known_names(modules: Iterable[str]) -> dict[str, str]:
 
 
 def _original_names(modules: list[str]) -> dict[str, str]:
-    """What the U-Net's modules are called in the original layout, with underscores; kohya trains SDXL's by them."""
+    """Map the U-Net's modules to the original (LDM) names, with underscores; kohya's SDXL files have them."""
     blocks = _original_blocks(modules)
     found: dict[str, str] = {}
     for name in modules:
@@ -73,22 +73,22 @@ def _original_names(modules: list[str]) -> dict[str, str]:
 
 
 def _original_blocks(modules: list[str]) -> dict[str, str]:
-    """``down_blocks.0.resnets.0`` is ``input_blocks_1_0``, and so on."""
-    there = {match[0] for name in modules if (match := _BLOCK.match(name))}
+    """Map blocks to original names: ``down_blocks.0.resnets.0`` is ``input_blocks_1_0``, and so on."""
+    blocks = {match[0] for name in modules if (match := _BLOCK.match(name))}
     found: dict[str, str] = {"mid_block.resnets.0": "middle_block_0", "mid_block.attentions.0": "middle_block_1"}
-    found["mid_block.resnets.1"] = "middle_block_2" if "mid_block.attentions.0" in there else "middle_block_1"
+    found["mid_block.resnets.1"] = "middle_block_2" if "mid_block.attentions.0" in blocks else "middle_block_1"
     for side, original, index, sampler in (("down", "input", 1, "downsamplers"), ("up", "output", 0, "upsamplers")):
         level: int = 0
-        while f"{side}_blocks.{level}.resnets.0" in there:
+        while f"{side}_blocks.{level}.resnets.0" in blocks:
             layer, block = 0, f"{side}_blocks.{level}"
-            while f"{block}.resnets.{layer}" in there:
+            while f"{block}.resnets.{layer}" in blocks:
                 found[f"{block}.resnets.{layer}"] = f"{original}_blocks_{index}_0"
                 found[f"{block}.attentions.{layer}"] = f"{original}_blocks_{index}_1"
                 layer, index = layer + 1, index + 1
             if side == "up":
-                attends = f"{block}.attentions.0" in there
+                attends = f"{block}.attentions.0" in blocks
                 found[f"{block}.{sampler}.0"] = f"{original}_blocks_{index - 1}_{2 if attends else 1}"
-            elif f"{block}.{sampler}.0" in there:
+            elif f"{block}.{sampler}.0" in blocks:
                 found[f"{block}.{sampler}.0"] = f"{original}_blocks_{index}_0"
                 index += 1
             level += 1
@@ -98,17 +98,12 @@ def _original_blocks(modules: list[str]) -> dict[str, str]:
 _BLOCK = re.compile(r"(?:(?:down|up)_blocks\.\d+|mid_block)\.(?:resnets|attentions|downsamplers|upsamplers)\.\d+")
 
 _INNER: Mapping[str, str] = {
-    "conv1": "in_layers.2",
-    "conv2": "out_layers.3",
-    "time_emb_proj": "emb_layers.1",
+    "conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
-}
+}  # fmt: skip
 
 _OUTSIDE: Mapping[str, str] = {
-    "conv_in": "input_blocks_0_0",
-    "conv_out": "out_2",
-    "time_embedding.linear_1": "time_embed_0",
-    "time_embedding.linear_2": "time_embed_2",
-    "add_embedding.linear_1": "label_emb_0_0",
-    "add_embedding.linear_2": "label_emb_0_2",
-}
+    "conv_in": "input_blocks_0_0", "conv_out": "out_2",
+    "time_embedding.linear_1": "time_embed_0", "time_embedding.linear_2": "time_embed_2",
+    "add_embedding.linear_1": "label_emb_0_0", "add_embedding.linear_2": "label_emb_0_2",
+}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Adapters and a package's weights: which change which, and what a graph's weights are with them."""
+"""Merging of LoRA into a package's weights: matching layers, and the merged initializers."""
 
 import logging
 import re
@@ -22,156 +22,138 @@ from sdonnx_runtime.packages.package import Package
 logger = logging.getLogger(__name__)
 
 LayerDeltas: TypeAlias = Mapping[str, Sequence[tuple[LayerDelta, float]]]
-"""What is done to a component's modules, each with its scale."""
+"""A component's deltas with their scales, by module."""
 
-_WEIGHT = re.compile(r"(?P<module>.+)\.weight(?:_(?P<start>\d+))?(?P<codes>_codes)?$")
-"""A module's weight in a graph, or its codes; or one of several pieces."""
+_WEIGHT = re.compile(r"(?P<module>.+)\.weight(?:_(?P<start>\d+))?(?P<quantized>_quantized)?$")
+"""The initializer of a module's weight, quantized or not, or of one of its pieces."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapters:
-    """What is applied to a package."""
+    """The LoRA files and textual inversions of a package."""
 
     loras: tuple[Lora, ...] = ()
-    changes: Mapping[str, LayerDeltas] = field(default_factory=dict[str, LayerDeltas])
-    """What that does, by component."""
+    deltas: Mapping[str, LayerDeltas] = field(default_factory=dict[str, LayerDeltas])
+    """Those of ``loras`` by component."""
     embeddings: tuple[Embedding, ...] = ()
-    """The words that its text encoders are taught."""
 
 
-def load_adapters(package: Package, loras: Sequence[Lora], *, lenient: bool = False) -> Adapters:
-    """Finds each layer that adapters change.
+def load_adapters(package: Package, loras: Sequence[Lora], *, ignore_unmatched: bool = False) -> Adapters:
+    """Read LoRA files and match their layers to a package's; those of scale 0 are only checked.
 
-    Args:
-        package: exported by sdonnx, so that its weights have their checkpoint's names.
-        loras: applied in this order; of those of scale 0 it is only seen whether they fit.
-        lenient: leaves out what is for layers that the package doesn't have.
+    With ``ignore_unmatched``, tensors of layers that the package doesn't have are ignored.
 
     Raises:
-        RequestError: a file can't be read, or is for another model; without ``lenient`` also for a part of it.
+        RequestError: a file can't be read, or is for another model; without ``ignore_unmatched`` if a part of it is.
         PackageError: the package is damaged.
     """
     if not loras:
         return Adapters()
-    if package.foreign:
+    if package.is_optimum:
         raise RequestError(
-            f"{package.root} was exported by another program, which gives up the names of weights that adapters are "
-            "for; export its checkpoint with 'sdonnx export'"
+            f"{package.root} was not exported by sdonnx: weight names are missing, LoRA is not supported; "
+            "export its checkpoint with 'sdonnx export'"
         )
-    modules = {name: _modules(package.graph(name)) for name in _adapted(package)}
-    return Adapters(loras=tuple(loras), changes=match_keys(package.name, modules, loras, lenient=lenient))
+    components = ("unet", *(encoder.component for encoder in package.manifest.text_encoders))
+    modules = {name: _modules(package.graph(name)) for name in components}
+    deltas = match_keys(package.name, modules, loras, ignore_unmatched=ignore_unmatched)
+    return Adapters(loras=tuple(loras), deltas=deltas)
 
 
 def match_keys(
-    model: str, modules: Mapping[str, Sequence[str]], loras: Sequence[Lora], *, lenient: bool = False
+    model: str, modules: Mapping[str, Sequence[str]], loras: Sequence[Lora], *, ignore_unmatched: bool = False
 ) -> dict[str, LayerDeltas]:
-    """What adapters do to a model of these ``modules`` by component, such as ``mid_block.attentions.0.proj_in``.
-
-    Raises:
-        RequestError: as `load_adapters` does.
-    """
+    """Match LoRA files to a model's modules, such as ``mid_block.attentions.0.proj_in``; raises as `load_adapters`."""
     names = {component: known_names(each) for component, each in modules.items()}
-    found: dict[str, dict[str, list[tuple[LayerDelta, float]]]] = defaultdict(lambda: defaultdict(list))
+    deltas: dict[str, dict[str, list[tuple[LayerDelta, float]]]] = defaultdict(lambda: defaultdict(list))
     for lora in loras:
         file = read_lora(lora.path)
-        left = list(file.strange)
-        for (component, spelled), change in file.changes.items():
+        unmatched = list(file.unexpected_keys)
+        for (component, spelled), delta in file.deltas.items():
             module = names.get(component, {}).get(spelled)
             if module is None:
-                left.extend(change.names.values())
-            else:
-                found[component][module].append((change, lora.scale))
-        total = len(file.strange) + sum(len(change.names) for change in file.changes.values())
-        if left and (not lenient or len(left) == total):
+                unmatched.extend(delta.names.values())
+            elif lora.scale != 0:
+                deltas[component][module].append((delta, lora.scale))
+        total = len(file.unexpected_keys) + sum(len(delta.names) for delta in file.deltas.values())
+        if unmatched and (not ignore_unmatched or len(unmatched) == total):
             raise RequestError(
-                f"{lora.path}: {len(left)} of its {total} tensors have no place in {model} "
-                f"({', '.join(left[:3])}{', …' if len(left) > 3 else ''}); take one that was made for this kind of "
-                "model, or leave them out with --lora-lenient (lenient=True)"
+                f"{lora.path}: {len(unmatched)} of {total} tensors match no layer of {model} "
+                f"({', '.join(unmatched[:3])}{', …' if len(unmatched) > 3 else ''}); use one that was trained for this "
+                "kind of model, or ignore these tensors with --lora-ignore-unmatched (ignore_unmatched=True)"
             )
-        if left:
-            logger.warning("%s: %d of its %d tensors have no place and are left out", lora.path, len(left), total)
-    return {component: _of_some_scale(each) for component, each in found.items()}
-
-
-def _of_some_scale(modules: LayerDeltas) -> LayerDeltas:
-    kept = {name: [(change, scale) for change, scale in each if scale != 0] for name, each in modules.items()}
-    return {name: each for name, each in kept.items() if each}
-
-
-def _adapted(package: Package) -> list[str]:
-    """The components that adapters are of."""
-    return ["unet", *(encoder.component for encoder in package.manifest.text_encoders)]
+        if unmatched:
+            logger.warning("%s: %d of %d tensors match no layer and are ignored", lora.path, len(unmatched), total)
+    return {component: dict(each) for component, each in deltas.items()}
 
 
 def _modules(graph: Path) -> list[str]:
-    """The modules that have a weight which adapters can change."""
+    """The modules with a conv or linear weight."""
     found = (module_of(name) for name, each in read_initializers(graph).items() if len(each.shape) in (2, 4))
     return list(dict.fromkeys(module for module in found if module is not None))
 
 
 def module_of(initializer: str) -> str | None:
-    """The module whose weight, or a piece of it, an initializer is."""
+    """Get the module of an initializer that is a weight or a piece of one."""
     match = _WEIGHT.match(initializer)
     return None if match is None else match["module"]
 
 
-def merge_lora(graph: Path, changes: LayerDeltas) -> dict[str, TensorData]:
-    """A graph's initializers that the changes touch, as they are with them; what is in codes is rounded anew.
+def merge_lora(graph: Path, deltas: LayerDeltas) -> dict[str, TensorData]:
+    """Merge deltas into a graph's weights: the changed initializers, quantized again where they were quantized.
 
     Raises:
-        RequestError: a change is of another size than its weight.
-        PackageError: the graph is damaged.
+        RequestError, PackageError: a delta has another size than its weight; the graph is damaged.
     """
-    return merge_weights(graph, read_initializers(graph), changes) if changes else {}
+    return merge_weights(graph, read_initializers(graph), deltas) if deltas else {}
 
 
-def merge_weights(graph: Path, initializers: Mapping[str, Initializer], changes: LayerDeltas) -> dict[str, TensorData]:
-    """Like `merge_lora`, of some of a graph's ``initializers``; those of a layer are all there, or none."""
+def merge_weights(graph: Path, initializers: Mapping[str, Initializer], deltas: LayerDeltas) -> dict[str, TensorData]:
+    """Like `merge_lora`, for some of a graph's ``initializers``: all or none of each layer's."""
     pieces: dict[str, list[Initializer]] = defaultdict(list)
     for name, each in initializers.items():
-        match = _WEIGHT.match(name)
-        if match is not None and match["module"] in changes:
-            pieces[match["module"]].append(each)
-
-    found: dict[str, TensorData] = {}
-    for module, mine in pieces.items():
+        module = module_of(name)
+        if module is not None and module in deltas:
+            pieces[module].append(each)
+    merged: dict[str, TensorData] = {}
+    for module, parts in pieces.items():
         bias = initializers.get(f"{module}.bias")
-        mine.sort(key=lambda piece: int(_matched(piece)["start"] or 0))
-        layer = _Layer(mine, initializers, None if bias is None else bias.shape[0])
-        weight = layer.whole()
-        for change, scale in changes[module]:
-            weight = change(weight, scale)
-        found |= layer.written(weight)
-    for name in found:
+        parts.sort(key=lambda piece: int(_parse_name(piece)["start"] or 0))
+        layer = _Layer(parts, initializers, None if bias is None else bias.shape[0])
+        weight = layer.dequantize()
+        for delta, scale in deltas[module]:
+            weight = delta.apply(weight, scale)
+        merged |= layer.requantize(weight)
+    for name in merged:
         if not initializers[name].external:
-            raise PackageError(f"{graph} has '{name}' within it, where no adapter can reach it; export it again")
-    return found
+            raise PackageError(f"{graph} has '{name}' inside of it, where LoRA can't be merged; export it again")
+    return merged
 
 
-def _matched(piece: Initializer) -> re.Match[str]:
+def _parse_name(piece: Initializer) -> re.Match[str]:
     match = _WEIGHT.match(piece.name)
     assert match is not None  # noqa: S101 — for the type checker
     return match
 
 
 class _Layer:
-    """The pieces that one layer's weight is stored in: matrices (in, out), kernels (out, in, k, k).
+    """The pieces of one layer's weight: linear weights (in, out) or conv weights (out, in, k, k).
 
-    One that reads two pictures' channels has a piece for each, of fewer inputs; one that gates has two pieces of
-    fewer outputs. How many there are the ``outputs`` tell. A wide kernel has pieces of fewer outputs.
+    A layer over concatenated inputs has a piece for each input; a gated linear layer (GEGLU) has two pieces of fewer
+    outputs, and so has a wide conv. ``outputs`` is the layer's number of outputs, which tells them apart.
     """
 
     def __init__(self, pieces: Sequence[Initializer], stored: Mapping[str, Initializer], outputs: int | None) -> None:
         self._pieces, self._stored = pieces, stored
         self._by_output = len(pieces) > 1 and (len(pieces[0].shape) == 4 or pieces[0].shape[1] != outputs)
 
-    def whole(self) -> Array:
-        """(out, n) in float32."""
+    def dequantize(self) -> Array:
+        """Read the whole weight, (out, n), as float32."""
         pieces = [self._read(piece) for piece in self._pieces]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=0 if self._by_output else 1)
 
-    def written(self, weight: Array) -> Iterator[tuple[str, TensorData]]:
-        """The pieces' initializers of a weight (out, n)."""
+    def requantize(self, weight: Array) -> Iterator[tuple[str, TensorData]]:
+        """Yield the pieces' initializers for a weight (out, n)."""
         start, axis = 0, 0 if self._by_output else 1
         for piece in self._pieces:
             sides = (piece.shape[1], piece.shape[0]) if len(piece.shape) == 2 else (piece.shape[0], -1)
@@ -179,31 +161,29 @@ class _Layer:
             part = weight[start:stop] if self._by_output else weight[:, start:stop]
             start = stop
             data = part.T if len(piece.shape) == 2 else part.reshape(piece.shape)
-            yield from self._coded(piece, np.ascontiguousarray(data))
+            yield from self._quantize(piece, np.ascontiguousarray(data))
 
     def _read(self, piece: Initializer) -> Array:
         data = piece.read()
-        if _matched(piece)["codes"] is None:
-            wide = data.astype(np.float32)
+        if _parse_name(piece)["quantized"] is None:
+            weight = data.astype(np.float32)
         else:
-            wide = dequantize(data, self._stored[f"{piece.name}_scale"].read(), self._axis(piece))
-        return wide.T if wide.ndim == 2 else wide.reshape(len(wide), -1)
+            weight = dequantize(data, self._stored[f"{piece.name}_scale"].read(), self._axis(piece))
+        return weight.T if weight.ndim == 2 else weight.reshape(len(weight), -1)
 
     def _axis(self, piece: Initializer) -> int:
-        """Which its scales lie along: in 8 bits outputs, in 4 bits blocks of inputs."""
+        """The axis of the scales: in int8 that of outputs, in int4 that of blocks of inputs."""
         outputs = 1 if len(piece.shape) == 2 else 0
         return 1 - outputs if piece.data_type == INT4 else outputs
 
-    def _coded(self, piece: Initializer, data: Array) -> Iterator[tuple[str, TensorData]]:
+    def _quantize(self, piece: Initializer, data: Array) -> Iterator[tuple[str, TensorData]]:
         if not np.isfinite(data).all():
-            raise RequestError(f"with its adapters '{piece.name}' has values that are not finite; give a smaller scale")
-        if _matched(piece)["codes"] is None:
+            raise RequestError(f"merging LoRA into '{piece.name}' overflows; use a smaller scale")
+        if _parse_name(piece)["quantized"] is None:
             yield piece.name, TensorData.of(data, piece.data_type)
             return
-        axis, in_4_bits = self._axis(piece), piece.data_type == INT4
-        scales = (block_scales if in_4_bits else channel_scales)(data, axis)
+        axis, is_int4 = self._axis(piece), piece.data_type == INT4
+        scales = (block_scales if is_int4 else channel_scales)(data, axis)
         yield f"{piece.name}_scale", TensorData.of(scales, FLOAT)
-        yield (
-            piece.name,
-            TensorData.of((quantize_int4 if in_4_bits else quantize_int8)(data, scales, axis), piece.data_type),
-        )
+        quantized = (quantize_int4 if is_int4 else quantize_int8)(data, scales, axis)
+        yield piece.name, TensorData.of(quantized, piece.data_type)

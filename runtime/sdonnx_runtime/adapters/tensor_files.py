@@ -1,6 +1,7 @@
-"""Small files of tensors, adapters' and embeddings', from strangers: safetensors, and torch's pickles without torch."""
+"""Untrusted tensor files of adapters: safetensors, and torch's pickles without torch."""
 
 import json
+import math
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -27,74 +28,64 @@ _STORAGES: Mapping[str, str] = {
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
     "BoolStorage": "BOOL",
 }  # fmt: skip
-"""torch's names for them."""
+"""The dtypes of torch's storage classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorFile:
-    """An opened file."""
+    """An open tensor file."""
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
-    """By tensors' names."""
+    """By tensor name."""
     metadata: Mapping[str, str]
-    """What a safetensors file says about itself."""
+    """A safetensors file's ``__metadata__``."""
     read: Callable[[str], AnyArray]
-    """Gives a tensor by its name, floating point ones as float32."""
+    """Reads a tensor by name, floating point as float32."""
 
 
 def open_safetensors(path: Path) -> TensorFile:
-    """A ``.safetensors`` file, whose tensors are read when they are asked for.
+    """Open a ``.safetensors`` file; tensors are read on demand.
 
     Raises:
-        RequestError: it is missing, cut or no such file.
+        RequestError: it is missing, damaged or not a safetensors file.
     """
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= min(_MAX_HEADER, size - 8):
-                raise ValueError(f"its header would have {length} bytes")
+                raise ValueError(f"its header has {length} bytes")
             header = json.loads(stream.read(length))
-        entries = {name: _entry(name, entry, size - 8 - length) for name, entry in header.items() if name != _ABOUT}
-        metadata = {str(key): str(value) for key, value in dict(header.get(_ABOUT, {})).items()}
+        metadata = {str(key): str(value) for key, value in dict(header.pop("__metadata__", {})).items()}
+        entries = {name: _parse_entry(name, entry, size - 8 - length) for name, entry in header.items()}
     except OSError as error:
         raise RequestError(f"{path} can't be read ({error.strerror}); give a .safetensors file") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RequestError(f"{path} is damaged or no safetensors file ({error}); download it again") from None
+        raise RequestError(f"{path} is damaged or not a safetensors file ({error}); download it again") from None
 
     def read(name: str) -> AnyArray:
-        kind, shape, start, length_of = entries[name]
-        data = np.fromfile(path, np.uint8, length_of, offset=8 + length + start)
-        return _floats(data, kind).reshape(shape)
+        kind, shape, start, num_bytes = entries[name]
+        data = np.fromfile(path, np.uint8, num_bytes, offset=8 + length + start)
+        return _to_float32(data, kind).reshape(shape)
 
     return TensorFile(path=path, shapes={name: each[1] for name, each in entries.items()}, metadata=metadata, read=read)
 
 
-_ABOUT = "__metadata__"
-
-
-def _entry(name: str, entry: Any, size: int) -> tuple[str, tuple[int, ...], int, int]:
-    """Type, shape, first byte and bytes of a tensor."""
+def _parse_entry(name: str, entry: Any, size: int) -> tuple[str, tuple[int, ...], int, int]:
+    """Parse a tensor's dtype, shape, first byte and number of bytes."""
     kind, shape = entry["dtype"], tuple(entry["shape"])
     start, end = entry["data_offsets"]
     if kind not in _DTYPES:
-        raise ValueError(f"'{name}' is of type {kind}, which is not read")
-    whole = all(type(number) is int and number >= 0 for number in (*shape, start, end))
-    if not whole or end > size or end - start != _bytes(shape, kind):
-        raise ValueError(f"'{name}' lies outside of the file")
+        raise ValueError(f"'{name}' has the unsupported dtype {kind}")
+    is_valid = all(type(number) is int and number >= 0 for number in (*shape, start, end))
+    if not is_valid or end > size or end - start != math.prod(shape) * np.dtype(_DTYPES[kind]).itemsize:
+        raise ValueError(f"'{name}' is outside of the file")
     return kind, shape, start, end - start
 
 
-def _bytes(shape: tuple[int, ...], kind: str) -> int:
-    count = 1
-    for side in shape:
-        count *= side  # Python's own numbers don't overflow
-    return count * np.dtype(_DTYPES[kind]).itemsize
-
-
-def _floats(data: AnyArray, kind: str) -> AnyArray:
-    """(n,) of the bytes of as many elements: float32 of all floating point types."""
+def _to_float32(data: AnyArray, kind: str) -> AnyArray:
+    """Convert the bytes of n elements to (n,), floating point to float32."""
     values = data.view(_DTYPES[kind])
     if kind == "BF16":  # the upper half of a float32
         return (values.astype(np.uint32) << 16).view(np.float32)
@@ -102,18 +93,18 @@ def _floats(data: AnyArray, kind: str) -> AnyArray:
 
 
 def load_pickled(path: Path) -> Any:
-    """What torch saved in a ``.pt`` or ``.bin``: dictionaries, lists, texts, numbers, and tensors as arrays.
+    """Load a ``.pt`` or ``.bin`` of torch: dictionaries, lists, strings, numbers, and tensors as arrays.
 
-    Nothing that a pickle names is imported or called but what rebuilds a tensor.
+    Nothing is imported or called except what rebuilds a tensor.
 
     Raises:
-        RequestError: it is missing, damaged, of torch before 1.6, or names anything else.
+        RequestError: it is missing, damaged, of torch before 1.6, or has any other global.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = {name.partition("/")[2]: name for name in archive.namelist()}
             if any(archive.getinfo(name).compress_type != zipfile.ZIP_STORED for name in entries.values()):
-                raise pickle.UnpicklingError("it is compressed, as torch's never are")
+                raise pickle.UnpicklingError("compressed, unlike torch's files")
             with archive.open(entries["data.pkl"]) as stream:
                 return _Restricted(stream, lambda key: archive.read(entries[f"data/{key}"])).load()
     except OSError as error:
@@ -122,7 +113,7 @@ def load_pickled(path: Path) -> Any:
         raise RequestError(f"{path} is refused: {error}; get it as .safetensors") from None
     except Exception as error:  # a hostile pickle can make the unpickler raise anything
         raise RequestError(
-            f"{path} is damaged or no file of torch 1.6 or later ({type(error).__name__}: {error}); "
+            f"{path} is damaged or not a file of torch 1.6 or later ({type(error).__name__}: {error}); "
             "get it as .safetensors"
         ) from None
 
@@ -134,8 +125,11 @@ class _Storage:
     values: AnyArray
 
 
-class _Restricted(pickle.Unpickler):
-    """Makes what tensors are made of, and nothing else."""
+class _Restricted(pickle._Unpickler):  # pyright: ignore[reportPrivateUsage]
+    """An unpickler that allows the globals of tensors only.
+
+    It is the one in Python: the one in C allocates as much memory as a file's memo index says.
+    """
 
     def __init__(self, stream: Any, read: Callable[[str], bytes]) -> None:
         super().__init__(stream)
@@ -146,34 +140,36 @@ class _Restricted(pickle.Unpickler):
             return _STORAGES[name]
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no tensor is made of")
+        raise pickle.UnpicklingError(f"disallowed global {module}.{name} in pickle")
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, _ = pid
         if kind != "storage" or dtype not in _DTYPES:
-            raise pickle.UnpicklingError(f"it has a {kind!r:.40} where a tensor's elements were expected")
-        return _Storage(_floats(np.frombuffer(self._read(str(key)), np.uint8), dtype))
+            raise pickle.UnpicklingError(f"{kind!r:.40} is not a tensor's storage")
+        return _Storage(_to_float32(np.frombuffer(self._read(str(key)), np.uint8), dtype))
 
 
-class _Held(dict[str, Any]):
-    """torch's ParameterDict, of which its parameters are kept."""
+class _StateDict(dict[str, Any]):
+    """The parameters of torch's ParameterDict."""
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        found = cast("Mapping[str, Any]", state.get("_parameters", {}))
-        self.update({str(key): value for key, value in found.items()})
+        parameters = cast("Mapping[str, Any]", state.get("_parameters", {}))
+        self.update({str(key): value for key, value in parameters.items()})
 
 
-def _tensor(storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> AnyArray:
-    """Torch's _rebuild_tensor_v2; ``stride`` counts elements."""
+def _rebuild_tensor(
+    storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+) -> AnyArray:
+    """Rebuild a tensor as torch's _rebuild_tensor_v2; ``stride`` is in elements."""
     flat = storage.values[offset:]
     last = sum((side - 1) * step for side, step in zip(size, stride, strict=True))
-    if min((*size, *stride, offset), default=0) < 0 or (0 not in size and last >= len(flat)):
-        raise pickle.UnpicklingError("a tensor lies outside of the file")
-    bytes_apart = [step * flat.itemsize for step in stride]
-    return np.array(np.lib.stride_tricks.as_strided(flat, size, bytes_apart))
+    if min((*size, *stride, offset), default=0) < 0 or (0 not in size and max(last + 1, math.prod(size)) > len(flat)):
+        raise pickle.UnpicklingError("a tensor is outside of the file")
+    byte_strides = [step * flat.itemsize for step in stride]
+    return np.array(np.lib.stride_tricks.as_strided(flat, size, byte_strides))
 
 
-def _parameter(data: AnyArray, *_: Any) -> AnyArray:
+def _rebuild_parameter(data: AnyArray, *_: Any) -> AnyArray:
     return data
 
 
@@ -181,21 +177,21 @@ _ALLOWED: Mapping[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("__builtin__", "set"): set,
     ("builtins", "set"): set,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch.nn.modules.container", "ParameterDict"): _Held,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch.nn.modules.container", "ParameterDict"): _StateDict,
 }
 
 
 def tensors_in(data: Any) -> dict[str, AnyArray]:
-    """The tensors of what `load_pickled` gives, by the keys that lead to each, joined by dots."""
-    found: dict[str, AnyArray] = {}
-    left: list[tuple[str, Any]] = [("", data)]
-    while left:
-        place, value = left.pop()
+    """Collect the tensors in `load_pickled`'s data, by their keys joined by dots."""
+    tensors: dict[str, AnyArray] = {}
+    stack: list[tuple[str, Any]] = [("", data)]
+    while stack:
+        path, value = stack.pop()
         if isinstance(value, np.ndarray):
-            found[place] = value
+            tensors[path] = value
         elif isinstance(value, Mapping):
-            inside = cast("Mapping[Any, Any]", value)
-            left.extend((f"{place}.{key}".removeprefix("."), inside[key]) for key in reversed(list(inside)))
-    return found
+            items = cast("Mapping[Any, Any]", value)
+            stack.extend((f"{path}.{key}".removeprefix("."), items[key]) for key in reversed(list(items)))
+    return tensors

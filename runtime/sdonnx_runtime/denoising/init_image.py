@@ -1,6 +1,5 @@
-"""What an image's walk starts from instead of noise alone, and what of a picture the U-Net sees beside the latents."""
+"""Init latents for img2img and inpainting, and the latents of concat conditioning."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,174 +19,156 @@ from sdonnx_runtime.images.preprocess import (
     to_mask,
     to_values,
 )
-from sdonnx_runtime.packages.manifest import NEEDED, Latents, Manifest
-from sdonnx_runtime.request import Request, given, uses_guidance
+from sdonnx_runtime.packages.concat import CONCAT, ConcatInputs
+from sdonnx_runtime.packages.manifest import Latents, Manifest
+from sdonnx_runtime.request import CompleteRequest
 from sdonnx_runtime.sampling.types import NoiseSource
+from sdonnx_runtime.text.conditioning import batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class InitLatents:
-    """What one image starts from, as latents."""
+    """The latents that one image starts from."""
 
     latents: Array
     """(1, C, h, w)."""
     mask: Array | None = None
-    """(1, 1, h, w), 1 where they are made anew; None is everywhere."""
-    drawn: bool = True
+    """(1, 1, h, w), 1 where they are repainted; None is everywhere."""
+    is_sampled: bool = True
     """Whether they are a sample of a posterior; a tiny VAE has none."""
 
-    def kept(self, latents: Array) -> Array:
-        """The latents with the original where the mask keeps it."""
+    def restore(self, latents: Array) -> Array:
+        """Put the init latents back outside the mask."""
         return latents if self.mask is None else np.where(self.mask > 0, latents, self.latents)
 
 
 @dataclass(frozen=True, kw_only=True)
 class InitImage:
-    """A picture that images start from."""
+    """An encoded init image."""
 
     space: Latents
     """How the package's latents relate to the VAE's values."""
     moments: Array | None
-    """(1, 2 C, h, w), or (1, C, h, w) of encoders that give latents: what the VAE's encoder gave.
-
-    None where walks start from noise alone."""
-    beside: Array | None = None
-    """The same for what the U-Net is given: the picture, or the picture without what is under the mask."""
-    picture: Image.Image
-    """RGB, of the size that is worked in."""
+    """(1, 2 C, h, w), or (1, C, h, w) of a tiny VAE: the VAE encoder's output. None starts from noise alone."""
+    concat_moments: Array | None = None
+    """The same for concat conditioning: of the image, or of the image without the masked part."""
+    image: Image.Image
+    """RGB, of the size of the first pass."""
     region: CropRegion | None = None
-    """What part of the request's picture that is; None is all of it, fitted."""
+    """The part of the request's image that it shows; None is all of it, resized."""
     mask: Image.Image | None = None
-    """L, of the same size: 255 where it is painted anew."""
-    cells: Array | None = None
-    """(1, 1, h, w), 1 for latent cells that are made anew."""
+    """L, of the same size: 255 where it is repainted."""
+    latent_mask: Array | None = None
+    """(1, 1, h, w), 1 for latent pixels that are repainted."""
 
-    def draw(self, noise: NoiseSource) -> InitLatents | None:
-        """What a walk starts from."""
+    def init_latents(self, noise: NoiseSource) -> InitLatents | None:
+        """Sample the latents that an image starts from; None for noise alone."""
         if self.moments is None:
             return None
         return InitLatents(
-            latents=self.sample(self.moments, noise),
-            mask=self.cells if self.beside is None else None,
-            drawn=self.moments.shape[1] > self.space.channels,
+            latents=sample_posterior(self.space, self.moments, noise),
+            mask=self.latent_mask if self.concat_moments is None else None,
+            is_sampled=self.moments.shape[1] > self.space.channels,
         )
 
-    def sample(self, moments: Array, noise: NoiseSource) -> Array:
-        """Latents (1, C, h, w) of the VAE's posterior, as diffusers draws them."""
-        mean, *rest = np.split(moments, max(moments.shape[1] // self.space.channels, 1), axis=1)
-        values = mean + np.exp(np.clip(rest[0], -30, 20) / 2) * noise(mean.shape) if rest else mean
-        return (values - np.float32(self.space.shift_factor)) * np.float32(self.space.scaling_factor)
+
+def sample_posterior(space: Latents, moments: Array, noise: NoiseSource) -> Array:
+    """Sample latents (1, C, h, w) from the VAE's posterior, as diffusers does."""
+    mean, *rest = np.split(moments, max(moments.shape[1] // space.channels, 1), axis=1)
+    values = mean + np.exp(np.clip(rest[0], -30, 20) / 2) * noise(mean.shape) if rest else mean
+    return (values - np.float32(space.shift_factor)) * np.float32(space.scaling_factor)
 
 
-def encode_init_image(run: Runner, manifest: Manifest, request: Request) -> InitImage | None:
-    """The request's picture, fitted or cut, and encoded; None where there is none.
-
-    Raises:
-        RequestError: at the size that is worked in, the mask reaches no latent cell.
-    """
+def encode_init_image(run: Runner, manifest: Manifest, request: CompleteRequest) -> InitImage | None:
+    """Resize or crop the request's image and encode it; raises RequestError if the mask is empty in latent pixels."""
     if request.image is None:
         return None
-    space, beside = manifest.latents, manifest.conditions.beside
-    size, region, mask, cells = (given(request.width), given(request.height)), None, None, None
+    space, kind = manifest.latents, manifest.conditions.concat
+    concat = None if kind is None else CONCAT[kind]
+    size, region, mask, repainted = (request.width, request.height), None, None, None
     if request.mask_image is not None and request.padding_mask_crop is not None:
         region = masked_region(to_mask(request.mask_image), size, request.padding_mask_crop)
 
-    def placed(picture: Image.Image) -> Image.Image:
-        return resize_to_fit(picture, size, request.fit) if region is None else region.cut(picture)
+    def to_size(image: Image.Image) -> Image.Image:
+        return resize_to_fit(image, size, request.fit) if region is None else region.crop(image)
 
     if request.mask_image is not None:
-        mask = to_mask(placed(to_mask(request.mask_image)))
-        cells = latent_mask(mask, space.downscale, first_pixel=not request.paste)
-        if not cells.any():
-            raise RequestError("at the size that is worked in, the mask has nothing to repaint; paint more of it white")
-    picture = placed(flatten_alpha(request.image))
-    from_noise = request.strength is None or (beside == "mask" and request.strength == 1)
+        mask = to_mask(to_size(to_mask(request.mask_image)))
+        repainted = latent_mask(mask, space.downscale, first_pixel=not request.paste)
+        if not repainted.any():
+            raise RequestError("the mask is empty at latent resolution; paint more of it white")
+    image = to_size(flatten_alpha(request.image))
+    masks = concat is not None and "mask_image" in concat.required
+    from_noise = request.strength is None or (masks and request.strength == 1)
     return InitImage(
-        picture=picture,
+        image=image,
         region=region,
         mask=mask,
-        cells=cells,
-        moments=None if from_noise else encode_image(run, picture),
-        beside=encode_image(run, picture, mask) if beside in ("mask", "picture") else None,
+        latent_mask=repainted,
+        moments=None if from_noise else encode_image(run, image),
+        concat_moments=encode_image(run, image, mask) if concat is not None and concat.has_latents else None,
         space=space,
     )
 
 
-def encode_image(run: Runner, picture: Image.Image, mask: Image.Image | None = None) -> Array:
-    """What the VAE's encoder gives for an RGB picture, or for one that is gray under a mask: `InitImage.moments`."""
-    values = to_values(picture)
+def encode_image(run: Runner, image: Image.Image, mask: Image.Image | None = None) -> Array:
+    """Encode an RGB image, gray under the mask, to `InitImage.moments`."""
+    values = to_values(image)
     if mask is not None:
         values = values * (np.asarray(mask) == 0)
     (moments,) = run("vae_encoder", {"sample": values}).values()
     return moments
 
 
-def seen_beside(manifest: Manifest, request: Request, start: InitImage | None, noise: NoiseSource) -> Array | None:
-    """What follows the latents' channels for one image, in one row or in as many as a step has; None is nothing."""
-    kind = manifest.conditions.beside
-    return None if kind is None else _SEEN[kind](manifest.latents, request, start, noise)
+def concat_latents(
+    manifest: Manifest, request: CompleteRequest, init: InitImage | None, noise: NoiseSource
+) -> Array | None:
+    """Make the extra input channels for one image, with one batch entry or as many as a step has."""
+    if manifest.conditions.concat is None:
+        return None
+    space = manifest.latents
+    height, width = request.height // space.downscale, request.width // space.downscale
+    mask = moments = depth = np.empty((1, 0, height, width), np.float32)
+    if init is not None:
+        mask = mask if init.latent_mask is None else init.latent_mask
+        moments = moments if init.concat_moments is None else init.concat_moments
+    if request.depth_image is not None:
+        depth = bicubic(to_depth(request.depth_image), height, width)[None, None]
+    inputs = ConcatInputs(
+        mask=mask,
+        depth=depth,
+        mean=moments[:, : space.channels],
+        sample=lambda: sample_posterior(space, moments, noise),
+        entries=batch_size(manifest, request),
+    )
+    return CONCAT[manifest.conditions.concat].latents(inputs)
 
 
-def _seen_masked(space: Latents, request: Request, start: InitImage | None, noise: NoiseSource) -> Array:
-    """(1, 1 + C, h, w): the mask, and the latents of what it keeps."""
-    assert start is not None and start.cells is not None and start.beside is not None  # noqa: S101 — checked
-    return np.concatenate([start.cells, start.sample(start.beside, noise)], axis=1)
-
-
-def _seen_picture(space: Latents, request: Request, start: InitImage | None, noise: NoiseSource) -> Array:
-    """(R, C, h, w): means of the posterior, unscaled, arXiv:2211.09800; without the picture they are zeros."""
-    assert start is not None and start.beside is not None  # noqa: S101 — checked
-    latents = start.beside[:, : start.space.channels]
-    without = np.zeros_like(latents)
-    if not uses_guidance(request):
-        return latents
-    return np.concatenate([without, latents, latents] if request.image_guidance_scale != 1 else [latents, latents])
-
-
-def _seen_depth(space: Latents, request: Request, start: InitImage | None, noise: NoiseSource) -> Array:
-    """(1, 1, h, w), -1 where the depth map has its least value and 1 where its greatest."""
-    assert request.depth_image is not None  # noqa: S101 — checked
-    height, width = given(request.height) // space.downscale, given(request.width) // space.downscale
-    depth = bicubic(to_depth(request.depth_image), height, width)[None, None]
-    least, most = depth.min(), depth.max()
-    return (depth - least) * np.float32(2) / (most - least) - np.float32(1)
-
-
-_SEEN: Mapping[str, Callable[[Latents, Request, InitImage | None, NoiseSource], Array]] = {
-    "mask": _seen_masked,
-    "picture": _seen_picture,
-    "depth": _seen_depth,
-}
-
-
-def example_images(manifest: Manifest, picture: Image.Image) -> dict[str, Image.Image]:
-    """The fields of a request for a model that is given pictures beside the latents, made of one; its middle is masked.
-
-    For whoever has to run any package: to measure it, or to observe it.
-    """
-    kind = manifest.conditions.beside
-    mask = Image.new("L", picture.size)
-    width, height = picture.size
+def example_images(manifest: Manifest, image: Image.Image) -> dict[str, Image.Image]:
+    """Make the image fields that any package requires out of one image; the mask is its middle."""
+    kind = manifest.conditions.concat
+    mask = Image.new("L", image.size)
+    width, height = image.size
     mask.paste(255, (width // 4, height // 4, width - width // 4, height - height // 4))
-    fields = {"image": picture, "mask_image": mask, "depth_image": picture}
-    return {name: fields[name] for name in NEEDED.get(str(kind), ())}
+    fields = {"image": image, "mask_image": mask, "depth_image": image}
+    return {name: fields[name] for name in (() if kind is None else CONCAT[kind].required)}
 
 
-def apply_overlay(made: Image.Image, start: InitImage, request: Request) -> Image.Image:
-    """What was made with the kept part of the picture that it started from."""
-    if request.image is None or request.mask_image is None or start.mask is None or not request.paste:
-        return made
-    picture, mask = start.picture, start.mask
-    if start.region is not None:
-        picture, mask = flatten_alpha(request.image), to_mask(request.mask_image)
-        made = start.region.put(made, picture)
-    return Image.composite(made, picture, blur_mask_inward(mask, request.mask_blur))
+def apply_overlay(image: Image.Image, init: InitImage, request: CompleteRequest) -> Image.Image:
+    """Paste the init image's own pixels back outside the mask."""
+    if request.image is None or request.mask_image is None or init.mask is None or not request.paste:
+        return image
+    original, mask = init.image, init.mask
+    if init.region is not None:
+        original, mask = flatten_alpha(request.image), to_mask(request.mask_image)
+        image = init.region.paste(image, original)
+    return Image.composite(image, original, blur_mask_inward(mask, request.mask_blur))
 
 
 def resize_latents(latents: Array, height: int, width: int) -> Array:
-    """(1, C, h, w) to (1, C, height, width), neither smaller: bilinear, as torch's interpolate by itself."""
-    cells = [
+    """(1, C, h, w) to (1, C, height, width), neither smaller: bilinear, as torch's interpolate."""
+    channels = [
         np.asarray(Image.fromarray(channel).resize((width, height), Image.Resampling.BILINEAR))
         for channel in latents[0].astype(np.float32)
     ]
-    return np.stack(cells)[None]
+    return np.stack(channels)[None]

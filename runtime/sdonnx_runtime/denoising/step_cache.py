@@ -2,57 +2,54 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TypeAlias
 
 import numpy as np
 
 from sdonnx_runtime.arrays import AnyArray, Array
-from sdonnx_runtime.packages.manifest import CACHED_FEATURES
+from sdonnx_runtime.packages.variant import CACHED_FEATURES, Variant
+
+RunUNetGraph: TypeAlias = Callable[[Mapping[str, AnyArray], Variant], Mapping[str, AnyArray]]
+"""Runs one of a U-Net's graphs on its inputs by name; returns its outputs."""
 
 
-def unet_graphs(reuse: int, *, token_downsampling: bool, controlled: bool = False) -> tuple[str, str]:
-    """The U-Net's graphs for a whole step and for one that reuses it."""
-    last = [*["downsampled"] * token_downsampling, *["controlled"] * controlled]
-    if reuse == 1:
-        whole = "-".join(last) or "plain"
-        return whole, whole
-    return "-".join(["keeping", *last]), "-".join(["reusing", *last])
+def unet_graphs(cache_interval: int, *, token_downsampling: bool, controlled: bool = False) -> tuple[Variant, Variant]:
+    """Return the U-Net's graphs of full steps and of cached ones."""
+    full = Variant(token_downsampling=token_downsampling, controlled=controlled)
+    return (full, full) if cache_interval == 1 else (replace(full, cache="caching"), replace(full, cache="cached"))
 
 
 class DeepCache:
-    """A U-Net of which every ``reuse`` steps one runs the whole, and the others its outermost part alone.
+    """A U-Net that runs in full every ``interval`` steps; in between only its outermost level runs.
 
-    What the inner part came to is kept from the last whole step; DeepCache, arXiv:2312.00858. Steps are counted, not
-    runs: both runs of a step that has two are whole, or neither is. Whole are the first step and the last, and one
-    that starts from more noise than the one before it.
+    Steps are counted, not runs: all runs of a step are full, or none. The first step and the last are full, and one
+    that starts from a later timestep than the one before.
+
+    ``graphs`` are those of `unet_graphs`, ``interval`` is the request's ``cache_interval``.
     """
 
-    def __init__(
-        self,
-        run: Callable[[Mapping[str, AnyArray], str], Mapping[str, AnyArray]],
-        graphs: tuple[str, str],
-        reuse: int,
-    ) -> None:
-        """``run(inputs, graph)`` gives the outputs of one of ``graphs``, see `unet_graphs`."""
-        self._run, self._graphs, self._reuse = run, graphs, reuse
-        self._age, self._begins, self._before = 0, True, math.inf
-        self._kept: AnyArray = np.empty(0)
+    def __init__(self, run: RunUNetGraph, graphs: tuple[Variant, Variant], interval: int) -> None:
+        self._run, self._graphs, self._interval = run, graphs, interval
+        self._age, self._is_first_run, self._last_timestep = 0, True, math.inf
+        self._features: AnyArray = np.empty(0)
 
     def next_step(self, *, last: bool) -> None:
-        """The step's runs are done; tells whether the next is the ``last``."""
-        self._age = 0 if last else (self._age + 1) % self._reuse
-        self._begins = True
+        """Go on to the next step; ``last`` says whether it is the last one."""
+        self._age = 0 if last else (self._age + 1) % self._interval
+        self._is_first_run = True
 
     def __call__(self, inputs: Mapping[str, AnyArray]) -> Array:
-        """The prediction."""
-        rows, timestep = max(len(value) for value in inputs.values() if value.ndim > 0), float(inputs["timestep"])
-        if self._begins:
-            self._age = 0 if timestep > self._before else self._age
-            self._begins, self._before = False, timestep
-        if self._age > 0 and rows <= len(self._kept):  # the conditional row, which may go on alone, is the last
-            (output,) = self._run({**inputs, CACHED_FEATURES: self._kept[-rows:]}, self._graphs[1]).values()
+        """Run the step's graph; returns the prediction."""
+        entries, timestep = max(len(value) for value in inputs.values() if value.ndim > 0), float(inputs["timestep"])
+        if self._is_first_run:
+            self._age = 0 if timestep > self._last_timestep else self._age
+            self._is_first_run, self._last_timestep = False, timestep
+        if self._age > 0 and entries <= len(self._features):  # the conditional entry, which may run alone, is the last
+            (output,) = self._run({**inputs, CACHED_FEATURES: self._features[-entries:]}, self._graphs[1]).values()
             return output
         self._age = 0
         outputs = dict(self._run(inputs, self._graphs[0]))
-        self._kept = outputs.pop(CACHED_FEATURES, self._kept)
+        self._features = outputs.pop(CACHED_FEATURES, self._features)
         (output,) = outputs.values()
         return output

@@ -1,4 +1,4 @@
-"""A package's components as sessions: opened when first needed, released when done, stoppable from any thread."""
+"""A package's components as models: opened when first needed, unloaded when done, stoppable from any thread."""
 
 import threading
 import time
@@ -6,157 +6,161 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
+from typing import TypeAlias
 
 from sdonnx_runtime.adapters.merging import LayerDeltas
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import RequestError
-from sdonnx_runtime.execution.arena import empty_arena
-from sdonnx_runtime.execution.process_memory import set_malloc_thresholds
+from sdonnx_runtime.execution.arena import PROCESS_MEMORY
 from sdonnx_runtime.execution.session import Cancelled
 from sdonnx_runtime.execution.staged_model import Model
-from sdonnx_runtime.execution.strategy import ExecutionStrategy
+from sdonnx_runtime.execution.strategy import ExecutionPlan, ExecutionStrategy
 from sdonnx_runtime.execution.timings import Timings
-from sdonnx_runtime.packages.manifest import TILED
 from sdonnx_runtime.packages.package import Package
+from sdonnx_runtime.packages.variant import PLAIN, TILED
 
 REFINER = "refiner/"
-"""What the names of a refiner's components begin with."""
+"""The prefix of the names of a refiner's components."""
+
+Observer: TypeAlias = Callable[[str, str, Mapping[str, AnyArray], Mapping[str, AnyArray], float], None]
+"""Receives each run of a component: its name and variant, inputs and outputs, and the seconds that it took."""
+
+OpenModel: TypeAlias = Callable[..., Model]
+"""Opens a graph, called as `staged_model.open_model` is, with the keywords ``tile_size`` and ``memory_limit``."""
 
 
 class Components:
-    """The sessions of one pipeline.
+    """The open models of one pipeline.
 
     Args:
         package: where the graphs are.
-        open_session: opens a graph file, with what adapters do to it, to be run in a way.
-        keep_loaded: makes `release` do nothing.
-        others: where those of components are whose names begin so, up to the slash.
-        ways: how components are run; those not in it, whole.
+        open_model: opens a graph file.
+        keep_loaded: makes `unload` do nothing.
+        extra_packages: further packages, by the prefix of their components' names, up to the slash.
+        unplanned: how components run where a generation has no plan.
     """
 
     def __init__(
-        self,
-        package: Package,
-        open_session: Callable[[Path, LayerDeltas, ExecutionStrategy], Model],
-        *,
-        keep_loaded: bool,
-        others: Mapping[str, Package] = MappingProxyType({}),
-        ways: Mapping[str, ExecutionStrategy] = MappingProxyType({}),
-    ) -> None:
+        self, package: Package, open_model: OpenModel, *, keep_loaded: bool,
+        extra_packages: Mapping[str, Package] = MappingProxyType({}),
+        unplanned: ExecutionPlan = ExecutionPlan(),  # noqa: B008 — frozen
+    ) -> None:  # fmt: skip
         self._busy = threading.Lock()
-        self._package, self._others = package, others
-        self._open_session, self._keep_loaded = open_session, keep_loaded
-        self._sessions: dict[tuple[str, str], Model] = {}
-        self._changes: Mapping[str, LayerDeltas] = {}
-        self._ways = ways
+        self._package, self._extra_packages = package, extra_packages
+        self._open_model, self._keep_loaded = open_model, keep_loaded
+        self._models: dict[tuple[str, str], Model] = {}
+        self._deltas: Mapping[str, LayerDeltas] = {}
+        self._unplanned = self._plan = unplanned
+        self._use_arena = True
 
-    def session(self, name: str, variant: str = "plain") -> Model:
-        """The session of a component's variant, opened if it is not."""
+    def model(self, name: str, variant: str = PLAIN) -> Model:
+        """A component's variant, opened if it is not."""
         key = name, variant
-        if key not in self._sessions:
-            place, slash, component = name.rpartition("/")
-            package, way = self._others.get(place + slash, self._package), self._way(name)
-            if way.tile is not None and TILED in package.manifest.components[component].graphs:
+        if key not in self._models:
+            prefix, slash, component = name.rpartition("/")
+            package, strategy = self._extra_packages.get(prefix + slash, self._package), self._strategy(name)
+            if strategy.vae_tile is not None and TILED in package.manifest.components[component].graphs:
                 variant = TILED
-            graph = package.graph(component, variant)
-            self._sessions[key] = self._open_session(graph, self._changes.get(name, {}), way)
-        return self._sessions[key]
+            self._models[key] = self._open_model(
+                package.graph(component, variant),
+                self._deltas.get(name, {}),
+                strategy,
+                tile_size=self._tile_size(component, strategy),
+                memory_limit=self._plan.device_limit,
+            )
+        return self._models[key]
 
-    def _way(self, name: str) -> ExecutionStrategy:
-        """How a component is run, with a tile's side in places of what it is given."""
-        way, pixels = self._ways.get(name, ExecutionStrategy()), self._package.manifest.latents.downscale
-        sides = {} if way.tile is None else {"vae_decoder": way.tile, "vae_encoder": way.tile * pixels}
-        return replace(way, tile=sides.get(name))
+    def _strategy(self, name: str) -> ExecutionStrategy:
+        strategy = self._plan.strategies.get(name, self._plan.default)
+        return strategy if self._use_arena else replace(strategy, no_arena=True)
 
-    def release(self, name: str) -> None:
-        """Unloads a component, unless components are kept."""
+    def _tile_size(self, component: str, strategy: ExecutionStrategy) -> int | None:
+        """The side of a tile in pixels of the component's input; None if it runs on the whole image."""
+        pixels = {"vae_decoder": 1, "vae_encoder": self._package.manifest.latents.downscale}.get(component)
+        return None if strategy.vae_tile is None or pixels is None else strategy.vae_tile * pixels
+
+    def unload(self, name: str) -> None:
+        """Unload a component, unless components are kept loaded."""
         if not self._keep_loaded:
             self._close({name})
 
     @contextmanager
-    def reserved(
-        self, changes: Mapping[str, LayerDeltas] | None = None, ways: Mapping[str, ExecutionStrategy] | None = None
+    def exclusive(
+        self, deltas: Mapping[str, LayerDeltas] | None = None, plan: ExecutionPlan | None = None
     ) -> Generator[None, None, None]:
-        """For one generation at a time; at its end components are unloaded, unless they are kept.
+        """Reserve the components for one generation, after which they are unloaded, unless ``keep_loaded`` is set.
 
-        Args:
-            changes: what adapters do to the package's components from now on; None is what they did.
-            ways: how components are run from now on; None is as they were.
-
-        Raises:
-            RequestError: another generation is under way.
+        ``deltas`` are the changes by adapters from now on, by component; None leaves them as they are. ``plan`` is how
+        components run; None is the ``unplanned`` one. Raises RequestError if another generation is under way.
         """
         if not self._busy.acquire(blocking=False):
-            raise RequestError("this pipeline is making another picture; finish or close that stream first")
+            raise RequestError("this pipeline is generating another image; finish or close that stream first")
         try:
-            if changes is not None:
-                self._close(_differing(changes, self._changes))
-                self._changes = changes
-            if ways is not None:
-                self._close(_differing(ways, self._ways))
-                self._ways = ways
-            if not self._keep_loaded:  # before any has put its own about
-                set_malloc_thresholds(one_heap=any(way.frugal for way in self._ways.values()))
+            if deltas is not None:
+                self._close(_changed_keys(deltas, self._deltas))
+                self._deltas = deltas
+            before = {name: self._strategy(name) for name, _ in self._models}
+            self._plan = self._unplanned if plan is None else plan
+            self._use_arena = PROCESS_MEMORY.configure(self._plan)
+            self._close(_changed_keys({name: self._strategy(name) for name in before}, before))
             yield
         finally:
-            for name, _ in list(self._sessions):
-                self.release(name)
+            for name, _ in list(self._models):
+                self.unload(name)
             self._busy.release()
 
     def close(self) -> None:
-        """Unloads every component."""
-        self._close({name for name, _ in self._sessions})
+        """Unload every component."""
+        self._close({name for name, _ in self._models})
 
     def _close(self, names: Collection[str]) -> None:
-        left = {key: session for key, session in self._sessions.items() if key[0] not in names}
-        if len(left) < len(self._sessions):
-            self._sessions = left
-            empty_arena()
+        remaining = {key: model for key, model in self._models.items() if key[0] not in names}
+        if len(remaining) < len(self._models):
+            self._models = remaining
+            PROCESS_MEMORY.shrink_arena()
 
 
-def _differing(new: Mapping[str, object], old: Mapping[str, object]) -> set[str]:
-    """The names that stand for something else in one than in the other, or are in one alone."""
+def _changed_keys(new: Mapping[str, object], old: Mapping[str, object]) -> set[str]:
+    """The keys that are in one alone, or have different values."""
     return {name for name in {*new, *old} if new.get(name) != old.get(name)}
 
 
 class Runner:
-    """Runs components for one generation: takes the time of each, and can be cancelled."""
+    """Runs components for one generation: times each, calls the ``observer`` after each run, can be cancelled."""
 
-    def __init__(self, components: Components) -> None:
+    def __init__(self, components: Components, observer: Observer | None = None) -> None:
         self.components = components
+        self._observer = observer
         self._active: Model | None = None
         self._cancelled = False
         self._load: dict[str, float] = defaultdict(float)
         self._run: dict[str, float] = defaultdict(float)
 
-    def __call__(self, name: str, feeds: Mapping[str, AnyArray], variant: str = "plain") -> dict[str, AnyArray]:
-        """Outputs of a component by name.
-
-        Raises:
-            Cancelled: `cancel` was called.
-            PackageError, DeviceError: as `Session` and `Session.run` do.
-        """
+    def __call__(self, name: str, feeds: Mapping[str, AnyArray], variant: str = PLAIN) -> dict[str, AnyArray]:
+        """Run a component; returns its outputs by name. Raises as `Session` and `Session.run` do."""
         start = time.perf_counter()
-        session = self.components.session(name, variant)
+        model = self.components.model(name, variant)
         loaded = time.perf_counter()
         self._load[name] += loaded - start
-        self._active = session
+        self._active = model
         try:
             if self._cancelled:
                 raise Cancelled("the generation was cancelled")
-            return session.run(feeds)
+            outputs = model.run(feeds)
         finally:
             self._active = None
-            self._run[name] += time.perf_counter() - loaded
+            seconds = time.perf_counter() - loaded
+            self._run[name] += seconds
+        if self._observer is not None:
+            self._observer(name, variant, feeds, outputs, seconds)
+        return outputs
 
     def cancel(self) -> None:
-        """Stops what runs now and whatever would run next; from any thread."""
+        """Stop the component that runs now, and all later runs; from any thread."""
         self._cancelled = True
-        session = self._active
-        if session is not None:
-            session.cancel()
+        if (model := self._active) is not None:
+            model.cancel()
 
     def timings(self, steps: list[float]) -> Timings:
         """The times so far, with those of the denoising ``steps``, in seconds."""

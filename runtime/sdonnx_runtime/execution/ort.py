@@ -13,51 +13,36 @@ from sdonnx_runtime.graphs.initializers import TensorData
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """How one kind of device is driven."""
+    """An ONNX Runtime execution provider and its options."""
 
     provider: str
-    """ONNX Runtime's name for it."""
-    extra: str
-    """What to install for it: ``pip install "sdonnx[extra]"``."""
+    """ONNX Runtime's name of it."""
     options: Mapping[str, str] = field(default_factory=lambda: dict[str, str]())
     """Provider options."""
     memory_limit_option: str | None = None
     """The provider option that caps its memory, in bytes."""
     memory_pattern: bool = True
-    """Whether buffers are planned from the first run; DirectML can't, and on the CPU it takes more memory and no less
-    time."""
+    """Whether buffers are planned from the first run. DirectML can't; on the CPU it needs more memory, no less time."""
 
 
 DEVICES: dict[str, Device] = {
     "cuda": Device(
         provider="CUDAExecutionProvider",
-        extra="cuda",
-        # Growing by powers of two would take twice what a small GPU has to give.
+        # Growing by powers of two could take twice the memory of a small GPU.
         options={"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_use_max_workspace": "0"},
         memory_limit_option="gpu_mem_limit",
     ),
-    "directml": Device(provider="DmlExecutionProvider", extra="directml", memory_pattern=False),
-    "cpu": Device(provider="CPUExecutionProvider", extra="cpu", memory_pattern=False),
+    "directml": Device(provider="DmlExecutionProvider", memory_pattern=False),
+    "cpu": Device(provider="CPUExecutionProvider", memory_pattern=False),
 }
-"""Best first: the order in which ``auto`` tries them."""
+"""In the order in which ``auto`` tries them; the extra of sdonnx that installs a device has its name."""
 
 
 def provider_options(name: str, memory_limit: int | None = None) -> dict[str, str]:
-    """The options that device ``name`` is opened with.
-
-    Args:
-        name: a key of DEVICES.
-        memory_limit: bytes that the device may use; None is no limit.
-
-    Raises:
-        RequestError: the device has no such limit.
-    """
+    """The provider options for a device, with a memory limit in bytes where it supports one."""
     device = DEVICES[name]
-    if memory_limit is None:
+    if memory_limit is None or device.memory_limit_option is None:
         return dict(device.options)
-    if device.memory_limit_option is None:
-        limited = ", ".join(key for key, other in DEVICES.items() if other.memory_limit_option is not None)
-        raise RequestError(f"a memory limit can't be set on '{name}'; it works on {limited}")
     return {**device.options, device.memory_limit_option: str(memory_limit)}
 
 
@@ -67,11 +52,9 @@ def runtime_version() -> str:
 
 
 def candidates(device: str) -> list[str]:
-    """The devices to try for ``device``: itself, or for ``auto`` all that this ONNX Runtime was built for.
+    """The devices to try: ``device`` itself, or for ``auto`` all that this ONNX Runtime was built with.
 
-    Raises:
-        RequestError: there is no device of that name.
-        DeviceError: this ONNX Runtime was built without it.
+    Raises RequestError for an unknown device, DeviceError if this ONNX Runtime was built without it.
     """
     built = set(load_onnxruntime().get_available_providers())
     if device == "auto":
@@ -87,11 +70,7 @@ def candidates(device: str) -> list[str]:
 
 
 def load_onnxruntime() -> ModuleType:
-    """Import onnxruntime.
-
-    Raises:
-        DeviceError: it is not installed.
-    """
+    """Import onnxruntime; DeviceError if it is not installed."""
     try:
         import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
     except ImportError:
@@ -101,7 +80,7 @@ def load_onnxruntime() -> ModuleType:
 
 def install_hint(device: str) -> str:
     """The pip command that installs the ONNX Runtime for a device."""
-    return f"""install it with pip install "sdonnx[{DEVICES[device].extra}]\""""
+    return f"""install it with pip install "sdonnx[{device}]\""""
 
 
 def first_line(error: Exception) -> str:
@@ -114,13 +93,13 @@ def session_options(threads: int | None, profile: Path | None, weights: Mapping[
     """ONNX Runtime's options for a session."""
     runtime = load_onnxruntime()
     settings = runtime.SessionOptions()
-    settings.log_severity_level = 4  # what goes wrong comes back as an exception
+    settings.log_severity_level = 4  # failures come back as exceptions
     settings.intra_op_num_threads = threads if threads is not None else 0
     settings.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
-    settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # float32, as is written
+    settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # compute int4 MatMul in float32
     settings.add_session_config_entry("session.x64quantprecision", str(int(cpu.int8_saturates())))
-    settings.add_session_config_entry("session.use_device_allocator_for_initializers", "1")  # they aren't the arena's
-    settings.execution_order = runtime.ExecutionOrder.PRIORITY_BASED  # as written: what is done with is let go of
+    settings.add_session_config_entry("session.use_device_allocator_for_initializers", "1")  # not in the arena
+    settings.execution_order = runtime.ExecutionOrder.PRIORITY_BASED  # as in the file: buffers are freed early
     if profile is not None:
         settings.enable_profiling, settings.profile_file_prefix = True, str(profile)
     make = runtime.OrtValue.ortvalue_from_numpy_with_onnx_type

@@ -1,20 +1,19 @@
 """Memory of this process and of the machine, and glibc's malloc."""
 
 import ctypes
-import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
 
-from sdonnx_runtime.execution.cpu import read_for_platform, read_proc_field
+from sdonnx_runtime.execution.cpu import read_for_platform, read_proc_field, run_command
+
+_NO_LIMIT = 1 << 60  # a limit of control groups of version 1 above this is none
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # parameters of mallopt, from malloc.h
+_MMAP_THRESHOLD = 1 << 18  # bytes
 
 
 def peak_memory() -> int:
-    """The most resident memory that this process has had since it began, in bytes: a mark that never falls.
-
-    Raises:
-        OSError: the system does not say.
-    """
+    """The peak resident memory of this process since it began, in bytes; OSError if the system doesn't report it."""
     if sys.platform == "win32":
         return _windows_peak()
     import resource
@@ -28,16 +27,16 @@ def peak_memory() -> int:
 
 
 def resident_memory() -> int:
-    """The resident memory of this process now, in bytes; its peak where the system doesn't say."""
+    """The resident memory of this process now, in bytes; its peak where the system doesn't report it."""
     now = read_proc_field(Path("/proc/self/status"), "VmRSS")
     return int(now.split()[0]) * 1024 if now else peak_memory()
 
 
 def available_memory() -> int | None:
-    """Bytes that this process can still take without swapping, control groups' limits respected; None is unknown."""
+    """Bytes that this process can still take without swapping, within its control groups' limits; None is unknown."""
     readers = {"linux": _linux_available, "darwin": _macos_available, "win32": _windows_available}
-    found = read_for_platform({system: lambda reader=reader: str(reader()) for system, reader in readers.items()})
-    return int(found) if found else None
+    available = read_for_platform({system: lambda reader=reader: str(reader()) for system, reader in readers.items()})
+    return int(available) if available else None
 
 
 def _linux_available() -> int:
@@ -46,119 +45,84 @@ def _linux_available() -> int:
 
 
 def cgroup_memory(membership: Path, root: Path) -> list[int]:
-    """What is left to a process under each limit of its control groups, of version 2 and 1, in bytes.
+    """The bytes left under each memory limit of a process's control groups, of version 2 and 1.
 
-    Args:
-        membership: the file that says which they are, /proc/self/cgroup.
-        root: where they are mounted, /sys/fs/cgroup.
+    ``membership`` is the file that lists them, /proc/self/cgroup; they are mounted at ``root``, /sys/fs/cgroup.
     """
-    found = list[int]()
+    left = list[int]()
     for line in membership.read_text(encoding="utf-8").splitlines():
         _, controllers, inside = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
         top = root / controllers
-        names = ("memory.max", "memory.current") if controllers == "" else _GROUP_FILES
-        place = top / inside.lstrip("/")
-        for folder in (place, *place.parents):
-            limit, used, cache = (_number(folder / name) for name in (*names, "memory.stat"))
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        group = top / inside.lstrip("/")
+        for folder in (group, *group.parents):
+            limit, used = (_read_number(folder / name) for name in names)
             if limit is not None and used is not None and limit < _NO_LIMIT:
-                found.append(limit - used + (cache or 0))
+                left.append(limit - used + _inactive_cache(folder))
             if folder == top:
                 break
-    return found
+    return left
 
 
-_GROUP_FILES = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+def _read_number(path: Path) -> int | None:
+    with suppress(OSError):
+        text = path.read_text(encoding="utf-8").strip()
+        return int(text) if text.isdigit() else None
+    return None
 
 
-_NO_LIMIT = 1 << 60
-"""What a group of version 1 without a limit says is more."""
-
-
-def _number(path: Path) -> int | None:
-    """What a file says; of one of several lines, what is cached and not in use."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError:
-        return None
-    if path.name == "memory.stat":
-        lines = dict(line.split() for line in text.splitlines() if len(line.split()) == 2)
-        return int(lines.get("inactive_file", lines.get("total_inactive_file", 0)))
-    return int(text) if text.strip().isdigit() else None
+def _inactive_cache(group: Path) -> int:
+    """Bytes of a control group's page cache that the system can free at once."""
+    with suppress(OSError):
+        pairs = (line.partition(" ") for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
+        counts = {key: value for key, _, value in pairs}
+        return int(counts.get("inactive_file", counts.get("total_inactive_file", 0)))
+    return 0
 
 
 def _macos_available() -> int:
-    """Pages that are free or can be at once."""
-    listing = subprocess.run(["/usr/bin/vm_stat"], capture_output=True, text=True, timeout=5, check=True).stdout
+    """The bytes of pages that are free or can be freed at once."""
+    listing = run_command("/usr/bin/vm_stat")
     pages = {key.strip(): value.strip(" .") for key, _, value in (line.partition(":") for line in listing.splitlines())}
     size = next(int(word) for word in listing.split() if word.isdigit())  # "(page size of 16384 bytes)"
     return size * sum(int(pages[f"Pages {kind}"]) for kind in ("free", "inactive", "speculative", "purgeable"))
 
 
-class _MemoryStatus(ctypes.Structure):
-    """MEMORYSTATUSEX of sysinfoapi.h."""
-
-    _fields_ = (
-        ("length", ctypes.c_uint32),
-        ("load", ctypes.c_uint32),
-        *((name, ctypes.c_uint64) for name in ("total", "available", "a", "b", "c", "d", "e")),
-    )
-
-
 def _windows_available() -> int:
-    status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
-    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
-        raise OSError("Windows does not say how much memory is free")
-    return int(status.available)
+    status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX of sysinfoapi.h: its size and the load, the total, the free
+    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(status):
+        raise OSError("Windows does not report the free memory")
+    return status[2]
+
+
+def _windows_peak() -> int:
+    counters = (ctypes.c_uint64 * 9)(72)  # PROCESS_MEMORY_COUNTERS of psapi.h: its size and page faults, the peak
+    kernel = ctypes.windll.kernel32
+    kernel.GetCurrentProcess.restype = ctypes.c_void_p
+    kernel.K32GetProcessMemoryInfo.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint32)
+    if not kernel.K32GetProcessMemoryInfo(kernel.GetCurrentProcess(), counters, 72):
+        raise OSError("Windows does not report this process's memory")
+    return counters[1]
 
 
 def trim_heap() -> None:
-    """Hands memory that is free back to the system where the C library keeps it (glibc); elsewhere nothing."""
+    """Return malloc's free memory to the system (glibc; nothing elsewhere)."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
 
 
 def set_malloc_thresholds(*, one_heap: bool) -> None:
-    """Makes this process hand large buffers back to the system as soon as they are free (glibc); elsewhere nothing.
+    """Make malloc return large buffers to the system as soon as they are free (glibc; nothing elsewhere).
 
-    glibc keeps the larger buffers for reuse, the more of them have been freed: by and by they lie about in pieces.
-
-    Args:
-        one_heap: makes threads to come take small buffers from one heap too, which is slower if many do at a time.
+    By default glibc raises the threshold with each larger buffer that is freed, and its heap fragments. ``one_heap``
+    lets new threads share a heap for small buffers, which is slower if many allocate at a time.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             c_library = ctypes.CDLL(None)
-            c_library.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+            c_library.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
             if one_heap:
                 c_library.mallopt(_M_ARENA_MAX, 1)
-
-
-_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
-"""Of malloc.h."""
-
-
-_LARGE = 1 << 18
-"""Bytes."""
-
-
-class _MemoryCounters(ctypes.Structure):
-    """PROCESS_MEMORY_COUNTERS of psapi.h."""
-
-    _fields_ = (
-        ("cb", ctypes.c_uint32),
-        ("page_fault_count", ctypes.c_uint32),
-        *((name, ctypes.c_size_t) for name in ("peak_working_set", "working_set", "a", "b", "c", "d", "e", "f")),
-    )
-
-
-def _windows_peak() -> int:
-    kernel = ctypes.windll.kernel32
-    kernel.GetCurrentProcess.restype = ctypes.c_void_p
-    kernel.K32GetProcessMemoryInfo.argtypes = (ctypes.c_void_p, ctypes.POINTER(_MemoryCounters), ctypes.c_uint32)
-    counters = _MemoryCounters(cb=ctypes.sizeof(_MemoryCounters))
-    if not kernel.K32GetProcessMemoryInfo(kernel.GetCurrentProcess(), ctypes.byref(counters), counters.cb):
-        raise OSError("Windows does not say how much memory this process has taken")
-    return int(counters.peak_working_set)

@@ -1,4 +1,4 @@
-"""ONNX Runtime behind one small class: devices and their options, running, cancelling, errors in our words."""
+"""A thin wrapper over onnxruntime.InferenceSession: devices, running, cancelling, errors with a remedy."""
 
 import json
 import logging
@@ -14,16 +14,9 @@ import numpy as np
 
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import DeviceError, PackageError, SdonnxError
-from sdonnx_runtime.execution.arena import USE_ENV_ALLOCATORS, share_arena
-from sdonnx_runtime.execution.ort import (
-    DEVICES,
-    candidates,
-    first_line,
-    install_hint,
-    load_onnxruntime,
-    provider_options,
-    session_options,
-)
+from sdonnx_runtime.execution import ort
+from sdonnx_runtime.execution.arena import PROCESS_MEMORY, USE_ENV_ALLOCATORS
+from sdonnx_runtime.execution.ort import DEVICES, first_line, load_onnxruntime
 from sdonnx_runtime.graphs.initializers import TensorData
 
 logger = logging.getLogger(__name__)
@@ -35,7 +28,7 @@ class Cancelled(SdonnxError):  # noqa: N818
 
 @dataclass(frozen=True, kw_only=True)
 class Port:
-    """An input or output of a graph, as its session describes it."""
+    """An input or output of a session."""
 
     name: str
     dtype: np.dtype[Any]
@@ -46,15 +39,14 @@ class Session:
     """A loaded graph on a device.
 
     Args:
-        path: the ``.onnx`` file; weights beside it are memory-mapped.
+        path: the ``.onnx`` file; its weights file is memory-mapped.
         device: auto, or a key of DEVICES.
-        threads: CPU threads; None is one for each physical core.
-        memory_limit: bytes the device may use, where it knows such a limit (CUDA).
-        profile: where ONNX Runtime's profile goes, a path to which it adds; None is nowhere.
-        weights: what is taken in the place of initializers that lie in the weights file, by name.
-        model: a graph that is opened in the place of the file's, beside the same weights.
-        frugal: lets go of every buffer at once, on the CPU, instead of keeping it in the arena that all sessions there
-            share; slower.
+        threads: CPU threads; None is the number of physical cores.
+        memory_limit: bytes that the device may use, where it has such an option (CUDA).
+        profile: the beginning of the path of ONNX Runtime's profile; None writes none.
+        weights: values that replace initializers of the weights file, by name.
+        model: an encoded graph that replaces the file's, with the same weights file.
+        no_arena: on the CPU, return each buffer to the system at once instead of to the shared arena; slower.
 
     Raises:
         DeviceError: the device is absent or fails to initialise.
@@ -62,46 +54,38 @@ class Session:
     """
 
     def __init__(
-        self,
-        path: Path,
-        *,
-        device: str = "auto",
-        threads: int | None = None,
-        memory_limit: int | None = None,
-        profile: Path | None = None,
-        weights: Mapping[str, TensorData] = MappingProxyType({}),
-        model: bytes | None = None,
-        frugal: bool = False,
-    ) -> None:
+        self, path: Path, *, device: str = "auto", threads: int | None = None, memory_limit: int | None = None,
+        profile: Path | None = None, weights: Mapping[str, TensorData] = MappingProxyType({}),
+        model: bytes | None = None, no_arena: bool = False,
+    ) -> None:  # fmt: skip
         self.path = path
         self._weights = weights  # ONNX Runtime reads them where they are
-        settings = session_options(threads, profile, weights)
+        settings = ort.session_options(threads, profile, weights)
         if model is not None:
-            settings.add_session_config_entry(_FOLDER, str(path.resolve().parent))
-        settings.enable_cpu_mem_arena = not frugal
-        settings.add_session_config_entry(USE_ENV_ALLOCATORS, str(int(not frugal and share_arena())))
+            settings.add_session_config_entry(_WEIGHTS_FOLDER, str(path.resolve().parent))
+        settings.enable_cpu_mem_arena = not no_arena
+        settings.add_session_config_entry(USE_ENV_ALLOCATORS, str(int(not no_arena and PROCESS_MEMORY.share_arena())))
         self.device, self._session = _open(path, model, device, settings, memory_limit)
         self.inputs = _ports(self._session.get_inputs())
         self.outputs = _ports(self._session.get_outputs())
         self._options: Any = None
 
     def run(self, feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
-        """All outputs by name; inputs are cast to the element types and ranks that the graph wants.
+        """Run the graph; returns all outputs by name.
 
-        Of inputs whose leading sizes the graph calls by one name, those of fewer rows are repeated as a whole.
-
-        Ctrl-C stops it inside, between two operators.
+        Inputs are cast to the graph's element types and ranks, and batches repeated as `broadcast_batch` does. Ctrl-C
+        stops the run between two operators.
 
         Raises:
-            PackageError: the graph wants an input that is not in ``feeds``, or gives values that are not finite.
+            PackageError: an input of the graph is not in ``feeds``, or an output is not finite.
             DeviceError: the device failed, for example for lack of memory.
             Cancelled: `cancel` was called.
         """
         options = load_onnxruntime().RunOptions()
-        leading = {port.name: port.shape[0] for port in self.inputs if port.shape and isinstance(port.shape[0], str)}
-        prepared = broadcast_batch({port.name: self._fit(port, feeds) for port in self.inputs}, leading)
+        batch_axes = {port.name: port.shape[0] for port in self.inputs if port.shape and isinstance(port.shape[0], str)}
+        prepared = broadcast_batch({port.name: self._cast_input(port, feeds) for port in self.inputs}, batch_axes)
         outcome: list[Any] = []
-        done = threading.Event()  # not Thread.join: interrupted once, it takes the thread for ended ever after
+        done = threading.Event()  # not Thread.join: an interrupted join marks the thread as finished
 
         def work() -> None:
             try:
@@ -125,27 +109,24 @@ class Session:
             raise
         finally:
             self._options = None
-        return self._sorted_out(outcome[0], terminated=bool(options.terminate))
+        return self._collect_outputs(outcome[0], terminated=bool(options.terminate))
 
     def finish_profile(self) -> list[dict[str, Any]]:
-        """The events of ONNX Runtime's profile, which ends."""
+        """End ONNX Runtime's profile; returns its events."""
         return json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
 
     def cancel(self) -> None:
-        """Stops the run that another thread is in; without one, nothing."""
-        options = self._options
-        if options is not None:
+        """Stop the run that another thread is in, if there is one."""
+        if (options := self._options) is not None:
             options.terminate = True
 
-    def _fit(self, port: Port, feeds: Mapping[str, AnyArray]) -> AnyArray:
+    def _cast_input(self, port: Port, feeds: Mapping[str, AnyArray]) -> AnyArray:
         if port.name not in feeds:
-            raise PackageError(
-                f"{self.path} wants an input '{port.name}' that this version can't give; it gives {', '.join(feeds)}"
-            )
-        given = feeds[port.name].astype(port.dtype, copy=False)
-        return given.reshape((1,) * (len(port.shape) - given.ndim) + given.shape)
+            raise missing_input(self.path, port.name, feeds)
+        value = feeds[port.name].astype(port.dtype, copy=False)
+        return value.reshape((1,) * (len(port.shape) - value.ndim) + value.shape)
 
-    def _sorted_out(self, outcome: Any, *, terminated: bool) -> dict[str, AnyArray]:
+    def _collect_outputs(self, outcome: Any, *, terminated: bool) -> dict[str, AnyArray]:
         if isinstance(outcome, Exception):
             if terminated:
                 raise Cancelled("the run was cancelled") from None
@@ -156,30 +137,39 @@ class Session:
         for name, value in results.items():
             if value.dtype.kind == "f" and not np.isfinite(value).all():
                 raise PackageError(
-                    f"{self.path} gave values in '{name}' that are not finite; "
+                    f"{self.path}: output '{name}' is not finite; "
                     "the checkpoint is damaged or overflows: export it again, with --precision fp32"
                 )
         return results
 
 
-def broadcast_batch(feeds: Mapping[str, AnyArray], leading: Mapping[str, str]) -> dict[str, AnyArray]:
-    """Inputs of as many rows as the most of those whose ``leading`` sizes have one name, where that is a multiple."""
-    rows: dict[str, int] = {}
-    known = {name: size for name, size in leading.items() if name in feeds and feeds[name].ndim > 0}
-    for name, size in known.items():
-        rows[size] = max(rows.get(size, 1), len(feeds[name]))
-    found = dict(feeds)
-    for name, size in known.items():
-        times, rest = divmod(rows[size], len(feeds[name]))
+def missing_input(path: Path, name: str, feeds: Mapping[str, AnyArray]) -> PackageError:
+    """The error for an input of a graph that ``feeds`` doesn't have."""
+    provided = ", ".join(feeds)
+    return PackageError(f"{path} requires input '{name}', which this version does not provide (provided: {provided})")
+
+
+def broadcast_batch(feeds: Mapping[str, AnyArray], batch_axes: Mapping[str, str]) -> dict[str, AnyArray]:
+    """Repeat smaller batches to the size of the largest one of the same batch axis, where that is a multiple.
+
+    ``batch_axes`` has the symbolic names of the inputs' first axes.
+    """
+    axes = {name: axis for name, axis in batch_axes.items() if name in feeds and feeds[name].ndim > 0}
+    sizes: dict[str, int] = {}
+    for name, axis in axes.items():
+        sizes[axis] = max(sizes.get(axis, 1), len(feeds[name]))
+    broadcast = dict(feeds)
+    for name, axis in axes.items():
+        times, rest = divmod(sizes[axis], len(feeds[name]))
         if times > 1 and rest == 0:
-            found[name] = np.concatenate([feeds[name]] * times)
-    return found
+            broadcast[name] = np.concatenate([feeds[name]] * times)
+    return broadcast
 
 
 def _open(path: Path, model: bytes | None, device: str, settings: Any, memory_limit: int | None) -> tuple[str, Any]:
     if not path.is_file():
         raise PackageError(f"{path} is missing; run 'sdonnx export' again")
-    names = candidates(device)
+    names = ort.candidates(device)
     for index, name in enumerate(names):
         try:
             return name, _open_on(path, model, name, settings, memory_limit)
@@ -187,48 +177,38 @@ def _open(path: Path, model: bytes | None, device: str, settings: Any, memory_li
             if index == len(names) - 1:
                 raise
             logger.warning("%s; trying %s", error, names[index + 1])
-    raise DeviceError(f"this ONNX Runtime offers none of {', '.join(DEVICES)}; {install_hint('cpu')}")
+    raise DeviceError(f"this ONNX Runtime offers none of {', '.join(DEVICES)}; {ort.install_hint('cpu')}")
 
 
 def _open_on(path: Path, model: bytes | None, name: str, settings: Any, memory_limit: int | None) -> Any:
     runtime, device = load_onnxruntime(), DEVICES[name]
     settings.enable_mem_pattern = device.memory_pattern
-    limit = memory_limit if device.memory_limit_option is not None else None
-    providers = [(device.provider, provider_options(name, limit))]
+    providers = [(device.provider, ort.provider_options(name, memory_limit))]
     if name != "cpu":
         providers.append((DEVICES["cpu"].provider, {}))  # for the few operators that a device leaves out
     try:
         graph = str(path) if model is None else model
         session = runtime.InferenceSession(graph, settings, providers=providers, enable_fallback=0)
+        if device.provider in session.get_providers():
+            return session
+        reason = f"ONNX Runtime could not start {device.provider}"
     except Exception as error:
+        reason = first_line(error)
         if name == "cpu":
-            raise PackageError(f"{path} can't be loaded: {first_line(error)}; run 'sdonnx export' again") from None
-        raise DeviceError(
-            f"device '{name}' failed to initialise: {first_line(error)}; check its driver, or use --device cpu"
-        ) from None
-    if device.provider not in session.get_providers():
-        raise DeviceError(
-            f"device '{name}' failed to initialise: ONNX Runtime could not start {device.provider}; "
-            "check its driver, or use --device cpu"
-        )
-    return session
+            raise PackageError(f"{path} can't be loaded: {reason}; run 'sdonnx export' again") from None
+    raise DeviceError(f"device '{name}' failed to initialise: {reason}; check its driver, or use --device cpu")
 
 
 def _ports(described: Sequence[Any]) -> tuple[Port, ...]:
-    return tuple(
-        Port(name=item.name, dtype=_DTYPES.get(item.type, np.dtype(np.float32)), shape=tuple(item.shape))
-        for item in described
-    )
+    dtypes = {each.name: np.dtype(_DTYPES.get(each.type, np.float32)) for each in described}
+    return tuple(Port(name=each.name, dtype=dtypes[each.name], shape=tuple(each.shape)) for each in described)
 
 
-_FOLDER = "session.model_external_initializers_file_folder_path"
-"""What ONNX Runtime calls the place of the weights of a graph that comes from no file."""
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+"""ONNX Runtime's option for the folder of the weights file of a graph that isn't opened from a file."""
 
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "tensor(float)": np.dtype(np.float32),
-    "tensor(float16)": np.dtype(np.float16),
-    "tensor(double)": np.dtype(np.float64),
-    "tensor(int64)": np.dtype(np.int64),
-    "tensor(int32)": np.dtype(np.int32),
-    "tensor(bool)": np.dtype(np.bool_),
-}
+_DTYPES: dict[str, type[np.generic]] = {
+    "tensor(float16)": np.float16, "tensor(double)": np.float64, "tensor(int64)": np.int64, "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+}  # fmt: skip
+"""numpy's types by ONNX Runtime's names; others are float32."""

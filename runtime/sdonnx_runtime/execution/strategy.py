@@ -1,26 +1,43 @@
-"""How a component is run: whole, split by batch, in stages, in tiles."""
+"""How components are run, and what that sets for the whole process."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 VAE_TILES = (64, 48, 32, 24)
-"""Latent cells of the sides of the tiles that a VAE may work on."""
+"""Sides of VAE tiles to choose from, in latent pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutionStrategy:
-    """How a component is run."""
+    """How a component is run; by default whole."""
 
-    rows: bool = False
-    """One row of what it is given at a time, such as of guidance."""
+    split_batch: bool = False
+    """Run one batch entry at a time, if results are bit-identical."""
     staged: bool = False
-    """A stage at a time, instead of all of it."""
-    kept: frozenset[tuple[str, int]] = frozenset()
-    """The stages that stay open, by their graph's file and their place in it."""
-    frugal: bool = False
-    """Letting go of every buffer at once."""
-    tile: int | None = None
-    """Latent cells of the sides of what it works on at a time, but in `open_model` places; None is all."""
+    """Open and run one stage of the graph after another."""
+    resident_stages: frozenset[tuple[str, int]] = frozenset()
+    """The stages that stay open once they are: the names of their graphs' files, and their indices."""
+    no_arena: bool = False
+    """Take each buffer from the system and return it at once, instead of from the arena that sessions share."""
+    vae_tile: int | None = None
+    """The side of the VAE's tiles, in latent pixels; None decodes or encodes the image whole."""
 
 
-MIN_MEMORY = ExecutionStrategy(rows=True, staged=True, frugal=True, tile=VAE_TILES[-1])
-"""What takes the least memory of what there is no plan for, and the most time."""
+MIN_MEMORY = ExecutionStrategy(split_batch=True, staged=True, no_arena=True, vae_tile=VAE_TILES[-1])
+"""The least memory for graphs that can't be planned for, and the most time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutionPlan:
+    """The strategies of all components, and the settings of the process and the device that go with them."""
+
+    strategies: Mapping[str, ExecutionStrategy] = field(default_factory=lambda: dict[str, ExecutionStrategy]())
+    """By component."""
+    default: ExecutionStrategy = ExecutionStrategy()
+    """Of components that are not in ``strategies``."""
+    arena_region: int | None = None
+    """Bytes that the CPU arena first asks the system for, for which memory was predicted; None if it wasn't."""
+    return_buffers: bool = True
+    """Whether glibc's malloc returns buffers of 256 KiB and more to the system as soon as they are free."""
+    device_limit: int | None = None
+    """Bytes that a device with memory of its own may use; None is no limit."""

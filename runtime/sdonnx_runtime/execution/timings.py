@@ -1,4 +1,4 @@
-"""Where the time of a generation went."""
+"""The times of a generation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """Where the time went, in seconds."""
+    """The times of a generation, in seconds."""
 
     load: Mapping[str, float] = field(default_factory=lambda: dict[str, float]())
     """Opening each component."""

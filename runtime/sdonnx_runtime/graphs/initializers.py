@@ -1,4 +1,4 @@
-"""A graph's initializers, read without the onnx library: what its weights are called, and what is in them."""
+"""A graph's initializers: their names, types, shapes and where their bytes are."""
 
 import mmap
 from collections.abc import Mapping
@@ -10,161 +10,107 @@ import numpy as np
 
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import PackageError
-from sdonnx_runtime.graphs.onnx_proto import fields, submessages, varints
+from sdonnx_runtime.graphs.onnx_proto import Tensor, decode_model, package_errors
 
 FLOAT, INT4 = 1, 22
-"""ONNX's numbers for two types; of 4 bits there are two elements to a byte, the first in its lower half."""
+"""Two of TensorProto.DataType; int4 has two elements to a byte, the first in its lower half."""
 
 _DTYPES: Mapping[int, Any] = {
     FLOAT: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16, 11: np.float64,
     INT4: np.int8,
 }  # fmt: skip
-"""By ONNX's numbers for element types."""
-
-GRAPH, INITIALIZER = 7, 5
-_DIMS, _DATA_TYPE, _NAME, _RAW_DATA, EXTERNAL_DATA = 1, 2, 8, 9, 13
-"""Fields of onnx.proto's ModelProto, GraphProto and TensorProto."""
+"""numpy's types by TensorProto.DataType; int4 is unpacked to int8."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Initializer:
-    """One weight as a graph has it."""
+    """A weight of a graph, not yet read."""
 
     name: str
     data_type: int
-    """ONNX's number for its element type."""
+    """A TensorProto.DataType."""
     shape: tuple[int, ...]
     file: Path
-    """Where its elements are."""
+    """The file with its elements: the graph's or another in its directory."""
     offset: int
-    """Where they begin there."""
+    """Bytes from the file's beginning."""
     length: int
     """Bytes."""
 
+    @classmethod
+    def from_tensor(cls, tensor: Tensor, path: Path, data: memoryview) -> "Initializer":
+        """An initializer of the ``.onnx`` file at ``path`` with content ``data``; ValueError for unsafe locations."""
+        location = tensor.external.get("location", "")
+        if Path(location).name != location:
+            raise ValueError(f"'{location}' is not in its directory")
+        offset, length = (int(tensor.external.get(key, "0")) for key in ("offset", "length"))
+        if location == "":
+            start, first = (np.frombuffer(each, np.uint8).ctypes.data for each in (data, tensor.raw_data or data))
+            offset, length = first - start, len(tensor.raw_data)
+        return cls(
+            name=tensor.name, data_type=tensor.data_type, shape=tensor.shape, offset=offset, length=length,
+            file=path.with_name(location or path.name),
+        )  # fmt: skip
+
     @property
     def external(self) -> bool:
-        """Whether it lies in a file beside its graph, from where a session can be told to take it instead."""
+        """Whether it is in a weights file, so that a session can be given other values for it."""
         return self.file.suffix != ".onnx"
 
     @property
     def dtype(self) -> Any:
-        """numpy's; int8 of 4 bits."""
+        """numpy's; int8 of int4."""
         return _DTYPES.get(self.data_type)
 
     def read(self) -> AnyArray:
-        """Its elements; those of 4 bits as int8.
-
-        Raises:
-            PackageError: the file is cut, or the type is one that no package has.
-        """
-        dtype = self.dtype
-        count = int(np.prod(self.shape))
+        """Read its elements; int4 as int8. PackageError if the file is truncated or missing, or the type unknown."""
+        dtype, count = self.dtype, int(np.prod(self.shape))
         expected = (count + 1) // 2 if self.data_type == INT4 else count * np.dtype(dtype).itemsize
-        if dtype is None or self.length != expected or self.file.stat().st_size < self.offset + self.length:
+        data = np.zeros(0, np.uint8)
+        if dtype is not None and self.length == expected and self.file.is_file():
+            data = np.fromfile(self.file, np.uint8, self.length, offset=self.offset)
+        if len(data) < expected or dtype is None:
             raise PackageError(f"{self.file} is damaged at '{self.name}'; run 'sdonnx export' again")
-        data = np.fromfile(self.file, np.uint8, self.length, offset=self.offset)
-        return (
-            unpack_int4(data, count).reshape(self.shape) if self.data_type == INT4 else _viewed(data, dtype, self.shape)
-        )
-
-
-def _viewed(data: AnyArray, dtype: Any, shape: tuple[int, ...]) -> AnyArray:
-    return data.view(dtype).reshape(shape)
+        values = unpack_int4(data, count) if self.data_type == INT4 else data.view(dtype)
+        return values.reshape(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorData:
-    """What a session takes in an initializer's place."""
+    """Values that replace an initializer's in a session."""
 
     data_type: int
-    """ONNX's number for the element type."""
+    """A TensorProto.DataType."""
     data: AnyArray
-    """Of the initializer's shape and type; of 4 bits, what is packed lies in the first half of as many bytes."""
+    """Of the initializer's shape and type; int4 is packed into the first half of as many bytes."""
 
     @classmethod
     def of(cls, values: AnyArray, data_type: int) -> "TensorData":
-        """Values as an initializer of a type has them; those of 4 bits come as int8."""
-        if data_type != INT4:
-            data = _apart(values.shape, _DTYPES[data_type])
-            data[...] = values
-            return cls(data_type=data_type, data=data)
-        data = _apart(values.shape, np.uint8)
-        codes = pack_int4(values)
-        data.reshape(-1)[: len(codes)] = codes
-        return cls(data_type=data_type, data=data)
-
-
-def _apart(shape: tuple[int, ...], dtype: Any) -> AnyArray:
-    """An array in pages of its own, so that what was used to make it goes back to the system."""
-    count = int(np.prod(shape))
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    pages = mmap.mmap(-1, max(count * np.dtype(dtype).itemsize, 1), **private)
-    return np.frombuffer(pages, dtype, count).reshape(shape)
+        """Convert values to a type; of int4, they are int8."""
+        dtype = np.dtype(_DTYPES[data_type] if data_type != INT4 else np.uint8)
+        stored = values.reshape(-1) if data_type != INT4 else pack_int4(values)
+        # a memory mapping of its own, which goes back to the system at once when it is freed
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        data = np.frombuffer(mmap.mmap(-1, max(values.size * dtype.itemsize, 1), **private), dtype, values.size)
+        data[: len(stored)] = stored
+        return cls(data_type=data_type, data=data.reshape(values.shape))
 
 
 def unpack_int4(data: AnyArray, count: int) -> AnyArray:
-    """int8 values (count,) of as many in 4 bits."""
+    """int8 values (count,) of packed int4."""
     pairs = np.stack([data << 4, data], axis=-1).view(np.int8) >> 4  # the shift keeps the sign
     return pairs.reshape(-1)[:count]
 
 
 def pack_int4(values: AnyArray) -> AnyArray:
-    """What `unpack_int4` reads."""
+    """Pack int8 values in -8..7 to int4, two to a byte."""
     nibbles = values.reshape(-1).view(np.uint8) & 15
     nibbles = np.append(nibbles, np.zeros(len(nibbles) % 2, np.uint8))
     return nibbles[0::2] | (nibbles[1::2] << 4)
 
 
 def read_initializers(path: Path) -> dict[str, Initializer]:
-    """Those of an ``.onnx`` file by their names.
-
-    Raises:
-        PackageError: it is damaged or missing.
-    """
-    try:
-        data = memoryview(path.read_bytes())
-        tensors = [tensor for graph in submessages(data, GRAPH) for tensor in submessages(graph, INITIALIZER)]
-        found = [initializer_of(path, data, tensor) for tensor in tensors]
-    except (IndexError, ValueError) as error:
-        raise PackageError(f"{path} is damaged ({error}); run 'sdonnx export' again") from None
-    except OSError as error:
-        raise PackageError(f"{path} can't be read ({error.strerror}); run 'sdonnx export' again") from None
-    return {each.name: each for each in found}
-
-
-def initializer_of(path: Path, whole: memoryview, tensor: memoryview) -> Initializer:
-    """What a TensorProto says, a part of the ``whole`` file at ``path``; raises ValueError or IndexError."""
-    name, data_type, inside = "", 0, memoryview(b"")
-    shape: list[int] = []
-    where = {"location": "", "offset": "0", "length": "0"}
-    for number, value in fields(tensor):
-        if number == _DIMS:
-            shape.extend([value] if isinstance(value, int) else varints(value))
-        elif number == _DATA_TYPE and isinstance(value, int):
-            data_type = value
-        elif number == _NAME and isinstance(value, memoryview):
-            name = str(value, "utf-8")
-        elif number == _RAW_DATA and isinstance(value, memoryview):
-            inside = value
-        elif number == EXTERNAL_DATA and isinstance(value, memoryview):
-            key, text = (str(part, "utf-8") for _, part in fields(value) if isinstance(part, memoryview))
-            where[key] = text
-    if where["location"] == "":
-        return Initializer(
-            name=name, data_type=data_type, shape=tuple(shape), file=path,
-            offset=_distance(whole, inside), length=len(inside),
-        )  # fmt: skip
-    if Path(where["location"]).name != where["location"]:
-        raise ValueError(f"'{where['location']}' is not beside it")
-    return Initializer(
-        name=name, data_type=data_type, shape=tuple(shape), file=path.with_name(where["location"]),
-        offset=int(where["offset"]), length=int(where["length"]),
-    )  # fmt: skip
-
-
-def _distance(whole: memoryview, part: memoryview) -> int:
-    """Where ``part`` begins in what it is a slice of."""
-    if len(part) == 0:
-        return 0
-    first, second = (np.frombuffer(each, np.uint8).ctypes.data for each in (whole, part))
-    return second - first
+    """The initializers of an ``.onnx`` file by name; PackageError if it is damaged or missing."""
+    with package_errors(path):
+        model = decode_model(memoryview(path.read_bytes()))
+        return {name: Initializer.from_tensor(each, path, model.data) for name, each in model.initializers.items()}

@@ -1,4 +1,4 @@
-"""What the values of a graph measure: ONNX's rules of shapes, for the operators that packages are written in."""
+"""Shape inference without the onnx library, for the operators that sdonnx exports."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,273 +8,202 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from sdonnx_runtime.arrays import AnyArray
-from sdonnx_runtime.graphs.onnx_proto import fields, submessages, varints
-
-_INPUT, _OUTPUT, _OP, _ATTRIBUTE = 1, 2, 4, 5
-_ATTRIBUTE_NAME, _FLOAT, _INT, _INTS = 1, 2, 3, 8
-"""Fields of onnx.proto's NodeProto and AttributeProto."""
+from sdonnx_runtime.graphs.onnx_proto import Node
 
 ITEMSIZES: Mapping[int, int] = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8}
-"""Bytes, by ONNX's numbers for element types."""
+"""Bytes of an element, by TensorProto.DataType."""
 
 
-class UnsupportedGraph(Exception):  # noqa: N818 — it is no fault
-    """A graph has an operator, or an input, that those of sdonnx don't have."""
+class UnsupportedGraph(Exception):  # noqa: N818 — not an error: such a graph runs, unplanned
+    """A graph has an operator or input that sdonnx does not export."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """An array that isn't there."""
+    """The shape and element size of a tensor."""
 
     shape: tuple[int, ...]
     itemsize: float = 4
-    """Bytes; of 4 bits a half."""
+    """Bytes; 0.5 for int4."""
     known: AnyArray | None = field(default=None, compare=False)
-    """What it holds, of what shapes are made of."""
+    """Its values, where shapes are computed from them."""
 
     @property
     def nbytes(self) -> int:
-        """What it would take."""
+        """Its size in bytes."""
         return int(prod(self.shape) * self.itemsize)
 
     @classmethod
     def of(cls, array: AnyArray) -> "TensorInfo":
-        """A small array that is there."""
+        """Those of an array, which becomes its values."""
         return cls(array.shape, array.itemsize, array)
 
 
-@dataclass(frozen=True)
-class Node:
-    """An operator at work."""
-
-    op: str
-    inputs: tuple[str, ...]
-    """By name; empty where one is left out."""
-    outputs: tuple[str, ...]
-    attributes: Mapping[str, Any]
-    """Numbers, and tuples of integers."""
-
-
-def node_of(data: memoryview) -> Node:
-    """What a NodeProto says."""
-    inputs, outputs = (tuple(str(part, "utf-8") for part in submessages(data, number)) for number in (_INPUT, _OUTPUT))
-    return Node(
-        str(submessages(data, _OP)[0], "utf-8"), inputs, outputs, dict(map(_attribute, submessages(data, _ATTRIBUTE)))
-    )
-
-
-def _attribute(data: memoryview) -> tuple[str, Any]:
-    name, value, many = "", None, list[int]()
-    for number, part in fields(data):
-        if number == _ATTRIBUTE_NAME and isinstance(part, memoryview):
-            name = str(part, "utf-8")
-        elif number == _INT and isinstance(part, int):
-            value = part - (1 << 64) if part >> 63 else part
-        elif number == _FLOAT and isinstance(part, memoryview):
-            value = float(np.frombuffer(part, np.float32)[0])
-        elif number == _INTS:
-            many += [part] if isinstance(part, int) else [*varints(part)]
-    return name, tuple(each - (1 << 64) if each >> 63 else each for each in many) if many else value
-
-
 def infer_shapes(nodes: Sequence[Node], values: dict[str, TensorInfo]) -> Iterator[Node]:
-    """Goes through nodes in their order: ``values``, what is given, has what each gives when it comes out.
+    """Yield nodes in their order, each once its outputs are in ``values``, at first the inputs and initializers.
 
-    Raises:
-        UnknownGraph: an operator is none of those of packages, or an input is missing.
+    Raises UnsupportedGraph for an operator that is not supported, or a missing input.
     """
     for node in nodes:
-        missing = [name for name in node.inputs if name and name not in values]
-        if missing:
-            raise UnsupportedGraph(f"'{missing[0]}' comes from elsewhere")
-        given = [values[name] if name else None for name in node.inputs]
-        values.update(zip(node.outputs, _given(node, given), strict=False))
+        if missing := [name for name in node.inputs if name and name not in values]:
+            raise UnsupportedGraph(f"'{missing[0]}' is not in the graph")
+        inputs = [values[name] if name else None for name in node.inputs]
+        values.update(zip(node.outputs, _infer(node, inputs), strict=False))
         yield node
 
 
-def _given(node: Node, given: Sequence[TensorInfo | None]) -> list[TensorInfo]:
+def _infer(node: Node, inputs: Sequence[TensorInfo | None]) -> list[TensorInfo]:
     compute = _COMPUTED.get(node.op)
-    if compute is not None and all(each is None or each.known is not None for each in given):
-        known = [each.known for each in given if each is not None and each.known is not None]
+    if compute is not None and all(each is None or each.known is not None for each in inputs):
+        known = [each.known for each in inputs if each is not None and each.known is not None]
         return [TensorInfo.of(np.asarray(compute(known, node.attributes)))]
     try:
-        found = _RULES[node.op]([each if each is not None else TensorInfo(()) for each in given], node.attributes)
+        infos = [each if each is not None else TensorInfo(()) for each in inputs]
+        outputs = _RULES[node.op](infos, node.attributes)
+        if isinstance(outputs, tuple):
+            outputs = [TensorInfo(outputs, _OUTPUT_ITEMSIZES.get(node.op, infos[0].itemsize))]
     except (KeyError, IndexError, ValueError) as error:
-        raise UnsupportedGraph(f"the operator {node.op}, or how it is written") from error
-    return found if isinstance(found, list) else [found]
+        raise UnsupportedGraph(f"the operator {node.op}, or its attributes") from error
+    return outputs
 
 
-Rule: TypeAlias = Callable[[Sequence[TensorInfo], Mapping[str, Any]], "TensorInfo | list[TensorInfo]"]
+Rule: TypeAlias = Callable[[Sequence[TensorInfo], Mapping[str, Any]], "tuple[int, ...] | list[TensorInfo]"]
+"""Inputs and attributes to the shape of the one output, whose elements are as large as `_OUTPUT_ITEMSIZES` says, or as
+the first input's; or to all outputs."""
 
 
-def _like_first(given: Sequence[TensorInfo], _how: Mapping[str, Any]) -> TensorInfo:
-    return TensorInfo(given[0].shape, given[0].itemsize)
+def _same_as_input(inputs: Sequence[TensorInfo], _attributes: Mapping[str, Any]) -> tuple[int, ...]:
+    return inputs[0].shape
 
 
-def _elementwise(given: Sequence[TensorInfo], _how: Mapping[str, Any]) -> TensorInfo:
-    return TensorInfo(np.broadcast_shapes(*(each.shape for each in given)), given[0].itemsize)
+def _elementwise(inputs: Sequence[TensorInfo], _attributes: Mapping[str, Any]) -> tuple[int, ...]:
+    return np.broadcast_shapes(*(each.shape for each in inputs))
 
 
-def _product(given: Sequence[TensorInfo], _how: Mapping[str, Any]) -> TensorInfo:
-    x, weight = (each.shape for each in given[:2])
-    return TensorInfo((*np.broadcast_shapes(x[:-2], weight[:-2]), *x[-2:-1], weight[-1]))
+def _matmul(inputs: Sequence[TensorInfo], _attributes: Mapping[str, Any]) -> tuple[int, ...]:
+    x, weight = (each.shape for each in inputs[:2])
+    return *np.broadcast_shapes(x[:-2], weight[:-2]), *x[-2:-1], weight[-1]
 
 
-def _convolved(given: Sequence[TensorInfo], how: Mapping[str, Any]) -> TensorInfo:
-    quantized = len(given) > 3  # QLinearConv
-    (count, *sizes), kernel = given[0].shape, given[3 if quantized else 1].shape
-    last = bool(how.get("channels_last"))
+def _conv(inputs: Sequence[TensorInfo], attributes: Mapping[str, Any]) -> tuple[int, ...]:
+    (count, *sizes), weight = inputs[0].shape, inputs[3 if len(inputs) > 3 else 1].shape  # QLinearConv's, or Conv's
+    last = bool(attributes.get("channels_last"))
     sizes = sizes[:-1] if last else sizes[1:]
-    pads = how.get("pads", (0,) * 4)
-    places = [
-        (size + before + after - side) // stride + 1
-        for size, before, after, side, stride in zip(
-            sizes, pads[:2], pads[2:], kernel[2:], how.get("strides", (1, 1)), strict=True
-        )
+    pads, strides = attributes.get("pads", (0,) * 4), attributes.get("strides", (1, 1))
+    sizes = [
+        (size + before + after - width) // stride + 1
+        for size, before, after, width, stride in zip(sizes, pads[:2], pads[2:], weight[2:], strides, strict=True)
     ]
-    return TensorInfo((count, *places, kernel[0]) if last else (count, kernel[0], *places), 1 if quantized else 4)
+    return (count, *sizes, weight[0]) if last else (count, weight[0], *sizes)
 
 
-def _pooled(given: Sequence[TensorInfo], how: Mapping[str, Any]) -> TensorInfo:
-    sides = given[0].shape[2:]
-    return TensorInfo((*given[0].shape[:2], *(side // step for side, step in zip(sides, how["strides"], strict=True))))
-
-
-def _reshaped(given: Sequence[TensorInfo], _how: Mapping[str, Any]) -> TensorInfo:
-    x, wanted = given
-    shape = [x.shape[place] if size == 0 else int(size) for place, size in enumerate(_ints(wanted))]
+def _reshape(inputs: Sequence[TensorInfo], _attributes: Mapping[str, Any]) -> tuple[int, ...]:
+    x, target = inputs
+    shape = [x.shape[axis] if size == 0 else int(size) for axis, size in enumerate(_ints(target))]
     rest = prod(size for size in shape if size != -1)
-    return TensorInfo(tuple(prod(x.shape) // rest if size == -1 else size for size in shape), x.itemsize)
+    return tuple(prod(x.shape) // rest if size == -1 else size for size in shape)
 
 
-def _reduced(given: Sequence[TensorInfo], how: Mapping[str, Any]) -> TensorInfo:
-    axes = {axis % len(given[0].shape) for axis in _ints(given[1])}
-    keep = how.get("keepdims", 1)
-    sizes = [1 if axis in axes else size for axis, size in enumerate(given[0].shape) if keep or axis not in axes]
-    return TensorInfo(tuple(sizes))
+def _reduce(inputs: Sequence[TensorInfo], attributes: Mapping[str, Any]) -> tuple[int, ...]:
+    shape, axes = inputs[0].shape, _ints(inputs[1]) if len(inputs) > 1 else [attributes.get("axis", 0)]
+    reduced, keep = {axis % len(shape) for axis in axes}, attributes.get("keepdims", 1)
+    return tuple(1 if axis in reduced else size for axis, size in enumerate(shape) if keep or axis not in reduced)
 
 
-def _split(given: Sequence[TensorInfo], how: Mapping[str, Any]) -> list[TensorInfo]:
-    shape, axis = list(given[0].shape), how.get("axis", 0)
-    shape[axis] //= how["num_outputs"]
-    return [TensorInfo(tuple(shape), given[0].itemsize)] * int(how["num_outputs"])
+def _split(inputs: Sequence[TensorInfo], attributes: Mapping[str, Any]) -> list[TensorInfo]:
+    shape, axis = list(inputs[0].shape), attributes.get("axis", 0)
+    shape[axis] //= attributes["num_outputs"]
+    return [TensorInfo(tuple(shape), inputs[0].itemsize)] * int(attributes["num_outputs"])
 
 
-def _joined(given: Sequence[TensorInfo], how: Mapping[str, Any]) -> TensorInfo:
-    shape, axis = list(given[0].shape), int(how["axis"])
-    shape[axis] = sum(each.shape[axis] for each in given)
-    return TensorInfo(tuple(shape), given[0].itemsize)
+def _concat(inputs: Sequence[TensorInfo], attributes: Mapping[str, Any]) -> tuple[int, ...]:
+    shape, axis = list(inputs[0].shape), int(attributes["axis"])
+    shape[axis] = sum(each.shape[axis] for each in inputs)
+    return tuple(shape)
 
 
-def _sliced(given: Sequence[TensorInfo], _how: Mapping[str, Any]) -> TensorInfo:
-    shape = list(given[0].shape)
-    starts, stops, *others = (_ints(each) for each in given[1:])
+def _slice(inputs: Sequence[TensorInfo], _attributes: Mapping[str, Any]) -> tuple[int, ...]:
+    shape = list(inputs[0].shape)
+    starts, stops, *others = (_ints(each) for each in inputs[1:])
     axes, steps = others[0] if others else range(len(starts)), others[1] if len(others) > 1 else [1] * len(starts)
     for axis, start, stop, step in zip(axes, starts, stops, steps, strict=True):
         shape[axis] = len(range(shape[axis])[start:stop:step])
-    return TensorInfo(tuple(shape), given[0].itemsize)
+    return tuple(shape)
 
 
-def _enlarged(given: Sequence[TensorInfo], _how: Mapping[str, Any]) -> TensorInfo:
-    x = given[0]
-    if len(given) > 3:
-        return TensorInfo(tuple(_ints(given[3])), x.itemsize)
-    scales = given[2].known
-    return TensorInfo(
-        tuple(int(size * scale) for size, scale in zip(x.shape, _listed(scales), strict=True)), x.itemsize
-    )
+def _resize(inputs: Sequence[TensorInfo], _attributes: Mapping[str, Any]) -> tuple[int, ...]:
+    if len(inputs) > 3:
+        return tuple(_ints(inputs[3]))
+    return tuple(int(size * scale) for size, scale in zip(inputs[0].shape, _values(inputs[2].known), strict=True))
 
 
-def _transposed(given: Sequence[TensorInfo], how: Mapping[str, Any]) -> TensorInfo:
-    perm: tuple[int, ...] = how["perm"]
-    return TensorInfo(tuple(given[0].shape[axis] for axis in perm), given[0].itemsize)
-
-
-def _unsqueezed(given: Sequence[TensorInfo], _how: Mapping[str, Any]) -> TensorInfo:
-    shape, axes = list(given[0].shape), _ints(given[1])
+def _unsqueeze(inputs: Sequence[TensorInfo], _attributes: Mapping[str, Any]) -> tuple[int, ...]:
+    shape, axes = list(inputs[0].shape), _ints(inputs[1])
     for axis in sorted(axis % (len(shape) + len(axes)) for axis in axes):
         shape.insert(axis, 1)
-    return TensorInfo(tuple(shape), given[0].itemsize)
+    return tuple(shape)
 
 
-def _gathered(given: Sequence[TensorInfo], how: Mapping[str, Any]) -> TensorInfo:
-    x, axis = given[0], how.get("axis", 0)
-    return TensorInfo((*x.shape[:axis], *given[1].shape, *x.shape[axis + 1 :]), x.itemsize)
+def _gather(inputs: Sequence[TensorInfo], attributes: Mapping[str, Any]) -> tuple[int, ...]:
+    shape, axis = inputs[0].shape, attributes.get("axis", 0)
+    return *shape[:axis], *inputs[1].shape, *shape[axis + 1 :]
 
 
-def _blocks_to_depth(given: Sequence[TensorInfo], how: Mapping[str, Any]) -> TensorInfo:
-    (count, channels, *sizes), side = given[0].shape, how["blocksize"]
-    return TensorInfo((count, channels * side * side, *(size // side for size in sizes)))
+def _gather_nd(inputs: Sequence[TensorInfo], attributes: Mapping[str, Any]) -> tuple[int, ...]:
+    indices, batch = inputs[1].shape, attributes.get("batch_dims", 0)  # 0 or 1
+    return *indices[:-1], *inputs[0].shape[batch + indices[-1] :]
 
 
-def _rows(given: Sequence[TensorInfo], _how: Mapping[str, Any]) -> TensorInfo:
-    x, places = given[0], given[1].shape  # GatherND with batch_dims 0 or 1
-    batch = _how.get("batch_dims", 0)
-    return TensorInfo((*places[:-1], *x.shape[batch + places[-1] :]), x.itemsize)
-
-
-def _tiled(given: Sequence[TensorInfo], _how: Mapping[str, Any]) -> TensorInfo:
-    sizes = zip(given[0].shape, _ints(given[1]), strict=True)
-    return TensorInfo(tuple(size * times for size, times in sizes), given[0].itemsize)
-
-
-def _shape(given: Sequence[TensorInfo], how: Mapping[str, Any]) -> TensorInfo:
-    return TensorInfo.of(np.array(given[0].shape[how.get("start", 0) : how.get("end")], np.int64))
-
-
-def _coded(given: Sequence[TensorInfo], _how: Mapping[str, Any]) -> list[TensorInfo]:
-    return [TensorInfo(given[0].shape, 1), TensorInfo(()), TensorInfo((), 1)]
-
-
-def _highest(given: Sequence[TensorInfo], how: Mapping[str, Any]) -> TensorInfo:
-    shape = list(given[0].shape)
-    axis = how.get("axis", 0) % len(shape)
-    return TensorInfo((*shape[:axis], *([1] if how.get("keepdims", 1) else []), *shape[axis + 1 :]), 8)
+def _pool(inputs: Sequence[TensorInfo], steps: Sequence[int], channels: int = 1) -> tuple[int, ...]:
+    count, depth, *sizes = inputs[0].shape
+    return count, depth * channels, *(size // step for size, step in zip(sizes, steps, strict=True))
 
 
 _RULES: Mapping[str, Rule] = {
     **dict.fromkeys(
-        ("Cos", "Gelu", "InstanceNormalization", "LayerNormalization", "MultiHeadAttention", "QuickGelu", "Relu", "Sin",
-         "Sqrt", "Tanh"), _like_first,
+        ("Cos", "DequantizeLinear", "Gelu", "InstanceNormalization", "LayerNormalization", "MultiHeadAttention",
+         "QuantizeLinear", "QuickGelu", "Relu", "Sin", "Sqrt", "Tanh"), _same_as_input,
     ),
-    **dict.fromkeys(("Add", "Div", "Mul", "Sub"), _elementwise),
-    **dict.fromkeys(("MatMul", "MatMulIntegerToFloat"), _product),
-    **dict.fromkeys(("Conv", "QLinearConv"), _convolved),
-    **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceSumSquare"), _reduced),
-    "ArgMax": _highest,
-    "AveragePool": _pooled,
-    "Cast": lambda given, how: TensorInfo(given[0].shape, ITEMSIZES[how["to"]]),
-    "Concat": _joined,
-    "DequantizeLinear": lambda given, _how: TensorInfo(given[0].shape, 4),
-    "DynamicQuantizeLinear": _coded,
-    "Equal": lambda given, how: TensorInfo(_elementwise(given, how).shape, 1),
-    "Gather": _gathered,
-    "GatherND": _rows,
-    "QuantizeLinear": lambda given, _how: TensorInfo(given[0].shape, 1),
-    "Reshape": _reshaped,
-    "Resize": _enlarged,
-    "Shape": _shape,
-    "Slice": _sliced,
-    "SpaceToDepth": _blocks_to_depth,
+    **dict.fromkeys(("Add", "Div", "Equal", "Mul", "Sub"), _elementwise),
+    **dict.fromkeys(("MatMul", "MatMulIntegerToFloat"), _matmul),
+    **dict.fromkeys(("Conv", "QLinearConv"), _conv),
+    **dict.fromkeys(("ArgMax", "ReduceMean", "ReduceSum", "ReduceSumSquare"), _reduce),
+    "AveragePool": lambda inputs, attributes: _pool(inputs, attributes["strides"]),
+    "Cast": lambda inputs, attributes: [TensorInfo(inputs[0].shape, ITEMSIZES[attributes["to"]])],
+    "Concat": _concat,
+    "DynamicQuantizeLinear": lambda inputs, _: [TensorInfo(inputs[0].shape, 1), TensorInfo(()), TensorInfo((), 1)],
+    "Gather": _gather,
+    "GatherND": _gather_nd,
+    "Reshape": _reshape,
+    "Resize": _resize,
+    "Shape": lambda inputs, attributes: [
+        TensorInfo.of(np.array(inputs[0].shape[attributes.get("start", 0) : attributes.get("end")], np.int64))
+    ],
+    "Slice": _slice,
+    "SpaceToDepth": lambda inputs, attributes: _pool(inputs, [side := attributes["blocksize"]] * 2, side**2),
     "Split": _split,
-    "Tile": _tiled,
-    "Transpose": _transposed,
-    "Unsqueeze": _unsqueezed,
+    "Tile": lambda inputs, _: tuple(a * times for a, times in zip(inputs[0].shape, _ints(inputs[1]), strict=True)),
+    "Transpose": lambda inputs, attributes: tuple(inputs[0].shape[int(axis)] for axis in attributes["perm"]),
+    "Unsqueeze": _unsqueeze,
 }  # fmt: skip
-"""What operators give."""
+
+_OUTPUT_ITEMSIZES: Mapping[str, float] = {
+    "ArgMax": 8, "AveragePool": 4, "Conv": 4, "DequantizeLinear": 4, "Equal": 1, "MatMul": 4, "MatMulIntegerToFloat": 4,
+    "QLinearConv": 1, "QuantizeLinear": 1, "ReduceMean": 4, "ReduceSum": 4, "ReduceSumSquare": 4, "SpaceToDepth": 4,
+}  # fmt: skip
 
 _COMPUTED: Mapping[str, Callable[[Sequence[AnyArray], Mapping[str, Any]], AnyArray]] = {
-    "Concat": lambda given, how: np.concatenate(given, axis=how["axis"]),
-    "Div": lambda given, _how: given[0] // given[1],
+    "Concat": lambda inputs, attributes: np.concatenate(inputs, axis=attributes["axis"]),
+    "Div": lambda inputs, _attributes: inputs[0] // inputs[1],
 }
-"""What shapes are computed with."""
+"""Operators that compute shapes, on values that are known."""
 
 
 def _ints(value: TensorInfo) -> list[int]:
-    return [int(each) for each in _listed(value.known)]
+    return [int(each) for each in _values(value.known)]
 
 
-def _listed(known: AnyArray | None) -> list[Any]:
+def _values(known: AnyArray | None) -> list[Any]:
     if known is None:
-        raise UnsupportedGraph("a shape that isn't known")
+        raise UnsupportedGraph("a shape that is computed from inputs")
     return [*known.reshape(-1)]

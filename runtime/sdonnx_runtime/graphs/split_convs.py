@@ -1,110 +1,69 @@
-"""Wide kernels made several narrow ones: opening a stage takes less memory then, and it gives the same bits.
+"""Split convolutions with large weights by output channels: opening a stage takes less memory, with the same bits.
 
-ONNX Runtime's CPU provider has four copies of a kernel in memory while it puts it in the order that it wants.
+ONNX Runtime's CPU provider has four copies of a conv weight in memory while it reorders it.
 """
 
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from math import ceil, prod
-from pathlib import Path
 
-from sdonnx_runtime.graphs.initializers import EXTERNAL_DATA, initializer_of
-from sdonnx_runtime.graphs.onnx_proto import encode_message, fields, submessages
+from sdonnx_runtime.graphs.onnx_proto import Node, Tensor, concat_node
 
 LIMIT = 1 << 26
-"""Bytes, in float32, that are not too many for a kernel."""
+"""The largest conv weight that isn't split, in bytes of float32."""
 
 _BLOCK = 16
-"""Outputs that are computed together at most."""
-
-_READ, _MADE, _NAME, _OP, _ATTRIBUTE, _MARK = 1, 2, 3, 4, 5, 9
-_DIMS, _DATA_TYPE, _TENSOR_NAME, _DATA_LOCATION, _EXTERNAL = 1, 2, 8, 14, 1
-_ATTRIBUTE_NAME, _INT, _TYPE, _OF_INT = 1, 3, 20, 2
-"""Fields of onnx.proto's NodeProto, TensorProto and AttributeProto, and values of two."""
+"""ONNX Runtime computes at most so many output channels together."""
 
 
 class ConvSplitter:
-    """Rewrites the convolutions of a graph.
+    """Splits the convolutions of a graph; adds the initializers of the parts to its ``tensors``."""
 
-    Args:
-        path: the ``.onnx`` file.
-        data: what is in it.
-        tensors: its initializers by name, to which those of pieces are added.
-    """
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._cast = dict[str, list[int]]()  # weights stored in fewer bytes, by the name of what they are cast to
 
-    def __init__(self, path: Path, data: memoryview, tensors: dict[str, memoryview]) -> None:
-        self._path, self._data, self._tensors = path, data, tensors
-        self._widened = dict[str, list[int]]()  # kernels that are stored in less space, and where they are cut
-
-    def __call__(self, nodes: Iterable[memoryview]) -> Iterator[memoryview]:
-        """The nodes, where a convolution with a wide kernel is several, and what they give is joined."""
+    def split(self, nodes: Iterable[Node]) -> Iterator[Node]:
+        """Yield the nodes; several convolutions and a Concat replace one whose weight is too large."""
         for node in nodes:
-            op, reads, makes = ([str(part, "utf-8") for part in submessages(node, key)] for key in (_OP, _READ, _MADE))
-            if op == ["Cast"] and self._borders(reads[0]):
-                borders = self._widened[makes[0]] = self._borders(reads[0])
-                for stored, made in zip(self._cut(reads[0], borders), _named(makes[0], borders), strict=True):
-                    yield _changed(node, [stored], made)
+            if node.op == "Cast" and (bounds := self._bounds(node.inputs[0])):
+                self._cast[node.outputs[0]] = bounds
+                stored, outputs = self._split_tensor(node.inputs[0], bounds), _part_names(node.outputs[0], bounds)
+                yield from (node.rewire([name], output) for name, output in zip(stored, outputs, strict=True))
                 continue
-            known = op == ["Conv"] and all(name in self._tensors for name in reads[2:])
-            borders = self._widened.get(reads[1]) or self._borders(reads[1]) if known else []
-            if not borders:
+            known = node.op == "Conv" and all(name in self._tensors for name in node.inputs[2:])
+            bounds = self._cast.get(node.inputs[1]) or self._bounds(node.inputs[1]) if known else []
+            if not bounds:
                 yield node
                 continue
-            picture, kernel, *bias = reads
-            pieces = [_named(kernel, borders) if kernel in self._widened else self._cut(kernel, borders)]
-            pieces += [self._cut(each, borders) for each in bias]
-            made = _named(makes[0], borders)
-            for *mine, output in zip(*pieces, made, strict=True):
-                yield _changed(node, [picture, *mine], output)
-            yield _joining(made, makes[0], submessages(node, _MARK))
+            x, weight, *bias = node.inputs
+            parts = [_part_names(weight, bounds) if weight in self._cast else self._split_tensor(weight, bounds)]
+            parts += [self._split_tensor(each, bounds) for each in bias]
+            outputs = _part_names(node.outputs[0], bounds)
+            for *inputs, output in zip(*parts, outputs, strict=True):
+                yield node.rewire([x, *inputs], output)
+            yield concat_node(outputs, node.outputs[0], axis=1, stage=node.stage)
 
-    def _borders(self, name: str) -> list[int]:
-        """The outputs that pieces of a kernel begin and end with; none if it isn't wide, or not to be cut."""
-        if name not in self._tensors:
+    def _bounds(self, name: str) -> list[int]:
+        """The first output channel of each part, and their number; empty where the weight isn't to be split."""
+        weight = self._tensors.get(name)
+        if weight is None or len(weight.shape) != 4 or "location" not in weight.external:
             return []
-        kernel = initializer_of(self._path, self._data, self._tensors[name])
-        count = ceil(4 * prod(kernel.shape) / LIMIT)
-        if len(kernel.shape) != 4 or count == 1 or not kernel.external or kernel.shape[0] % (count * _BLOCK) != 0:
-            return []
-        return [*range(0, kernel.shape[0] + 1, kernel.shape[0] // count)]
+        count, channels = ceil(4 * prod(weight.shape) / LIMIT), weight.shape[0]
+        return [] if count == 1 or channels % (count * _BLOCK) != 0 else [*range(0, channels + 1, channels // count)]
 
-    def _cut(self, name: str, borders: list[int]) -> list[str]:
-        """The pieces of a tensor along its first axis, which lie where it does."""
-        whole = initializer_of(self._path, self._data, self._tensors[name])
-        size, names = whole.length // whole.shape[0], _named(name, borders)
-        for piece, (start, stop) in zip(names, pairwise(borders), strict=True):
-            where = {
-                "location": whole.file.name,
-                "offset": whole.offset + start * size,
-                "length": (stop - start) * size,
-            }
-            entries = (encode_message((1, key.encode()), (2, str(value).encode())) for key, value in where.items())
-            self._tensors[piece] = memoryview(
-                encode_message(
-                    *((_DIMS, size) for size in (stop - start, *whole.shape[1:])),
-                    (_DATA_TYPE, whole.data_type),
-                    (_TENSOR_NAME, piece.encode()),
-                    *((EXTERNAL_DATA, entry) for entry in entries),
-                    (_DATA_LOCATION, _EXTERNAL),
-                )
-            )
+    def _split_tensor(self, name: str, bounds: list[int]) -> list[str]:
+        """Split a tensor along its first axis; the parts stay where they are in the weights file."""
+        whole, names = self._tensors[name], _part_names(name, bounds)
+        offset, length = (int(whole.external.get(key, "0")) for key in ("offset", "length"))
+        size = length // whole.shape[0]
+        for part, (start, stop) in zip(names, pairwise(bounds), strict=True):
+            where = {"offset": str(offset + start * size), "length": str((stop - start) * size)}
+            shape = (stop - start, *whole.shape[1:])
+            self._tensors[part] = whole.with_external(part, shape, {**whole.external, **where})
         return names
 
 
-def _named(name: str, borders: list[int]) -> list[str]:
-    """What pieces are called: an adapter's layers are known by that."""
-    return [f"{name}_{start}" for start in borders[:-1]]
-
-
-def _changed(node: memoryview, reads: list[str], made: str) -> memoryview:
-    """A node that reads and makes something else."""
-    others = [(number, value) for number, value in fields(node) if number not in (_READ, _MADE, _NAME)]
-    return memoryview(encode_message(*((_READ, each.encode()) for each in reads), (_MADE, made.encode()), *others))
-
-
-def _joining(reads: list[str], made: str, marks: list[memoryview]) -> memoryview:
-    """A node that joins channels."""
-    axis = encode_message((_ATTRIBUTE_NAME, b"axis"), (_INT, 1), (_TYPE, _OF_INT))
-    inputs = ((_READ, each.encode()) for each in reads)
-    marked = ((_MARK, mark) for mark in marks)
-    return memoryview(encode_message(*inputs, (_MADE, made.encode()), (_OP, b"Concat"), (_ATTRIBUTE, axis), *marked))
+def _part_names(name: str, bounds: list[int]) -> list[str]:
+    """An adapter finds a layer's parts by these names."""
+    return [f"{name}_{start}" for start in bounds[:-1]]

@@ -1,4 +1,4 @@
-"""Canny's edge detector (IEEE PAMI 8, 1986), as OpenCV's ``Canny(picture, 100, 200)`` has it: what ControlNets read."""
+"""Canny's edge detector (IEEE PAMI 8, 1986), equal to OpenCV's ``Canny(image, 100, 200)``, for ControlNets."""
 
 import numpy as np
 from PIL import Image
@@ -7,24 +7,21 @@ from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.images.preprocess import flatten_alpha
 
 
-def canny(picture: Image.Image, low: int = 100, high: int = 200) -> Image.Image:
-    """White edges on black, RGB, of the same size.
+def canny(image: Image.Image, low: int = 100, high: int = 200) -> Image.Image:
+    """Detect edges: white on black, RGB, of the same size; transparent parts of the image lie on white.
 
-    Gradients are Sobel's over 3x3 pixels, of the channel where |x| + |y| is greatest; there is no blur.
-
-    Args:
-        picture: of 8 bits a channel; transparent parts lie on white.
-        low: a gradient above this is an edge where it touches one above ``high``.
-        high: a gradient above this is an edge.
+    Gradients are Sobel's over 3x3 pixels, of the channel where |x| + |y| is greatest, without a blur. Those above
+    ``high`` are edges, and those above ``low`` that are connected to one.
     """
-    x, y = _gradients(np.asarray(flatten_alpha(picture), np.int32))
+    x, y = _gradients(np.asarray(flatten_alpha(image), np.int32))
     size = np.abs(x) + np.abs(y)
-    edges = _grown((size > high) & _ridges(x, y, size), (size > low) & _ridges(x, y, size))
+    is_ridge = _non_max_suppression(x, y, size)
+    edges = _hysteresis((size > high) & is_ridge, (size > low) & is_ridge)
     return Image.fromarray(np.where(edges, np.uint8(255), np.uint8(0))).convert("RGB")
 
 
 def _gradients(pixels: AnyArray) -> tuple[AnyArray, AnyArray]:
-    """Along x and along y, (H, W), of (H, W, C)."""
+    """Compute the gradients along x and y, (H, W), of (H, W, C)."""
     padded = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), mode="edge")
     across = padded[:, 2:] - padded[:, :-2]
     x = across[:-2] + 2 * across[1:-1] + across[2:]
@@ -34,8 +31,8 @@ def _gradients(pixels: AnyArray) -> tuple[AnyArray, AnyArray]:
     return np.take_along_axis(x, strongest, 2)[..., 0], np.take_along_axis(y, strongest, 2)[..., 0]
 
 
-def _ridges(x: AnyArray, y: AnyArray, size: AnyArray) -> AnyArray:
-    """Where a gradient is greatest across the edge, whose direction is one of four; of two equals the first counts."""
+def _non_max_suppression(x: AnyArray, y: AnyArray, size: AnyArray) -> AnyArray:
+    """Find gradients that are greatest across the edge, in one of four directions; of two equals the first counts."""
     height, width = size.shape
     around = np.pad(size, 1)
 
@@ -53,14 +50,14 @@ def _ridges(x: AnyArray, y: AnyArray, size: AnyArray) -> AnyArray:
     return np.where(tall < wide, level, np.where(tall > steep, upright, slanted))
 
 
-def _grown(edges: AnyArray, weak: AnyArray) -> AnyArray:
-    """The edges and all that is weak and touches them, at a side or a corner, or touches such."""
+def _hysteresis(edges: AnyArray, weak: AnyArray) -> AnyArray:
+    """Add the weak pixels that are connected to edges, by sides or corners."""
     edges = np.pad(edges, 1)
     weak = np.pad(weak, 1) & ~edges
-    found = np.argwhere(edges)
+    front = np.argwhere(edges)
     around = np.array([(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)])
-    while len(found):
-        near = (found[:, None] + around).reshape(-1, 2)
-        found = np.unique(near[weak[tuple(near.T)]], axis=0)
-        weak[tuple(found.T)], edges[tuple(found.T)] = False, True
+    while len(front):
+        near = (front[:, None] + around).reshape(-1, 2)
+        front = np.unique(near[weak[tuple(near.T)]], axis=0)
+        weak[tuple(front.T)], edges[tuple(front.T)] = False, True
     return edges[1:-1, 1:-1]

@@ -1,4 +1,4 @@
-"""The part of a picture around a mask, worked in alone at a size of its own and put back."""
+"""Crop regions: inpainting only the part of an image around the mask, at its own size."""
 
 from dataclasses import dataclass
 
@@ -11,47 +11,45 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class CropRegion:
-    """Where the part lies in the picture, and where in what is worked in."""
+    """A region of an image that is generated at another size and pasted back."""
 
     box: Box
-    """In the picture."""
+    """The region in the image."""
     size: tuple[int, int]
-    """(width, height) that is worked in."""
+    """(width, height) at which it is generated."""
     inner: Box
-    """In what is worked in; around it the part's edge is drawn out, where the picture had too little for its shape."""
+    """The region in the generated image; around it the edge is replicated if the image is too small for its shape."""
 
-    def cut(self, picture: Image.Image) -> Image.Image:
-        """The part in the size that is worked in."""
+    def crop(self, image: Image.Image) -> Image.Image:
+        """Crop the region and resize it to ``size``."""
         left, top, right, bottom = self.inner
-        part = _resized(picture.crop(self.box), (right - left, bottom - top))
+        part = image.crop(self.box).resize((right - left, bottom - top), Image.Resampling.LANCZOS)
         sides = ((top, self.size[1] - bottom), (left, self.size[0] - right))
         pixels = np.asarray(part)
         return Image.fromarray(np.pad(pixels, sides + ((0, 0),) * (pixels.ndim - 2), mode="edge"))
 
-    def put(self, made: Image.Image, picture: Image.Image) -> Image.Image:
-        """The picture with what was made in the part's place."""
-        whole = picture.copy()
+    def paste(self, generated: Image.Image, image: Image.Image) -> Image.Image:
+        """Paste a generated image of ``size`` into a copy of the image."""
+        whole = image.copy()
         left, top, right, bottom = self.box
-        whole.paste(_resized(made.crop(self.inner), (right - left, bottom - top)), self.box)
+        part = generated.crop(self.inner).resize((right - left, bottom - top), Image.Resampling.LANCZOS)
+        whole.paste(part, self.box)
         return whole
 
 
 def masked_region(mask: Image.Image, size: tuple[int, int], padding: int) -> CropRegion:
-    """The smallest box around a mask, padded and grown to the shape of a size, as diffusers' get_crop_region has it.
+    """Get the region around a mask (L), as diffusers' get_crop_region: padded, and expanded to the shape of ``size``.
 
-    Args:
-        mask: L, 0 outside; not empty.
-        size: (width, height) that is worked in.
-        padding: pixels of the picture.
+    ``size`` is (width, height) at which it is generated; ``padding`` is in pixels of the mask.
     """
     left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
     left, top = max(left - padding, 0), max(top - padding, 0)
     right, bottom = min(right + padding, mask.width), min(bottom + padding, mask.height)
     shape = size[0] / size[1]
     if (right - left) / (bottom - top) > shape:
-        top, bottom = _grown(top, bottom, (right - left) / shape, mask.height)
+        top, bottom = _expand(top, bottom, (right - left) / shape, mask.height)
     else:
-        left, right = _grown(left, right, (bottom - top) * shape, mask.width)
+        left, right = _expand(left, right, (bottom - top) * shape, mask.width)
     width, height = right - left, bottom - top
     inner_width = min(size[0], max(width * size[1] // height, 1))
     inner_height = min(size[1], max(height * size[0] // width, 1))
@@ -59,13 +57,9 @@ def masked_region(mask: Image.Image, size: tuple[int, int], padding: int) -> Cro
     return CropRegion(box=(left, top, right, bottom), size=size, inner=(x, y, x + inner_width, y + inner_height))
 
 
-def _grown(low: int, high: int, length: float, limit: int) -> tuple[int, int]:
-    """From low to high made as long on both sides, inside 0 to limit."""
+def _expand(low: int, high: int, length: float, limit: int) -> tuple[int, int]:
+    """Expand low to high to a length on both sides, inside of 0 to limit."""
     more = int(length - (high - low))
     low, high = low - more // 2, high + more - more // 2
     low, high = low - max(high - limit, 0), min(high, limit)
     return max(low, 0), min(high - min(low, 0), limit)
-
-
-def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)

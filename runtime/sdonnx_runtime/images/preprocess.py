@@ -1,4 +1,4 @@
-"""Pictures that come in: opening them, fitting them to the model, and the masks that say what is painted anew."""
+"""Image preprocessing: opening, resizing, outpainting canvases, masks and depth maps."""
 
 import math
 import struct
@@ -12,118 +12,114 @@ from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import RequestError
 
 FITS = ("crop", "pad", "stretch")
-"""How a picture of another shape is brought to the size asked for; always with Lanczos' filter.
+"""How an image of another aspect ratio is resized, always with Lanczos' filter.
 
-crop scales it until it covers the size and cuts off the rest on both sides; pad scales it until it lies inside and
-fills the rest with black; stretch changes its proportions.
+crop covers the size and cuts off the rest on both sides; pad fits inside and fills the rest with black; stretch
+changes the aspect ratio.
 """
 
 UPSCALERS = ("latent", "lanczos")
-"""How what the first of two passes made is enlarged: as latents, bilinearly, or as pixels."""
+"""How hires fix upscales: the latents, bilinearly, or the pixels."""
 
 MAX_SIDE = 16384
-"""The widest and highest that is worked in, pixels."""
+"""The maximum width and height, in pixels."""
 
 _FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
-"""What is opened: raster formats that Pillow reads by itself, without running other programs on the file."""
+"""Raster formats that are opened: those that Pillow reads without running other programs."""
 
 _DAMAGED = (
     ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError,
     struct.error,
 )  # fmt: skip
-"""What Pillow's decoders end in over a foreign or damaged file."""
+"""What Pillow's decoders raise for a file of another kind or a damaged one."""
 
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
 """Pillow's modes of 8 bits a channel."""
 
 
 def open_image(path: Path) -> Image.Image:
-    """A picture from a file, upright as its camera was held.
+    """Open an image file and rotate it as its EXIF orientation says.
 
     Raises:
-        RequestError: there is no such file, it holds no whole picture, or one of too many pixels to be honest.
+        RequestError: the file is missing, damaged or not an image, or has too many pixels.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             Image.init()
             formats = [name for name in _FORMATS if name in Image.OPEN]  # not every Pillow has all
-            with Image.open(path, formats=formats) as picture:
-                upright = ImageOps.exif_transpose(picture)
-                if upright.mode == "I" and picture.format in ("PNG", "PPM"):  # 16 bits, as some Pillows give them
+            with Image.open(path, formats=formats) as image:
+                upright = ImageOps.exif_transpose(image)
+                if upright.mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits, as some Pillows give them
                     return Image.fromarray(np.asarray(upright).astype(np.uint16))
                 return upright
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        most = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
-        raise RequestError(f"{path} has more than {most:.0f} million pixels; make it smaller first") from None
+        maximum = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        raise RequestError(f"{path} has more than {maximum:.0f} million pixels; make it smaller first") from None
     except _DAMAGED as error:
-        reason = getattr(error, "strerror", None) or "it is no picture, or a damaged one"
+        reason = getattr(error, "strerror", None) or "it is not an image, or damaged"
         raise RequestError(f"{path} can't be read: {reason}; give a whole PNG, JPEG or WebP file") from None
 
 
-def check_image(name: str, picture: Image.Image) -> None:
-    """Finds out whether a picture's pixels can be read.
+def check_image(name: str, image: Image.Image) -> None:
+    """Check that an image has pixels of a known range.
 
     Raises:
-        RequestError: it has none, or their range is not known.
+        RequestError: it is empty, or of an unknown mode.
     """
-    if 0 in picture.size:
-        raise RequestError(f"{name} has {picture.width}x{picture.height} pixels; give one that has any")
-    if picture.mode not in _MODES and not picture.mode.startswith("I;16"):
+    if 0 in image.size:
+        raise RequestError(f"{name} is empty ({image.width}x{image.height}); give an image with pixels")
+    if image.mode not in _MODES and not image.mode.startswith("I;16"):
         raise RequestError(
-            f"{name} has pixels of Pillow's mode {picture.mode}, whose range is not known; "
-            "convert it to 8 or 16 bits a channel"
+            f"{name} has Pillow's mode {image.mode}, which is not supported; convert it to 8 or 16 bits a channel"
         )
 
 
-def suitable_size(picture: Image.Image, *, area: int, multiple: int) -> tuple[int, int]:
-    """(width, height) to work in where none was asked for.
+def suitable_size(image: Image.Image, *, area: int, multiple: int) -> tuple[int, int]:
+    """Choose (width, height) for an image.
 
-    The picture's own size, scaled down to ``area`` pixels where it has more, and to multiples of ``multiple``: down
-    for a picture that keeps its size, to the nearest for one that does not.
+    It is the image's size, scaled down to ``area`` pixels if it has more, in multiples of ``multiple``: rounded down,
+    or to the nearest if it is scaled.
     """
-    shrink = math.sqrt(area / (picture.width * picture.height))
+    shrink = math.sqrt(area / (image.width * image.height))
     if shrink >= 1:
-        cells = [side // multiple for side in picture.size]
+        counts = [side // multiple for side in image.size]
     else:
-        cells = [round(side * shrink / multiple) for side in picture.size]
-    width, height = (max(count, 1) * multiple for count in cells)
+        counts = [round(side * shrink / multiple) for side in image.size]
+    width, height = (max(count, 1) * multiple for count in counts)
     return width, height
 
 
-def resize_to_fit(picture: Image.Image, size: tuple[int, int], fit: str) -> Image.Image:
-    """The picture in another size by one of FITS; one that has the size is left as it is."""
-    if picture.size == size:
-        return picture
+def resize_to_fit(image: Image.Image, size: tuple[int, int], fit: str) -> Image.Image:
+    """Resize an image by one of FITS; one of the size is returned as it is."""
+    if image.size == size:
+        return image
     if fit == "stretch":
-        return picture.resize(size, Image.Resampling.LANCZOS)
+        return image.resize(size, Image.Resampling.LANCZOS)
     fill = ImageOps.fit if fit == "crop" else ImageOps.pad
-    return fill(picture, size, Image.Resampling.LANCZOS)
+    return fill(image, size, Image.Resampling.LANCZOS)
 
 
 def outpaint_canvas(
-    picture: Image.Image, margins: tuple[int, int, int, int], *, area: int, multiple: int
+    image: Image.Image, margins: tuple[int, int, int, int], *, area: int, multiple: int
 ) -> tuple[Image.Image, Image.Image]:
-    """For outpainting: the picture on a larger canvas, RGB, and the mask, L, that is white where it is new.
+    """Make the larger canvas for outpainting, RGB, and its mask, L, white where it is new.
 
-    Args:
-        picture: what is in the middle; its edge's colours are drawn out to the canvas' edge.
-        margins: (left, top, right, bottom), pixels of 0 or more.
-        area: pixels up to which a canvas is worked in as it is; a larger one is scaled down.
-        multiple: what the sides of one that keeps its size have to be multiples of.
+    The image's edge is replicated over the margins: (left, top, right, bottom), pixels of 0 or more. A canvas of more
+    than ``area`` pixels is scaled down later; the sides of others are multiples of ``multiple``.
 
     Raises:
-        RequestError: a margin is negative, all are 0, or the canvas has another size, or is too large.
+        RequestError: a margin is negative, all are 0, or the canvas is too large or not of a ``multiple``.
     """
     left, top, right, bottom = margins
     if min(margins) < 0 or max(margins) == 0:
         raise RequestError(f"the margins are {margins}; give left, top, right, bottom in pixels, of 0 or more")
-    width, height = picture.width + left + right, picture.height + top + bottom
-    most = Image.MAX_IMAGE_PIXELS or MAX_SIDE**2
-    if max(width, height) > MAX_SIDE or width * height > most:
+    width, height = image.width + left + right, image.height + top + bottom
+    maximum = Image.MAX_IMAGE_PIXELS or MAX_SIDE**2
+    if max(width, height) > MAX_SIDE or width * height > maximum:
         raise RequestError(
-            f"the canvas has {width}x{height} pixels; take smaller margins: "
-            f"it may have {MAX_SIDE} a side and {most / 1e6:.0f} million in all"
+            f"the canvas has {width}x{height} pixels; use smaller margins: "
+            f"the maximum is {MAX_SIDE} per side and {maximum / 1e6:.0f} million in all"
         )
     if width * height <= area and (width % multiple or height % multiple):
         more = (-width % multiple, -height % multiple)
@@ -131,109 +127,107 @@ def outpaint_canvas(
             f"the canvas has {width}x{height} pixels; make both multiples of {multiple}: "
             f"{more[0]} more at a side, {more[1]} more above or below"
         )
-    pixels = np.pad(np.asarray(flatten_alpha(picture)), ((top, bottom), (left, right), (0, 0)), mode="edge")
+    pixels = np.pad(np.asarray(flatten_alpha(image)), ((top, bottom), (left, right), (0, 0)), mode="edge")
     mask = Image.new("L", (width, height), 255)
-    mask.paste(0, (left, top, left + picture.width, top + picture.height))
+    mask.paste(0, (left, top, left + image.width, top + image.height))
     return Image.fromarray(pixels), mask
 
 
-def flatten_alpha(picture: Image.Image) -> Image.Image:
-    """RGB; what shows through lies on white."""
-    return _on(picture, "white")
+def flatten_alpha(image: Image.Image) -> Image.Image:
+    """Convert to RGB on a white background."""
+    return _on_background(image, "white")
 
 
-def to_mask(picture: Image.Image) -> Image.Image:
-    """What is painted anew, as a picture of mode L: 255 where the given one is white and opaque, else 0.
+def to_mask(image: Image.Image) -> Image.Image:
+    """Convert to an inpainting mask of mode L: 255 where the image is white and opaque, else 0.
 
-    Gray counts as white from the middle on; transparent parts are kept.
+    Gray of 128 and above is white.
     """
-    return _on(picture, "black").convert("L").point([0] * 128 + [255] * 128)
+    return _on_background(image, "black").convert("L").point([0] * 128 + [255] * 128)
 
 
-def _on(picture: Image.Image, background: str) -> Image.Image:
-    """RGB; what shows through lies on a colour."""
-    if picture.mode.startswith("I;16"):
-        picture = _eight_bit(picture)
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    layer = picture.convert("RGBA")
+def _on_background(image: Image.Image, background: str) -> Image.Image:
+    """Convert to RGB on a background colour."""
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.uint16)  # Pillow's own conversion clips at 255
+        gray = (values / 257).round().astype(np.uint8)
+        alpha = np.where(values == image.info.get("transparency", -1), 0, 255).astype(np.uint8)
+        image = Image.merge("LA", [Image.fromarray(gray), Image.fromarray(alpha)])
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layer.size, background), layer).convert("RGB")
 
 
-def _eight_bit(picture: Image.Image) -> Image.Image:
-    """Gray of 16 bits as LA: Pillow's conversion would cut off what is above 255."""
-    values = np.asarray(picture).astype(np.uint16)
-    transparent = values == picture.info.get("transparency", -1)
-    gray = (values / 257).round().astype(np.uint8)
-    return Image.merge("LA", [Image.fromarray(gray), Image.fromarray(np.where(transparent, 0, 255).astype(np.uint8))])
-
-
-def to_depth(picture: Image.Image) -> Array:
-    """(H, W): a depth map's gray, of 8 or 16 bits or floating point, in whatever unit; brighter is nearer."""
-    if picture.mode not in ("F", "I") and not picture.mode.startswith("I;16"):
-        picture = flatten_alpha(picture).convert("L")
-    return np.asarray(picture).astype(np.float32)
+def to_depth(image: Image.Image) -> Array:
+    """Convert a depth map of 8 or 16 bits or floating point, in any unit, to (H, W); brighter is nearer."""
+    if image.mode not in ("F", "I") and not image.mode.startswith("I;16"):
+        image = flatten_alpha(image).convert("L")
+    return np.asarray(image).astype(np.float32)
 
 
 def bicubic(values: Array, height: int, width: int) -> Array:
-    """(H, W) to (height, width) as torch's interpolate: cubic convolution with a = -0.75, not smoothed before."""
+    """Resize (H, W) to (height, width) as torch's interpolate: bicubic without antialiasing.
+
+    The cubic convolution has torch's a = -0.75; Pillow's has -0.5.
+    """
     return _cubic(_cubic(values, height).T, width).T
 
 
 def _cubic(values: Array, count: int) -> Array:
-    """(H, W) to (count, W)."""
-    places = (np.arange(count) + 0.5) * (len(values) / count) - 0.5
-    first = np.floor(places).astype(np.int64)
+    """Resize (H, W) to (count, W)."""
+    positions = (np.arange(count) + 0.5) * (len(values) / count) - 0.5
+    first = np.floor(positions).astype(np.int64)
     total = np.zeros((count, values.shape[1]), np.float32)
     for tap in range(-1, 3):
-        away = np.abs(places - first - tap)
-        weights = np.where(away <= 1, (1.25 * away - 2.25) * away**2 + 1, ((-0.75 * away + 3.75) * away - 6) * away + 3)
+        d = np.abs(positions - first - tap)
+        weights = np.where(d <= 1, (1.25 * d - 2.25) * d**2 + 1, ((-0.75 * d + 3.75) * d - 6) * d + 3)
         total += weights.astype(np.float32)[:, None] * values[np.clip(first + tap, 0, len(values) - 1)]
     return total
 
 
-def to_values(picture: Image.Image) -> Array:
-    """RGB to (1, 3, H, W) in -1..1."""
-    pixels = np.asarray(picture, np.float32).transpose(2, 0, 1)[None]
+def to_values(image: Image.Image) -> Array:
+    """Convert RGB to (1, 3, H, W) in -1 to 1."""
+    pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None]
     return pixels / np.float32(127.5) - np.float32(1)
 
 
 def latent_mask(mask: Image.Image, downscale: int, *, first_pixel: bool = False) -> Array:
-    """(1, 1, h, w), 1 for latent cells that are painted anew: those of which any pixel is.
+    """Downscale a mask to latent pixels, (1, 1, h, w): 1 if any of its pixels is white.
 
-    With ``first_pixel`` those of which the first pixel is, as in diffusers.
+    With ``first_pixel``, as in diffusers, if the first one is.
     """
-    painted = np.asarray(mask, np.float32)  # (H, W)
+    white = np.asarray(mask, np.float32)  # (H, W)
     if first_pixel:
-        cells = painted[::downscale, ::downscale]
+        latent_pixels = white[::downscale, ::downscale]
     else:
-        height, width = painted.shape
-        cells = painted.reshape(height // downscale, downscale, width // downscale, downscale).max(axis=(1, 3))
-    return (cells[None, None] > 0).astype(np.float32)
+        height, width = white.shape
+        latent_pixels = white.reshape(height // downscale, downscale, width // downscale, downscale).max(axis=(1, 3))
+    return (latent_pixels[None, None] > 0).astype(np.float32)
 
 
 def snap_mask_to_latents(mask: Image.Image, downscale: int) -> Image.Image:
-    """The mask grown to whole latent cells, for which all of `latent_mask`'s rules say the same."""
-    cells = latent_mask(mask, downscale)[0, 0] * 255
-    return Image.fromarray(cells.astype(np.uint8)).resize(mask.size, Image.Resampling.NEAREST)
+    """Expand a mask to whole latent pixels, so that `latent_mask` is the same with and without ``first_pixel``."""
+    latent_pixels = latent_mask(mask, downscale)[0, 0] * 255
+    return Image.fromarray(latent_pixels.astype(np.uint8)).resize(mask.size, Image.Resampling.NEAREST)
 
 
 def blur_mask_inward(mask: Image.Image, pixels: int) -> Image.Image:
-    """The mask fading out towards its edge over some pixels, inwards: what was 0 stays 0.
+    """Fade a mask out towards its edge over some pixels, inwards: what was 0 stays 0.
 
-    The mean of the mask and of what is left of it when 1, 2, … ``pixels`` are taken off all around.
+    The mean of the mask and of its erosions by 1, 2, … ``pixels``; Pillow's MinFilter takes four times as long.
     """
-    left = np.pad(np.asarray(mask, np.float32), 1, mode="edge")
-    total = left.copy()
+    eroded = np.pad(np.asarray(mask, np.float32), 1, mode="edge")
+    total = eroded.copy()
     for _ in range(pixels):
-        rows = np.minimum(left[:-2], np.minimum(left[1:-1], left[2:]))
-        smaller = np.minimum(rows[:, :-2], np.minimum(rows[:, 1:-1], rows[:, 2:]))
-        left = np.pad(smaller, 1, mode="edge")
-        total += left
+        across = np.minimum(eroded[:-2], np.minimum(eroded[1:-1], eroded[2:]))
+        inner = np.minimum(across[:, :-2], np.minimum(across[:, 1:-1], across[:, 2:]))
+        eroded = np.pad(inner, 1, mode="edge")
+        total += eroded
     return Image.fromarray((total[1:-1, 1:-1] / (pixels + 1)).round().astype(np.uint8))
 
 
-def to_images(pictures: Array) -> tuple[Image.Image, ...]:
-    """(N, 3, H, W) in -1..1 to RGB pictures; what lies outside is clipped."""
-    scaled = np.clip(pictures / 2 + 0.5, 0.0, 1.0).transpose(0, 2, 3, 1)  # (N, H, W, 3)
-    return tuple(Image.fromarray(picture) for picture in (scaled * 255).round().astype(np.uint8))
+def to_images(values: Array) -> tuple[Image.Image, ...]:
+    """Convert (N, 3, H, W) to RGB images; values outside of -1 to 1 are clipped."""
+    scaled = np.clip(values / 2 + 0.5, 0.0, 1.0).transpose(0, 2, 3, 1)  # (N, H, W, 3)
+    return tuple(Image.fromarray(pixels) for pixels in (scaled * 255).round().astype(np.uint8))

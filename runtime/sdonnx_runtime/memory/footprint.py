@@ -1,7 +1,7 @@
-"""What opening and running a stage takes of memory and work, told from the shapes of what it is given.
+"""Estimate the memory and MACs of a stage from the shapes of its inputs.
 
-The rules are those of ONNX Runtime's CPU provider as it was seen to behave: which values take over another's place,
-what operators take besides, in which order they run, what becomes of weights.
+The rules describe ONNX Runtime's CPU provider as it was observed: in-place outputs, workspaces, execution order,
+copies of weights.
 """
 
 from collections import Counter, defaultdict
@@ -9,220 +9,203 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from sdonnx_runtime.graphs.initializers import GRAPH, Initializer
-from sdonnx_runtime.graphs.onnx_proto import submessages
-from sdonnx_runtime.graphs.partition import NODE, Stage
-from sdonnx_runtime.graphs.shape_inference import Node, TensorInfo, infer_shapes, node_of
+from sdonnx_runtime.graphs.initializers import Initializer
+from sdonnx_runtime.graphs.onnx_proto import Node
+from sdonnx_runtime.graphs.partition import Stage
+from sdonnx_runtime.graphs.shape_inference import TensorInfo, infer_shapes
+from sdonnx_runtime.memory.constants import CONV_REORDER, INT8_BLOCK_SUMS, INT8_FRAGMENTATION, NODE_BYTES
 
-_SMALL = 64
-"""Elements of what may be a shape."""
+_SHAPE_ELEMENTS = 64
+"""The most elements of an initializer that may be part of a shape."""
 
-_NODE_BYTES = 8192
-"""What a session takes for a node."""
+_VIEWS = ("Reshape", "Unsqueeze")
+"""Operators whose output is their input's buffer."""
+_MAY_RUN_IN_PLACE = ("Add", "Cast", "Cos", "Div", "Mul", "Relu", "Sin", "Sqrt", "Sub", "Tanh")
+"""Operators whose output may take the buffer of an input of its size that no later node reads."""
 
-_IN_THE_SAME_PLACE = ("Reshape", "Unsqueeze")
-_MAY_TAKE_OVER = ("Add", "Cast", "Cos", "Div", "Mul", "Relu", "Sin", "Sqrt", "Sub", "Tanh")
-"""Whose output may lie where an input of its size did that nobody reads any more."""
-
-_PRODUCTS = ("DynamicQuantizeLinear", "MatMul", "MatMulIntegerToFloat")
-_WIDENED = ("Cast", "DequantizeLinear")
-"""What weights are given to, to be float32."""
+_MATMULS = ("DynamicQuantizeLinear", "MatMul", "MatMulIntegerToFloat")
+_TO_FLOAT32 = ("Cast", "DequantizeLinear")
+_INT8_OPS = {"MatMulIntegerToFloat", "QLinearConv"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """What a stage takes, in bytes."""
+    """The memory of a stage, in bytes, and its MACs."""
 
     weights: int
-    """As they are kept while it is open, with the session around them."""
+    """Bytes of weights and session while the stage is open."""
     opening: int
-    """The most of weights, and of copies of them, while it is being opened."""
-    packed: int
-    """Of the weights those in codes that are packed anew, where other buffers come from."""
-    mapped: int
-    """Of these the ones whose file is in memory until all are packed."""
-    spread: int
-    """What of all that is packed anew is left lying about in the arena, if it is opened as a whole."""
-    values: int
-    """The most of values and of workspace at a time, without what the stage is given."""
+    """The peak of weights and their copies while the stage is being opened."""
+    prepacked: int
+    """Bytes of int8 weights that are prepacked into buffers of the arena; included in ``weights``."""
+    mmapped: int
+    """Bytes of ``prepacked`` whose mapped file stays in memory until all weights are prepacked."""
+    fragmentation: int
+    """Bytes that prepacking leaves unused in the arena if the graph is opened whole."""
+    activations: int
+    """The peak of values and workspaces, without the stage's inputs."""
     outputs: Mapping[str, TensorInfo]
-    written: int
-    """All values together."""
-    work: int
-    """Multiplications with additions."""
-    coded: bool
-    """Whether most of the work is done in 8 bits."""
+    allocated: int
+    """Bytes of all values together."""
+    macs: int
+    """Multiply-accumulate operations."""
+    is_int8: bool
+    """Whether most of ``macs`` are in int8."""
 
 
-def footprint(stage: Stage, given: Mapping[str, TensorInfo]) -> Footprint:
-    """What a stage takes for inputs of these shapes.
-
-    Raises:
-        UnknownGraph: it has an operator that packages of sdonnx don't have.
-    """
-    (graph,) = submessages(memoryview(stage.model), GRAPH)
-    nodes = _as_run([node_of(part) for part in submessages(graph, NODE)])
-    values = {**given, **{name: _weight(each) for name, each in stage.weights.items()}}
-    makers = {name: node for node in nodes for name in node.outputs}
+def footprint(stage: Stage, inputs: Mapping[str, TensorInfo]) -> Footprint:
+    """Estimate the footprint of a stage for inputs of these shapes; raises UnsupportedGraph as `infer_shapes` does."""
+    nodes = _execution_order(stage.nodes)
+    values = {**inputs, **{name: _weight_info(each) for name, each in stage.weights.items()}}
+    producers = {name: node for node in nodes for name in node.outputs}
     readers = Counter(name for node in nodes for name in node.inputs)
-    inside = _inside(nodes, readers, stage.weights)
-    last = {name: index for index, node in enumerate(nodes) for name in node.inputs}
-    last |= dict.fromkeys(stage.outputs, len(nodes))
-    buffers: dict[str, str] = {}  # where a value lies: in the buffer that was made for another, or for itself
+    fused = _fused(nodes, readers, stage.weights)
+    last_use = {name: index for index, node in enumerate(nodes) for name in node.inputs}
+    last_use |= dict.fromkeys(stage.outputs, len(nodes))
+    buffers: dict[str, str] = {}  # the value that a value's buffer was allocated for
     users: dict[str, int] = {}  # the last node that reads a buffer
-    live = most = written = 0
-    work = Counter[bool]()
+    live = peak = allocated = 0
+    macs = Counter[bool]()
     for index, node in enumerate(infer_shapes(nodes, values)):
         dying = {buffers[name] for name in node.inputs if name in buffers and users[buffers[name]] == index}
         for name in node.outputs:
-            if name == "" or name in inside:
+            if name == "" or name in fused:
                 continue
-            buffer = _taken_over(node, values, buffers, dying) or name
+            buffer = _in_place(node, values, buffers, dying) or name
             buffers[name] = buffer
             live += values[name].nbytes if buffer == name else 0
-            written += values[name].nbytes if buffer == name else 0
-            users[buffer] = max(users.get(buffer, index), last.get(name, index))
-        most = max(most, live + _workspace(node, values, makers, inside, dying))
-        work[node.op in _IN_CODES] += _work(node, values)
-        done = {*dying, *(buffers[name] for name in node.outputs if name in buffers)}
-        live -= sum(values[name].nbytes for name in done if users[name] == index)
+            allocated += values[name].nbytes if buffer == name else 0
+            users[buffer] = max(users.get(buffer, index), last_use.get(name, index))
+        peak = max(peak, live + _workspace(node, values, producers, fused, dying))
+        macs[node.op in _INT8_OPS] += _macs(node, values)
+        unread = {*dying, *(buffers[name] for name in node.outputs if name in buffers)}
+        live -= sum(values[name].nbytes for name in unread if users[name] == index)
     outputs = {name: values[name] for name in stage.outputs}
-    kept, opening, packed, mapped, spread = _weights(stage, nodes, values)
     return Footprint(
-        weights=kept,
-        opening=opening,
-        packed=packed,
-        mapped=mapped,
-        spread=spread,
-        values=max(most, 2 * sum(each.nbytes for each in outputs.values())),  # they are copied
+        **_weight_bytes(stage, nodes, values),
+        activations=max(peak, 2 * sum(each.nbytes for each in outputs.values())),  # outputs are copied
         outputs=outputs,
-        written=written,
-        work=work.total(),
-        coded=work[True] > work[False],
+        allocated=allocated,
+        macs=macs.total(),
+        is_int8=macs[True] > macs[False],
     )
 
 
-def _weight(weight: Initializer) -> TensorInfo:
-    known = weight.read() if prod(weight.shape) <= _SMALL and not weight.external else None
+def _weight_info(weight: Initializer) -> TensorInfo:
+    known = weight.read() if prod(weight.shape) <= _SHAPE_ELEMENTS and not weight.external else None
     return TensorInfo(weight.shape, weight.length / max(prod(weight.shape), 1), known)
 
 
-def _inside(nodes: Sequence[Node], readers: Mapping[str, int], weights: Collection[str]) -> set[str]:
-    """What isn't there in a run.
+def _fused(nodes: Sequence[Node], readers: Mapping[str, int], weights: Collection[str]) -> set[str]:
+    """The values that are never allocated: fused activations and dequantized linear weights, and cast weights."""
+    linear = {node.inputs[1] for node in nodes if node.op == "MatMul"}
+    return {
+        node.outputs[0]
+        for node in nodes
+        if (node.op == "DynamicQuantizeLinear" and readers[node.outputs[0]] == 1)
+        or (node.op == "Cast" and node.inputs[0] in weights)
+        or (node.op in _TO_FLOAT32 and node.outputs[0] in linear)
+    }
 
-    The operators around it are made one: codes of one reader, and widened matrices. Or a weight is widened when a
-    session opens.
-    """
-    codes = {node.outputs[0] for node in nodes if node.op == "DynamicQuantizeLinear" and readers[node.outputs[0]] == 1}
-    matrices = {node.inputs[1] for node in nodes if node.op == "MatMul"}
-    folded = {node.outputs[0] for node in nodes if node.op == "Cast" and node.inputs[0] in weights}
-    return codes | folded | {node.outputs[0] for node in nodes if node.op in _WIDENED and node.outputs[0] in matrices}
 
-
-def _weights(stage: Stage, nodes: Sequence[Node], values: Mapping[str, TensorInfo]) -> tuple[int, int, int, int, int]:
-    """What a stage's weights take once it is open, the most before, and of them `packed`, `mapped` and `spread`."""
-    readers: dict[str, list[Node]] = defaultdict(list)
+def _weight_bytes(stage: Stage, nodes: Sequence[Node], values: Mapping[str, TensorInfo]) -> dict[str, int]:
+    """The fields of a `Footprint` that are about weights."""
+    readers = defaultdict[str, list[Node]](list)
     for node in nodes:
-        for name in node.inputs:
-            if name in stage.weights:
-                readers[name].append(node)
-    kernels = {node.inputs[1] for node in nodes if node.op == "Conv"}
-    folded = reordered = before = largest = packed = mapped = blocks = 0
-    matrices = {node.inputs[1] for node in nodes if node.op == "MatMul"}
-    kept = len(nodes) * _NODE_BYTES
+        for name in stage.weights.keys() & node.inputs:
+            readers[name].append(node)
+    conv_weights = {node.inputs[1] for node in nodes if node.op == "Conv"}
+    linear_weights = {node.inputs[1] for node in nodes if node.op == "MatMul"}
+    folded = reorder_peak = reordered = largest = prepacked = mmapped = blocks = 0
+    weights = len(nodes) * NODE_BYTES
     for name, users in readers.items():
         ops = {node.op for node in users}
         if ops == {"Gather"}:
-            continue  # of what is mapped the rows that are read
-        wide = next((node.outputs[0] for node in users if node.op == "Cast"), name)
-        size = values[wide].nbytes
-        kept += size
-        folded += size if wide != name else 0  # all are, before any is reordered
-        if wide in kernels:
-            reordered = max(
-                reordered, before + 4 * size
-            )  # its file, what is read of it, and what becomes of that twice
-            before += size
+            continue  # mapped: only the rows that are read are in memory
+        cast = next((node.outputs[0] for node in users if node.op == "Cast"), name)
+        size = values[cast].nbytes
+        weights += size
+        folded += size if cast != name else 0  # all are cast before any is reordered
+        if cast in conv_weights:
+            reorder_peak = max(reorder_peak, reordered + CONV_REORDER * size)
+            reordered += size
         else:
             largest = max(largest, size)
-        blocks += size if any(node.op == "DequantizeLinear" and node.outputs[0] in matrices for node in users) else 0
-        packed += size if ops & _IN_CODES else 0
-        mapped += size if "QLinearConv" in ops else 0
-    kept += blocks // 5  # codes that are multiplied with as they are have sums beside them
-    return kept, max(folded + reordered, kept + largest), packed, mapped, blocks // 2
+        dequantized = any(node.op == "DequantizeLinear" and node.outputs[0] in linear_weights for node in users)
+        blocks += size if dequantized else 0
+        prepacked += size if ops & _INT8_OPS else 0
+        mmapped += size if "QLinearConv" in ops else 0
+    weights += int(blocks * INT8_BLOCK_SUMS)
+    return {
+        "weights": weights, "opening": max(folded + reorder_peak, weights + largest), "prepacked": prepacked,
+        "mmapped": mmapped, "fragmentation": int(blocks * INT8_FRAGMENTATION),
+    }  # fmt: skip
 
 
-_IN_CODES = {"MatMulIntegerToFloat", "QLinearConv"}
+def _execution_order(nodes: Sequence[Node]) -> list[Node]:
+    """Nodes in the order in which ONNX Runtime runs them.
 
-
-def _as_run(nodes: Sequence[Node]) -> list[Node]:
-    """Nodes in the order that ONNX Runtime runs them in.
-
-    Products are rewritten, and come before what isn't, the next time that there is one to run: as soon as what they
-    multiply is there. So do kernels that are made of codes. A convolution of what another gives comes directly after
-    it, for it takes its blocks of channels.
+    Rewritten MatMuls run before other nodes: when their inputs are ready, at the next MatMul. So do nodes that
+    dequantize conv weights. A Conv on another's output runs directly after it, since it reads its blocks of channels.
     """
-    makers = {name: index for index, node in enumerate(nodes) for name in node.outputs}
-    places = [*range(len(nodes))]
-    products = [index for index, node in enumerate(nodes) if node.op in _PRODUCTS]
+    producers = {name: index for index, node in enumerate(nodes) for name in node.outputs}
+    order = [*range(len(nodes))]
+    matmuls = [index for index, node in enumerate(nodes) if node.op in _MATMULS]
     for index, node in enumerate(nodes):
-        before = [makers[name] for name in node.inputs if name in makers]
+        before = [producers[name] for name in node.inputs if name in producers]
         if node.op == "Cast" and not before:
-            places[index] = 0
-        elif node.op in _PRODUCTS or (node.op == "DequantizeLinear" and not before):
-            ready = max((places[each] + 1 for each in before), default=0)
-            places[index] = min(index, next((each for each in products if each >= ready), index))
+            order[index] = 0
+        elif node.op in _MATMULS or (node.op == "DequantizeLinear" and not before):
+            ready = max((order[each] + 1 for each in before), default=0)
+            order[index] = min(index, next((each for each in matmuls if each >= ready), index))
         if node.op == "Conv":
-            picture, kernel = (makers.get(name) for name in node.inputs[:2])
-            if picture is not None and nodes[picture].op == "Conv":
-                places[index] = max(places[each] for each in before)
-            if kernel is not None and nodes[kernel].op == "DequantizeLinear":
-                places[kernel] = min(kernel, products[0] if products else kernel)
-    return [nodes[index] for index in sorted(range(len(nodes)), key=lambda index: (places[index], index))]
+            x, weight = (producers.get(name) for name in node.inputs[:2])
+            if x is not None and nodes[x].op == "Conv":
+                order[index] = max(order[each] for each in before)
+            if weight is not None and nodes[weight].op == "DequantizeLinear":
+                order[weight] = min(weight, matmuls[0] if matmuls else weight)
+    return [nodes[index] for index in sorted(range(len(nodes)), key=lambda index: (order[index], index))]
 
 
-def _taken_over(
+def _in_place(
     node: Node, values: Mapping[str, TensorInfo], buffers: Mapping[str, str], dying: Collection[str]
 ) -> str | None:
-    """The buffer of an input that what a node gives is put into."""
-    if node.op in _IN_THE_SAME_PLACE:
+    """The buffer of an input that a node's output is written to; None if it gets its own."""
+    if node.op in _VIEWS:
         return buffers.get(node.inputs[0])
     size = values[node.outputs[0]].nbytes
-    given = (buffers.get(name, "") for name in node.inputs if node.op in _MAY_TAKE_OVER)
-    return next((buffer for buffer in given if buffer in dying and values[buffer].nbytes == size), None)
+    candidates = (buffers.get(name, "") for name in node.inputs if node.op in _MAY_RUN_IN_PLACE)
+    return next((buffer for buffer in candidates if buffer in dying and values[buffer].nbytes == size), None)
 
 
 def _workspace(
-    node: Node,
-    values: Mapping[str, TensorInfo],
-    makers: Mapping[str, Node],
-    inside: Collection[str],
+    node: Node, values: Mapping[str, TensorInfo], producers: Mapping[str, Node], fused: Collection[str],
     dying: Collection[str],
-) -> int:
-    """What an operator takes besides what it is given and gives."""
-    if node.op == "MultiHeadAttention":  # heads apart
+) -> int:  # fmt: skip
+    """The bytes of the temporary buffers of an operator."""
+    if node.op == "MultiHeadAttention":  # transposed heads
         return sum(values[name].nbytes for name in node.inputs[:3])
-    if node.op == "MatMulIntegerToFloat" and node.inputs[0] in inside:
+    if node.op == "MatMulIntegerToFloat" and node.inputs[0] in fused:
         return values[node.inputs[0]].nbytes
     if node.op != "Conv":
         return 0
-    name, made, kernel = node.inputs[0], values[node.outputs[0]], values[node.inputs[1]].shape
-    if node.inputs[1] in makers and makers[node.inputs[1]].op == "DequantizeLinear":  # columns of one picture
-        places = prod(made.shape[2:])
-        return prod(kernel[1:]) * places * 4 if kernel[0] > places and prod(kernel[2:]) > 1 else 0
-    given = values[name].nbytes  # in blocks of channels, into and out of which pictures are copied
-    if name in makers and makers[name].op in ("Conv", "Resize"):
-        return made.nbytes if name not in dying else max(0, made.nbytes - given)
-    kept = given if name not in dying else 0
-    return max(2 * given, kept + given + made.nbytes, kept + 2 * made.nbytes) - given - made.nbytes
+    name, output, weight = node.inputs[0], values[node.outputs[0]], values[node.inputs[1]].shape
+    if node.inputs[1] in producers and producers[node.inputs[1]].op == "DequantizeLinear":  # im2col of one image
+        pixels = prod(output.shape[2:])
+        return prod(weight[1:]) * pixels * 4 if weight[0] > pixels and prod(weight[2:]) > 1 else 0
+    size = values[name].nbytes  # in blocks of channels, to and from which images are copied
+    if name in producers and producers[name].op in ("Conv", "Resize"):
+        return output.nbytes if name not in dying else max(0, output.nbytes - size)
+    live = size if name not in dying else 0
+    return max(2 * size, live + size + output.nbytes, live + 2 * output.nbytes) - size - output.nbytes
 
 
-def _work(node: Node, values: Mapping[str, TensorInfo]) -> int:
+def _macs(node: Node, values: Mapping[str, TensorInfo]) -> int:
     if node.op in ("MatMul", "MatMulIntegerToFloat"):
         return prod(values[node.outputs[0]].shape) * values[node.inputs[0]].shape[-1]
     if node.op in ("Conv", "QLinearConv"):
-        kernel = values[node.inputs[3 if node.op == "QLinearConv" else 1]].shape
-        return prod(values[node.outputs[0]].shape) * prod(kernel[1:])
+        weight = values[node.inputs[3 if node.op == "QLinearConv" else 1]].shape
+        return prod(values[node.outputs[0]].shape) * prod(weight[1:])
     if node.op == "MultiHeadAttention":
         query, key = (values[name].shape for name in node.inputs[:2])
         return 2 * prod(query) * key[1]

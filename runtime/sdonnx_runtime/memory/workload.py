@@ -1,4 +1,4 @@
-"""What a request has open at one time, and in which sizes: what `planning` makes a plan for."""
+"""Memory phases of a request: what is open at one time, with the shapes of its inputs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,128 +12,125 @@ from sdonnx_runtime.denoising.step_cache import unet_graphs
 from sdonnx_runtime.execution.components import REFINER
 from sdonnx_runtime.graphs.partition import read_stages
 from sdonnx_runtime.graphs.shape_inference import ITEMSIZES, TensorInfo, UnsupportedGraph
-from sdonnx_runtime.memory.planner import Graph, LoadedComponent, MemoryPhase, graph_outputs, make_plan
-from sdonnx_runtime.packages.manifest import TILED
+from sdonnx_runtime.memory.estimates import Graph, graph_outputs
+from sdonnx_runtime.memory.planner import LoadedComponent, MemoryPhase, make_plan
+from sdonnx_runtime.packages.concat import CONCAT
+from sdonnx_runtime.packages.families import FAMILIES
 from sdonnx_runtime.packages.package import Package
-from sdonnx_runtime.request import Request, given
+from sdonnx_runtime.packages.variant import TILED
+from sdonnx_runtime.request import CompleteRequest
+from sdonnx_runtime.resolved import Pass, ResolvedRequest
 from sdonnx_runtime.text.conditioning import encoder_texts
-from sdonnx_runtime.text.prompt_schedule import PromptSchedule
 
-_PICTURES = 6
-"""How many times a picture is there, in float32, while it is put together of tiles and turned into bytes."""
+_IMAGE_COPIES = 6
+"""How many copies of an image exist, in float32, while it is assembled from tiles and converted to bytes."""
 
 
 def memory_phases(
-    package: Package,
-    request: Request,
-    said: PromptSchedule,
-    *,
-    refiner: Package | None = None,
-    controls: Sequence[Package] = (),
-    adapters: Adapters | None = None,
-    preview: Package | None = None,
-) -> list[MemoryPhase]:
-    """What is open at a time, in the order of running.
+    package: Package, resolved: ResolvedRequest, *, refiner: Package | None = None, controls: Sequence[Package] = (),
+    adapters: Adapters | None = None, preview: Package | None = None,
+) -> list[MemoryPhase]:  # fmt: skip
+    """List what is open at a time, in the order of running.
 
     Args:
-        package: whose model draws.
-        request: the largest pass of a checked request.
-        said: what it says.
-        refiner: whose U-Net takes the last steps.
-        controls: what steers the package's U-Net.
-        adapters: what is applied to the package.
-        preview: whose VAE makes previews, and stays.
+        package: the package that generates.
+        resolved: the request; its largest pass counts.
+        refiner: the package whose U-Net takes the last steps.
+        controls: packages of ControlNet and T2I-Adapter models.
+        adapters: of the package.
+        preview: the package whose VAE decodes previews, and stays open.
 
     Raises:
-        UnknownGraph: a graph is of another program, with inputs or operators that aren't known here.
+        UnsupportedGraph: a graph was not exported by sdonnx, and has unknown inputs or operators.
         PackageError: a graph is damaged.
     """
     applied = Adapters() if adapters is None else adapters
-    space = package.manifest.latents
-    rows = max(sum(map(len, encoder_texts(package.manifest, request, row))) for each in said.passes for row in each)
-    height, width = given(request.height), given(request.width)
-    sizes = {"batch": rows, "states": rows if package.manifest.conditions.beside == "picture" else 1, "timestep": 1}
-    sizes |= {"height": height // space.downscale, "width": width // space.downscale}
+    request, largest, manifest = resolved.request, resolved.passes[-1], package.manifest
+    space, concat = manifest.latents, manifest.conditions.concat
+    batch = max(
+        sum(map(len, encoder_texts(manifest, request, step))) for each in resolved.passes for step in each.prompts
+    )
+    latent_size = largest.height // space.downscale, largest.width // space.downscale
+    states = batch if concat is not None and CONCAT[concat].edits else 1
+    sizes = {"batch": batch, "states": states, "timestep": 1, "height": latent_size[0], "width": latent_size[1]}
     phases = list[MemoryPhase]()
     for prefix, model in {"": package, **({} if refiner is None else {REFINER: refiner})}.items():
         for encoder in model.manifest.text_encoders:
             graph = _graph(model.graph(encoder.component), {"batch": 1})
-            phases.append([_part(f"{prefix}{encoder.component}", [graph], applied)])
-            told = graph_outputs(graph)
+            phases.append([_component(f"{prefix}{encoder.component}", [graph], applied)])
+            outputs = graph_outputs(graph)
             sizes["tokens"] = encoder.length
-            sizes["pooled"] = 0 if encoder.pooled is None else told[encoder.pooled].shape[1]
-        sizes["ids"] = 5 if model.manifest.family == "sdxl-refiner" else 6
-        nets = list(controls) if prefix == "" else []
-        phases.append(_unets(prefix, model, nets, request, sizes, applied))
+            sizes["pooled"] = 0 if encoder.pooled is None else outputs[encoder.pooled].shape[1]
+        sizes["ids"] = FAMILIES[model.manifest.family].time_ids
+        phases.append(_unet_phase(prefix, model, controls if prefix == "" else (), request, largest, sizes, applied))
     if request.image is not None or request.hires_upscaler == "lanczos":
+        height, width = largest.height, largest.width
         phases.append([_vae(package, "vae_encoder", height, width, scale=space.downscale, pixels=height * width)])
-    cells = height // space.downscale, width // space.downscale
-    phases.append(decode_phase(package, *cells, request.num_images))
+    phases.append(decode_phase(package, *latent_size, request.num_images))
     if preview is None:
         return phases
-    shown = make_plan([decode_phase(preview, *cells, 1)], inf, 0).peak
-    return [[replace(first, beside=first.beside + shown), *others] for first, *others in phases]
+    peak = make_plan([decode_phase(preview, *latent_size, 1)], inf, 0).peak
+    return [[replace(first, extra_bytes=first.extra_bytes + peak), *others] for first, *others in phases]
 
 
-def decode_phase(package: Package, height: int, width: int, pictures: int) -> MemoryPhase:
-    """What a package's VAE decoder has open for latents of a size in cells.
-
-    Raises:
-        UnknownGraph, PackageError: as `memory_phases` does.
-    """
-    pixels = height * width * package.manifest.latents.downscale**2 * pictures
+def decode_phase(package: Package, height: int, width: int, num_images: int) -> MemoryPhase:
+    """The phase of a package's VAE decoder for latents of a size in latent pixels; raises as `memory_phases` does."""
+    pixels = height * width * package.manifest.latents.downscale**2 * num_images
     return [_vae(package, "vae_decoder", height, width, scale=1, pixels=pixels)]
 
 
 def _vae(package: Package, component: str, height: int, width: int, *, scale: int, pixels: int) -> LoadedComponent:
-    """A VAE's half, whose input has ``scale`` places to a cell's side; it makes, or is given, so many ``pixels``."""
+    """Half of a VAE for an input of a size: ``scale`` input pixels per latent pixel, ``pixels`` of the image."""
     sizes = {"batch": 1, "height": height, "width": width}
     plain = _graph(package.graph(component), sizes)
-    there = TILED in package.manifest.components[component].graphs
-    tiled = _graph(package.graph(component, TILED), sizes) if there else plain
+    has_tiled = TILED in package.manifest.components[component].graphs
+    tiled = _graph(package.graph(component, TILED), sizes) if has_tiled else plain
+    extra = 12 * _IMAGE_COPIES * pixels
     return LoadedComponent(
-        component=component, graphs=(plain,), tiled=tiled, scale=scale, beside=12 * _PICTURES * pixels
+        component=component, graphs=(plain,), tiled=tiled, pixels_per_latent=scale, extra_bytes=extra
     )
 
 
-def _unets(
-    prefix: str, model: Package, nets: Sequence[Package], request: Request, sizes: Mapping[str, int], applied: Adapters
-) -> MemoryPhase:
-    """A U-Net with what steers it."""
-    found, added = list[LoadedComponent](), dict[str, TensorInfo]()
-    height, width = given(request.height), given(request.width)
-    seen = {
-        "adapter": {"batch": 1, "height": height, "width": width},
-        "controlnet": {**sizes, "pictures": 1, "picture_height": height, "picture_width": width},
+def _unet_phase(
+    prefix: str, model: Package, controls: Sequence[Package], request: CompleteRequest, pass_: Pass,
+    sizes: Mapping[str, int], applied: Adapters,
+) -> MemoryPhase:  # fmt: skip
+    """A U-Net with its controls."""
+    components, residuals = list[LoadedComponent](), dict[str, TensorInfo]()
+    control_sizes = {
+        "adapter": {"batch": 1, "height": pass_.height, "width": pass_.width},
+        "controlnet": {**sizes, "images": 1, "image_height": pass_.height, "image_width": pass_.width},
     }
-    for index, net in enumerate(nets):
-        kind = str(net.control)
-        graph = _graph(net.graph(kind), seen[kind])
-        found.append(_part(f"{component_prefix(index)}{kind}", [graph], Adapters()))
-        added |= dict(zip(residual_names(kind, graph_outputs(graph)), graph_outputs(graph).values(), strict=True))
-    whole, again = unet_graphs(request.reuse, token_downsampling=request.token_downsampling, controlled=len(nets) > 0)
-    graphs = [_graph(model.graph("unet", whole), sizes, added)]
-    if again != whole:
-        graphs.append(_graph(model.graph("unet", again), sizes, {**added, **graph_outputs(graphs[0])}))
-    return [*found, _part(f"{prefix}unet", graphs, applied)]
+    for index, control in enumerate(controls):
+        kind = control.kind.value
+        graph = _graph(control.graph(kind), control_sizes[kind])
+        components.append(_component(f"{component_prefix(index)}{kind}", [graph], Adapters()))
+        outputs = graph_outputs(graph)
+        residuals |= dict(zip(residual_names(kind, outputs), outputs.values(), strict=True))
+    downsampling = request.token_downsampling
+    full, cached = unet_graphs(request.cache_interval, token_downsampling=downsampling, controlled=bool(controls))
+    graphs = [_graph(model.graph("unet", full.name), sizes, residuals)]
+    if cached != full:
+        graphs.append(_graph(model.graph("unet", cached.name), sizes, {**residuals, **graph_outputs(graphs[0])}))
+    return [*components, _component(f"{prefix}unet", graphs, applied)]
 
 
-def _part(component: str, graphs: Sequence[Graph], applied: Adapters) -> LoadedComponent:
-    adapted = frozenset(applied.changes.get(component, {}))
+def _component(component: str, graphs: Sequence[Graph], applied: Adapters) -> LoadedComponent:
+    adapted = frozenset(applied.deltas.get(component, {}))
     return LoadedComponent(component=component, graphs=tuple(replace(graph, adapted=adapted) for graph in graphs))
 
 
 def _graph(path: Path, sizes: Mapping[str, int], known: Mapping[str, TensorInfo] = MappingProxyType({})) -> Graph:
-    """A graph with its inputs' free sizes filled in; of what nothing is ``known`` of, by what they are called."""
+    """A graph with the shapes of its inputs: as ``known``, or with symbolic sizes replaced by ``sizes``."""
     inputs = dict[str, TensorInfo]()
     for name, port in read_stages(path).inputs.items():
-        free = {f"{name}.{axis}": 1 for axis in ("batch", "channels", "height", "width")}
-        called = {**free, **sizes}
-        shape = [size if isinstance(size, int) else called.get(size) for size in port.sizes]
+        values = {**{f"{name}.{axis}": 1 for axis in ("batch", "channels", "height", "width")}, **sizes}
+        shape = [size if isinstance(size, int) else values.get(size) for size in port.shape]
+        whole = tuple(size for size in shape if size is not None)
         if name in known:
             inputs[name] = known[name]
-        elif None in shape or port.data_type not in ITEMSIZES:
+        elif len(whole) < len(shape) or port.data_type not in ITEMSIZES:
             raise UnsupportedGraph(f"the input {name}")
         else:
-            inputs[name] = TensorInfo(tuple(given(size) for size in shape), ITEMSIZES[port.data_type])
+            inputs[name] = TensorInfo(whole, ITEMSIZES[port.data_type])
     return Graph(path=path, inputs=tuple(inputs.items()))

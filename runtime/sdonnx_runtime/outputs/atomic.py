@@ -10,34 +10,33 @@ from sdonnx_runtime.errors import SdonnxError
 
 
 def check_writable(path: Path) -> None:
-    """Finds out before the work whether a picture can be written to ``path``.
+    """Check that a file can be written.
 
     Raises:
         SdonnxError: its directory is missing or read-only, or ``path`` is a directory.
     """
     if path.is_dir():
-        raise SdonnxError(f"{path} is a directory; give the name of a file such as {path / 'picture.png'}")
-    with _written_beside(path):
+        raise SdonnxError(f"{path} is a directory; give the name of a file such as {path / 'image.png'}")
+    with _open_temporary(path):
         pass
 
 
 @contextmanager
-def replacing(path: Path) -> Generator[IO[bytes], None, None]:
-    """A stream to write ``path`` anew with: it takes the place of what was there once it is whole.
+def replace_file(path: Path) -> Generator[IO[bytes], None, None]:
+    """Open a stream whose content replaces the file at the end of the context, if it ends without an error.
 
     Raises:
-        SdonnxError: the place can't be written to.
+        SdonnxError: the file can't be written.
     """
-    with _written_beside(path) as (stream, temporary):
+    with _open_temporary(path) as (stream, temporary):
         yield stream
-        stream.flush()
         stream.close()
         temporary.replace(path)
 
 
 @contextmanager
-def _written_beside(path: Path) -> Generator[tuple[IO[bytes], Path], None, None]:
-    """A temporary file in the directory of ``path``, gone at the end unless it was renamed."""
+def _open_temporary(path: Path) -> Generator[tuple[IO[bytes], Path], None, None]:
+    """Open a temporary file in the directory of ``path``; it is deleted at the end unless it was renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         try:
@@ -46,4 +45,4 @@ def _written_beside(path: Path) -> Generator[tuple[IO[bytes], Path], None, None]
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise SdonnxError(f"{path} can't be written: {error.strerror or error}; choose another place with -o") from None
+        raise SdonnxError(f"{path} can't be written: {error.strerror or error}; choose another path with -o") from None

@@ -1,4 +1,4 @@
-"""Sampled latents in a file, so that a decode that fails, or another VAE, can have them later."""
+"""Files of sampled latents, to decode later or with another VAE."""
 
 import json
 import tokenize
@@ -11,39 +11,34 @@ import numpy as np
 
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import RequestError
-from sdonnx_runtime.outputs.atomic import replacing
-from sdonnx_runtime.request import Request, generation_parameters
-from sdonnx_runtime.validation import check_recipe
+from sdonnx_runtime.outputs.atomic import replace_file
+from sdonnx_runtime.request import CompleteRequest, Request, complete_request, generation_parameters
+from sdonnx_runtime.sampling.registry import resolve_sampler
+from sdonnx_runtime.validation import check_fields
 
 _DAMAGED = (
     AttributeError, EOFError, KeyError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError,
     tokenize.TokenError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-"""What reading a foreign or damaged .npz can end in."""
+"""Errors of reading a damaged .npz, or of another file."""
 
 
-def save_latents(path: Path, latents: Array, request: Request, model: str) -> None:
-    """Writes latents and the recipe that they were made by, as numpy's ``.npz``; whole or not at all.
-
-    Args:
-        path: the file, an .npz.
-        latents: (num_images, C, h, w), as the sampler left them.
-        request: the request with every choice made.
-        model: name of the package.
+def save_latents(path: Path, latents: Array, request: CompleteRequest, model: str) -> None:
+    """Write latents, (num_images, C, h, w), with their request and the package's name as numpy's ``.npz``.
 
     Raises:
-        SdonnxError: the place can't be written to.
+        SdonnxError: the file can't be written.
     """
     data = json.dumps({**generation_parameters(request), "model": model}, ensure_ascii=False)
-    with replacing(path) as stream:
+    with replace_file(path) as stream:
         np.savez(stream, latents=latents.astype(np.float32), recipe=np.array(data))
 
 
-def load_latents(path: Path) -> tuple[Array, Request, str]:
-    """Latents, request and model's name of a file that `save_latents` wrote; the request without its pictures.
+def load_latents(path: Path) -> tuple[Array, CompleteRequest, str]:
+    """Read a file of `save_latents`: latents, the request without its images, and the package's name.
 
     Raises:
-        RequestError: there is no such file, or it is another one or damaged.
+        RequestError: the file is missing, damaged, or not one of latents.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -51,21 +46,22 @@ def load_latents(path: Path) -> tuple[Array, Request, str]:
         model = data.pop("model")
         if not isinstance(model, str):
             raise TypeError(model)
-        request = Request(**{name: _hashable(data[name]) for name in data})
+        request = Request(**{name: _to_tuple(data[name]) for name in data})
     except FileNotFoundError:
         raise RequestError(f"there is no file {path}; give one that 'sdonnx run --save-latents' wrote") from None
     except _DAMAGED:
         raise RequestError(f"{path} holds no latents, or is damaged; give one that 'sdonnx run' wrote") from None
     try:
-        check_recipe(request)
+        complete = complete_request(check_fields(request))
+        resolve_sampler(complete.sampler)
     except RequestError as error:
         raise RequestError(f"{path} has a damaged recipe ({error}); give a file that 'sdonnx run' wrote") from None
     if latents.ndim != 4 or latents.dtype != np.float32 or len(latents) != request.num_images:
         raise RequestError(f"{path} holds {latents.dtype} {latents.shape}; expected float32 (images, channels, h, w)")
     if not np.isfinite(latents).all():
         raise RequestError(f"{path} holds numbers that are not finite; give a file that 'sdonnx run' wrote")
-    return latents, request, model
+    return latents, complete, model
 
 
-def _hashable(value: Any) -> Any:
+def _to_tuple(value: Any) -> Any:
     return tuple(cast("list[Any]", value)) if isinstance(value, list) else value

@@ -1,48 +1,25 @@
-"""The manifest, ``sdonnx.json``: what a package holds and how it is run, as frozen dataclasses."""
+"""The manifest, ``sdonnx.json``: what a package holds and how it is run, as frozen dataclasses.
+
+The files may be untrusted: every key and type is checked, and errors name the key.
+"""
 
 import json
 import math
+import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from sdonnx_runtime.errors import PackageError
-from sdonnx_runtime.packages.parsing import parse
+from sdonnx_runtime.packages.concat import CONCAT
+from sdonnx_runtime.packages.families import FAMILIES
+
+T = TypeVar("T")
 
 MANIFEST = "sdonnx.json"
-FORMAT = 1
-VAE_ALONE = "vae"
-CONTROLS = ("controlnet", "adapter")
-"""Families of what steers another package's U-Net; each has one component, of the same name."""
-ALONE: Mapping[str, str] = {VAE_ALONE: "vae_decoder", **{family: family for family in CONTROLS}}
-"""Families that make no pictures of their own, but serve other packages; and a component that each has."""
-
-FAMILIES: Mapping[str, str] = {
-    "sd1": "Stable Diffusion 1",
-    "sd2": "Stable Diffusion 2",
-    "sdxl": "Stable Diffusion XL",
-    "sdxl-refiner": "Stable Diffusion XL's refiner",
-    VAE_ALONE: "a VAE alone",
-    "controlnet": "a ControlNet",
-    "adapter": "a T2I-Adapter",
-}
-"""What this version runs, by its name in manifests."""
-
+FORMAT = 2
 MAX_ENLARGE = 16
-
-CACHED_FEATURES = "kept"
-"""What a U-Net's graph ``keeping`` gives besides its prediction, and its graph ``reusing`` takes."""
-
-EMBEDS = "inputs_embeds"
-"""What a text encoder's graph ``embedded`` takes: (N, S, C), its tokens' vectors."""
-
-TILED = "tiled"
-"""A VAE's graphs for tiles of a picture."""
-
-NORM_STATS, USE_NORM_STATS, MEASURED_STATS = "moments", "given", "measured"
-"""What they take and give besides pictures: of each norm of a tile the means and mean squares
-(N, 2 K, groups) that it is to have if ``given`` () is 1, and those that it had of the tile itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +29,7 @@ class File:
     size: int
     """Bytes; checked whenever a package is opened."""
     sha256: str
-    """Hexadecimal, for whoever copies packages about."""
+    """Hexadecimal, for programs that copy packages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,35 +37,30 @@ class Component:
     """One component: a weights file and the graphs that point into it."""
 
     graphs: Mapping[str, str]
-    """Path of each variant; every component has ``plain``.
-
-    A U-Net has ``keeping`` and ``reusing`` too, see `denoise.StepReuse`; ``downsampled``, plain with token
-    downsampling; ``keeping-downsampled`` and ``reusing-downsampled``; and of each, with ``controlled`` at its end (of
-    ``plain`` that alone), one that takes what a ControlNet or T2I-Adapter adds, see `controls.Controlled`. A text
-    encoder has ``embedded``, which starts from its tokens' vectors."""
+    """Path of each variant by its name, see `variant`; every component has ``plain``."""
     files: Mapping[str, File]
     """Every file of the component by its path: graphs and weights."""
     precision: str
-    """Its layers': one of `sdonnx export`'s, or ``mixed``; ``unknown`` for what others exported."""
+    """Of its layers: one of `sdonnx export`'s, or ``mixed``; ``unknown`` in an optimum export."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latents:
-    """What the U-Net works on, and how it relates to pictures."""
+    """The latent space of the VAE that the U-Net was trained on."""
 
     channels: int
     downscale: int
-    """Pixels for each latent cell, per axis."""
+    """Image pixels per latent pixel, on each axis."""
     scaling_factor: float
     """Latents are the VAE's values less ``shift_factor``, times this."""
     shift_factor: float = 0.0
     preview: tuple[tuple[float, ...], ...] | None = None
-    """(channels + 1, 3): a linear guess at a cell's red, green and blue in -1..1; the last row is the constant."""
+    """(channels + 1, 3): a linear map from a latent pixel to red, green and blue in -1..1; the last row is the bias."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoder:
-    """A text encoder and what the U-Net reads of it."""
+    """A text encoder and the outputs of it that the U-Net reads."""
 
     component: str
     tokenizer: str
@@ -98,32 +70,19 @@ class TextEncoder:
     output: str
     """Name of the output with the hidden states, (N, S, C)."""
     pooled: str | None = None
-    """Name of the output with one projected state for the whole text, (N, P); None where the U-Net reads none."""
+    """Name of the output with the pooled text state, (N, P); None where the U-Net reads none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConditioningSpec:
-    """What the U-Net is given besides noised latents, time and text."""
+    """The U-Net's inputs other than noised latents, timestep and text."""
 
-    beside: str | None = None
-    """What follows the latents' channels: a key of BESIDE; None is nothing."""
+    concat: str | None = None
+    """Extra input channels: a key of CONCAT; None is none."""
     guidance_width: int | None = None
-    """Numbers in which the guidance scale is told, for a model that was distilled to be guided by itself."""
+    """Width of the guidance embedding (arXiv:2310.04378) of a distilled model; None is none."""
     zero_negative: bool = False
     """Whether an empty negative prompt is all zeros instead of an encoded empty text."""
-
-
-BESIDE: Mapping[str, str] = {
-    "mask": "the mask, 1 where it is painted anew, and the latents of the picture without what is under it",
-    "picture": "the latents of the picture that is edited",
-    "depth": "how near each place is, from -1 to 1",
-}
-"""What a U-Net may be given beside the latents."""
-
-
-def channels_beside(kind: str | None, channels: int) -> int:
-    """How many channels what is of a kind of BESIDE has beside latents of ``channels``."""
-    return 0 if kind is None else {"mask": 1 + channels, "picture": channels, "depth": 1}[kind]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +94,9 @@ class Defaults:
     num_inference_steps: int = 20
     guidance_scale: float = 7.5
     sampler: str | None = None
-    """A name of SAMPLERS; None is what the scheduler config names."""
+    """A name of SAMPLERS; None is the one of the scheduler config."""
     enlarge: int = 1
-    """How many times wider and higher the command line saves a picture; for models of few pixels."""
+    """Factor by which the command line upscales the saved image, 1 to MAX_ENLARGE; for models of few pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,11 +112,11 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """All that ``sdonnx.json`` says."""
+    """The content of ``sdonnx.json``."""
 
     format: int = FORMAT
     family: str
-    """One of FAMILIES; those of ALONE have no U-Net, text encoders and scheduler; their defaults mean nothing."""
+    """A key of FAMILIES. Only those of kind MODEL have a U-Net, text encoders, a scheduler and meaningful defaults."""
     target: str
     """What the graphs were written for: any device of DEVICES (``generic``)."""
     defaults: Defaults
@@ -171,70 +130,115 @@ class Manifest:
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Writes ``sdonnx.json`` into ``root``."""
-    text = json.dumps(finite(asdict(manifest)), indent=2, allow_nan=False)
+    """Write ``sdonnx.json`` into ``root``."""
+    text = json.dumps(drop_non_finite(asdict(manifest)), indent=2, allow_nan=False)
     (root / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def finite(value: Any) -> Any:
-    """JSON data without infinities and NaN, which JSON has not, though Python writes them: such keys are left out.
+def drop_non_finite(value: Any) -> Any:
+    """Leave out the keys of JSON data that are infinite or NaN, which JSON does not have though Python writes them.
 
     diffusers writes ``lambda_min_clipped`` so, where -Infinity is "no limit", as an absent key is.
     """
     if isinstance(value, Mapping):
         items = cast("Mapping[str, Any]", value).items()
-        return {key: finite(item) for key, item in items if not isinstance(item, float) or math.isfinite(item)}
+        return {key: drop_non_finite(item) for key, item in items if not _is_non_finite(item)}
     if isinstance(value, (list, tuple)):
-        return [finite(item) for item in cast("list[Any]", value)]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [drop_non_finite(item) for item in cast("list[Any]", value)]
+    return None if _is_non_finite(value) else value
+
+
+def _is_non_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, `finite`.
+    """Read a JSON object from a file, without what is not finite.
 
     Raises:
         PackageError: the file is missing, unreadable or holds something else.
     """
     try:
-        found = finite(json.loads(path.read_text(encoding="utf-8")))
+        data = drop_non_finite(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise PackageError(f"{path} can't be read ({error.strerror}); run 'sdonnx export' again") from None
     except (RecursionError, ValueError):
         raise PackageError(f"{path} is not valid JSON; run 'sdonnx export' again") from None
-    if not isinstance(found, dict):
-        raise PackageError(f"{path} holds no JSON object; run 'sdonnx export' again")
-    return found  # pyright: ignore[reportUnknownVariableType]
+    if not isinstance(data, dict):
+        raise PackageError(f"{path} is not a JSON object; run 'sdonnx export' again")
+    return data  # pyright: ignore[reportUnknownVariableType]
 
 
 def read_manifest(root: Path) -> Manifest:
-    """The manifest in ``root``.
+    """Read the manifest in ``root``.
 
     Raises:
-        PackageError: it is damaged, incomplete, or of a format or family that this version can't run.
+        PackageError: it is damaged, incomplete, or of a format or family that this version does not support.
     """
     path = root / MANIFEST
     data = read_json(path)
-    if data.get("format") != FORMAT:
-        raise PackageError(
-            f"{path} has format {data.get('format')!r}, this version reads {FORMAT}; "
-            "update sdonnx, or export the checkpoint again"
-        )
+    found = data.get("format")
+    if found != FORMAT:
+        newer = isinstance(found, int) and found > FORMAT
+        remedy = "update sdonnx" if newer else "export the checkpoint again"
+        raise PackageError(f"{path} has format {found!r}; this version reads format {FORMAT}; {remedy}")
     manifest = parse(Manifest, data, str(path))
     if manifest.family not in FAMILIES:
-        raise PackageError(f"{path}: family '{manifest.family}' is unknown; this version runs {', '.join(FAMILIES)}")
-    preview = manifest.latents.preview
+        raise PackageError(f"{path}: family '{manifest.family}' is unknown; supported: {', '.join(FAMILIES)}")
+    concat, preview, enlarge = manifest.conditions.concat, manifest.latents.preview, manifest.defaults.enlarge
+    if concat is not None and concat not in CONCAT:
+        raise PackageError(f"{path}: 'concat' is '{concat}'; supported: {', '.join(CONCAT)}")
     if preview is not None and [len(row) for row in preview] != [3] * (manifest.latents.channels + 1):
-        raise PackageError(f"{path}: 'preview' has not 3 numbers for each of the latents' channels + 1; export again")
-    if not 1 <= manifest.defaults.enlarge <= MAX_ENLARGE:
-        raise PackageError(
-            f"{path}: 'enlarge' is {manifest.defaults.enlarge}, expected 1 to {MAX_ENLARGE}; export again"
-        )
+        raise PackageError(f"{path}: 'preview' requires 3 numbers for each of the latent channels + 1; export again")
+    if not 1 <= enlarge <= MAX_ENLARGE:
+        raise PackageError(f"{path}: 'enlarge' is {enlarge}, expected 1 to {MAX_ENLARGE}; export again")
     return manifest
 
 
-NEEDED: Mapping[str, tuple[str, ...]] = {
-    "mask": ("image", "mask_image"),
-    "picture": ("image",),
-    "depth": ("depth_image",),
-}
-"""A request's pictures that a model can't do without, by what it is given beside the latents."""
+def parse(kind: type[T], data: Any, where: str) -> T:
+    """Parse JSON data to an instance of the dataclass ``kind``; ``where`` begins every message.
+
+    Fields may be str, int, float, Any, dataclasses, ``X | None``, ``Mapping[str, X]`` and ``tuple[X, ...]``.
+
+    Raises:
+        PackageError: a key is missing or unknown, or a value has another type.
+    """
+    return cast("T", _value(kind, data, where))
+
+
+def _value(kind: Any, data: Any, where: str) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return data
+    if is_dataclass(kind):
+        return _dataclass(cast("type[Any]", kind), data, where)
+    if origin in (types.UnionType, Union):
+        return None if data is None else _value(arguments[0], data, where)
+    if origin is tuple:
+        items = cast("list[Any]", _typed(list, data, where))
+        return tuple(_value(arguments[0], item, f"{where}: {index}") for index, item in enumerate(items))
+    if origin is Mapping:
+        entries = cast("dict[str, Any]", _typed(dict, data, where))
+        return {key: _value(arguments[1], item, f"{where}: '{key}'") for key, item in entries.items()}
+    if kind is float and type(data) is int:
+        return float(data)
+    return _typed(kind, data, where)
+
+
+def _dataclass(kind: type[Any], data: Any, where: str) -> Any:
+    entries = cast("dict[str, Any]", _typed(dict, data, where))
+    hints = get_type_hints(kind)
+    known = {item.name: item for item in fields(kind)}
+    for name, item in known.items():
+        if name not in entries and item.default is MISSING and item.default_factory is MISSING:
+            raise PackageError(f"{where} has no '{name}'; export the checkpoint again")
+    for name in entries:
+        if name not in known:
+            raise PackageError(f"{where} has an unknown key '{name}'; update sdonnx, or export the checkpoint again")
+    return kind(**{name: _value(hints[name], item, f"{where}: '{name}'") for name, item in entries.items()})
+
+
+def _typed(kind: type[Any], data: Any, where: str) -> Any:
+    if type(data) is not kind:
+        raise PackageError(f"{where} is {type(data).__name__} instead of {kind.__name__}; export the checkpoint again")
+    return data

@@ -1,13 +1,14 @@
-"""The manifest of a directory that optimum exported, inferred from the config files it carries."""
+"""The manifest of a directory in optimum's layout, inferred from its config files: of an optimum export, or of ours."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from sdonnx_runtime.errors import PackageError
+from sdonnx_runtime.packages.concat import CONCAT
+from sdonnx_runtime.packages.families import FAMILIES, REQUIRED_COMPONENTS, PackageKind
 from sdonnx_runtime.packages.manifest import (
-    BESIDE,
-    VAE_ALONE,
     Component,
     ConditioningSpec,
     Defaults,
@@ -16,120 +17,89 @@ from sdonnx_runtime.packages.manifest import (
     Manifest,
     Source,
     TextEncoder,
-    channels_beside,
     read_json,
 )
+from sdonnx_runtime.packages.variant import PLAIN
 
 T = TypeVar("T")
 
 PIPELINES = (
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline",
-    "StableDiffusionInstructPix2PixPipeline",
-    "StableDiffusionDepth2ImgPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusionXLImg2ImgPipeline",
-    "StableDiffusionXLInpaintPipeline",
-    "LatentConsistencyModelPipeline",
-    "LatentConsistencyModelImg2ImgPipeline",
+    *(f"StableDiffusion{task}Pipeline" for task in ("", "Img2Img", "Inpaint", "InstructPix2Pix", "Depth2Img")),
+    *(f"StableDiffusionXL{task}Pipeline" for task in ("", "Img2Img", "Inpaint")),
+    *(f"LatentConsistencyModel{task}Pipeline" for task in ("", "Img2Img")),
 )
 """Classes of diffusers whose components this version runs."""
 
-_AS_PIPELINES_READ_IT = {"clip_sample": False, "steps_offset": 1}
-"""What diffusers' Stable Diffusion pipelines set in any scheduler config, for old ones said otherwise."""
+_SCHEDULER_OVERRIDES = {"clip_sample": False, "steps_offset": 1}
+"""What diffusers' Stable Diffusion pipelines set in every scheduler config; old configs have other values."""
 
-_COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
+_COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "controlnet", "adapter")
+
+_LCM_DEFAULTS: Mapping[str, Any] = {"num_inference_steps": 4, "guidance_scale": 8.5}
+"""Of a latent consistency model, whatever its family."""
 
 
-def infer_manifest(root: Path) -> Manifest:
-    """What ``sdonnx.json`` would say of the optimum export in ``root``.
+def infer_optimum_manifest(root: Path) -> Manifest:
+    """Infer the manifest of an optimum export.
 
     Raises:
-        PackageError: it is no ONNX export, or one of a family that this version can't run.
+        PackageError: ``root`` is not an ONNX export, or one of a family that this version does not support.
     """
     pipeline = str(read_json(root / "model_index.json").get("_class_name", ""))
     if pipeline.removeprefix("ORT").removeprefix("Onnx") not in PIPELINES:
-        raise PackageError(f"{root} holds a {pipeline}; this version runs {', '.join(PIPELINES)}")
+        raise PackageError(f"{root} holds a {pipeline}; supported: {', '.join(PIPELINES)}")
     if not (root / "unet" / "model.onnx").is_file():
         raise PackageError(f"{root} has no unet/model.onnx: it is a checkpoint; run 'sdonnx export' on it first")
-    return manifest_of_layout(root, source=Source(name=root.resolve().name, exporter="optimum"))
+    return infer_manifest(root, source=Source(name=root.resolve().name, exporter="optimum"))
 
 
-def manifest_of_layout(root: Path, *, source: Source) -> Manifest:
-    """The manifest that the config files of optimum's layout lead to.
+def infer_manifest(root: Path, *, source: Source) -> Manifest:
+    """Infer the manifest of a package of any kind from the config files of its components.
 
     Raises:
-        PackageError: a config lacks something, or is of a family that this version can't run.
+        PackageError: a config lacks something, or is of a family that this version does not support.
     """
-    index, unet = (read_json(root / name) for name in ("model_index.json", "unet/config.json"))
-    encoders = {name: read_json(root / name / "config.json") for name in _COMPONENTS[:2] if (root / name).is_dir()}
-    latents, family = _latents(root), _family(root, index, unet, encoders)
-    beside = _beside(root, _value(unet, "in_channels", 4, int) - latents.channels, latents.channels)
-    embedded = unet.get("time_cond_proj_dim")
-    defaults = _DEFAULTS["lcm" if embedded is not None else family]
-    scheduler = root / "scheduler" / "scheduler_config.json"
-    return Manifest(
-        family=family,
+    components = {name: _component(root, name) for name in _COMPONENTS if (root / name).is_dir()}
+    kinds = (kind for kind, (main, *_) in REQUIRED_COMPONENTS.items() if main in components)
+    kind = next(kinds, PackageKind.VAE)
+    control = Latents(channels=4, downscale=8, scaling_factor=1.0)
+    manifest = Manifest(
+        family=kind.value,
         target="generic",
-        defaults=Defaults(size=_value(unet, "sample_size", 64, int) * latents.downscale, **defaults),
-        scheduler={**read_json(scheduler), **_AS_PIPELINES_READ_IT},
-        latents=latents,
+        defaults=Defaults(size=512),
+        scheduler={},
+        latents=control if kind.is_control else _latents(root),
+        text_encoders=(),
+        components=components,
+        source=source,
+    )
+    return _infer_model(root, manifest) if kind is PackageKind.MODEL else manifest
+
+
+def _infer_model(root: Path, manifest: Manifest) -> Manifest:
+    """Fill in what only the manifest of a model has."""
+    latents, components = manifest.latents, manifest.components
+    index, unet = (read_json(root / name) for name in ("model_index.json", "unet/config.json"))
+    encoders = {name: read_json(root / name / "config.json") for name in _COMPONENTS[:2] if name in components}
+    family = _family(root, index, unet, encoders)
+    size = _value(unet, "sample_size", 64, int) * latents.downscale
+    suggested = {name: getattr(FAMILIES[family], name) for name in _LCM_DEFAULTS}
+    distilled = unet.get("time_cond_proj_dim") is not None
+    return replace(
+        manifest,
+        family=family,
+        defaults=Defaults(size=size, **(_LCM_DEFAULTS if distilled else suggested)),
+        scheduler={**read_json(root / "scheduler" / "scheduler_config.json"), **_SCHEDULER_OVERRIDES},
         conditions=ConditioningSpec(
-            beside=beside,
-            guidance_width=None if embedded is None else _value(unet, "time_cond_proj_dim", None, int),
+            concat=_concat(root, _value(unet, "in_channels", 4, int) - latents.channels, latents.channels),
+            guidance_width=_value(unet, "time_cond_proj_dim", None, int) if distilled else None,
             zero_negative=index.get("force_zeros_for_empty_prompt") is True,
         ),
         text_encoders=tuple(
             _encoder(name, config, penultimate=unet.get("addition_embed_type") is not None)
             for name, config in encoders.items()
         ),
-        components={name: _component(root, name) for name in _COMPONENTS if (root / name).is_dir()},
-        source=source,
     )
-
-
-def manifest_of_vae(root: Path, *, source: Source) -> Manifest:
-    """The manifest of a VAE alone, in the layout of a package without the rest.
-
-    Raises:
-        PackageError: its config lacks something.
-    """
-    latents = _latents(root)
-    return Manifest(
-        family=VAE_ALONE,
-        target="generic",
-        defaults=Defaults(size=64 * latents.downscale),
-        scheduler={},
-        latents=latents,
-        text_encoders=(),
-        components={name: _component(root, name) for name in _COMPONENTS if (root / name).is_dir()},
-        source=source,
-    )
-
-
-def manifest_of_control(root: Path, family: str, *, source: Source) -> Manifest:
-    """The manifest of a ControlNet or a T2I-Adapter, in the layout of a package without the rest; one of CONTROLS."""
-    return Manifest(
-        family=family,
-        target="generic",
-        defaults=Defaults(size=512),
-        scheduler={},
-        latents=Latents(channels=4, downscale=8, scaling_factor=1.0),
-        text_encoders=(),
-        components={family: _component(root, family)},
-        source=source,
-    )
-
-
-_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "sd1": {},
-    "sd2": {},
-    "sdxl": {"num_inference_steps": 30, "guidance_scale": 5.0},
-    "sdxl-refiner": {"num_inference_steps": 30, "guidance_scale": 5.0},
-    "lcm": {"num_inference_steps": 4, "guidance_scale": 8.5},
-}
-"""Fields of `Defaults` as diffusers' pipelines suggest them, with fewer steps."""
 
 
 def _family(root: Path, index: Mapping[str, Any], unet: Mapping[str, Any], encoders: Mapping[str, Any]) -> str:
@@ -137,19 +107,18 @@ def _family(root: Path, index: Mapping[str, Any], unet: Mapping[str, Any], encod
     if added == "text_time" and "text_encoder_2" in encoders:
         return "sdxl-refiner" if index.get("requires_aesthetics_score") is True else "sdxl"
     if added is not None or list(encoders) != ["text_encoder"]:
-        raise PackageError(f"{root} has a U-Net with {added!r} added to the time; this version runs none, or text_time")
+        raise PackageError(f"{root} has a U-Net of addition_embed_type {added!r}; supported: none, text_time")
     return "sd2" if encoders["text_encoder"].get("hidden_act") == "gelu" else "sd1"
 
 
 def _encoder(name: str, config: Mapping[str, Any], *, penultimate: bool) -> TextEncoder:
-    """What is read of it: the last layer but one, as SDXL does, or what is behind the norm that ends the encoder."""
+    """A text encoder, of which the U-Net reads the last layer but one, as in SDXL, or the normalized last one."""
     layers = _value(config, "num_hidden_layers", 12, int)
-    output = f"hidden_states.{layers - 1}" if penultimate else "last_hidden_state"
     return TextEncoder(
         component=name,
         tokenizer=name.replace("text_encoder", "tokenizer"),
         length=_value(config, "max_position_embeddings", 77, int),
-        output=output,
+        output=f"hidden_states.{layers - 1}" if penultimate else "last_hidden_state",
         pooled="text_embeds" if name == "text_encoder_2" else None,
     )
 
@@ -157,25 +126,25 @@ def _encoder(name: str, config: Mapping[str, Any], *, penultimate: bool) -> Text
 def _latents(root: Path) -> Latents:
     vae = read_json(root / "vae_decoder" / "config.json")
     tiny = vae.get("_class_name") == "AutoencoderTiny"
-    channels = cast(
-        "list[Any]", _value(vae, "decoder_block_out_channels" if tiny else "block_out_channels", None, list)
-    )
+    key = "decoder_block_out_channels" if tiny else "block_out_channels"
+    channels = cast("list[Any]", _value(vae, key, None, list))
     return Latents(
         channels=_value(vae, "latent_channels", 4, int),
         downscale=2 ** (len(channels) - 1),
-        scaling_factor=_value(vae, "scaling_factor", 1.0 if tiny else 0.18215, float),
+        scaling_factor=_value(vae, "scaling_factor", 1.0 if tiny else FAMILIES["sd1"].scaling_factor, float),
         shift_factor=_value(vae, "shift_factor", 0.0, float),
     )
 
 
-def _beside(root: Path, more: int, channels: int) -> str | None:
-    known = {channels_beside(kind, channels): kind for kind in (None, *BESIDE)}
-    if more not in known:
+def _concat(root: Path, extra: int, channels: int) -> str | None:
+    """The kind of concat conditioning with ``extra`` input channels, for latents of ``channels``."""
+    kinds: dict[int, str | None] = {each.channels(channels): kind for kind, each in CONCAT.items()} | {0: None}
+    if extra not in kinds:
         raise PackageError(
-            f"{root} has a U-Net of {channels + more} channels over latents of {channels}; this version runs "
-            f"{', '.join(str(channels + each) for each in sorted(known))}"
+            f"{root} has a U-Net of {channels + extra} input channels over latents of {channels}; supported: "
+            f"{', '.join(str(channels + each) for each in sorted(kinds))}"
         )
-    return known[more]
+    return kinds[extra]
 
 
 def _value(config: Mapping[str, Any], key: str, default: T | None, kind: type[T]) -> T:
@@ -195,4 +164,4 @@ def _component(root: Path, name: str) -> Component:
         for path in sorted((root / name).iterdir())
         if path.name.startswith("model.onnx")
     }
-    return Component(graphs={"plain": f"{name}/model.onnx"}, files=files, precision="unknown")
+    return Component(graphs={PLAIN: f"{name}/model.onnx"}, files=files, precision="unknown")

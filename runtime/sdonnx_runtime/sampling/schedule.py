@@ -1,4 +1,4 @@
-"""Schedules: at which noise levels a sampler evaluates the model, after a package's scheduler config and a request.
+"""Schedules: the timesteps and sigmas of a sampling loop, from a scheduler config and a request.
 
 States are in the variance-exploding parametrisation x = x0 + sigma * noise; a model trained on
 sqrt(alpha) x0 + sqrt(1 - alpha) noise is at sigma = sqrt((1 - alpha) / alpha).
@@ -12,17 +12,17 @@ import numpy as np
 
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.sampling.scheduler_config import WHOLE_TIMESTEPS, SchedulerConfig, check_settings, sigma_schedule
-from sdonnx_runtime.sampling.sigmas import SCHEDULES, Sigmas, round_to_float32, trained_sigmas
-from sdonnx_runtime.sampling.timesteps import KINDS, ScheduleSpec
+from sdonnx_runtime.sampling.sigmas import SCHEDULES, Sigmas, round_to_float32, training_sigmas
+from sdonnx_runtime.sampling.timesteps import KINDS, ScheduleSpec, sigma_space
 from sdonnx_runtime.sampling.types import Schedule
 
 SPACINGS = ("leading", "linspace", "trailing")
-"""How timesteps are spaced: table 2 of arXiv:2305.08891."""
+"""Timestep spacings: table 2 of arXiv:2305.08891."""
 
 MAX_SIGMA = 1e6
-"""The highest noise level that may be given: beyond it single precision leaves nothing of a picture."""
+"""The highest custom sigma: above it single precision leaves nothing of an image."""
 
-_ELSEWHERE = "take euler or dpmpp_2m"
+_ALTERNATIVE = "use euler or dpmpp_2m"
 _DIVIDE_BY_STEPS = ("deis", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "lms", "unipc")
 
 
@@ -36,42 +36,41 @@ def make_schedule(
     sigmas: Sequence[float] | None = None,
     timesteps: Sequence[float] | None = None,
 ) -> Schedule:
-    """The schedule that diffusers' class for ``sampler`` makes of a config, as far as the request leaves it to that.
+    """Make the schedule of diffusers' class for ``sampler``, with what the request changes of it.
 
-    Args:
-        config: the package's.
-        sampler: a key of SAMPLERS.
-        num_inference_steps: 1 to the number of timesteps trained with; without effect beside the last two.
-        schedule: a name of SCHEDULES, to lay the noise levels so; None is as the config says.
-        spacing: a name of SPACINGS; None is as the config says.
-        sigmas: the noise level at which each step starts, decreasing, above 0 and up to MAX_SIGMA. The last step
-            ends at 0, which may be given as a last level or left out.
-        timesteps: the timestep at which each step starts, decreasing, 0 to the last one trained with.
+    ``schedule`` is a name of SCHEDULES and ``spacing`` one of SPACINGS; None is the config's. ``sigmas`` or
+    ``timesteps`` are those at which the steps start, instead of ``num_inference_steps``, in descending order: sigmas
+    up to MAX_SIGMA, to which a closing 0 may belong, or timesteps from the highest of training to 0.
 
     Raises:
-        RequestError: more steps than the model was trained with or the sampler can tell apart, or fewer than 1;
-            levels that don't decrease; a schedule that the sampler can't serve.
-        PackageError: the config has a setting that changes the result in a way this sampler can't follow.
+        RequestError: the number of steps is out of range or makes duplicate sigmas; sigmas or timesteps don't
+            decrease; the sampler doesn't support the schedule.
+        PackageError: the sampler doesn't support a setting of the config.
     """
     _check_choices(sampler, schedule, spacing, sigmas, timesteps)
     check_settings(config, sampler)
     config = config.for_sampler(sampler)
     if spacing is not None:
         config = replace(config, timestep_spacing=spacing)
-    train = config.num_train_timesteps
-    levels = None if sigmas is None else _levels(sigmas)
-    times = None if timesteps is None else _timesteps(timesteps, train, sampler)
-    given = levels if levels is not None else times
-    steps = num_inference_steps if given is None else len(given)
-    if not 1 <= steps <= train:
-        raise RequestError(f"num_inference_steps is {steps}; give a whole number from 1 to {train}")
-    respaced = schedule if schedule is not None or given is not None else sigma_schedule(config, sampler)
-    trained = trained_sigmas(config)
-    wish = ScheduleSpec(config=config, steps=steps, respaced=respaced, sigmas=levels, timesteps=times, trained=trained)
-    made = KINDS[sampler](wish)
-    if sampler in _DIVIDE_BY_STEPS and (np.diff(made.sigmas[:-1]) >= 0).any():
-        raise RequestError(f"{steps} steps come to one noise level twice; take fewer or another sampler")
-    return made
+    num_train = config.num_train_timesteps
+    custom_sigmas = None if sigmas is None else _parse_sigmas(sigmas)
+    custom_timesteps = None if timesteps is None else _parse_timesteps(timesteps, num_train, sampler)
+    custom = custom_sigmas if custom_sigmas is not None else custom_timesteps
+    steps = num_inference_steps if custom is None else len(custom)
+    if not 1 <= steps <= num_train:
+        raise RequestError(f"num_inference_steps is {steps}; give a whole number from 1 to {num_train}")
+    spec = ScheduleSpec(
+        config=config,
+        steps=steps,
+        schedule=schedule if schedule is not None or custom is not None else sigma_schedule(config, sampler),
+        sigmas=custom_sigmas,
+        timesteps=custom_timesteps,
+        train_sigmas=training_sigmas(config),
+    )
+    result = KINDS.get(sampler, sigma_space)(spec)
+    if sampler in _DIVIDE_BY_STEPS and (np.diff(result.sigmas[:-1]) >= 0).any():
+        raise RequestError(f"duplicate sigmas for {steps} steps; use fewer steps or another sampler")
+    return result
 
 
 def _check_choices(
@@ -86,63 +85,64 @@ def _check_choices(
     if spacing is not None and spacing not in SPACINGS:
         raise RequestError(f"there is no spacing '{spacing}'; choose from {', '.join(SPACINGS)}")
     if sigmas is not None and timesteps is not None:
-        raise RequestError("sigmas and timesteps are both given; give one of them")
+        raise RequestError("sigmas and timesteps exclude each other; give one of them")
     if (sigmas is not None or timesteps is not None) and (schedule is not None or spacing is not None):
-        raise RequestError("sigmas or timesteps are given along with a schedule or spacing; give one of them")
+        raise RequestError("sigmas and timesteps exclude schedule and spacing; give one of them")
     if sampler in WHOLE_TIMESTEPS and (schedule is not None or sigmas is not None):
-        asked = "given sigmas" if schedule is None else f"schedule {schedule}"
-        raise RequestError(f"{sampler} keeps to the model's own timesteps; for {asked} {_ELSEWHERE}")
+        unsupported = "custom sigmas" if schedule is None else f"schedule {schedule}"
+        raise RequestError(f"{sampler} does not support {unsupported}; {_ALTERNATIVE}")
     if sampler in ("lcm", "tcd") and spacing is not None:
-        raise RequestError(f"{sampler} keeps to the timesteps of distillation; for spacing {spacing} {_ELSEWHERE}")
+        raise RequestError(f"{sampler} does not support spacing {spacing}; {_ALTERNATIVE}")
     if sampler == "pndm" and timesteps is not None:
-        raise RequestError(f"pndm wants evenly spaced timesteps; for given ones take ddim, or {_ELSEWHERE[5:]}")
+        raise RequestError("pndm requires evenly spaced timesteps; use ddim, euler or dpmpp_2m for custom timesteps")
 
 
-def listed(name: str, values: object) -> tuple[float, ...]:
-    """The numbers of a list, a tuple or an array of one axis.
+def parse_numbers(name: str, values: object) -> tuple[float, ...]:
+    """Parse a list, a tuple or an array of one axis.
 
     Raises:
         RequestError: it is something else, or empty.
     """
     try:
-        found = np.asarray(values)
+        array = np.asarray(values)
     except ValueError:  # lists of unequal lengths
-        found = np.empty(0)
-    if found.ndim != 1 or len(found) == 0 or found.dtype.kind not in "iuf":
+        array = np.empty(0)
+    if array.ndim != 1 or len(array) == 0 or array.dtype.kind not in "iuf":
         shown = " ".join(repr(values).split())[:80]
-        raise RequestError(f"{name} are {shown}; give numbers in a list, at least one, the highest first")
-    return tuple(float(value) for value in found)
+        raise RequestError(f"{name} is {shown}; give a list of numbers, at least one, in descending order")
+    return tuple(float(value) for value in array)
 
 
-def _levels(sigmas: Sequence[float]) -> Sigmas:
-    """Given sigmas in the single precision that samplers work with, a closing 0 taken off."""
-    values = listed("sigmas", sigmas)
+def _parse_sigmas(sigmas: Sequence[float]) -> Sigmas:
+    """Check custom sigmas, round them to float32 and remove a closing 0."""
+    values = parse_numbers("sigmas", sigmas)
     if values == (0.0,):
-        raise RequestError("sigmas are 0 alone; give one for each step, such as 14.6, 3.2, 0.7")
-    levels = _decreasing("sigmas", values[:-1] if values[-1] == 0 else values, MAX_SIGMA)
-    if levels[-1] == 0:
+        raise RequestError("sigmas has only a 0; give one sigma per step, such as 14.6, 3.2, 0.7")
+    rounded = _parse_descending("sigmas", values[:-1] if values[-1] == 0 else values, MAX_SIGMA)
+    if rounded[-1] == 0:
+        lowest = min(filter(None, values))
+        raise RequestError(f"the lowest sigma, {lowest:g}, is 0 in single precision; give a higher one")
+    return rounded
+
+
+def _parse_timesteps(timesteps: Sequence[float], num_train: int, sampler: str) -> Sigmas:
+    rounded = _parse_descending("timesteps", parse_numbers("timesteps", timesteps), math.inf)
+    if rounded[0] > num_train - 1:
         raise RequestError(
-            f"the lowest of the sigmas, {min(filter(None, values)):g}, is 0 in single precision; give a higher one"
+            f"timestep {rounded[0]:g} is above the highest of training; give timesteps from {num_train - 1} to 0"
         )
-    return levels
+    if sampler in WHOLE_TIMESTEPS and (rounded != np.round(rounded)).any():
+        raise RequestError(f"{sampler} requires whole timesteps; round them, or {_ALTERNATIVE}")
+    return rounded
 
 
-def _timesteps(timesteps: Sequence[float], train: int, sampler: str) -> Sigmas:
-    times = _decreasing("timesteps", listed("timesteps", timesteps), math.inf)
-    if times[0] > train - 1:
-        raise RequestError(f"timestep {times[0]:g} is above the last one trained with; give them from {train - 1} to 0")
-    if sampler in WHOLE_TIMESTEPS and (times != np.round(times)).any():
-        raise RequestError(f"{sampler} keeps to whole timesteps; round them, or {_ELSEWHERE}")
-    return times
-
-
-def _decreasing(name: str, values: tuple[float, ...], most: float) -> Sigmas:
+def _parse_descending(name: str, values: tuple[float, ...], maximum: float) -> Sigmas:
     highest, lowest = max(values), min(values)
     if not all(math.isfinite(value) for value in values) or lowest < 0:
-        raise RequestError(f"{name} are {values!r}; give finite numbers of 0 or more")
-    if highest > most:
-        raise RequestError(f"{name} go up to {highest:g}; give numbers of at most {most:g}")
-    levels = round_to_float32(np.array(values))
-    if (np.diff(levels) >= 0).any():
-        raise RequestError(f"{name} are {values!r}; give them decreasing in single precision, the highest first")
-    return levels
+        raise RequestError(f"{name} is {values!r}; give finite numbers of 0 or more")
+    if highest > maximum:
+        raise RequestError(f"{name} has {highest:g}; give numbers up to {maximum:g}")
+    rounded = round_to_float32(np.array(values))
+    if (np.diff(rounded) >= 0).any():
+        raise RequestError(f"{name} is {values!r}; give numbers that decrease in single precision")
+    return rounded

@@ -1,4 +1,4 @@
-"""What a package's scheduler_config.json says, and which of it each sampler can follow."""
+"""A package's scheduler_config.json, and the settings that each sampler supports."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from sdonnx_runtime.errors import PackageError
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
-    """A diffusers scheduler_config.json; None where it leaves a choice to the scheduler class."""
+    """A diffusers scheduler_config.json; None is the scheduler class's default."""
 
     class_name: str
     num_train_timesteps: int
@@ -20,30 +20,29 @@ class SchedulerConfig:
     beta_end: float | None
     beta_schedule: str | None
     trained_betas: tuple[float, ...] | None
-    """(num_train_timesteps,): the betas themselves, whatever the three above say."""
+    """(num_train_timesteps,): explicit betas, which go before the three above."""
     prediction_type: str
     timestep_spacing: str | None
     steps_offset: int
     set_alpha_to_one: bool | None
     final_sigmas_type: str
     settings: Mapping[str, Any]
-    """The whole JSON, for what concerns one class alone."""
+    """The whole JSON, for keys of one class."""
     terminal_alpha: float | None = None
-    """What is left of the signal at the last timestep, where betas are rescaled to leave none."""
+    """alphas_cumprod of the last timestep with zero terminal SNR; None is not rescaled."""
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "SchedulerConfig":
         """Parse the JSON as published.
 
-        A key that is absent gets the default of the class that is asked for later, as diffusers' ``from_config``
-        does it.
+        An absent key gets the default of the sampler's class later, as with diffusers' ``from_config``.
 
         Raises:
-            PackageError: a value is of a kind that no sampler here can follow.
+            PackageError: no sampler supports a value.
         """
-        for key, works in _CHOICES.items():
-            if key in config and config[key] not in works:
-                raise refusal(key, config[key], works)
+        for key, supported in _CHOICES.items():
+            if key in config and config[key] not in supported:
+                raise unsupported_setting(key, config[key], supported)
         return cls(
             class_name=str(config.get("_class_name", "PNDMScheduler")),
             num_train_timesteps=_number(config, "num_train_timesteps", 1000, int),
@@ -60,7 +59,7 @@ class SchedulerConfig:
         )
 
     def for_sampler(self, sampler: str) -> "SchedulerConfig":
-        """With what the sampler's class takes where the config has nothing, and its way of rescaling betas."""
+        """Fill in the defaults of the sampler's class, and its terminal alpha."""
         schedule, start, end = _BETAS.get(sampler, ("linear", 0.0001, 0.02))
         rescaled = sampler not in _NEVER_RESCALED and self.settings.get("rescale_betas_zero_snr")
         return replace(
@@ -73,7 +72,7 @@ class SchedulerConfig:
 
 
 NO_SIGNAL = 2.0**-60
-"""Stands for an alpha of 0, whose sigma would be infinite; classes in terms of sigma take 2**-24, as diffusers."""
+"""Replaces an alpha of 0, whose sigma is infinite; classes in terms of sigma use 2**-24, as in diffusers."""
 
 _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
@@ -83,147 +82,130 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "timestep_spacing": ("leading", "linspace", "trailing"),
 }
 
-_OFF = (False, None)
-_SWITCH = (False, True)
+_MULTISTEP = {"lower_order_final": (True, False), "solver_order": (2, 1, 3), "use_flow_sigmas": (False, None)}
 _DPM_SOLVER: Mapping[str, tuple[Any, ...]] = {
-    "euler_at_final": _SWITCH,
-    "lower_order_final": (True, False),
-    "solver_order": (2, 1, 3),
+    **_MULTISTEP,
+    "euler_at_final": (False, True),
     "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),  # the last three belong to other classes
-    "use_flow_sigmas": _OFF,
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),  # not learned
 }
-_ONLY: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+_SUPPORTED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "ddpm": {"variance_type": ("fixed_small", "fixed_small_log", "fixed_large", None)},
-    "deis": {"lower_order_final": (True, False), "solver_order": (2, 1, 3), "use_flow_sigmas": _OFF},
+    "deis": _MULTISTEP,
     "dpmpp_2m": {**_DPM_SOLVER, "algorithm_type": ("dpmsolver++", "deis")},  # the latter belongs to another class
     "dpmpp_2m_sde": {**_DPM_SOLVER, "solver_order": (2, 1)},
     "euler": {"interpolation_type": ("linear", "log_linear"), "timestep_type": ("discrete", "continuous")},
     "pndm": {"skip_prk_steps": (True,)},
     "unipc": {
-        "lower_order_final": (True, False),
+        **_MULTISTEP,
         "predict_x0": (True,),
-        "solver_order": (2, 1, 3),
         "solver_p": (None,),
         "solver_type": ("bh2", "bh1", "midpoint", "heun", "logrho"),  # the last three belong to other classes
-        "use_flow_sigmas": _OFF,
     },
 }
-"""Keys of the classes behind the samplers, of which other values would give another picture."""
+"""The values that each sampler supports, of keys that change the image."""
 
 _ABSENT = {("pndm", "skip_prk_steps"): False}
-"""What diffusers takes where one of these keys is absent; for the others it is the first value above."""
+"""diffusers' default where an absent key doesn't mean the first value above."""
 
-_K_BETAS = ("linear", 0.00085, 0.012)
-_DISTILLED_BETAS = ("scaled_linear", 0.00085, 0.012)
 _BETAS = {
-    "dpm2": _K_BETAS,
-    "dpm2_ancestral": _K_BETAS,
-    "heun": _K_BETAS,
-    "lcm": _DISTILLED_BETAS,
-    "tcd": _DISTILLED_BETAS,
+    **dict.fromkeys(("dpm2", "dpm2_ancestral", "heun"), ("linear", 0.00085, 0.012)),
+    **dict.fromkeys(("lcm", "tcd"), ("scaled_linear", 0.00085, 0.012)),
 }
-"""What diffusers takes where the betas are absent; for the others it is linear from 0.0001 to 0.02."""
+"""diffusers' default betas, where they aren't linear from 0.0001 to 0.02."""
 
 _NEVER_RESCALED = ("deis", "dpm2", "dpm2_ancestral", "heun", "lms", "pndm")
 """Samplers whose classes don't read ``rescale_betas_zero_snr``."""
 
 WHOLE_TIMESTEPS = ("ddim", "ddpm", "lcm", "pndm", "tcd")
-"""Samplers that keep to timesteps that the model was trained with."""
+"""Samplers that evaluate the model at whole training timesteps only."""
 
-_RESPACED = ("deis", "dpm2", "dpm2_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "euler", "heun", "lms", "unipc")
-"""Samplers whose classes read ``use_karras_sigmas`` and its like."""
+_READS_SIGMA_SCHEDULE = ("deis", "dpm2", "dpm2_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "euler", "heun", "lms", "unipc")
+"""Samplers whose classes read ``use_karras_sigmas`` and similar keys."""
 
-CLASSES = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "deis": "DEISMultistepScheduler",
-    "dpm2": "KDPM2DiscreteScheduler",
-    "dpm2_ancestral": "KDPM2AncestralDiscreteScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-    "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_ancestral": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "lcm": "LCMScheduler",
-    "lms": "LMSDiscreteScheduler",
-    "pndm": "PNDMScheduler",
-    "tcd": "TCDScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
-"""diffusers' class for each sampler that it has."""
+PUBLISHED_NAMES: Mapping[str, tuple[str, str | None]] = {
+    "ddim": ("DDIM", "DDIMScheduler"), "ddpm": ("DDPM", "DDPMScheduler"),
+    "deis": ("DEIS", "DEISMultistepScheduler"), "dpm2": ("DPM2", "KDPM2DiscreteScheduler"),
+    "dpm2_ancestral": ("DPM2 a", "KDPM2AncestralDiscreteScheduler"),
+    "dpmpp_2m": ("DPM++ 2M", "DPMSolverMultistepScheduler"),
+    "dpmpp_2m_sde": ("DPM++ 2M SDE", "DPMSolverMultistepScheduler"), "dpmpp_2s_ancestral": ("DPM++ 2S a", None),
+    "dpmpp_3m_sde": ("DPM++ 3M SDE", None), "dpmpp_sde": ("DPM++ SDE", None),
+    "euler": ("Euler", "EulerDiscreteScheduler"), "euler_ancestral": ("Euler a", "EulerAncestralDiscreteScheduler"),
+    "heun": ("Heun", "HeunDiscreteScheduler"), "ipndm": ("IPNDM", None),
+    "lcm": ("LCM", "LCMScheduler"), "lms": ("LMS", "LMSDiscreteScheduler"), "pndm": ("PLMS", "PNDMScheduler"),
+    "restart": ("Restart", None), "tcd": ("TCD", "TCDScheduler"), "unipc": ("UniPC", "UniPCMultistepScheduler"),
+}  # fmt: skip
+"""AUTOMATIC1111's name, which its infotext has, and diffusers' class of each sampler; None is no class."""
+
+CLASSES = {sampler: name for sampler, (_, name) in PUBLISHED_NAMES.items() if name is not None}
+"""diffusers' class for each sampler, where it has one."""
 
 
 def check_settings(config: SchedulerConfig, sampler: str) -> None:
-    """Refuses what would change the pictures and can't be followed.
+    """Refuse settings that change the image and that the sampler doesn't support.
 
     Raises:
         PackageError: the config has such a setting.
     """
-    for key, works in _ONLY.get(sampler, {}).items():
-        found = config.settings.get(key, _ABSENT.get((sampler, key), works[0]))
-        if found not in works:
-            raise refusal(key, found, works)
+    for key, supported in _SUPPORTED.get(sampler, {}).items():
+        found = config.settings.get(key, _ABSENT.get((sampler, key), supported[0]))
+        if found not in supported:
+            raise unsupported_setting(key, found, supported)
 
 
-_LIMITED: Mapping[str, tuple[str, ...]] = {
-    "ddim": ("thresholding", "clip_sample"),
-    "ddpm": ("thresholding", "clip_sample"),
-    "deis": ("thresholding",),
-    "dpmpp_2m": ("thresholding",),
-    "dpmpp_2m_sde": ("thresholding",),
+_CLIPPING: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("ddim", "ddpm", "lcm"), ("thresholding", "clip_sample")),
+    **dict.fromkeys(("deis", "dpmpp_2m", "dpmpp_2m_sde", "unipc"), ("thresholding",)),
     "heun": ("clip_sample",),
-    "lcm": ("thresholding", "clip_sample"),
-    "unipc": ("thresholding",),
 }
-"""Which of the two settings each class reads; the first that is set counts."""
+"""The settings that each class reads; the first that is set applies."""
 
 
 def clip_or_threshold_x0(config: SchedulerConfig, sampler: str) -> Callable[[Array], Array] | None:
-    """What a config wants every predicted x0, (B, ...), to be put through; None where it is left as it is.
+    """Get the config's clipping or thresholding of predicted x0, (B, ...); None is neither.
 
-    `ddim` is given this among its options and wants it nowhere else.
+    `ddim` has this as an option of its own instead.
     """
     settings = config.settings
     clips = settings.get("clip_sample", sampler in ("ddim", "ddpm"))
-    asked = [key for key in _LIMITED.get(sampler, ()) if (clips if key == "clip_sample" else settings.get(key))]
-    if not asked:
+    enabled = [key for key in _CLIPPING.get(sampler, ()) if (clips if key == "clip_sample" else settings.get(key))]
+    if not enabled:
         return None
-    if asked[0] == "clip_sample":
+    if enabled[0] == "clip_sample":
         clip_sample_range = float(settings.get("clip_sample_range", 1.0))
         return lambda x0: np.clip(x0, -clip_sample_range, clip_sample_range)
     ratio = float(settings.get("dynamic_thresholding_ratio", 0.995))
-    most = float(settings.get("sample_max_value", 1.0))
-    return lambda x0: _dynamic_threshold(x0, ratio, most)
+    maximum = float(settings.get("sample_max_value", 1.0))
+    return lambda x0: _dynamic_threshold(x0, ratio, maximum)
 
 
-def _dynamic_threshold(x0: Array, ratio: float, most: float) -> Array:
-    """Dynamic thresholding, arXiv:2205.11487, section 2.3: each of the batch by its own quantile."""
-    sizes = np.quantile(np.abs(x0).reshape(len(x0), -1), ratio, axis=1)
-    clip_sample_range = np.minimum(np.maximum(sizes, 1.0), most).astype(np.float32).reshape(-1, *[1] * (x0.ndim - 1))
-    return np.clip(x0, -clip_sample_range, clip_sample_range) / clip_sample_range
+def _dynamic_threshold(x0: Array, ratio: float, maximum: float) -> Array:
+    """Dynamic thresholding, arXiv:2205.11487, section 2.3, with a quantile for each batch entry."""
+    quantiles = np.quantile(np.abs(x0).reshape(len(x0), -1), ratio, axis=1)
+    s = np.minimum(np.maximum(quantiles, 1.0), maximum).astype(np.float32).reshape(-1, *[1] * (x0.ndim - 1))
+    return np.clip(x0, -s, s) / s
 
 
 def sigma_schedule(config: SchedulerConfig, sampler: str) -> str | None:
-    """The key of RESPACED that the config asks for, where the sampler's class listens."""
-    names = ("karras", "exponential", "beta") if sampler in _RESPACED else ()
-    asked = [name for name in names if config.settings.get(f"use_{name}_sigmas")]
+    """The name in SCHEDULES of the config's sigma schedule, if the sampler's class reads it."""
+    names = ("karras", "exponential", "beta") if sampler in _READS_SIGMA_SCHEDULE else ()
+    enabled = [name for name in names if config.settings.get(f"use_{name}_sigmas")]
     if sampler in ("dpmpp_2m", "dpmpp_2m_sde") and config.settings.get("use_lu_lambdas"):
-        asked.append("lu")
-    return asked[0] if asked else None
+        enabled.append("lu")
+    return enabled[0] if enabled else None
 
 
 def default_sampler(config: SchedulerConfig) -> str:
-    """The sampler that a package was published with.
+    """Get the sampler that a package was published with.
 
     Raises:
-        PackageError: it is one that this version doesn't have.
+        PackageError: this version doesn't have it.
     """
     names = {diffusers: name for name, diffusers in CLASSES.items() if name != "dpmpp_2m_sde"}
     if config.class_name not in names:
         raise PackageError(
-            f"the package's scheduler is {config.class_name}; this version has {', '.join(names)}: "
-            "name a sampler, or export with another scheduler_config.json"
+            f"the package's scheduler {config.class_name} is not supported (supported: {', '.join(names)}); "
+            "choose a sampler, or export with another scheduler_config.json"
         )
     sampler = names[config.class_name]
     stochastic = sampler == "dpmpp_2m" and config.settings.get("algorithm_type") == "sde-dpmsolver++"
@@ -249,9 +231,7 @@ def _number(config: Mapping[str, Any], key: str, default: float | None, kind: ty
     return kind(found)
 
 
-def refusal(key: str, found: Any, works: tuple[Any, ...]) -> PackageError:
-    """Says which setting can't be followed and what could be."""
-    listed = " or ".join(repr(value) for value in works)
-    return PackageError(
-        f"the scheduler config's '{key}' is {found!r}; what works here is {listed}; choose another sampler"
-    )
+def unsupported_setting(key: str, found: Any, supported: tuple[Any, ...]) -> PackageError:
+    """Make the error that names a setting and the values that are supported."""
+    values = ", ".join(repr(value) for value in supported)
+    return PackageError(f"the scheduler config's '{key}' is {found!r}; supported: {values}; choose another sampler")

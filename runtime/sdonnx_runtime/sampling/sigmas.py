@@ -1,4 +1,4 @@
-"""Noise levels: those a model was trained with, and the ways to choose few of them."""
+"""Sigmas: those that a model was trained with, and schedules that choose a few of them."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,11 +13,11 @@ Sigmas = NDArray[np.float64]
 """Sigmas or timesteps, (n,)."""
 
 
-def trained_sigmas(config: SchedulerConfig) -> Sigmas:
-    """The noise levels of training, (num_train_timesteps,), lowest first; in single precision, as published."""
+def training_sigmas(config: SchedulerConfig) -> Sigmas:
+    """The sigmas of training, (num_train_timesteps,), lowest first; in single precision, as published."""
     alphas = round_to_float32(1 - _betas(config))
     if config.terminal_alpha is not None:
-        alphas = _without_terminal_signal(alphas)
+        alphas = rescale_zero_terminal_snr(alphas)
     products = round_to_float32(np.cumprod(alphas))
     if config.terminal_alpha is not None:
         products[-1] = config.terminal_alpha
@@ -29,14 +29,13 @@ def _betas(config: SchedulerConfig) -> Sigmas:
     if config.trained_betas is not None:
         return round_to_float32(np.array(config.trained_betas))
     if start is None or end is None:
-        raise ValueError("betas are missing; SchedulerConfig.for_sampler fills them in")
+        raise ValueError("beta_start and beta_end are missing; SchedulerConfig.for_sampler fills them in")
     if config.beta_schedule == "linear":
         return _linspace(start, end, count)
     if config.beta_schedule == "scaled_linear":
         return round_to_float32(_linspace(math.sqrt(start), math.sqrt(end), count) ** 2)
-    bars: Sigmas = (
-        np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
-    )  # arXiv:2102.09672, equation 17
+    angles = (np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2  # arXiv:2102.09672, equation 17
+    bars: Sigmas = np.cos(angles) ** 2
     return round_to_float32(np.minimum(1 - bars[1:] / bars[:-1], 0.999))
 
 
@@ -50,8 +49,8 @@ def _linspace(start: float, end: float, count: int) -> Sigmas:
     )
 
 
-def _without_terminal_signal(alphas: Sigmas) -> Sigmas:
-    """Alphas whose product ends at zero: algorithm 1 of arXiv:2305.08891."""
+def rescale_zero_terminal_snr(alphas: Sigmas) -> Sigmas:
+    """Rescale alphas so that their product ends at zero: algorithm 1 of arXiv:2305.08891."""
     roots = round_to_float32(np.sqrt(round_to_float32(np.cumprod(alphas))))
     scale = round_to_float32(roots[0] / round_to_float32(roots[0] - roots[-1]))
     products = round_to_float32(round_to_float32(round_to_float32(roots - roots[-1]) * scale) ** 2)
@@ -59,23 +58,23 @@ def _without_terminal_signal(alphas: Sigmas) -> Sigmas:
     return round_to_float32(1 - betas)
 
 
-def sigma_to_t(sigmas: Sigmas, trained: Sigmas) -> Sigmas:
-    """The timesteps at which a model was trained with such levels, interpolated in log(sigma).
+def sigma_to_t(sigmas: Sigmas, train_sigmas: Sigmas) -> Sigmas:
+    """Convert sigmas to timesteps, interpolated in log(sigma).
 
-    Logarithms of trained levels are in single precision and the rest in double, as in diffusers: it cuts off some
-    of these numbers, which then differ by one where a level is a trained one.
+    Logarithms of training sigmas are in single precision and the rest in double, as in diffusers: it truncates some
+    of these timesteps, which otherwise would differ by one at training sigmas.
     """
-    logs = np.log(trained.astype(np.float32))
-    wanted = np.log(np.maximum(sigmas, 1e-10))
-    below = np.clip(np.searchsorted(logs, wanted, side="right") - 1, 0, len(logs) - 2)
-    low, high = logs[below], logs[below + 1]
-    share = np.clip((low - wanted) / (low - high), 0, 1)
-    return (1 - share) * below + share * (below + 1)
+    logs = np.log(train_sigmas.astype(np.float32))
+    log_sigmas = np.log(np.maximum(sigmas, 1e-10))
+    index = np.clip(np.searchsorted(logs, log_sigmas, side="right") - 1, 0, len(logs) - 2)
+    low, high = logs[index], logs[index + 1]
+    fraction = np.clip((low - log_sigmas) / (low - high), 0, 1)
+    return (1 - fraction) * index + fraction * (index + 1)
 
 
-def t_to_sigma(timesteps: Sigmas, trained: Sigmas) -> Sigmas:
-    """The noise levels at timesteps, interpolated in log(sigma): what `sigma_to_t` inverts."""
-    return np.exp(np.interp(timesteps, np.arange(len(trained)), np.log(trained)))
+def t_to_sigma(timesteps: Sigmas, train_sigmas: Sigmas) -> Sigmas:
+    """Convert timesteps to sigmas, interpolated in log(sigma): the inverse of `sigma_to_t`."""
+    return np.exp(np.interp(timesteps, np.arange(len(train_sigmas)), np.log(train_sigmas)))
 
 
 def karras(lowest: float, highest: float, steps: int) -> Sigmas:
@@ -94,34 +93,34 @@ def beta(lowest: float, highest: float, steps: int) -> Sigmas:
     return lowest + _beta_quantiles(1 - np.linspace(0, 1, steps), 0.6) * (highest - lowest)
 
 
-def _beta_quantiles(shares: Sigmas, shape: float) -> Sigmas:
+def _beta_quantiles(probabilities: Sigmas, shape: float) -> Sigmas:
     """The inverse of the regularised incomplete beta function I(x; a, a), by integration in u = x ** a."""
     u = np.linspace(0, math.pow(0.5, shape), 20_001)
     x = u ** (1 / shape)
     density = (1 - x) ** (shape - 1) / shape
     area = np.append(0, np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(u)))
-    below = np.interp(np.minimum(shares, 1 - shares), area / area[-1] / 2, u) ** (1 / shape)
-    return np.where(shares <= 0.5, below, 1 - below)
+    below = np.interp(np.minimum(probabilities, 1 - probabilities), area / area[-1] / 2, u) ** (1 / shape)
+    return np.where(probabilities <= 0.5, below, 1 - below)
 
 
-def simple(trained: Sigmas, steps: int) -> Sigmas:
-    """Every (num_train_timesteps / steps)-th trained timestep from the highest, as ComfyUI's simple."""
-    count = len(trained)
+def simple(train_sigmas: Sigmas, steps: int) -> Sigmas:
+    """Every (num_train_timesteps / steps)-th training timestep from the highest, as ComfyUI's simple."""
+    count = len(train_sigmas)
     return count - 1 - np.trunc(np.arange(steps) * (count / steps))
 
 
-def sgm_uniform(trained: Sigmas, steps: int) -> Sigmas:
-    """Even in timesteps, as if there were one step more, as in Stability's generative-models."""
-    return np.linspace(len(trained) - 1, 0, steps + 1)[:-1]
+def sgm_uniform(train_sigmas: Sigmas, steps: int) -> Sigmas:
+    """Even in timesteps, spaced as for one step more, as in Stability's generative-models."""
+    return np.linspace(len(train_sigmas) - 1, 0, steps + 1)[:-1]
 
 
 def _ays(published: tuple[float, ...]) -> Callable[[Sigmas, int], Sigmas]:
-    """Align Your Steps, arXiv:2404.14507: levels for 10 steps, for other counts interpolated in log(sigma)."""
+    """Align Your Steps, arXiv:2404.14507: sigmas for 10 steps, for other counts interpolated in log(sigma)."""
 
-    def timesteps(trained: Sigmas, steps: int) -> Sigmas:
-        share = np.linspace(0, 1, steps + 1)[:-1]
-        levels = np.exp(np.interp(share, np.linspace(0, 1, len(published)), np.log(published)))
-        return sigma_to_t(levels, trained)
+    def timesteps(train_sigmas: Sigmas, steps: int) -> Sigmas:
+        fraction = np.linspace(0, 1, steps + 1)[:-1]
+        sigmas = np.exp(np.interp(fraction, np.linspace(0, 1, len(published)), np.log(published)))
+        return sigma_to_t(sigmas, train_sigmas)
 
     return timesteps
 
@@ -137,20 +136,17 @@ SIGMA_RANGE_SCHEDULES: Mapping[str, Callable[[float, float, int], Sigmas]] = {
     "beta": beta,
     "lu": exponential,  # arXiv:2206.00927, appendix: even in lambda = -log(sigma)
 }
-"""Ways to lay levels between the lowest and the highest, whatever the timesteps: ``f(lowest, highest, steps)``."""
+"""Schedules between the lowest and the highest sigma: ``f(lowest, highest, steps)``, highest first."""
 
 TIMESTEP_SCHEDULES: Mapping[str, Callable[[Sigmas, int], Sigmas]] = {
-    "simple": simple,
-    "sgm_uniform": sgm_uniform,
-    "ays": _ays(AYS),
-    "ays_sdxl": _ays(AYS_SDXL),
-}
-"""Ways to choose timesteps from those trained with: ``f(trained, steps)``, highest first."""
+    "simple": simple, "sgm_uniform": sgm_uniform, "ays": _ays(AYS), "ays_sdxl": _ays(AYS_SDXL),
+}  # fmt: skip
+"""Schedules of training timesteps: ``f(train_sigmas, steps)``, highest first."""
 
 SCHEDULES = (*SIGMA_RANGE_SCHEDULES, *TIMESTEP_SCHEDULES)
-"""The names of all ways to lay levels other than a scheduler class's own."""
+"""The names of all schedules other than a scheduler class's own."""
 
 
 def round_to_float32(values: NDArray[Any]) -> Sigmas:
-    """Rounded to float32, kept as float64."""
+    """Round to float32, in float64."""
     return values.astype(np.float32).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Samplers without memory: each step starts from its state alone, and takes one evaluation of the model or two."""
+"""Single-step samplers: no history, one or two model evaluations a step."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,12 +10,15 @@ from sdonnx_runtime.sampling.types import (
     Schedule,
     Step,
     euler_step,
-    final_step,
     get_ancestral_step,
     iter_steps,
     log_midpoint,
+    make_step,
     rescale_to_sigma,
 )
+
+RESTART_INTERVAL = (0.1, 2.0)
+"""The sigmas between which `restart` repeats steps: lowest, highest."""
 
 
 def euler(
@@ -30,25 +33,25 @@ def euler(
             t = schedule.timestep(churned)
         x0 = denoise(x, churned, t)
         x = x + (sigma_next - churned) * ((x - x0) / churned)
-        yield final_step(schedule, i, x, x0)
+        yield make_step(schedule, i, x, x0)
 
 
 def euler_ancestral(
     denoise: Denoise, x: Array, schedule: Schedule, noise: NoiseSource, *, eta: float = 1.0, s_noise: float = 1.0
 ) -> Iterator[Step]:
-    """Euler's method to a lower level, then noise up to the next; k-diffusion's sample_euler_ancestral."""
+    """Euler's method to a lower sigma, then noise up to the next; k-diffusion's sample_euler_ancestral."""
     for i, t, sigma, sigma_next in iter_steps(schedule):
         x0 = denoise(x, sigma, t)
         down, up = get_ancestral_step(sigma, sigma_next, eta)
         x = x + (down - sigma) * ((x - x0) / sigma) + s_noise * up * noise(x.shape)
-        yield final_step(schedule, i, x, x0)
+        yield make_step(schedule, i, x, x0)
 
 
 def heun(denoise: Denoise, x: Array, schedule: Schedule, noise: NoiseSource) -> Iterator[Step]:
     """Heun's method of order 2, arXiv:2206.00364, algorithm 1; two evaluations a step, one in the last."""
     for i in range(schedule.steps):
         x, x0 = _heun_step(denoise, x, schedule, i)
-        yield final_step(schedule, i, x, x0)
+        yield make_step(schedule, i, x, x0)
 
 
 def _heun_step(denoise: Denoise, x: Array, schedule: Schedule, i: int) -> tuple[Array, Array]:
@@ -64,30 +67,28 @@ def _heun_step(denoise: Denoise, x: Array, schedule: Schedule, i: int) -> tuple[
 
 
 def restart(
-    denoise: Denoise,
-    x: Array,
-    schedule: Schedule,
-    noise: NoiseSource,
-    *,
-    restarts: int = 1,
-    interval: tuple[float, float] = (0.1, 2.0),
-    s_noise: float = 1.0,
+    denoise: Denoise, x: Array, schedule: Schedule, noise: NoiseSource, *, restarts: int = 1, s_noise: float = 1.0
 ) -> Iterator[Step]:
-    """Restart sampling, arXiv:2306.14878, algorithm 1: `heun`, whose steps in an interval of sigma are taken again.
+    """Restart sampling, arXiv:2306.14878, algorithm 1: `heun` with the steps in RESTART_INTERVAL repeated.
 
-    At the lowest level in the interval, noise lifts the state to the highest, ``restarts`` times. The interval's
-    steps are counted as often as they are taken.
+    At the lowest sigma in the interval, noise lifts the state back to the highest, ``restarts`` times.
     """
-    inside = [i for i, sigma in enumerate(schedule.sigmas[:-1]) if interval[0] <= sigma <= interval[1]]
-    again = inside[:-1]
-    end = again[-1] + 1 if again else 0
-    walk = [*range(end), *again * restarts, *range(end, schedule.steps)]
-    for index, i in enumerate(walk):
-        if index > 0 and walk[index - 1] >= i:
-            low, high = float(schedule.sigmas[end]), float(schedule.sigmas[i])
+    indices = restart_indices(schedule, restarts)
+    for index, i in enumerate(indices):
+        if index > 0 and indices[index - 1] >= i:
+            low, high = float(schedule.sigmas[indices[index - 1] + 1]), float(schedule.sigmas[i])
             x = x + s_noise * math.sqrt(high**2 - low**2) * noise(x.shape)
         x, x0 = _heun_step(denoise, x, schedule, i)
-        yield Step(index=index, total=len(walk), x=x, x0=x0)
+        yield Step(index=index, total=len(indices), x=x, x0=x0)
+
+
+def restart_indices(schedule: Schedule, restarts: int) -> list[int]:
+    """The schedule's steps in the order in which `restart` takes them."""
+    lowest, highest = RESTART_INTERVAL
+    in_interval = [i for i, sigma in enumerate(schedule.sigmas[:-1]) if lowest <= sigma <= highest]
+    repeated = in_interval[:-1]
+    end = repeated[-1] + 1 if repeated else 0
+    return [*range(end), *repeated * restarts, *range(end, schedule.steps)]
 
 
 def dpm2(denoise: Denoise, x: Array, schedule: Schedule, noise: NoiseSource) -> Iterator[Step]:
@@ -95,20 +96,20 @@ def dpm2(denoise: Denoise, x: Array, schedule: Schedule, noise: NoiseSource) -> 
     for i, t, sigma, sigma_next in iter_steps(schedule):
         x0 = denoise(x, sigma, t)
         x = _midpoint(denoise, x, x0, schedule, sigma, sigma_next)
-        yield final_step(schedule, i, x, x0)
+        yield make_step(schedule, i, x, x0)
 
 
 def dpm2_ancestral(
     denoise: Denoise, x: Array, schedule: Schedule, noise: NoiseSource, *, eta: float = 1.0, s_noise: float = 1.0
 ) -> Iterator[Step]:
-    """`dpm2` to a lower level, then noise up to the next; k-diffusion's sample_dpm_2_ancestral."""
+    """`dpm2` to a lower sigma, then noise up to the next; k-diffusion's sample_dpm_2_ancestral."""
     for i, t, sigma, sigma_next in iter_steps(schedule):
         x0 = denoise(x, sigma, t)
         down, up = get_ancestral_step(sigma, sigma_next, eta)
         x = _midpoint(denoise, x, x0, schedule, sigma, down)
         if sigma_next > 0:
             x = x + s_noise * up * noise(x.shape)
-        yield final_step(schedule, i, x, x0)
+        yield make_step(schedule, i, x, x0)
 
 
 def _midpoint(denoise: Denoise, x: Array, x0: Array, schedule: Schedule, sigma: float, target: float) -> Array:
@@ -134,7 +135,7 @@ def dpmpp_2s_ancestral(
         x = euler_step(x, ahead, sigma, down)
         if sigma_next > 0:
             x = x + s_noise * up * noise(x.shape)
-        yield final_step(schedule, i, x, x0)
+        yield make_step(schedule, i, x, x0)
 
 
 def dpmpp_sde(
@@ -153,7 +154,7 @@ def dpmpp_sde(
         x = euler_step(x, ahead, sigma, down)
         if sigma_next > 0:
             x = x + s_noise * up * noise(x.shape)
-        yield final_step(schedule, i, x, x0)
+        yield make_step(schedule, i, x, x0)
 
 
 def ddim(
@@ -167,11 +168,11 @@ def ddim(
 ) -> Iterator[Step]:
     """Denoising diffusion implicit models, arXiv:2010.02502, equation 12.
 
-    ``limit`` is applied to x0 but not to the noise that the model found, as diffusers does it for this class alone.
+    ``limit`` clips x0 but not the predicted noise, as diffusers does for this class alone.
     """
     for i, t, sigma, sigma_next in iter_steps(schedule):
         x0 = denoise(x, sigma, t)
-        target = float(schedule.targets[i])
+        target = float(schedule.sigmas_to[i])
         down, up = get_ancestral_step(sigma, target, eta)
         epsilon = (x - x0) / sigma
         x0 = x0 if limit is None else limit(x0)
@@ -179,7 +180,7 @@ def ddim(
         if eta > 0:
             x = x + up * noise(x.shape)
         x = rescale_to_sigma(x, target, sigma_next)
-        yield final_step(schedule, i, x, x0)
+        yield make_step(schedule, i, x, x0)
 
 
 def ddpm(
@@ -194,7 +195,7 @@ def ddpm(
         x = x0 + down * ((x - x0) / sigma)
         if t > 0:
             x = x + up * noise(x.shape)
-        yield final_step(schedule, i, x, x0)
+        yield make_step(schedule, i, x, x0)
 
 
 def lcm(
@@ -206,7 +207,7 @@ def lcm(
         length = math.hypot(t * timestep_scaling, 0.5)
         denoised = (t * timestep_scaling / length) * x0 + (0.5 / length) ** 2 / math.hypot(sigma, 1.0) * x
         x = denoised if i == schedule.steps - 1 else denoised + sigma_next * noise(x.shape)
-        yield final_step(schedule, i, x, denoised)
+        yield make_step(schedule, i, x, denoised)
 
 
 def tcd(denoise: Denoise, x: Array, schedule: Schedule, noise: NoiseSource, *, eta: float = 0.3) -> Iterator[Step]:
@@ -215,8 +216,8 @@ def tcd(denoise: Denoise, x: Array, schedule: Schedule, noise: NoiseSource, *, e
         x0 = denoise(x, sigma, t)
         last = i == schedule.steps - 1
         t_next = 0.0 if last else float(schedule.timesteps[i + 1])
-        down = float(schedule.trained[math.floor((1 - eta) * t_next)])
+        down = float(schedule.train_sigmas[math.floor((1 - eta) * t_next)])
         x = x0 + down * ((x - x0) / sigma)
         if eta > 0 and not last:
             x = x + math.sqrt(max(sigma_next**2 - down**2, 0.0)) * noise(x.shape)
-        yield final_step(schedule, i, x, x0)
+        yield make_step(schedule, i, x, x0)

@@ -1,101 +1,100 @@
-"""What the U-Net is told besides latents and time: the one table that knows families."""
+"""U-Net conditioning per model family."""
 
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from sdonnx_runtime.arrays import AnyArray, Array
+from sdonnx_runtime.packages.concat import CONCAT
 from sdonnx_runtime.packages.manifest import Manifest, TextEncoder
-from sdonnx_runtime.request import Request, given, uses_guidance
+from sdonnx_runtime.request import CompleteRequest, uses_guidance
 from sdonnx_runtime.text.prompt_schedule import StepPrompts
 
 Encode = Callable[[TextEncoder, str], Mapping[str, AnyArray]]
-"""What a text encoder makes of a text: its outputs, each of one row."""
+"""``encode(encoder, text)``: a text encoder's outputs, each of batch size 1."""
 
 Texts = tuple[Sequence[str], Sequence[str]]
-"""Those of the rows without the prompt, none or more, and those of the conditional rows."""
+"""The texts of the unconditional batch entries, none or more, and of the conditional ones."""
 
-Conditioning = Callable[[Manifest, Request, Texts, Encode], dict[str, AnyArray]]
+Inputs = dict[str, AnyArray]
+"""A U-Net's inputs other than latents and timestep, a batch entry per text."""
 
 
-def condition(manifest: Manifest, request: Request, rows: StepPrompts, encode: Encode) -> dict[str, AnyArray]:
-    """Inputs of the U-Net, a row for each text of `encoder_texts`, first those without the prompt."""
-    texts = encoder_texts(manifest, request, rows)
+def make_conditioning(manifest: Manifest, request: CompleteRequest, prompts: StepPrompts, encode: Encode) -> Inputs:
+    """Make the U-Net's inputs of one step, a batch entry per text of `encoder_texts`, unconditional ones first."""
+    texts = encoder_texts(manifest, request, prompts)
     inputs = CONDITIONING[manifest.family](manifest, request, texts, encode)
     if manifest.conditions.guidance_width is not None:
-        scale = given(request.guidance_scale) - 1
-        told = embedded_guidance(scale, manifest.conditions.guidance_width)
-        inputs["timestep_cond"] = np.repeat(told, len(texts[1]), axis=0)
+        scale = request.guidance_scale - 1
+        embedding = guidance_embedding(scale, manifest.conditions.guidance_width)
+        inputs["timestep_cond"] = np.repeat(embedding, len(texts[1]), axis=0)
     return inputs
 
 
-def encoder_texts(manifest: Manifest, request: Request, rows: StepPrompts) -> Texts:
-    """What is encoded for a step: with guidance the negative prompt and the conditional ones, else these alone.
+def encoder_texts(manifest: Manifest, request: CompleteRequest, prompts: StepPrompts) -> Texts:
+    """Get the texts that a step encodes: with guidance the negative prompt and the conditional ones, else only these.
 
-    An editing model that is guided by its picture too has the negative one twice: for neither, and the picture alone.
+    With image guidance (InstructPix2Pix) the negative prompt is there twice: without the image, and with it.
     """
-    return (rows.negative,) * (rows_of(manifest, request) - 1), rows.conditional
+    return (prompts.negative,) * (batch_size(manifest, request) - 1), prompts.conditional
 
 
-def rows_of(manifest: Manifest, request: Request) -> int:
-    """How many rows a step of a checked request has, where its prompt has one part."""
+def batch_size(manifest: Manifest, request: CompleteRequest) -> int:
+    """Count a step's batch entries, for a prompt without AND."""
     if manifest.conditions.guidance_width is not None or not uses_guidance(request):
         return 1
-    return 3 if manifest.conditions.beside == "picture" and given(request.image_guidance_scale) != 1 else 2
+    concat = manifest.conditions.concat
+    return 3 if concat is not None and CONCAT[concat].edits and request.image_guidance_scale != 1 else 2
 
 
-def clip_states(manifest: Manifest, request: Request, texts: Texts, encode: Encode) -> dict[str, AnyArray]:
-    """Stable Diffusion 1 and 2: the hidden states of one encoder, a row for each text."""
+def clip_conditioning(manifest: Manifest, request: CompleteRequest, texts: Texts, encode: Encode) -> Inputs:
+    """Stable Diffusion 1 and 2: the hidden states of one encoder."""
     (encoder,) = manifest.text_encoders
-    rows = [encode(encoder, text)[encoder.output] for part in texts for text in part]
-    return {"encoder_hidden_states": np.concatenate(rows)}
+    states = [encode(encoder, text)[encoder.output] for part in texts for text in part]
+    return {"encoder_hidden_states": np.concatenate(states)}
 
 
-def sdxl_states(manifest: Manifest, request: Request, texts: Texts, encode: Encode) -> dict[str, AnyArray]:
-    """SDXL, arXiv:2307.01952: the states of its encoders side by side, a pooled one, and the picture's sizes."""
-    return _two_encoders(manifest, texts, encode, [_flat(_sizes(request))] * sum(map(len, texts)))
+def sdxl_conditioning(manifest: Manifest, request: CompleteRequest, texts: Texts, encode: Encode) -> Inputs:
+    """SDXL, arXiv:2307.01952: concatenated states of both encoders, a pooled state, and size micro-conditioning."""
+    return _two_encoders(manifest, texts, encode, [_size_conditioning(request)] * sum(map(len, texts)))
 
 
-def refiner_states(manifest: Manifest, request: Request, texts: Texts, encode: Encode) -> dict[str, AnyArray]:
-    """SDXL's refiner: as its base model, with how pleasing the picture shall be instead of the size it is made at."""
+def refiner_conditioning(manifest: Manifest, request: CompleteRequest, texts: Texts, encode: Encode) -> Inputs:
+    """SDXL's refiner: as its base model, with an aesthetic score instead of the target size."""
     negatives, conditionals = texts
     scores = [request.negative_aesthetic_score] * len(negatives) + [request.aesthetic_score] * len(conditionals)
-    return _two_encoders(manifest, texts, encode, [[*_flat(_sizes(request)[:2]), score] for score in scores])
+    sizes = _size_conditioning(request)[:4]
+    return _two_encoders(manifest, texts, encode, [[*sizes, score] for score in scores])
 
 
-def _two_encoders(
-    manifest: Manifest, texts: Texts, encode: Encode, ids: Sequence[Sequence[float]]
-) -> dict[str, AnyArray]:
-    def both(text: str) -> tuple[AnyArray, AnyArray]:
-        """(1, S, C), (1, P)."""
+def _two_encoders(manifest: Manifest, texts: Texts, encode: Encode, ids: Sequence[Sequence[float]]) -> Inputs:
+    def encode_both(text: str) -> tuple[AnyArray, AnyArray]:
+        """Encode to (1, S, C), (1, P)."""
         outputs = [encode(encoder, text) for encoder in manifest.text_encoders]
         states = [each[encoder.output] for each, encoder in zip(outputs, manifest.text_encoders, strict=True)]
         return np.concatenate(states, axis=-1), outputs[-1][str(manifest.text_encoders[-1].pooled)]
 
-    def without(text: str) -> tuple[AnyArray, AnyArray]:
-        states, pooled = both(text)
+    def encode_negative(text: str) -> tuple[AnyArray, AnyArray]:
+        states, pooled = encode_both(text)
         zero = manifest.conditions.zero_negative and text == ""
         return (np.zeros_like(states), np.zeros_like(pooled)) if zero else (states, pooled)
 
     negatives, conditionals = texts
-    rows = [*map(without, negatives), *map(both, conditionals)]
-    states, pooled = (np.concatenate(each) for each in zip(*rows, strict=True))
+    encoded = [*map(encode_negative, negatives), *map(encode_both, conditionals)]
+    states, pooled = (np.concatenate(each) for each in zip(*encoded, strict=True))
     return {"encoder_hidden_states": states, "text_embeds": pooled, "time_ids": np.array(ids, np.float32)}
 
 
-def _sizes(request: Request) -> list[Sequence[int]]:
-    """(height, width) of the picture that the one to make is as if cut from, where it begins there, and its own."""
-    own = given(request.width), given(request.height)
+def _size_conditioning(request: CompleteRequest) -> Sequence[int]:
+    """SDXL's original_size, crop_top_left and target_size, each (height, width)."""
+    own = request.width, request.height
     original, target = (own if size is None else size for size in (request.original_size, request.target_size))
-    return [original[::-1], (0, 0) if request.crop_top_left is None else request.crop_top_left, target[::-1]]
+    crop = (0, 0) if request.crop_top_left is None else request.crop_top_left
+    return (*original[::-1], *crop, *target[::-1])
 
 
-def _flat(pairs: Sequence[Sequence[int]]) -> list[int]:
-    return [number for pair in pairs for number in pair]
-
-
-def embedded_guidance(scale: float, width: int) -> Array:
-    """Sinusoids (1, width) of 1000 times a guidance scale less 1; arXiv:2310.04378, section 4.2."""
+def guidance_embedding(scale: float, width: int) -> Array:
+    """Embed a guidance scale less 1 as sinusoids, (1, width); arXiv:2310.04378, section 4.2."""
     half = width // 2
     frequencies = np.exp(np.arange(half, dtype=np.float32) * np.float32(-np.log(10000.0) / (half - 1)))
     angles = np.float32(1000 * scale) * frequencies
@@ -103,9 +102,7 @@ def embedded_guidance(scale: float, width: int) -> Array:
     return waves[None].astype(np.float32)
 
 
-CONDITIONING: Mapping[str, Conditioning] = {
-    "sd1": clip_states,
-    "sd2": clip_states,
-    "sdxl": sdxl_states,
-    "sdxl-refiner": refiner_states,
-}
+CONDITIONING: Mapping[str, Callable[[Manifest, CompleteRequest, Texts, Encode], Inputs]] = {
+    "sd1": clip_conditioning, "sd2": clip_conditioning,
+    "sdxl": sdxl_conditioning, "sdxl-refiner": refiner_conditioning,
+}  # fmt: skip

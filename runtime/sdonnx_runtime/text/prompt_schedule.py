@@ -1,10 +1,9 @@
-"""Which texts each denoising step is conditioned on."""
+"""The texts that condition each denoising step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sdonnx_runtime.request import Request, given
-from sdonnx_runtime.text.prompt_syntax import LoraTag, Prompt, parse_prompt
+from sdonnx_runtime.text.prompt_syntax import LoraTag, Prompt, Sections, parse_prompt, sections
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,62 +12,58 @@ class StepPrompts:
 
     negative: str
     conditional: tuple[str, ...]
-    """One for each part of the prompt."""
+    """One for each subprompt of an AND."""
 
 
-def step_prompts(prompt: Prompt, negative: Prompt, steps: int, done: int | None = None) -> tuple[StepPrompts, ...]:
-    """The texts of each step of a pass.
+def step_prompts(
+    prompt: Prompt, negative: Prompt, steps: int, previous_steps: int | None = None
+) -> tuple[StepPrompts, ...]:
+    """List the texts of each step of a pass of so many ``steps``, with those that img2img skips.
 
-    Args:
-        prompt: with any number of parts.
-        negative: with one.
-        steps: of the pass, with those that img2img leaves out; what it takes is counted from 1 all the same.
-        done: in a second pass the steps of the first, which numbers of steps count too; None is in the first.
+    ``previous_steps`` are the first pass's in a second pass, whose step numbers include them; None in the first.
     """
     parts = (*negative.parts, *prompt.parts)
-    changes = {0}.union(*(part.changes(steps, done) for part in parts))
-    rows: list[StepPrompts] = []
+    changes = {0}.union(*(part.change_steps(steps, previous_steps) for part in parts))
+    prompts: list[StepPrompts] = []
     for step in range(1, steps + 1):
         if step - 1 in changes:
-            first, *others = (part.at(step, steps, done) for part in parts)
-            rows.append(StepPrompts(negative=first, conditional=tuple(others)))
+            first, *others = (part.text_at_step(step, steps, previous_steps) for part in parts)
+            prompts.append(StepPrompts(negative=first, conditional=tuple(others)))
         else:
-            rows.append(rows[-1])
-    return tuple(rows)
+            prompts.append(prompts[-1])
+    return tuple(prompts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSchedule:
-    """What a request says at each step."""
+    """A request's prompts, parsed."""
 
     passes: tuple[tuple[StepPrompts, ...], ...]
-    """Of each pass the texts of each step."""
+    """The texts of each step of each pass."""
     weights: tuple[float, ...]
-    """How far each conditional row pulls."""
+    """The weight of each subprompt."""
+    sections: Mapping[str, Sections]
+    """Each text with its weights parsed."""
+    loras: tuple[LoraTag, ...]
+    """The LoRAs that the prompts name."""
 
 
-def schedule_prompts(passes: Sequence[Request]) -> PromptSchedule:
-    """The texts of a checked request's passes.
+def schedule_prompts(prompt: str, negative_prompt: str, syntax: str, steps: Sequence[int]) -> PromptSchedule:
+    """Parse the prompts for passes of so many ``steps``.
 
     Raises:
-        RequestError: as `parse_prompt` does.
+        RequestError: as `parse_prompt` and `sections` do.
     """
-    request = passes[0]
-    prompt = parse_prompt(request.prompt, request.prompt_syntax)
-    negative = parse_prompt(request.negative_prompt, request.prompt_syntax, composed=False)
-    steps = [given(each.num_inference_steps) for each in passes]
-    done = (None, *steps)
-    return PromptSchedule(
-        passes=tuple(step_prompts(prompt, negative, count, before) for count, before in zip(steps, done, strict=False)),
-        weights=tuple(part.weight for part in prompt.parts),
+    parsed = parse_prompt(prompt, syntax)
+    negative = parse_prompt(negative_prompt, syntax, composed=False)
+    passes = tuple(
+        step_prompts(parsed, negative, count, before) for count, before in zip(steps, (None, *steps), strict=False)
     )
-
-
-def parse_lora_tags(request: Request) -> list[LoraTag]:
-    """The adapters that a checked request's prompts name.
-
-    Raises:
-        RequestError: as `parse_prompt` does.
-    """
-    texts = (request.prompt, request.negative_prompt)
-    return [tag for text in texts for tag in parse_prompt(text, request.prompt_syntax, composed=False).loras]
+    distinct = {each for prompts in passes for each in prompts}
+    texts = {text for each in distinct for text in (each.negative, *each.conditional)}
+    return PromptSchedule(
+        passes=passes,
+        weights=tuple(part.weight for part in parsed.parts),
+        sections={text: sections(text, syntax) for text in texts},
+        loras=(*parsed.loras, *negative.loras),
+    )

@@ -1,6 +1,6 @@
-"""The language of prompts, AUTOMATIC1111's: what a text says of weights, steps, parts and adapters.
+"""AUTOMATIC1111's prompt syntax: weights, schedules, alternation, AND, BREAK and LoRA tags.
 
-All of it takes time in proportion to the text, and none of it recurses, whatever is typed.
+Parsing is linear in the text and never recurses.
 """
 
 import re
@@ -11,14 +11,11 @@ from typing import TypeAlias
 
 from sdonnx_runtime.errors import RequestError
 
-SYNTAXES = ("a1111", "plain")
-"""How prompts are read: with AUTOMATIC1111's syntax, or as they stand."""
-
 MAX_WEIGHT = 1000
-"""Of a word or a part; far beyond any use."""
+"""Of a fragment or a subprompt; far above any use."""
 
 _UP, _DOWN = 1.1, 1 / 1.1
-"""What round and square brackets do to the weight of what is in them."""
+"""Factors of round and square brackets on the weight of their content."""
 
 _SIGN = re.compile(r"\\.|[\[\]():|]|[^\\\[\]():|]+|\\", re.DOTALL)
 _WEIGHT = re.compile(r"\\[()\[\]\\]?|:\s*([+-]?[.\d]+)\s*\)|[()\[\]:]|[^\\()\[\]:]+")
@@ -33,16 +30,16 @@ class Fragment:
 
     text: str
     weight: float
-    """1 is as if nothing was said."""
+    """1 is no weighting."""
 
 
 Sections: TypeAlias = tuple[tuple[Fragment, ...], ...]
-"""What stands between the BREAKs of a text."""
+"""A text's fragments, split at BREAK."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraTag:
-    """An adapter that a prompt names: ``<lora:name:0.8>``."""
+    """A LoRA tag: ``<lora:name:0.8>``."""
 
     name: str
     weight: float
@@ -55,15 +52,15 @@ class _Scheduled:
     before: "_Text"
     after: "_Text"
     when: str
-    """A step's number; or with a point in it the share of the steps, and above 1 that of a second pass' steps."""
+    """A step number; with a point in it a fraction of the steps, above 1 of the second pass's steps."""
 
-    def last(self, steps: int, done: int | None) -> int:
-        """The last step, from 1, with ``before``; ``done`` are the steps of the first pass, None in it."""
+    def last_step(self, steps: int, previous_steps: int | None) -> int:
+        """The last step, from 1, with ``before``; ``previous_steps`` are the first pass's, None in it."""
         number = float(self.when)
         if "." in self.when:
-            number = (number - (0 if done is None else 1)) * steps
+            number = (number - (0 if previous_steps is None else 1)) * steps
         else:
-            number -= done or 0
+            number -= previous_steps or 0
         return int(max(min(number, steps), 0))
 
 
@@ -78,125 +75,122 @@ _Text: TypeAlias = "tuple[str | _Scheduled | _Alternating, ...]"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """What stands between the ANDs of a prompt."""
+class Subprompt:
+    """A prompt's text between ANDs."""
 
     text: _Text
     weight: float
-    """How far it pulls, of the guidance scale."""
+    """Factor on the guidance scale."""
 
-    def at(self, step: int, steps: int, done: int | None) -> str:
-        """Its text at a step, from 1."""
-        made: list[str] = []
-        rest = [iter(self.text)]
-        while rest:
-            piece = next(rest[-1], None)
+    def text_at_step(self, step: int, steps: int, previous_steps: int | None) -> str:
+        """Get the text at a step, from 1."""
+        pieces: list[str] = []
+        stack = [iter(self.text)]
+        while stack:
+            piece = next(stack[-1], None)
             if piece is None:
-                rest.pop()
+                stack.pop()
             elif isinstance(piece, str):
-                made.append(piece)
+                pieces.append(piece)
             elif isinstance(piece, _Scheduled):
-                rest.append(iter(piece.before if step <= piece.last(steps, done) else piece.after))
+                stack.append(iter(piece.before if step <= piece.last_step(steps, previous_steps) else piece.after))
             else:
-                rest.append(iter(piece.choices[(step - 1) % len(piece.choices)]))
-        return "".join(made)
+                stack.append(iter(piece.choices[(step - 1) % len(piece.choices)]))
+        return "".join(pieces)
 
-    def changes(self, steps: int, done: int | None) -> set[int]:
-        """The steps, from 1, after which its text may be another one."""
-        found: set[int] = set()
-        rest = [self.text]
-        while rest:
-            for piece in rest.pop():
+    def change_steps(self, steps: int, previous_steps: int | None) -> set[int]:
+        """Get the steps, from 1, after which the text may change."""
+        changes: set[int] = set()
+        stack = [self.text]
+        while stack:
+            for piece in stack.pop():
                 if isinstance(piece, _Scheduled):
-                    found.add(piece.last(steps, done))
-                    rest += [piece.before, piece.after]
+                    changes.add(piece.last_step(steps, previous_steps))
+                    stack += [piece.before, piece.after]
                 elif isinstance(piece, _Alternating):
-                    found.update(range(1, steps))
-                    rest += piece.choices
-        return found
+                    changes.update(range(1, steps))
+                    stack += piece.choices
+        return changes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A prompt, parsed."""
+    """A parsed prompt."""
 
-    parts: tuple[Part, ...]
-    """One, or with AND those that are composed; arXiv:2206.01714."""
+    parts: tuple[Subprompt, ...]
+    """One, or several joined by AND; arXiv:2206.01714."""
     loras: tuple[LoraTag, ...] = ()
-    """In the order in which they are written."""
+    """In the order of the text."""
 
 
 def parse_prompt(text: str, syntax: str = "a1111", *, composed: bool = True) -> Prompt:
-    """Reads a prompt.
-
-    Args:
-        text: as it was typed.
-        syntax: one of SYNTAXES.
-        composed: whether AND divides it, as it does a prompt but no negative one.
+    """Parse a prompt; ``composed`` says whether AND splits it, as in a prompt but not in a negative one.
 
     Raises:
-        RequestError: nothing stands on one side of an AND; a weight or a LoRA's tag is none.
+        RequestError: a side of an AND is empty; a weight or a LoRA tag is invalid.
     """
     if syntax == "plain":
-        return Prompt(parts=(Part(text=(text,), weight=1.0),))
-    loras = tuple(_lora(found[1]) for found in _LORA.finditer(text))
+        return Prompt(parts=(Subprompt(text=(text,), weight=1.0),))
+    loras = tuple(_parse_lora(match[1]) for match in _LORA.finditer(text))
     text = _LORA.sub("", text) if loras else text
     parts = _AND.split(text) if composed else [text]
     if len(parts) == 1:
-        return Prompt(parts=(Part(text=_scheduled(text), weight=1.0),), loras=loras)
-    return Prompt(parts=tuple(map(_part, parts)), loras=loras)
+        return Prompt(parts=(Subprompt(text=_parse_text(text), weight=1.0),), loras=loras)
+    return Prompt(parts=tuple(map(_parse_subprompt, parts)), loras=loras)
 
 
-def _part(text: str) -> Part:
-    """What stands between two ANDs, which may end in a weight."""
+def _parse_subprompt(text: str) -> Subprompt:
+    """Parse the text between two ANDs, which may end in a weight."""
     words, _, number = text.rpartition(":")
     weighted = _NUMBER.fullmatch(number.strip())
     words = (words if weighted else text).strip()
     if words == "":
-        raise RequestError("the prompt has an AND with nothing beside it; give a text on both of its sides")
-    return Part(text=_scheduled(words), weight=_checked(float(number)) if weighted else 1.0)
+        raise RequestError("AND requires a prompt on both sides; write AND in lower case for the word")
+    return Subprompt(text=_parse_text(words), weight=_check_weight(float(number)) if weighted else 1.0)
 
 
-def _lora(tag: str) -> LoraTag:
+def _parse_lora(tag: str) -> LoraTag:
     name, _, number = tag.partition(":")
     if name.strip() == "" or (number != "" and not _NUMBER.fullmatch(number.strip())):
-        raise RequestError(f"the prompt has '<lora:{tag:.80}>'; give a name and a weight, such as <lora:name:0.8>")
-    return LoraTag(name=name.strip(), weight=_checked(float(number)) if number else 1.0)
+        raise RequestError(
+            f"'<lora:{tag:.80}>' is not a LoRA tag; expected a name and a weight, such as <lora:name:0.8>"
+        )
+    return LoraTag(name=name.strip(), weight=_check_weight(float(number)) if number else 1.0)
 
 
-def _checked(weight: float) -> float:
+def _check_weight(weight: float) -> float:
     if not abs(weight) <= MAX_WEIGHT:
         raise RequestError(f"the prompt has the weight {weight:g}; give one from -{MAX_WEIGHT} to {MAX_WEIGHT}")
     return weight
 
 
-def _scheduled(text: str) -> _Text:
-    """The text with its schedules and alternations; brackets that are none of them stay for `sections`."""
+def _parse_text(text: str) -> _Text:
+    """Parse schedules and alternations; other brackets stay for `sections`."""
     pieces: list[str | _Scheduled | _Alternating] = []
-    opened: list[tuple[str, int, list[int]]] = []  # the bracket, where its content begins, and the signs in it
+    stack: list[tuple[str, int, list[int]]] = []  # open brackets: sign, index of the content, indices of : and |
     for match in _SIGN.finditer(text):
         sign = match[0]
-        if sign in (":", "|") and opened:
-            opened[-1][2].append(len(pieces))
+        if sign in (":", "|") and stack:
+            stack[-1][2].append(len(pieces))
         pieces.append(sign)
         if sign in ("[", "("):
-            opened.append((sign, len(pieces), []))
-        elif sign in ("]", ")") and opened:
-            bracket, start, signs = opened.pop()
+            stack.append((sign, len(pieces), []))
+        elif sign in ("]", ")") and stack:
+            bracket, start, signs = stack.pop()
             if (bracket == "[") != (sign == "]"):
-                opened.clear()  # nothing around brackets that don't match is a schedule
+                stack.clear()  # nothing around mismatched brackets is a schedule
             elif sign == "]":
-                made = _bracketed(pieces, start, signs)
-                if made is not None:
-                    pieces[start - 1 :] = [made]
+                schedule = _parse_schedule(pieces, start, signs)
+                if schedule is not None:
+                    pieces[start - 1 :] = [schedule]
     return tuple(pieces)
 
 
-def _bracketed(
+def _parse_schedule(
     pieces: Sequence[str | _Scheduled | _Alternating], start: int, signs: Sequence[int]
 ) -> _Scheduled | _Alternating | None:
-    """What the pieces from ``start`` up to the last, a closing bracket, are; ``signs`` are the places of : and |."""
-    colons = [place for place in signs if pieces[place] == ":"]
+    """Parse the pieces from ``start`` to the last, a closing bracket; ``signs`` are the indices of : and |."""
+    colons = [index for index in signs if pieces[index] == ":"]
     if len(colons) in (1, 2):
         number = pieces[colons[-1] + 1 : -1]
         when = "".join(piece for piece in number if isinstance(piece, str)).strip()
@@ -212,60 +206,57 @@ def _bracketed(
 
 
 def sections(text: str, syntax: str = "a1111") -> Sections:
-    """A text without schedules in it, as words with weights.
+    """Parse the weights and BREAKs of a text without schedules.
 
     Raises:
-        RequestError: a weight is beyond MAX_WEIGHT.
+        RequestError: a weight is above MAX_WEIGHT.
     """
     if syntax == "plain":
         return ((Fragment(text=text, weight=1.0),),)
-    pieces, ranges = _weighed(text)
-    found: list[list[tuple[float, list[str]]]] = [[]]
+    pieces, ranges = _parse_attention(text)
+    parsed: list[list[tuple[float, list[str]]]] = [[]]
     for piece, weight in zip(pieces, _weights(len(pieces), ranges), strict=True):
         if piece is None:
-            found.append([])
-        elif piece and found[-1] and found[-1][-1][0] == weight:
-            found[-1][-1][1].append(piece)
+            parsed.append([])
+        elif piece and parsed[-1] and parsed[-1][-1][0] == weight:
+            parsed[-1][-1][1].append(piece)
         elif piece:
-            found[-1].append((_checked(weight), [piece]))
-    return tuple(tuple(Fragment(text="".join(made), weight=weight) for weight, made in section) for section in found)
+            parsed[-1].append((_check_weight(weight), [piece]))
+    return tuple(tuple(Fragment(text="".join(words), weight=weight) for weight, words in section) for section in parsed)
 
 
 _Range: TypeAlias = tuple[int, int, float]
-"""The first piece in a pair of brackets, the first behind it, and what multiplies their weights."""
+"""The index of the first piece in a pair of brackets, that of the first behind it, and the factor on weights."""
 
 
-def _weighed(text: str) -> tuple[list[str | None], tuple[list[_Range], list[_Range]]]:
-    """The pieces of a text, None for a BREAK, and the ranges of its round and of its square brackets."""
+def _parse_attention(text: str) -> tuple[list[str | None], tuple[list[_Range], list[_Range]]]:
+    """Split a text into pieces, None for a BREAK, and find the ranges of round and of square brackets."""
     pieces: list[str | None] = []
-    round_ones: list[int] = []
-    square_ones: list[int] = []
+    open_round: list[int] = []
+    open_square: list[int] = []
     ranges: tuple[list[_Range], list[_Range]] = ([], [])
     for match in _WEIGHT.finditer(text):
-        sign, factor = match[0], _factor(match[1])
+        sign, number = match[0], match[1]
+        factor = float(number) if number is not None and _NUMBER.fullmatch(number) else None
         if sign.startswith("\\"):
-            pieces.append(sign[1:])  # nothing, where it is before another sign
+            pieces.append(sign[1:])  # empty before any other sign
         elif sign == "(":
-            round_ones.append(len(pieces))
+            open_round.append(len(pieces))
         elif sign == "[":
-            square_ones.append(len(pieces))
-        elif (factor is not None or sign == ")") and round_ones:
-            ranges[0].append((round_ones.pop(), len(pieces), _UP if factor is None else factor))
-        elif sign == "]" and square_ones:
-            ranges[1].append((square_ones.pop(), len(pieces), _DOWN))
+            open_square.append(len(pieces))
+        elif (factor is not None or sign == ")") and open_round:
+            ranges[0].append((open_round.pop(), len(pieces), _UP if factor is None else factor))
+        elif sign == "]" and open_square:
+            ranges[1].append((open_square.pop(), len(pieces), _DOWN))
         else:
-            pieces += _broken(sign)
-    ranges[0].extend((start, len(pieces), _UP) for start in reversed(round_ones))
-    ranges[1].extend((start, len(pieces), _DOWN) for start in reversed(square_ones))
+            pieces += _split_break(sign)
+    ranges[0].extend((start, len(pieces), _UP) for start in reversed(open_round))
+    ranges[1].extend((start, len(pieces), _DOWN) for start in reversed(open_square))
     return pieces, ranges
 
 
-def _factor(number: str | None) -> float | None:
-    return float(number) if number is not None and _NUMBER.fullmatch(number) else None
-
-
-def _broken(text: str) -> Iterator[str | None]:
-    """The text with None for each BREAK, and without the space around it."""
+def _split_break(text: str) -> Iterator[str | None]:
+    """Split the text at BREAK, yielding None for each and no space around it."""
     first, *more = _BREAK.split(text)
     yield first.rstrip() if more else first
     for index, part in enumerate(more):
@@ -274,20 +265,20 @@ def _broken(text: str) -> Iterator[str | None]:
 
 
 def _weights(count: int, ranges: tuple[list[_Range], list[_Range]]) -> Iterator[float]:
-    """The weight of each piece: the product of all the ranges that it is in; those of one kind are nested."""
+    """Yield the weight of each piece: the product of the ranges that it is in; those of one kind are nested."""
     starting: list[tuple[dict[int, list[_Range]], list[tuple[int, float]]]] = []
     for kind in ranges:
         by_start: dict[int, list[_Range]] = {}
         for each in kind:  # inner ones come first
             by_start.setdefault(each[0], []).append(each)
         starting.append((by_start, []))
-    for place in range(count):
+    for index in range(count):
         weight = 1.0
         for by_start, around in starting:
-            while around and around[-1][0] <= place:
+            while around and around[-1][0] <= index:
                 around.pop()
-            for _, end, factor in reversed(by_start.get(place, [])):
-                if end > place:
+            for _, end, factor in reversed(by_start.get(index, [])):
+                if end > index:
                     around.append((end, factor * (around[-1][1] if around else 1.0)))
             weight *= around[-1][1] if around else 1.0
         yield weight

@@ -1,1 +1,1 @@
-"""The commands of ``sdonnx``, a module for each group; cli.py puts them together."""
+"""The commands of ``sdonnx``, one module for each or for a group; app.py registers them."""

@@ -12,8 +12,7 @@ from sdonnx.benchmark.report import Report
 from sdonnx.benchmark.report import bench as measure
 from sdonnx.benchmark.worker import ComponentFigures
 from sdonnx.cli.console import out, print_json, progress
-from sdonnx.cli.options import Device, Threads
-from sdonnx.cli.parsing import parse_size
+from sdonnx.cli.options import Device, Threads, parse_request, request_option
 from sdonnx.loading import find_model
 
 
@@ -23,33 +22,29 @@ def bench(
     ] = DEFAULT,
     reference: Annotated[
         str | None,
-        typer.Option(metavar="PACKAGE", help="Say how near the outputs come to those of this package."),
+        typer.Option(metavar="PACKAGE", help="Reference package to compare outputs with (PSNR)."),
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Denoising steps of the picture. Default: the model's own.")
-    ] = None,
-    size: Annotated[
-        str | None, typer.Option(metavar="WxH", help="Pixels, multiples of 8. Default: the model's own.")
-    ] = None,
-    batch: Annotated[int, typer.Option(metavar="N", help="Pictures that each component works on at once.")] = 1,
-    repeat: Annotated[int, typer.Option(metavar="N", help="Runs of each component after the first.")] = 5,
+    steps: Annotated[int | None, request_option("num_inference_steps")] = None,
+    size: Annotated[str | None, request_option("width")] = None,
+    batch: Annotated[int, typer.Option(metavar="N", help="Images that each component runs on at once.")] = 1,
+    repeat: Annotated[int, typer.Option(metavar="N", help="Timed runs of each component, after the first.")] = 5,
     device: Device = "auto",
     threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Measure what a package costs on this machine, as a table that can be pasted into an issue.
+    """Measure time and memory of a package on this machine, as a Markdown table.
 
     [dim]sdonnx bench pictogram[/dim] or [dim]sdonnx bench sd15-int8 --reference sd15-onnx --steps 5[/dim]
     """
     opened = sdonnx.Package.open(find_model(package))
-    compared = None if reference is None else sdonnx.Package.open(find_model(reference))
+    other = None if reference is None else sdonnx.Package.open(find_model(reference))
     with progress("{task.description}") as bar:
         task = bar.add_task("starting", total=1.0)
         report = measure(
             opened,
-            reference=compared,
+            reference=other,
             steps=steps,
-            **parse_size(size),
+            **parse_request({"size": size}),
             batch=batch,
             repeat=repeat,
             device=device,
@@ -63,29 +58,29 @@ def bench(
 
 
 def markdown(report: Report) -> str:
-    """The report as a table with a line about the machine above it."""
-    machine, picture, found = report.machine, report.picture, report.comparison
-    threads = "one thread for each physical core" if report.threads is None else f"{report.threads} threads"
+    """Format the report as a Markdown table below a description of the machine."""
+    machine, image, comparison = report.machine, report.image, report.comparison
+    threads = "one thread per physical core" if report.threads is None else f"{report.threads} threads"
     lines = [
         f"sdonnx {machine.sdonnx}, ONNX Runtime {machine.onnxruntime}, Python {machine.python}, {machine.system}",
         f"{machine.cpu}, {machine.cpus} CPUs, {machine.instruction_set}, {threads}",
         f"{report.model}, {report.width}x{report.height}, batch {report.batch}, guidance {report.guidance_scale:g}",
         "",
-        "| component | precision | provider | on the CPU instead | load s | first s | median s | peak MB |",
+        "| component | precision | provider | ops on the CPU | load s | first s | median s | peak MB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         *(_row(figures) for figures in report.components),
-        f"| picture, {picture.num_inference_steps} steps | | | | {picture.load_s:.3g} | {picture.first_step_s:.3g} | "
-        f"{picture.step_s:.3g} | {picture.peak_rss_mb:.0f} |",
+        f"| image, {image.num_inference_steps} steps | | | | {image.load_s:.3g} | {image.first_step_s:.3g} | "
+        f"{image.step_s:.3g} | {image.peak_rss_mb:.0f} |",
         "",
-        "Each row is a process of its own. The picture's first and median are its steps, the first with opening the "
-        f"U-Net; it took {picture.total_s:.3g} s in all.",
+        "Each row is measured in its own process. First and median of the image are its steps; the first includes "
+        f"loading the U-Net. The image took {image.total_s:.3g} s in all.",
     ]
-    if found is not None:
-        middle = sorted(found.unet_psnr)[len(found.unet_psnr) // 2]
+    if comparison is not None:
+        median = sorted(comparison.unet_psnr)[len(comparison.unet_psnr) // 2]
         lines += [
             "",
-            f"Against {found.reference}: picture {found.psnr:.1f} dB PSNR; U-Net {middle:.1f} dB in the median step, "
-            f"{min(found.unet_psnr):.1f} in the worst.",
+            f"PSNR to {comparison.reference}: image {comparison.psnr:.1f} dB; U-Net {median:.1f} dB in the median "
+            f"step, {min(comparison.unet_psnr):.1f} dB in the worst.",
         ]
     return "\n".join(lines)
 
@@ -100,13 +95,13 @@ def _row(figures: ComponentFigures) -> str:
 
 
 def _as_json(report: Report) -> dict[str, Any]:
-    data = asdict(report)
-    found = report.comparison
-    if found is not None:
-        data["comparison"] |= {"psnr": _number(found.psnr), "unet_psnr": [_number(each) for each in found.unet_psnr]}
+    data, comparison = asdict(report), report.comparison
+    if comparison is not None:
+        unet = [_json_number(value) for value in comparison.unet_psnr]
+        data["comparison"] |= {"psnr": _json_number(comparison.psnr), "unet_psnr": unet}
     return data
 
 
-def _number(value: float) -> float | str:
-    """JSON has no number for what is infinite."""
+def _json_number(value: float) -> float | str:
+    """JSON has no infinity."""
     return value if math.isfinite(value) else str(value)

@@ -4,19 +4,20 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 import typer
-from sdonnx_runtime.packages.manifest import CONTROLS, FAMILIES, VAE_ALONE
+from sdonnx_runtime.packages.families import PackageKind
 
 import sdonnx
-from sdonnx.cli.console import err, progress
+from sdonnx.cli.console import print_note, progress
 from sdonnx.cli.parsing import parse_lora
 from sdonnx.loading import find_source
 
 _USE = {
-    **dict.fromkeys(FAMILIES, "-m {}"),
-    VAE_ALONE: "-m PACKAGE --vae {}",
-    **dict.fromkeys(CONTROLS, "-m PACKAGE --control {}:PICTURE.png"),
+    PackageKind.MODEL: "-m {}",
+    PackageKind.VAE: "-m PACKAGE --vae {}",
+    PackageKind.CONTROLNET: "-m PACKAGE --control {}:IMAGE.png",
+    PackageKind.T2I_ADAPTER: "-m PACKAGE --control {}:IMAGE.png",
 }
-"""How what was exported is given, by its family."""
+"""The options that use an exported package in `sdonnx run`, by kind."""
 
 Via: TypeAlias = Literal["native", "optimum"]
 
@@ -27,48 +28,46 @@ def export(
         typer.Argument(
             metavar="SRC",
             help="A diffusers directory, a .safetensors or .ckpt file, a Hub id, or a name from [b]sdonnx models[/b]. "
-            "Left out, with --vae: a package of that VAE alone.",
+            "If left out, with --vae: exports that VAE alone.",
             show_default=False,
         ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="The package. Default: SRC's name + -onnx."),
+        typer.Option("--output", "-o", metavar="DIR", help="Output directory. Default: SRC's name + -onnx."),
     ] = None,
     precision: Annotated[
         str,
         typer.Option(
             metavar="fp32|fp16|int8|int8-weights|int4|mixed:FILE",
-            help="int8 is fastest on a CPU; fp16, int8-weights and int4 are smaller, no faster; "
-            "a TOML file chooses for each layer.",
+            help="int8 is fastest on a CPU; fp16, int8-weights and int4 are smaller, not faster; "
+            "mixed reads the precision of each layer from a TOML file.",
         ),
     ] = "fp32",
     calibration: Annotated[
         str,
         typer.Option(
             metavar="full|fast|none|FILE",
-            help="What int8 is fitted to: pictures of several prompts, of one, of none, or of a file's, one to a line.",
+            help="Calibration prompts for int8: several, one, none, or a file (one per line).",
         ),
     ] = "full",
     vae: Annotated[
         str | None,
-        typer.Option(metavar="SRC", help="Take the VAE from here instead: as SRC, or a VAE alone."),
+        typer.Option(metavar="SRC", help="Take the VAE from here: like SRC, or a VAE-only checkpoint."),
     ] = None,
     lora: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="FILE[:SCALE]", help="Make these adapters part of it for good. May be given several times."
-        ),
+        typer.Option(metavar="FILE[:SCALE]", help="Fuse these LoRAs into the weights. Repeatable."),
     ] = None,
     revision: Annotated[
         str | None, typer.Option(metavar="R", help="Branch, tag or commit of a Hub id. Default: main.")
     ] = None,
     via: Annotated[
-        Via, typer.Option(help="native writes its own graphs; optimum traces the model (needs torch).")
+        Via, typer.Option(help="native writes sdonnx' own graphs; optimum traces the model (requires torch).")
     ] = "native",
     force: Annotated[bool, typer.Option("--force", help="Replace the package if it exists.")] = False,
 ) -> None:
-    """Turn a checkpoint into a package that [b]sdonnx run[/b] can use.
+    """Export a checkpoint to a package for [b]sdonnx run[/b].
 
     [dim]sdonnx export sd15[/dim] or [dim]sdonnx export my-checkpoint.safetensors -o my-package --precision fp16[/dim]
     """
@@ -76,7 +75,7 @@ def export(
         from sdonnx_export.export import export as export_package
     except ModuleNotFoundError as error:
         raise sdonnx.ExportError(
-            f"""exporting needs {error.name}, which is not installed; pip install "sdonnx[export]\""""
+            f"""exporting requires {error.name}, which is not installed; pip install "sdonnx[export]\""""
         ) from None
     source, recipe = (None, None) if source is None else find_source(source)
     with progress("{task.description}") as bar:
@@ -94,5 +93,5 @@ def export(
             force=force,
             report=lambda what, done: bar.update(task, description=what, completed=done),
         )
-    chosen = _USE[sdonnx.Package.open(directory).manifest.family].format(directory)
-    err.print(f"""{directory} is ready: sdonnx run "a photograph of a cat" {chosen}""", highlight=False, soft_wrap=True)
+    options = _USE[sdonnx.Package.open(directory).kind].format(directory)
+    print_note(f"""{directory} is ready: sdonnx run "a photograph of a cat" {options}""")

@@ -1,4 +1,4 @@
-"""``sdonnx info``, ``models`` and ``samplers``: what there is."""
+"""``sdonnx info``, ``models`` and ``samplers``."""
 
 from dataclasses import asdict
 from typing import Annotated
@@ -7,74 +7,73 @@ import typer
 from rich.table import Table
 from rich.text import Text
 from sdonnx_models import bundled, recipes
-from sdonnx_runtime.denoising.control import described as steered_by
-from sdonnx_runtime.execution.cpu import cpu_name, instruction_set
-from sdonnx_runtime.packages.manifest import FAMILIES
+from sdonnx_runtime.denoising.control import describe_control
+from sdonnx_runtime.packages.families import PackageKind
 
 import sdonnx
+from sdonnx.benchmark.cpu import cpu_name, instruction_set
 from sdonnx.cli.console import defaults_text, out, print_json, recipe_lines, samplers_table, tasks
 from sdonnx.loading import find_model
 
 
 def info(
     package: Annotated[str, typer.Argument(metavar="PACKAGE", help="A package's directory, or a Hub id of one.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything the manifest says as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
-    """Show what a package is: where it came from, what it holds, what it takes on disk, and what this CPU is."""
+    """Show a package: its source, components, precision and size; and this machine's CPU."""
     opened = sdonnx.Package.open(find_model(package))
     manifest = opened.manifest
     if as_json:
-        here = {"path": str(opened.root), "inferred": opened.foreign, "instruction_set": instruction_set()}
-        print_json({**here, **asdict(manifest)})
+        context = {"path": str(opened.root), "inferred": opened.is_optimum, "instruction_set": instruction_set()}
+        print_json({**context, **asdict(manifest)})
         return
-    facts = Table.grid(padding=(0, 2))
+    table = Table.grid(padding=(0, 2))
     source = manifest.source
-    facts.add_row("package", str(opened.root))
-    facts.add_row("family", FAMILIES[manifest.family])
-    facts.add_row(*_use(opened))
-    facts.add_row("source", source.name if source.revision is None else f"{source.name} at {source.revision}")
-    facts.add_row("exporter", source.exporter)
+    table.add_row("package", str(opened.root))
+    table.add_row("family", opened.title)
+    table.add_row(*_usage(opened))
+    table.add_row("source", source.name if source.revision is None else f"{source.name} at {source.revision}")
+    table.add_row("exporter", source.exporter)
     if "unet" in manifest.components:
-        facts.add_row("suggests", defaults_text(manifest.defaults))
-        predicts = manifest.scheduler.get("prediction_type", "epsilon")
-        facts.add_row("scheduler", f"{manifest.scheduler.get('_class_name')}, predicts {predicts}")
+        table.add_row("defaults", defaults_text(manifest.defaults))
+        prediction = manifest.scheduler.get("prediction_type", "epsilon")
+        table.add_row("scheduler", f"{manifest.scheduler.get('_class_name')}, {prediction} prediction")
     latents = manifest.latents
-    if opened.control is None:
-        facts.add_row("latents", f"{latents.channels} channels, {latents.downscale} pixels a cell")
+    if not opened.kind.is_control:
+        table.add_row("latents", f"{latents.channels} channels, {latents.downscale}x downscale")
     for name, component in manifest.components.items():
         megabytes = sum(file.size for file in component.files.values()) / 1e6
-        facts.add_row(name, f"{component.precision}, {megabytes:,.1f} MB")
-    facts.add_row("this CPU", f"{cpu_name()}, {instruction_set()}")
-    out.print(facts, highlight=False, soft_wrap=True)
+        table.add_row(name, f"{component.precision}, {megabytes:,.1f} MB")
+    table.add_row("CPU", f"{cpu_name()}, {instruction_set()}")
+    out.print(table, highlight=False, soft_wrap=True)
 
 
-def _use(package: sdonnx.Package) -> tuple[str, str]:
-    """What a package is good for: a row of a table."""
-    if package.control is not None:
-        return "steers", f"{steered_by(package)}; give it with --control"
-    if package.is_vae_alone:
-        return "makes", "pictures of other packages' latents: give it with --vae"
-    return "makes", tasks(package.manifest)
+def _usage(package: sdonnx.Package) -> tuple[str, str]:
+    """Describe what a package is used for: a row of the table."""
+    if package.kind.is_control:
+        return "controls", f"{describe_control(package)}; use it with --control"
+    if package.kind is PackageKind.VAE:
+        return "VAE", "for other packages; use it with --vae"
+    return "generates", tasks(package.manifest)
 
 
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """List the model that comes with sdonnx, and published ones that [b]sdonnx export[/b] knows by name."""
-    known = recipes()
+    """List the bundled model, and the published checkpoints that [b]sdonnx export[/b] knows by name."""
     if as_json:
-        here = {name: str(path) for name, path in bundled().items()}
-        print_json({"bundled": here, "recipes": {name: asdict(recipe) for name, recipe in known.items()}})
+        packages = {name: str(path) for name, path in bundled().items()}
+        print_json({"bundled": packages, "recipes": {name: asdict(recipe) for name, recipe in recipes().items()}})
         return
-    listing = Table.grid(padding=(0, 2))
+    table = Table.grid(padding=(0, 2))
     for name, path in bundled().items():
         manifest = sdonnx.Package.open(path).manifest
-        listing.add_row(Text(name, style="bold"), f"comes with sdonnx\n{defaults_text(manifest.defaults)}\n")
-    for name, recipe in known.items():
-        listing.add_row(Text(name, style="bold"), "\n".join(recipe_lines(recipe)) + "\n")
-    out.print(listing, highlight=False, soft_wrap=True)
+        table.add_row(Text(name, style="bold"), f"bundled with sdonnx\n{defaults_text(manifest.defaults)}\n")
+    for name, recipe in recipes().items():
+        table.add_row(Text(name, style="bold"), "\n".join(recipe_lines(recipe)) + "\n")
+    out.print(table, highlight=False, soft_wrap=True)
 
 
 def samplers() -> None:
-    """List the samplers, with their names elsewhere."""
+    """List the samplers with their names in AUTOMATIC1111 and diffusers."""
     out.print(samplers_table(), highlight=False)

@@ -1,140 +1,148 @@
 """``sdonnx run``."""
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import typer
 from sdonnx_models import DEFAULT
 from sdonnx_runtime.images.canny import canny
 from sdonnx_runtime.images.preprocess import flatten_alpha, open_image
+from sdonnx_runtime.request import FIELDS, IMAGE_TO_IMAGE, SPEED
 
 import sdonnx
-from sdonnx.cli import options
-from sdonnx.cli.batch import make_batch, read_batch
-from sdonnx.cli.console import err, print_json, print_results, result_json
+from sdonnx.cli.batch import generate_batch, read_batch
+from sdonnx.cli.console import print_json, print_note, print_results, result_json
 from sdonnx.cli.generate import OutputPaths, generate
-from sdonnx.cli.parsing import (
-    parse_control,
-    parse_embedding,
-    parse_hires,
-    parse_interval,
-    parse_lora,
-    parse_margins,
-    parse_numbers,
-    parse_refiner,
-    parse_size,
-    parse_variation,
+from sdonnx.cli.options import (
+    Device,
+    Memory,
+    Threads,
+    Vae,
+    add_request_options,
+    parse_request,
+    request_option,
 )
+from sdonnx.cli.parsing import parse_control, parse_embedding, parse_lora, parse_margins, parse_refiner
 from sdonnx.loading import find_model
 
 
+@add_request_options(after="output")
 def run(
-    prompt: options.Prompt = None,
-    model: options.Model = None,
-    output: options.Output = None,
-    negative: options.Negative = "",
-    steps: options.Steps = None,
-    guidance: options.Guidance = None,
-    seed: options.Seed = None,
-    variation: options.Variation = None,
-    size: options.Size = None,
-    vae: options.Vae = None,
-    enlarge: options.Enlarge = True,
-    count: options.Count = 1,
-    sampler: options.Sampler = None,
-    image: options.StartImage = None,
-    strength: options.Strength = None,
-    fit: options.Fit = "crop",
-    mask: options.Mask = None,
-    mask_blur: options.MaskBlur = 4,
-    paste: options.Paste = True,
-    only_masked: options.OnlyMasked = None,
-    outpaint: options.Outpaint = None,
-    image_guidance: options.ImageGuidance = None,
-    depth: options.Depth = None,
-    control: options.Control = None,
-    control_prep: options.ControlPrep = None,
-    control_guess: options.ControlGuess = False,
-    batch_file: options.BatchFile = None,
-    refiner: options.Refiner = None,
-    lora: options.Lora = None,
-    lora_dir: options.LoraDir = None,
-    lora_lenient: options.LoraLenient = False,
-    embedding: options.Embedding = None,
-    hires: options.Hires = None,
-    hires_upscaler: options.HiresUpscaler = None,
-    prompts: options.Syntax = "a1111",
-    weighting: options.Weighting = "a1111",
-    clip_skip: options.ClipSkip = None,
-    schedule: options.Schedule = None,
-    spacing: options.Spacing = None,
-    eta: options.Eta = None,
-    sigmas: options.Sigmas = None,
-    timesteps: options.Timesteps = None,
-    guidance_rescale: options.GuidanceRescale = 0.0,
-    fast: options.Fast = False,
-    reuse: options.Reuse = None,
-    token_downsampling: options.TokenDownsampling = None,
-    guidance_interval: options.GuidanceInterval = None,
-    device: options.Device = "auto",
-    threads: options.Threads = None,
-    memory: options.Memory = "auto",
-    preview: options.Preview = None,
-    preview_vae: options.PreviewVae = None,
-    save_latents: options.SaveLatents = None,
-    as_json: options.AsJson = False,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help=FIELDS["prompt"].help, show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="PACKAGE",
+            help="A package's directory, or its Hub id. Default: pictogram, the small bundled model.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT.png",
+            help="Output file; with several images the seed is appended. Default: sdonnx-SEED.png.",
+        ),
+    ] = None,
+    enlarge: Annotated[
+        bool, typer.Option("--enlarge/--no-enlarge", help="Save the output of very small models upscaled.")
+    ] = True,
+    vae: Vae = None,
+    refiner: Annotated[str | None, request_option("refiner_start")] = None,
+    control: Annotated[list[str] | None, request_option("controls")] = None,
+    control_preprocessor: Annotated[
+        Literal["canny"] | None,
+        typer.Option(help="Preprocess the conditioning image (canny edges).", rich_help_panel=IMAGE_TO_IMAGE),
+    ] = None,
+    outpaint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="L,T,R,B",
+            help="Outpaint by this many pixels: left, top, right, bottom.",
+            rich_help_panel=IMAGE_TO_IMAGE,
+        ),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:SCALE]",
+            help="LoRA/LoCon/LoHa/LoKr/DoRA file (.safetensors). Repeatable.",
+            rich_help_panel="Adapters",
+        ),
+    ] = None,
+    lora_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for <lora:name:0.8> in prompts.", rich_help_panel="Adapters"),
+    ] = None,
+    lora_ignore_unmatched: Annotated[
+        bool,
+        typer.Option(
+            "--lora-ignore-unmatched", help="Ignore keys without a matching layer.", rich_help_panel="Adapters"
+        ),
+    ] = False,
+    embedding: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:WORD]",
+            help="Textual inversion file and its trigger word. Repeatable.",
+            rich_help_panel="Adapters",
+        ),
+    ] = None,
+    fast: Annotated[
+        bool,
+        typer.Option(
+            "--fast",
+            help=f"Preset: --cache-interval {sdonnx.FAST['cache_interval']} --token-downsampling.",
+            rich_help_panel=SPEED,
+        ),
+    ] = False,
+    batch_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Batch file: one prompt per line (.txt) or one request per line (.jsonl)."),
+    ] = None,
+    preview: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Write a live preview to this file.")] = None,
+    preview_vae: Annotated[
+        str | None, typer.Option(metavar="PACKAGE", help="VAE package for previews, e.g. TAESD.")
+    ] = None,
+    save_latents: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.npz", help="Also save the final latents, for [b]sdonnx decode[/b]."),
+    ] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    memory: Memory = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    **options: Any,
 ) -> None:
-    """Make a picture with a package.
+    """Generate images with a package.
 
     [dim]sdonnx run "a red apple on a blue background" -o apple.png[/dim]
     [dim]sdonnx run "a photograph of a cat" -m sd15-onnx --seed 7[/dim]
     [dim]sdonnx run "a tiger on a white background" --image cat.png --strength 0.6[/dim]
     """
-    lossy = {"reuse": reuse, "token_downsampling": token_downsampling, **parse_interval(guidance_interval)}
-    other, refined = parse_refiner(refiner)
-    nets = [parse_control(each) for each in control or ()]
-    if control_prep is not None and not nets:
-        raise sdonnx.RequestError("--control-prep is given without --control; give the net that reads the edges")
-    prepare = canny if control_prep is not None else flatten_alpha
-    fields: dict[str, Any] = {
-        "negative_prompt": negative,
-        "prompt_syntax": prompts,
-        "weighting": weighting,
-        "clip_skip": clip_skip,
-        **parse_size(size),
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "seed": seed,
-        "variation": parse_variation(variation),
-        "num_images": count,
-        "sampler": sampler,
-        "schedule": schedule,
-        "spacing": spacing,
-        "eta": eta,
-        "sigmas": parse_numbers("sigmas", sigmas),
-        "timesteps": parse_numbers("timesteps", timesteps),
-        "guidance_rescale": guidance_rescale,
-        "image": None if image is None else open_image(image),
-        "strength": strength,
-        "fit": fit,
-        "mask_image": None if mask is None else open_image(mask),
-        "mask_blur": mask_blur,
-        "paste": paste,
-        "padding_mask_crop": only_masked,
-        "image_guidance_scale": image_guidance,
-        "depth_image": None if depth is None else open_image(depth),
-        "controls": tuple(sdonnx.Control(image=prepare(open_image(path)), **how) for _, path, how in nets),
-        "control_guess": control_guess,
-        **refined,
-        **parse_hires(hires),
-        "hires_upscaler": hires_upscaler,
+    refiner_package, refiner_fields = parse_refiner(refiner)
+    controls = [parse_control(each) for each in control or ()]
+    if control_preprocessor is not None and not controls:
+        raise sdonnx.RequestError("--control-preprocessor requires --control")
+    preprocess = flatten_alpha if control_preprocessor is None else canny
+    images = (sdonnx.Control(image=preprocess(open_image(path)), **settings) for _, path, settings in controls)
+    values = {
         **(sdonnx.FAST if fast else {}),
-        **{name: value for name, value in lossy.items() if value is not None},
+        **parse_request(options),
+        **refiner_fields,
+        "controls": tuple(images),
     }
     margins = None if outpaint is None else parse_margins(outpaint)
     lines = None if batch_file is None else read_batch(batch_file)
     if (prompt is None) == (lines is None):
-        raise sdonnx.RequestError("give a PROMPT, or a file of them with --batch-file")
+        raise sdonnx.RequestError("give either a PROMPT or a --batch-file")
     if preview_vae is not None and preview is None:
-        raise sdonnx.RequestError("--preview-vae is given without --preview; give the file that the preview goes to")
+        raise sdonnx.RequestError("--preview-vae requires --preview")
     with sdonnx.load(
         find_model(_bundled() if model is None else model),
         vae=vae,
@@ -142,19 +150,19 @@ def run(
         device=device,
         threads=threads,
         memory="max" if memory == "auto" and lines is not None else memory,
-        refiner=other,
+        refiner=refiner_package,
         lora_folder=lora_dir,
-        controls=[package for package, _, _ in nets],
+        controls=[package for package, _, _ in controls],
     ) as pipe:
-        pipe.set_loras([parse_lora(each) for each in lora or []], lenient=lora_lenient)
+        pipe.set_loras([parse_lora(each) for each in lora or []], ignore_unmatched=lora_ignore_unmatched)
         pipe.set_embeddings([parse_embedding(each) for each in embedding or []])
         if preview is not None and preview_vae is None and pipe.package.manifest.latents.preview is None:
-            raise sdonnx.PackageError("the package has no preview; run 'sdonnx export' again, or leave out --preview")
-        outputs = OutputPaths(pictures=output, preview=preview, latents=save_latents, enlarge=enlarge)
+            raise sdonnx.PackageError("this package has no preview; export it again, or leave out --preview")
+        outputs = OutputPaths(images=output, preview=preview, latents=save_latents, upscale=enlarge)
         if batch_file is not None and lines is not None:
-            make_batch(pipe, batch_file, lines, fields, outputs, margins, as_json=as_json)
+            generate_batch(pipe, batch_file, lines, values, outputs, margins, as_json=as_json)
             return
-        result, paths = generate(pipe, {**fields, "prompt": prompt}, outputs, margins)
+        result, paths = generate(pipe, {**values, "prompt": prompt}, outputs, margins)
     if as_json:
         print_json(result_json(result, paths))
     else:
@@ -162,10 +170,6 @@ def run(
 
 
 def _bundled() -> str:
-    err.print(
-        f"using {DEFAULT}, the small model that comes with sdonnx; for a published one: "
-        "sdonnx export sd15, then -m sd15-onnx",
-        highlight=False,
-        soft_wrap=True,
-    )
+    """Return the bundled model, and print how to use another one."""
+    print_note(f"using {DEFAULT}, the small bundled model; for a published one: sdonnx export sd15, then -m sd15-onnx")
     return DEFAULT

@@ -1,7 +1,7 @@
-"""The original single-file layout (CompVis and Stability AI), as CivitAI serves it: its keys to parts and configs.
+"""Read the original single-file layout (CompVis and Stability AI), as on CivitAI, into components and configs.
 
-Families, names and configs follow from the keys and shapes. What those can't tell, such as the number of heads, has
-the published models' value, unless the original config lies beside the file under the same name with ``.yaml``.
+Families, keys and configs follow from the file's keys and shapes. What those can't tell, such as the number of heads,
+is as in the published models, unless the original config has it: ``model.yaml`` for ``model.safetensors``.
 """
 
 import re
@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from sdonnx_runtime.errors import ExportError
+from sdonnx_runtime.packages.families import FAMILIES, Family
 
 from sdonnx_export.checkpoint_model import Checkpoint, Part
 from sdonnx_export.checkpoints.few_steps import few_steps
@@ -28,205 +29,220 @@ _IGNORED = (
     "conditioner.embedders.0.text_projection", "first_stage_model.loss.", "safety_checker.", "embedding_manager.",
     "denoiser.sigmas", "scale_factor", "depth_model.", "global_step", "v_pred", "ztsnr",
 )  # fmt: skip
-"""Averages, schedule tables and the like, which training leaves in a file, and what is no part of a checkpoint."""
+"""Prefixes of what training leaves in a file and inference doesn't use."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family:
-    """What the layout of a family is, and what its published models have that keys don't tell."""
+class _Layout:
+    """The layout of a family's single files, and what their keys don't tell."""
 
-    texts: Mapping[str, str]
-    """Where each text encoder is; that tells the family."""
+    family: Family
+    text_encoders: Mapping[str, str]
+    """Prefix of each text encoder's keys; they identify the family."""
     pipelines: Mapping[int, str]
-    """The class in diffusers for each number of channels that its U-Nets take."""
+    """diffusers' class for each number of input channels of the U-Net."""
     settings: Mapping[str, Any]
-    heads: int | None = None
-    """At each level; None is one for 64 channels."""
-    size: int = 64
-    """Width and height it was trained at, in latent cells."""
-    scaling_factor: float = 0.18215
-    ids: int = 0
-    """Sizes, crops and scores added to the time."""
+    """Arguments of that class."""
+    reads_image_size: bool = False
+    """Whether ``image_size`` of the original config is the sample size; in later families it has no meaning."""
+    name_of_512: str | None = None
+    """Pattern of the names of files with a model for 512 pixels, where the family's is for more."""
+    lcm_pipeline: str | None = None
+    """diffusers' class for a U-Net that embeds the guidance scale; None if that is the same."""
 
 
-_SD = {
+_SD_PIPELINES = {
     4: "StableDiffusionPipeline",
     9: "StableDiffusionInpaintPipeline",
     8: "StableDiffusionInstructPix2PixPipeline",
     5: "StableDiffusionDepth2ImgPipeline",
 }
+_LCM_PIPELINE = "LatentConsistencyModelPipeline"
 _EMPTY = "force_zeros_for_empty_prompt"
 
-_SD1 = Family(texts={"text_encoder": "cond_stage_model.transformer."}, pipelines=_SD, settings={}, heads=8)
-_SD2 = Family(texts={"text_encoder": "cond_stage_model.model."}, pipelines=_SD, settings={})
-_XL = Family(
-    texts={
-        "text_encoder": "conditioner.embedders.0.transformer.",
-        "text_encoder_2": "conditioner.embedders.1.model.",
-    },
-    pipelines={4: "StableDiffusionXLPipeline", 9: "StableDiffusionXLInpaintPipeline"},
-    settings={_EMPTY: True},
-    size=128,
-    scaling_factor=0.13025,
-    ids=6,
-)
-_REFINER = Family(
-    texts={"text_encoder_2": "conditioner.embedders.0.model."},
-    pipelines={4: "StableDiffusionXLImg2ImgPipeline"},
-    settings={"requires_aesthetics_score": True, _EMPTY: False},
-    size=128,
-    scaling_factor=0.13025,
-    ids=5,
+_LAYOUTS = (
+    _Layout(
+        family=FAMILIES["sd1"],
+        text_encoders={"text_encoder": "cond_stage_model.transformer."},
+        pipelines=_SD_PIPELINES,
+        settings={},
+        reads_image_size=True,
+        lcm_pipeline=_LCM_PIPELINE,
+    ),
+    _Layout(
+        family=FAMILIES["sd2"],
+        text_encoders={"text_encoder": "cond_stage_model.model."},
+        pipelines=_SD_PIPELINES,
+        settings={},
+        lcm_pipeline=_LCM_PIPELINE,
+    ),
+    _Layout(
+        family=FAMILIES["sdxl"],
+        text_encoders={
+            "text_encoder": "conditioner.embedders.0.transformer.",
+            "text_encoder_2": "conditioner.embedders.1.model.",
+        },
+        pipelines={4: "StableDiffusionXLPipeline", 9: "StableDiffusionXLInpaintPipeline"},
+        settings={_EMPTY: True},
+        name_of_512=r"sd[-_]?xl[-_]?turbo",
+    ),
+    _Layout(
+        family=FAMILIES["sdxl-refiner"],
+        text_encoders={"text_encoder_2": "conditioner.embedders.0.model."},
+        pipelines={4: "StableDiffusionXLImg2ImgPipeline"},
+        settings={"requires_aesthetics_score": True, _EMPTY: False},
+    ),
 )
 
 
 def split_checkpoint(path: Path, weights: Weights) -> Checkpoint:
-    """The parts of a whole Stable Diffusion model.
+    """Split a whole Stable Diffusion model into its components.
 
     Raises:
-        ExportError: it is something else, or parts of it are missing or unknown.
+        ExportError: it is something else, or components of it are missing or unknown.
     """
-    family = _family(path, weights)
-    original = _original_config(path)
+    layout = _find_layout(path, weights)
+    original = _read_original_config(path)
     try:
-        parts = _parts(family, weights, original)
+        parts = _split(layout, weights, original)
     except KeyError as missing:
         raise ExportError(f"{path} lacks the weight {missing}; download it again") from None
     unet = parts["unet"].config
-    pipeline = _pipeline(path, family, unet)
-    prediction = _prediction_type(path, family, weights, original, unet["in_channels"])
+    pipeline = _pipeline(path, layout, unet)
+    prediction = _prediction_type(path, layout, weights, original, unet["in_channels"])
+    size = _sample_size(path, layout, original, prediction)
     return Checkpoint(
         source=path.name,
         revision=None,
-        parts={**parts, "unet": _sized(path, family, parts["unet"], original, prediction)},
-        scheduler=_scheduler(path, family, weights, original, prediction, lcm="time_cond_proj_dim" in unet),
+        parts={**parts, "unet": replace(parts["unet"], config={**unet, "sample_size": size})},
+        scheduler=_scheduler(path, layout, weights, original, prediction, lcm="time_cond_proj_dim" in unet),
         tokenizers={
             name.replace("text_encoder", "tokenizer"): _tokenizer(path, part.config)
             for name, part in parts.items()
             if name.startswith("text_encoder")
         },
-        settings={"_class_name": pipeline, **family.settings},
+        settings={"_class_name": pipeline, **layout.settings},
         defaults=few_steps(path.stem),
     )
 
 
 def split_vae(path: Path, weights: Weights) -> Part:
-    """A VAE in a file of its own or in a whole checkpoint's, in LDM's names or diffusers'.
+    """Read a VAE from a file of its own or a whole checkpoint's, with LDM's keys or diffusers'.
 
-    One alone doesn't tell its scaling factor, and its config has none, unless the original config is there.
+    Its scaling factor is the original config's or the family's; a VAE alone without that config has none.
 
     Raises:
-        ExportError: there is none in it.
+        ExportError: the file has no VAE.
     """
     weights = {name: weight for name, weight in weights.items() if not name.startswith(("loss.", *_IGNORED))}
-    found = with_prefix(weights, _VAE) or weights
-    if "decoder.conv_in.weight" not in found:
-        raise ExportError(f"{path} holds no VAE; expected a file with 'decoder.conv_in.weight'")
-    family = next((each for each in _FAMILIES if _has_texts(each, weights)), None)
+    vae = with_prefix(weights, _VAE) or weights
+    if "decoder.conv_in.weight" not in vae:
+        raise ExportError(f"{path} has no VAE; expected a file with 'decoder.conv_in.weight'")
+    layout = next((each for each in _LAYOUTS if _has_text_encoders(each, weights)), None)
     try:
-        return read_vae(found, _original_config(path).get("scale_factor", family and family.scaling_factor))
+        return read_vae(vae, _read_original_config(path).get("scale_factor", layout and layout.family.scaling_factor))
     except KeyError as missing:
         raise ExportError(f"{path} lacks the weight {missing}; download it again") from None
 
 
-_FAMILIES = (_SD1, _SD2, _XL, _REFINER)
+def _has_text_encoders(layout: _Layout, weights: Weights) -> bool:
+    return all(any(name.startswith(prefix) for name in weights) for prefix in layout.text_encoders.values())
 
 
-def _has_texts(family: Family, weights: Weights) -> bool:
-    return all(any(name.startswith(prefix) for name in weights) for prefix in family.texts.values())
-
-
-def _family(path: Path, weights: Weights) -> Family:
+def _find_layout(path: Path, weights: Weights) -> _Layout:
     message = unsupported_files(path, weights)
     if message is not None:
         raise ExportError(message)
-    family = next((each for each in _FAMILIES if _has_texts(each, weights)), None)
-    texts = tuple(prefix for each in (_FAMILIES if family is None else (family,)) for prefix in each.texts.values())
-    unknown = sorted(name for name in weights if not name.startswith((_UNET, _VAE, *texts, *_IGNORED)))
+    layout = next((each for each in _LAYOUTS if _has_text_encoders(each, weights)), None)
+    layouts = _LAYOUTS if layout is None else (layout,)
+    text_encoders = tuple(prefix for each in layouts for prefix in each.text_encoders.values())
+    unknown = sorted(name for name in weights if not name.startswith((_UNET, _VAE, *text_encoders, *_IGNORED)))
     if unknown:
         listed = ", ".join(unknown[:3])
-        raise ExportError(f"{path} has {len(unknown)} weights that no such checkpoint has ({listed}); {EXPORTABLE}")
-    present = {"a U-Net": _UNET, "a VAE": _VAE}
-    missing = [what for what, prefix in present.items() if not with_prefix(weights, prefix)]
-    if family is None:
-        missing.append("a text encoder" if not any(name.startswith(texts) for name in weights) else "one text encoder")
-    if missing or family is None:
+        raise ExportError(f"{path} has {len(unknown)} unexpected keys ({listed}); {EXPORTABLE}")
+    expected = {"a U-Net": _UNET, "a VAE": _VAE}
+    missing = [what for what, prefix in expected.items() if not with_prefix(weights, prefix)]
+    if layout is None:
+        has_any = any(name.startswith(text_encoders) for name in weights)
+        missing.append("one text encoder" if has_any else "a text encoder")
+    if missing or layout is None:
         raise ExportError(f"{path} lacks {' and '.join(missing)}; {EXPORTABLE}")
-    return family
+    return layout
 
 
-def _parts(family: Family, weights: Weights, original: Mapping[str, Any]) -> dict[str, Part]:
+def _split(layout: _Layout, weights: Weights, original: Mapping[str, Any]) -> dict[str, Part]:
+    family = layout.family
     used = {name: weight for name, weight in weights.items() if not name.startswith(_IGNORED)}
     parts = {
-        "unet": read_unet(with_prefix(used, _UNET), original, heads=family.heads),
+        "unet": read_unet(with_prefix(used, _UNET), original, heads=family.attention_heads),
         "vae": read_vae(with_prefix(used, _VAE), original.get("scale_factor", family.scaling_factor)),
     }
-    for name, prefix in family.texts.items():
-        mine = with_prefix(used, prefix)
-        open_clip = prefix.endswith(".model.")
-        parts[name] = read_open_clip(mine, projected=family.ids > 0) if open_clip else read_clip(mine)
-    if family.ids:
-        parts["unet"] = _with_added(parts["unet"], parts["text_encoder_2"].config["projection_dim"], family.ids)
+    for name, prefix in layout.text_encoders.items():
+        text_encoder = with_prefix(used, prefix)
+        is_open_clip = prefix.endswith(".model.")
+        projected = family.time_ids > 0
+        parts[name] = read_open_clip(text_encoder, projected=projected) if is_open_clip else read_clip(text_encoder)
+    if family.time_ids:
+        pooled_width = parts["text_encoder_2"].config["projection_dim"]
+        parts["unet"] = _with_sdxl_conditioning(parts["unet"], pooled_width, family.time_ids)
     elif "add_embedding.linear_1.weight" in parts["unet"].weights:
-        raise ExportError("the U-Net's 'label_emb' has no place in a Stable Diffusion model; it is of another kind")
+        raise ExportError("unexpected key 'label_emb': not a U-Net of Stable Diffusion 1 or 2")
     return parts
 
 
-def _with_added(unet: Part, pooled: int, ids: int) -> Part:
-    """The U-Net, its config with what is added to the time: pooled text, and embedded numbers such as sizes."""
+def _with_sdxl_conditioning(unet: Part, pooled_width: int, time_ids: int) -> Part:
+    """Add the keys for pooled text and time ids to the U-Net's config."""
     width = unet.weights["add_embedding.linear_1.weight"].shape[1]
     added = {
         "addition_embed_type": "text_time",
-        "addition_time_embed_dim": (width - pooled) // ids,
+        "addition_time_embed_dim": (width - pooled_width) // time_ids,
         "projection_class_embeddings_input_dim": width,
     }
     return replace(unet, config={**unet.config, **added})
 
 
-def _pipeline(path: Path, family: Family, unet: Mapping[str, Any]) -> str:
+def _pipeline(path: Path, layout: _Layout, unet: Mapping[str, Any]) -> str:
     channels = unet["in_channels"]
-    if channels not in family.pipelines:
-        known = " or ".join(str(each) for each in sorted(family.pipelines))
+    if channels not in layout.pipelines:
+        known = " or ".join(str(each) for each in sorted(layout.pipelines))
         raise ExportError(
             f"{path} has a U-Net of {channels} input channels; expected {known} in its family; give another checkpoint"
         )
-    embedded = "time_cond_proj_dim" in unet and family.pipelines is _SD and channels == 4
-    return "LatentConsistencyModelPipeline" if embedded else family.pipelines[channels]
+    if "time_cond_proj_dim" in unet and channels == 4 and layout.lcm_pipeline is not None:
+        return layout.lcm_pipeline
+    return layout.pipelines[channels]
 
 
-def _sized(path: Path, family: Family, unet: Part, original: Mapping[str, Any], prediction: str) -> Part:
-    """The U-Net, its config with the size that it was trained at."""
-    size = family.size
-    if family is _SD1:
-        size = original.get("image_size", size)  # the configs of later families have a value that nothing reads
-    elif family is _SD2 and prediction == "v_prediction":
-        size = 96
-    elif family is _XL and re.match(r"sd[-_]?xl[-_]?turbo", path.name.lower()):
-        size = 64
-    return replace(unet, config={**unet.config, "sample_size": size})
+def _sample_size(path: Path, layout: _Layout, original: Mapping[str, Any], prediction: str) -> int:
+    """Return width and height of the latents that the U-Net was trained on."""
+    if layout.reads_image_size and "image_size" in original:
+        return original["image_size"]
+    if layout.name_of_512 is not None and re.match(layout.name_of_512, path.name.lower()):
+        return 64
+    sizes = layout.family.sample_sizes
+    return sizes.get(prediction, sizes["epsilon"])
 
 
-def _prediction_type(path: Path, family: Family, weights: Weights, original: Mapping[str, Any], channels: int) -> str:
-    """As the file or its config says; else v in Stable Diffusion 2, but for its models of 512 pixels.
+def _prediction_type(path: Path, layout: _Layout, weights: Weights, original: Mapping[str, Any], channels: int) -> str:
+    """Return what the file or its original config says, else the family's default, else epsilon.
 
-    Those are what is trained further to see a picture besides, Turbo, and what the training step or the name tells.
+    Of a family whose default is v, models for 512 pixels predict epsilon: those with extra input channels, Turbo, and
+    those that the training step or the name tells.
     """
     if original.get("parameterization") == "v" or "v_pred" in weights:
         return "v_prediction"
     if re.search(r"lightning_1step_x0", path.name.lower()):
         return "sample"
     step = weights.get("global_step")
-    small = step is not None and int(step.read().max()) == 875000
-    small = small or bool(re.search(r"(?<!\d)512(?!\d)|turbo", path.name.lower()))
-    if family is not _SD2 or original or channels != 4 or small:
-        return "epsilon"
-    return "v_prediction"
+    is_512 = step is not None and int(step.read().max()) == 875000
+    is_512 = is_512 or channels != 4 or bool(re.search(r"(?<!\d)512(?!\d)|turbo", path.name.lower()))
+    return "epsilon" if original or is_512 else next(iter(layout.family.sample_sizes))
 
 
 def _scheduler(
-    path: Path, family: Family, weights: Weights, original: Mapping[str, Any], prediction: str, *, lcm: bool
+    path: Path, layout: _Layout, weights: Weights, original: Mapping[str, Any], prediction: str, *, lcm: bool
 ) -> dict[str, Any]:
-    """The published one of the family, but for what the original config says."""
+    """Return the family's published scheduler config, with the values of the original config."""
     config: dict[str, Any] = {
         "beta_end": original.get("linear_end", 0.012),
         "beta_schedule": "scaled_linear",
@@ -237,34 +253,34 @@ def _scheduler(
     if lcm:
         return {"_class_name": "LCMScheduler", **config, "original_inference_steps": 50, "set_alpha_to_one": True}
     config["steps_offset"] = 1
-    few, rescaled = bool(few_steps(path.stem)), "ztsnr" in weights
-    if family.ids or few or rescaled:
+    is_few_steps, zero_snr = bool(few_steps(path.stem)), "ztsnr" in weights
+    if layout.family.time_ids or is_few_steps or zero_snr:
         config |= {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear", "use_karras_sigmas": False}
-        # Few steps are the last ones of the training's, and without signal only the very last is (arXiv:2305.08891).
-        config["timestep_spacing"] = "trailing" if few or rescaled else "leading"
-        return {**config, "rescale_betas_zero_snr": True} if rescaled else config
+        # Few-step models were distilled at trailing timesteps; zero terminal SNR is at the last one (arXiv:2305.08891).
+        config["timestep_spacing"] = "trailing" if is_few_steps or zero_snr else "leading"
+        return {**config, "rescale_betas_zero_snr": True} if zero_snr else config
     return {"_class_name": "PNDMScheduler", **config, "set_alpha_to_one": False, "skip_prk_steps": True}
 
 
 def _tokenizer(path: Path, encoder: Mapping[str, Any]) -> Path | str:
-    """Where the tokenizer's files are: beside the checkpoint if it has a vocabulary of its own; or the pad token."""
+    """Return the directory of a tokenizer next to the checkpoint; else the pad token of CLIP's own."""
     if all((path.parent / name).is_file() for name in ("vocab.json", "merges.txt")):
         return path.parent
-    vocabulary = encoder["vocab_size"]
-    if vocabulary == 49408:
+    vocab_size = encoder["vocab_size"]
+    if vocab_size == 49408:
         return "!" if encoder["hidden_act"] == "gelu" else "<|endoftext|>"
     raise ExportError(
-        f"{path} has a vocabulary of {vocabulary} tokens, CLIP's has 49408; put its vocab.json and merges.txt beside it"
+        f"{path} has a vocabulary of {vocab_size} tokens, CLIP's has 49408; put its vocab.json and merges.txt beside it"
     )
 
 
-def _original_config(path: Path) -> Mapping[str, Any]:
-    """The parameters in ``model.yaml`` beside ``model.safetensors``, flat; none if there is no such file."""
-    beside = path.with_suffix(".yaml")
-    if not beside.is_file():
+def _read_original_config(path: Path) -> Mapping[str, Any]:
+    """Return the parameters of ``model.yaml`` for ``model.safetensors``, flattened; empty without that file."""
+    config = path.with_suffix(".yaml")
+    if not config.is_file():
         return {}
     try:
-        model = yaml.safe_load(beside.read_text(encoding="utf-8"))["model"]["params"]
+        model = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["params"]
         unet = model["unet_config" if "unet_config" in model else "network_config"]["params"]
         vae = model["first_stage_config"]["params"]
         scaling = str(model.get("denoiser_config", {}).get("params", {}).get("scaling_config", {}).get("target", ""))
@@ -275,4 +291,4 @@ def _original_config(path: Path) -> Mapping[str, Any]:
             **{k: v for k, v in model.items() if not isinstance(v, dict)},
         }
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
-        raise ExportError(f"{beside} is no original Stable Diffusion config; mend it or move it away") from None
+        raise ExportError(f"{config} is not an original Stable Diffusion config; fix or remove it") from None

@@ -1,91 +1,90 @@
-"""A ControlNet or a T2I-Adapter in a single file, by its original names or diffusers', and the config they tell."""
+"""Read a ControlNet or a T2I-Adapter from a single file with original or diffusers' keys, and infer its config."""
 
 import re
 from pathlib import Path
-from typing import Any
 
 from sdonnx_runtime.errors import ExportError
+from sdonnx_runtime.packages.families import FAMILIES
 
-from sdonnx_export.checkpoint_model import Part
+from sdonnx_export.checkpoint_model import Part, Weight
 from sdonnx_export.checkpoints.ldm.keys import Weights, count, with_prefix
 from sdonnx_export.checkpoints.ldm.unet import down_config, rename_keys
 
-_POOLED, _SIZES = 1280, 6
-"""What SDXL is told beside the time: its pooled text, and how many numbers of sizes."""
+_SDXL = FAMILIES["sdxl"]
 
 
 def read_control(path: Path, weights: Weights) -> dict[str, Part]:
-    """The part, by its name; empty if the file holds neither.
+    """Return the part by its name; empty if the file is neither.
 
     Raises:
-        ExportError: parts of it are missing or unknown.
+        ExportError: weights are missing or unknown.
     """
-    what = "ControlNet"
+    kind = "ControlNet"
     try:
         for prefix in ("control_model.", ""):
-            mine = with_prefix(weights, prefix)
-            if "input_hint_block.0.weight" in mine:
-                return {"controlnet": _part(_original(mine))}
-            if "controlnet_cond_embedding.conv_in.weight" in mine:
-                return {"controlnet": _part(mine)}
-        adapter, what = with_prefix(weights, "adapter.") or weights, "T2I-Adapter"
+            controlnet = with_prefix(weights, prefix)
+            if "input_hint_block.0.weight" in controlnet:
+                return {"controlnet": _controlnet(_rename_controlnet(controlnet))}
+            if "controlnet_cond_embedding.conv_in.weight" in controlnet:
+                return {"controlnet": _controlnet(controlnet)}
+        adapter, kind = with_prefix(weights, "adapter.") or weights, "T2I-Adapter"
         if "body.0.resnets.0.block1.weight" in adapter:
             return {"adapter": _adapter(path, adapter)}
         if any(re.match(r"body\.0\.(body\.0\.)?block1\.weight", name) for name in adapter):
             light = "body.0.out_conv.weight" in adapter
-            mine = {_adapter_name(name, light=light): weight for name, weight in adapter.items()}
-            return {"adapter": _adapter(path, mine)}
+            renamed = {_rename_adapter(name, light=light): weight for name, weight in adapter.items()}
+            return {"adapter": _adapter(path, renamed)}
     except (ExportError, KeyError) as error:
         reason = (
             f"lacks the weight {error}; download it again" if isinstance(error, KeyError) else f"can't be read: {error}"
         )
-        raise ExportError(f"{path} looks like a {what}, but {reason}") from None
+        raise ExportError(f"{path} looks like a {kind}, but {reason}") from None
     return {}
 
 
-def _original(weights: Weights) -> dict[str, Any]:
-    """By diffusers' names."""
+def _rename_controlnet(weights: Weights) -> dict[str, Weight]:
+    """Rename original keys of a ControlNet to diffusers'."""
     last = count(weights, r"input_hint_block\.(\d+)\.") - 1
-    own = {"middle_block_out.0.": "controlnet_mid_block.", "input_hint_block.0.": f"{_EMBEDDING}.conv_in."}
-    own[f"input_hint_block.{last}."] = f"{_EMBEDDING}.conv_out."
-    own |= {f"input_hint_block.{index}.": f"{_EMBEDDING}.blocks.{index // 2 - 1}." for index in range(2, last, 2)}
+    names = {"middle_block_out.0.": "controlnet_mid_block.", "input_hint_block.0.": f"{_EMBEDDING}.conv_in."}
+    names[f"input_hint_block.{last}."] = f"{_EMBEDDING}.conv_out."
+    names |= {f"input_hint_block.{index}.": f"{_EMBEDDING}.blocks.{index // 2 - 1}." for index in range(2, last, 2)}
     zeros = count(weights, r"zero_convs\.(\d+)\.")
-    own |= {f"zero_convs.{index}.0.": f"controlnet_down_blocks.{index}." for index in range(zeros)}
-    return rename_keys(weights, own)
+    names |= {f"zero_convs.{index}.0.": f"controlnet_down_blocks.{index}." for index in range(zeros)}
+    return rename_keys(weights, names)
 
 
 _EMBEDDING = "controlnet_cond_embedding"
 
 
-def _part(weights: Weights) -> Part:
+def _controlnet(weights: Weights) -> Part:
     shapes = {name: weight.shape for name, weight in weights.items()}
     contexts = {shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")}
     config = down_config(shapes, {}, 8 if contexts == {768} else None)
-    blocks = range(1, count(shapes, rf"{_EMBEDDING}\.blocks\.(\d+)\."), 2)
+    downsampling = range(1, count(shapes, rf"{_EMBEDDING}\.blocks\.(\d+)\."), 2)
     widths = [shapes[f"{_EMBEDDING}.conv_in.weight"][0]]
     config |= {
         "_class_name": "ControlNetModel",
         "conditioning_channels": shapes[f"{_EMBEDDING}.conv_in.weight"][1],
         "conditioning_embedding_out_channels": [
-            *widths, *(shapes[f"{_EMBEDDING}.blocks.{index}.weight"][0] for index in blocks)
+            *widths, *(shapes[f"{_EMBEDDING}.blocks.{index}.weight"][0] for index in downsampling)
         ],
     }  # fmt: skip
     if "add_embedding.linear_1.weight" in shapes:
         width = shapes["add_embedding.linear_1.weight"][1]
         config |= {
             "addition_embed_type": "text_time",
-            "addition_time_embed_dim": (width - _POOLED) // _SIZES,
+            "addition_time_embed_dim": (width - _SDXL.pooled_width) // _SDXL.time_ids,
             "projection_class_embeddings_input_dim": width,
         }
     return Part(config=config, weights=weights)
 
 
-def _adapter_name(name: str, *, light: bool) -> str:
-    """An original one, of two residual blocks a level, in diffusers' names; a light one has them by level already."""
+def _rename_adapter(name: str, *, light: bool) -> str:
+    """Rename an original key to diffusers'; a full adapter numbers its residual blocks, of which a level has two."""
     name = re.sub(r"^body\.(\d+)\.body\.(\d+)\.", r"body.\1.resnets.\2.", name)
-    found = re.match(r"body\.(\d+)\.(block[12]\..*)", name)
-    if found:
-        return f"body.{int(found[1]) // 2}.resnets.{int(found[1]) % 2}.{found[2]}"
+    match = re.match(r"body\.(\d+)\.(block[12]\..*)", name)
+    if match:
+        return f"body.{int(match[1]) // 2}.resnets.{int(match[1]) % 2}.{match[2]}"
     return name if light else re.sub(r"^body\.(\d+)\.in_conv\.", lambda it: f"body.{int(it[1]) // 2}.in_conv.", name)
 
 
@@ -95,17 +94,17 @@ def _adapter(path: Path, weights: Weights) -> Part:
     last = "out_conv" if light else "resnets.0.block1"
     channels = [weights[f"body.{level}.{last}.weight"].shape[0] for level in range(levels)]
     inputs = weights["body.0.in_conv.weight" if light else "conv_in.weight"].shape[1]
-    sizes = {downscale**2 * picture: (downscale, picture) for downscale in (8, 16) for picture in (1, 3)}
-    if inputs not in sizes:
-        known = ", ".join(str(size) for size in sizes)
-        raise ExportError(f"{path} is a T2I-Adapter that reads {inputs} channels; expected {known}")
-    downscale, picture = sizes[inputs]
+    options = {downscale**2 * channels: (downscale, channels) for downscale in (8, 16) for channels in (1, 3)}
+    if inputs not in options:
+        known = ", ".join(str(each) for each in options)
+        raise ExportError(f"{path} is a T2I-Adapter of {inputs} input channels; expected {known}")
+    downscale, in_channels = options[inputs]
     config = {
         "_class_name": "T2IAdapter",
         "adapter_type": "light_adapter" if light else "full_adapter_xl" if downscale == 16 else "full_adapter",
         "channels": channels[:-1] if light else channels,
         "downscale_factor": downscale,
-        "in_channels": picture,
+        "in_channels": in_channels,
         "num_res_blocks": count(weights, r"body\.0\.resnets\.(\d+)\."),
     }
     return Part(config=config, weights={f"adapter.{name}": weight for name, weight in weights.items()})

@@ -1,4 +1,4 @@
-"""The text encoders of the original single-file layout, OpenAI's CLIP and OpenCLIP, in transformers' names."""
+"""Read the text encoders of the original single-file layout, OpenAI's CLIP and OpenCLIP, under transformers' keys."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,20 +9,20 @@ from sdonnx_export.checkpoints.files import canonical_key, is_used_key
 from sdonnx_export.checkpoints.ldm.keys import Weights, apply_renames, count
 
 _OPEN_CLIP_H = 24
-"""Layers of Stable Diffusion 2's encoder, of which the last but one is read."""
+"""Layers of Stable Diffusion 2's encoder; the U-Net uses the output of the last but one."""
 
 
 def read_clip(weights: Weights) -> Part:
-    """OpenAI's CLIP, which these files have in transformers' names already."""
+    """Read OpenAI's CLIP, which these files have under transformers' keys already."""
     renamed = {canonical_key(name): w for name, w in weights.items() if is_used_key(name, "text_encoder")}
     return Part(config=_config(renamed, "quick_gelu"), weights=renamed)
 
 
 def read_open_clip(weights: Weights, *, projected: bool) -> Part:
-    """OpenCLIP: whole and with its projection, as SDXL has it, or what Stable Diffusion 2 reads of it.
+    """Read OpenCLIP: ``projected`` as in SDXL, with all layers; or as in Stable Diffusion 2, without the last layer.
 
-    That is the last layer but one, through the norm at the end, so the last layer is left out; files written from
-    diffusers' weights lack it, and the projection with it.
+    Stable Diffusion 2 applies the final norm to the output of the last layer but one. Files written from diffusers'
+    weights lack the last layer and the projection already.
     """
     layers = count(weights, rf"{_LAYERS}(\d+)\.")
     if not projected and ("text_projection" in weights or layers == _OPEN_CLIP_H):
@@ -33,9 +33,9 @@ def read_open_clip(weights: Weights, *, projected: bool) -> Part:
         new = apply_renames(name, _OPEN_CLIP)
         if new.endswith(("in_proj_weight", "in_proj_bias")):
             stem, kind = new.rsplit("in_proj_", 1)
-            renamed |= {f"{stem}{which}_proj.{kind}": _third(weight, at) for at, which in enumerate("qkv")}
+            renamed |= {f"{stem}{part}_proj.{kind}": _split_qkv(weight, index) for index, part in enumerate("qkv")}
         elif name == "text_projection":
-            renamed["text_projection.weight"] = _turned(weight)
+            renamed["text_projection.weight"] = _transposed(weight)
         elif name != "attn_mask":
             renamed[new] = weight
     part = "text_encoder_2" if projected else "text_encoder"
@@ -77,13 +77,13 @@ def _config(weights: Mapping[str, Weight], activation: str) -> dict[str, Any]:
     }
 
 
-def _third(weight: Weight, at: int) -> Weight:
-    """Queries, keys or values of what PyTorch's attention keeps in one."""
+def _split_qkv(weight: Weight, index: int) -> Weight:
+    """Return the queries', keys' or values' third of the in_proj of PyTorch's attention."""
     width = weight.shape[0] // 3
-    rows = slice(at * width, (at + 1) * width)
-    return replace(weight, shape=(width, *weight.shape[1:]), read=lambda: weight.read()[rows])
+    third = slice(index * width, (index + 1) * width)
+    return replace(weight, shape=(width, *weight.shape[1:]), read=lambda: weight.read()[third])
 
 
-def _turned(weight: Weight) -> Weight:
-    """OpenCLIP multiplies from the left."""
+def _transposed(weight: Weight) -> Weight:
+    """Return OpenCLIP's projection in transformers' layout, its transpose."""
     return replace(weight, shape=weight.shape[::-1], read=lambda: weight.read().T)

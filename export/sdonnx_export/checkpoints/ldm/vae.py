@@ -1,4 +1,4 @@
-"""The VAE of the original single-file layout, or of a file of its own, in diffusers' names."""
+"""Read the VAE of the original single-file layout, or of a file of its own, under diffusers' keys."""
 
 import re
 from dataclasses import replace
@@ -9,13 +9,13 @@ from sdonnx_export.checkpoints.ldm.keys import Weights, apply_renames, count
 
 
 def read_vae(weights: Weights, scaling_factor: float | None) -> Part:
-    """A VAE, in LDM's names or already in diffusers'; without a scaling factor the config leaves it open."""
+    """Read a VAE with LDM's keys or diffusers'; if ``scaling_factor`` is None, its config has none."""
     levels = count(weights, r"encoder\.down\.(\d+)\.") or count(weights, r"encoder\.down_blocks\.(\d+)\.")
     renamed: dict[str, Weight] = {}
     for name, weight in weights.items():
         name = re.sub(r"^decoder\.up\.(\d+)", lambda match: f"decoder.up_blocks.{levels - 1 - int(match[1])}", name)
         name = canonical_key(apply_renames(name, _NAMES))
-        renamed[name] = _flat(weight) if re.search(r"attentions\.0\.to_.*weight", name) else weight
+        renamed[name] = _as_linear(weight) if re.search(r"attentions\.0\.to_.*weight", name) else weight
     shapes = {name: weight.shape for name, weight in renamed.items()}
     config = {
         "_class_name": "AutoencoderKL",
@@ -49,8 +49,8 @@ _NAMES = (
 )
 
 
-def _flat(weight: Weight) -> Weight:
-    """A 1x1 convolution's kernel as the matrix that it is."""
+def _as_linear(weight: Weight) -> Weight:
+    """Return the weight of a 1x1 convolution as a linear layer's."""
     if len(weight.shape) == 2:
         return weight
     return replace(weight, shape=weight.shape[:2], read=lambda: weight.read().reshape(weight.shape[:2]))

@@ -1,0 +1,109 @@
+"""The transformer blocks of a U-Net, as diffusers names their weights."""
+
+import onnx_ir as ir
+from onnxscript.nn import Module, ModuleList
+
+from sdonnx_export.models.layers import Attention, Conv2d, GroupNorm, LayerNorm, Linear
+from sdonnx_export.models.unet_config import UNetConfig
+from sdonnx_export.operators.base import Operators
+
+
+class Transformer2DModel(Module):
+    """Transformer blocks over the latent pixels (N, C, H, W), with a residual connection around all of them.
+
+    The ``first`` of a U-Net repeats the batch of the latents to that of the text.
+    """
+
+    def __init__(self, config: UNetConfig, level: int, layers: int, *, first: bool = False) -> None:
+        super().__init__()
+        width = config.block_out_channels[level]
+        self.norm = GroupNorm(config.norm_num_groups, width, 1e-6)
+        project = Linear if config.use_linear_projection else _pointwise_conv
+        self.proj_in = project(width, width)
+        blocks: list[Module] = [TransformerBlock(config, level, first=first and index == 0) for index in range(layers)]
+        self.transformer_blocks = ModuleList(blocks)
+        self.proj_out = project(width, width)
+        self._width, self._linear, self._first = width, config.use_linear_projection, first
+
+    def forward(self, op: Operators, x: ir.Value, context: ir.Value) -> ir.Value:
+        h = self.norm(op, x)
+        if self._linear:
+            h = self.proj_in(op, op.to_sequence(h, self._width))
+        else:
+            h = op.to_sequence(self.proj_in(op, h), self._width)
+        stage = op.stage
+        for index, block in enumerate(self.transformer_blocks):
+            op.begin_stage(substage_name(stage, index))
+            h = block(op, h, context, x)
+        x = op.repeat_batch(x, context, rank=4) if self._first else x
+        if self._linear:
+            h = op.to_feature_map(self.proj_out(op, h), x)
+        else:
+            h = self.proj_out(op, op.to_feature_map(h, x))
+        return op.Add(h, x)
+
+
+def substage_name(stage: str, layer: int) -> str:
+    """Return the name of a residual block's stage from transformer layer ``layer`` on; a few layers are gigabytes."""
+    return stage if layer == 0 else f"{stage}.transformer_blocks.{layer}"
+
+
+def _pointwise_conv(in_channels: int, out_channels: int) -> Conv2d:
+    return Conv2d(in_channels, out_channels, 1)
+
+
+class TransformerBlock(Module):
+    """Self-attention, cross-attention to the text, feed-forward; each after a norm and added to its input.
+
+    With token downsampling (ToDo, arXiv:2402.13573) keys and values of the self-attention come from every second row
+    and column.
+    """
+
+    def __init__(self, config: UNetConfig, level: int, *, first: bool) -> None:
+        super().__init__()
+        width, heads = config.block_out_channels[level], config.num_attention_heads[level]
+        self._first, self._width, self._downsampled = first, width, level == config.downsampled_level
+        self.norm1 = LayerNorm(width)
+        self.attn1 = Attention(width, heads)
+        self.norm2 = LayerNorm(width)
+        self.attn2 = Attention(width, heads, context=config.cross_attention_dim)
+        self.norm3 = LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, op: Operators, x: ir.Value, context: ir.Value, image: ir.Value) -> ir.Value:
+        """Apply it to ``x`` (n, H * W, C); ``image`` (n, C, H, W) gives height and width."""
+        normed = self.norm1(op, x)
+        source = op.downsample_tokens(normed, image, self._width) if self._downsampled else None
+        x = op.Add(self.attn1(op, normed, source), x)
+        x = op.repeat_batch(x, context, rank=3) if self._first else x
+        x = op.Add(self.attn2(op, self.norm2(op, x), context), x)
+        return op.Add(self.ff(op, self.norm3(op, x)), x)
+
+
+class FeedForward(Module):
+    """A gated linear unit of four times the width; index 1 of the checkpoint's list is a dropout."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = ModuleList([GatedLinear(width, 4 * width), Module(), Linear(4 * width, width)])
+
+    def forward(self, op: Operators, x: ir.Value) -> ir.Value:
+        return self.net[2](op, self.net[0](op, x))
+
+
+class GatedLinear(Module):
+    """GEGLU (arXiv:2002.05202)."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.proj = GegluLinear(width, 2 * inner)
+
+    def forward(self, op: Operators, x: ir.Value) -> ir.Value:
+        return self.proj(op, x)
+
+
+class GegluLinear(Linear):
+    """A linear layer, one half of whose outputs gates the other."""
+
+    def forward(self, op: Operators, x: ir.Value) -> ir.Value:
+        return op.geglu(x, self.weight, self.bias)

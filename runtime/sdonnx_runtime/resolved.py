@@ -1,0 +1,50 @@
+"""Resolved requests: complete, with parsed prompts and schedules."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sdonnx_runtime.adapters.lora import Lora
+from sdonnx_runtime.request import CompleteRequest
+from sdonnx_runtime.sampling.types import Schedule
+from sdonnx_runtime.text.prompt_schedule import PromptSchedule, StepPrompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One denoising loop of each image: the request's own, or the second one of hires fix."""
+
+    width: int
+    """Pixels, as ``height``."""
+    height: int
+    strength: float | None
+    """Denoising strength; None starts from noise."""
+    schedule: Schedule
+    """Without the steps that img2img skips."""
+    steps: int
+    """Steps of the sampler."""
+    prompts: tuple[StepPrompts, ...]
+    """The texts of each step, skipped ones included."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ResolvedRequest:
+    """A request resolved for one pipeline, before anything runs."""
+
+    request: CompleteRequest
+    """The request with every choice made."""
+    passes: tuple[Pass, ...]
+    """One, or two with hires fix; the last is the largest."""
+    prompts: PromptSchedule
+    """The parsed prompts."""
+    loras: tuple[Lora, ...]
+    """The files of the LoRAs that the prompts name."""
+    sampler_options: Mapping[str, Any]
+    """The sampler's keyword arguments."""
+    refiner_timestep: int | None
+    """The timestep below which the refiner's U-Net runs; None without a refiner."""
+
+    @property
+    def steps(self) -> int:
+        """Steps of each image, over all passes."""
+        return sum(each.steps for each in self.passes)

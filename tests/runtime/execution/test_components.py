@@ -1,0 +1,76 @@
+"""Components with models that are put in from outside: how they are opened, and what an observer sees."""
+
+import numpy as np
+import pytest
+from sdonnx_models import bundled
+from sdonnx_runtime.execution.components import REFINER, Components, Runner
+from sdonnx_runtime.execution.strategy import MIN_MEMORY, ExecutionPlan, ExecutionStrategy
+from sdonnx_runtime.memory.budget import Budget
+from sdonnx_runtime.packages.package import Package
+
+
+class Doubler:
+    """A model that doubles its input."""
+
+    def run(self, feeds):
+        return {"y": 2 * feeds["x"]}
+
+    def cancel(self):
+        pass
+
+
+@pytest.fixture
+def opened():
+    """The pictogram package as its own refiner, and what its graphs were opened with."""
+    package, calls = Package.open(bundled()["pictogram"]), []
+
+    def open_model(path, _deltas, strategy, **options):
+        calls.append((path.parent.name, strategy, options))
+        return Doubler()
+
+    def components(unplanned):
+        return Components(
+            package, open_model, keep_loaded=False, extra_packages={REFINER: package}, unplanned=unplanned
+        )
+
+    return package, components, calls
+
+
+def test_minimal_memory_is_for_every_package(opened):
+    """Where nothing can be planned: a refiner's and a control's components too."""
+    _, components, calls = opened
+    found = components(Budget("min").unplanned())
+    for name in ("text_encoder", "unet", f"{REFINER}unet"):
+        found.model(name)
+    assert [strategy for _, strategy, _ in calls] == [MIN_MEMORY] * 3
+
+
+def test_a_tile_is_in_latent_pixels_in_a_plan_and_in_the_inputs_where_a_graph_is_opened(opened):
+    package, components, calls = opened
+    found = components(ExecutionPlan(default=ExecutionStrategy(vae_tile=32), device_limit=10**9))
+    for name in ("vae_decoder", "vae_encoder", "unet"):
+        found.model(name)
+    sizes = [32, 32 * package.manifest.latents.downscale, None]
+    assert [options for _, _, options in calls] == [{"tile_size": size, "memory_limit": 10**9} for size in sizes]
+
+
+def test_a_plan_is_for_one_generation(opened):
+    _, components, calls = opened
+    found = components(ExecutionPlan())
+    plan = ExecutionPlan(strategies={"unet": ExecutionStrategy(staged=True)})
+    for each in (plan, None):
+        with found.exclusive(plan=each):
+            found.model("unet")
+    assert [strategy.staged for _, strategy, _ in calls] == [True, False]
+
+
+def test_an_observer_sees_every_run(opened):
+    _, components, _ = opened
+    seen = []
+    run = Runner(components(ExecutionPlan()), lambda *call: seen.append(call))
+    x = np.ones(3, np.float32)
+    outputs = run("unet", {"x": x})
+    ((name, variant, feeds, given, seconds),) = seen
+    assert (name, variant, seconds >= 0) == ("unet", "plain", True)
+    assert feeds["x"] is x
+    assert given is outputs

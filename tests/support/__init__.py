@@ -1,0 +1,1 @@
+"""What several test modules need: models, images, peers' answers, the command line."""

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -130,12 +130,12 @@ def calibrate(
         _write_tapped(checkpoint, precision, work / "package", defaults, report)
         mark.write_text(stamp, encoding="utf-8")
     package = Package.open(work / "package")
-    components = Components(package, lambda path, *_, **__: Session(path, device="cpu"), keep_loaded=False)
-    recorder = _RangeRecorder(components, work / "runs", sum(calibration.steps_per_prompt()), report)
+    recorder = _RangeRecorder(work / "runs", sum(calibration.steps_per_prompt()), report)
+    run = Runner(Components(package, recorder.open_model, keep_loaded=False))
     if package.kind is PackageKind.VAE:
-        _run_vae_on_color_images(recorder, package)
+        _run_vae_on_color_images(run, package)
     else:
-        _denoise_prompts(recorder, package, calibration)
+        _denoise_prompts(run, package, calibration)
     return recorder.ranges()
 
 
@@ -193,22 +193,27 @@ def _fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-class _RangeRecorder(Runner):
-    """Runs components and saves inputs, outputs and taps of each run; a run that is saved already is not repeated."""
+class _RangeRecorder:
+    """Saves inputs, outputs and taps of each run of its models; a run that is saved already is not repeated."""
 
-    def __init__(self, components: Components, work: Path, total: int, report: Report) -> None:
-        super().__init__(components)
+    def __init__(self, work: Path, total: int, report: Report) -> None:
         self._work, self._total, self._report = work, total, report
         self._done: dict[str, int] = {}
         work.mkdir(parents=True, exist_ok=True)
 
-    def __call__(self, name: str, feeds: Mapping[str, AnyArray], variant: str = PLAIN) -> dict[str, AnyArray]:
-        """As `Runner`, without the taps."""
+    def open_model(self, path: Path, *_: object, **__: object) -> Any:
+        """Open a component's graph for `Components`."""
+        return _RecordedModel(path, self)
+
+    def run(
+        self, name: str, feeds: Mapping[str, AnyArray], run: Callable[[Mapping[str, AnyArray]], dict[str, AnyArray]]
+    ) -> dict[str, AnyArray]:
+        """Return the outputs of a component's next run, without the taps; ``run`` makes them if they are not saved."""
         number = self._done.get(name, 0)
         self._done[name] = number + 1
         path = self._work / f"{name}-{number:03}.npz"
         if not path.exists():
-            values = super().__call__(name, feeds, variant) | {f"{_INPUT}{key}": value for key, value in feeds.items()}
+            values = run(feeds) | {f"{_INPUT}{key}": value for key, value in feeds.items()}
             partial = path.with_suffix(".partial")
             with partial.open("wb") as stream:
                 np.savez(stream, allow_pickle=False, **values)
@@ -231,3 +236,24 @@ class _RangeRecorder(Runner):
             name: {tap: Range.from_min_max(float(np.min(ends)), float(np.max(ends))) for tap, ends in taps.items()}
             for name, taps in taps_by_component.items()
         }
+
+
+class _RecordedModel:
+    """A component's graph; its session is opened by the first run that is not saved."""
+
+    def __init__(self, path: Path, recorder: _RangeRecorder) -> None:
+        self._path, self._recorder = path, recorder
+        self._session: Session | None = None
+
+    def run(self, feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+        """As `Session.run`, without the taps."""
+        return self._recorder.run(self._path.parent.name, feeds, self._run)
+
+    def cancel(self) -> None:
+        """As `Session.cancel`."""
+        if self._session is not None:
+            self._session.cancel()
+
+    def _run(self, feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+        self._session = self._session or Session(self._path, device="cpu")
+        return self._session.run(feeds)

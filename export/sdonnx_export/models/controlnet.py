@@ -107,8 +107,8 @@ class _Embedding(Module):
         widths = config.conditioning_embedding_out_channels
         self.conv_in = Conv2d(config.conditioning_channels, widths[0])
         blocks: list[Module] = []
-        for narrow, wide in pairwise(widths):
-            blocks += [Conv2d(narrow, narrow), Conv2d(narrow, wide, stride=2)]
+        for in_channels, out_channels in pairwise(widths):
+            blocks += [Conv2d(in_channels, in_channels), Conv2d(in_channels, out_channels, stride=2)]
         self.blocks = ModuleList(blocks)
         self.conv_out = Conv2d(widths[-1], channels)
 

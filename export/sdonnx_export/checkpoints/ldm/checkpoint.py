@@ -270,7 +270,7 @@ def _tokenizer(path: Path, encoder: Mapping[str, Any]) -> Path | str:
     if vocab_size == 49408:
         return "!" if encoder["hidden_act"] == "gelu" else "<|endoftext|>"
     raise ExportError(
-        f"{path} has a vocabulary of {vocab_size} tokens, CLIP's has 49408; put its vocab.json and merges.txt beside it"
+        f"{path} has a vocabulary of {vocab_size} tokens, CLIP's has 49408; add its vocab.json and merges.txt"
     )
 
 

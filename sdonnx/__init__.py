@@ -17,38 +17,23 @@ General layout:
     SdonnxError                   the root of RequestError, PackageError, DeviceError and ExportError
 """
 
-from sdonnx_runtime.adapters.lora import Lora
-from sdonnx_runtime.errors import DeviceError, ExportError, PackageError, RequestError, SdonnxError
-from sdonnx_runtime.execution.timings import Timings
-from sdonnx_runtime.generation import Progress
-from sdonnx_runtime.memory.planner import ComponentPlan, Plan
-from sdonnx_runtime.outputs.metadata import save_png
-from sdonnx_runtime.packages.package import Package
-from sdonnx_runtime.pipeline import Pipeline
-from sdonnx_runtime.request import FAST, Control, Request
-from sdonnx_runtime.result import Result
-from sdonnx_runtime.stream import Stream
+TYPE_CHECKING = False  # as typing's, which is not imported: Ctrl-C must find little to break when a process starts
+if TYPE_CHECKING:
+    from sdonnx.api import *  # noqa: F403
+else:
 
-from sdonnx.loading import load
+    def __getattr__(name: str) -> object:
+        """Import the public names with the first of them."""
+        from importlib import import_module
 
-__all__ = [
-    "FAST",
-    "ComponentPlan",
-    "Control",
-    "DeviceError",
-    "ExportError",
-    "Lora",
-    "Package",
-    "PackageError",
-    "Pipeline",
-    "Plan",
-    "Progress",
-    "Request",
-    "RequestError",
-    "Result",
-    "SdonnxError",
-    "Stream",
-    "Timings",
-    "load",
-    "save_png",
-]
+        api = import_module("sdonnx.api")
+        globals().update({each: getattr(api, each) for each in ("__all__", *api.__all__)})
+        if name not in globals():
+            raise AttributeError(f"module 'sdonnx' has no attribute '{name}'")
+        return globals()[name]
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})
+
+
+del TYPE_CHECKING

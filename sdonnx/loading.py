@@ -7,6 +7,7 @@ from sdonnx_models import Recipe, bundled, recipes
 from sdonnx_runtime.adapters.lora import AnyLora
 from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.memory.budget import AUTO
+from sdonnx_runtime.outputs.staging import remove_stale
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.pipeline import Pipeline
 
@@ -72,7 +73,9 @@ def find_model(model: str | Path) -> Path:
         PackageError: there is no such package.
     """
     path = Path(model)
-    if path.exists():
+    if not _exists(path):
+        remove_stale(path.parent)  # finishes the replacement of a package
+    if _exists(path):
         return path
     name = str(model)
     if name in bundled():
@@ -86,9 +89,17 @@ def find_model(model: str | Path) -> Path:
     raise PackageError(f"there is no model '{name}': no such directory, bundled model or Hub id; check its spelling")
 
 
+def _exists(path: Path) -> bool:
+    """Whether there is such a file; False for what can't be a path, such as a name of 300 characters."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def find_source(source: str) -> tuple[str, Recipe | None]:
     """Resolve the source of an export to a path or a Hub id, and its recipe if ``source`` names one."""
-    if Path(source).exists():
+    if _exists(Path(source)):
         return source, None
     if source in recipes():
         recipe = recipes()[source]

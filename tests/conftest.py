@@ -21,6 +21,7 @@ from filelock import FileLock
 from sdonnx_export.export import export
 from sdonnx_runtime.execution import staged_model as chain
 from sdonnx_runtime.text.tokenizer import Tokenizer
+from sdonnx_runtime.text.tokenizer_files import is_fast
 
 import sdonnx
 
@@ -57,7 +58,7 @@ def equal_tokenizers_once():
     opened, open_tokenizer = {}, Tokenizer.open
 
     def get(directory, **options):
-        key = hashlib.sha256(repr(options).encode())
+        key = hashlib.sha256(repr((options, is_fast(directory))).encode())
         for path in sorted(path for path in directory.glob("*.*") if path.is_file()):
             key.update(path.name.encode() + path.read_bytes())
         if key.digest() not in opened:

@@ -2,7 +2,7 @@
 
 General layout, from the bottom up:
 
-- checkpoint_model: Weight, Part, Checkpoint; torch_bridge: everything that uses torch; hub: downloads.
+- checkpoint_model: Weight, Part, Checkpoint; optimum_export: the optimum route, which uses torch; hub: downloads.
 - operators: the ONNX operators that layers are written in, for each precision.
 - models: the U-Net, VAEs, text encoders and controls as `onnxscript.nn` modules; parameter names are checkpoint keys.
 - checkpoints: reading every published layout into a `Checkpoint`.

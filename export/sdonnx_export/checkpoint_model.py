@@ -63,6 +63,8 @@ class Checkpoint:
     """model_index.json without its components: ``_class_name`` and the pipeline's arguments."""
     defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Known fields of the package's `Defaults`."""
+    stated: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What the source says of its model, and where; as `Source.stated` in the package's manifest."""
 
 
 Report = Callable[[str, float], None]

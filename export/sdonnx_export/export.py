@@ -1,9 +1,9 @@
 """Export: turn a checkpoint into a package, whole or not at all."""
 
+import hashlib
 import logging
-import shutil
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -13,10 +13,11 @@ from typing import Any
 
 import onnx_ir as ir
 from sdonnx_runtime.adapters.lora import Lora
-from sdonnx_runtime.errors import ExportError, RequestError, SdonnxError
+from sdonnx_runtime.errors import ExportError, RequestError
 from sdonnx_runtime.packages.manifest import Manifest, Source, write_manifest
 from sdonnx_runtime.packages.package import VAE
 from sdonnx_runtime.packages.variant import EMBEDDED, PLAIN, TILED, UNET_VARIANTS
+from sdonnx_runtime.sampling.scheduler_config import PREDICTION_TYPES
 
 from sdonnx_export.checkpoint_model import Checkpoint, Report
 from sdonnx_export.checkpoints.fuse_lora import fuse_loras
@@ -33,10 +34,11 @@ from sdonnx_export.operators.precision import (
     make_precision_lookup,
     parse_precision,
 )
+from sdonnx_export.packaging.output_directory import default_output, replace_package
 from sdonnx_export.packaging.preview import fit_preview
 from sdonnx_export.packaging.verify import verify
 from sdonnx_export.packaging.writer import GRAPH, hash_files, make_manifest, write_components
-from sdonnx_export.quantization.calibration import ActivationRanges, Calibration, calibrate
+from sdonnx_export.quantization.calibration import ActivationRanges, Calibration, calibrate, delete_work
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,8 @@ def export(
     *,
     precision: str | MixedPrecision = "fp32",
     vae: str | None = None,
+    base: str | None = None,
+    prediction_type: str | None = None,
     revision: str | None = None,
     via: str = "native",
     calibration: str = "full",
@@ -67,6 +71,9 @@ def export(
         precision: fp32; fp16, int8-weights or int4 for smaller weights (the arithmetic stays float32); int8 computes
             in 8 bits; mixed:FILE, or a `MixedPrecision`, chooses for each layer.
         vae: where to take the VAE from instead of ``source``; also a VAE's own directory, Hub id or package.
+        base: a checkpoint or package that lends the components which ``source`` lacks, such as text encoders; or the
+            model that a ControlNet in ``source`` is stored relative to (a difference, a Control-LoRA).
+        prediction_type: epsilon, v_prediction or sample, whatever the source says.
         revision: branch, tag or commit of the source's Hub id, or of the VAE's where it is alone.
         via: ``native`` (written graphs, no torch) or ``optimum`` (traced by optimum-onnx).
         calibration: what int8 takes its ranges from: full or fast (a trajectory for each of the prompts that come
@@ -80,35 +87,41 @@ def export(
         report: progress callback.
 
     Raises:
-        RequestError: the precision is unknown, there is neither a source nor a VAE, or an adapter can't be read or is
-            for another model.
+        RequestError: the precision or the prediction type is unknown, there is neither a source nor a VAE, or an
+            adapter can't be read or is for another model.
         ExportError: the source can't be read or exported, the precision file is invalid, or the output can't be
             written.
     """
+    if prediction_type not in (None, *PREDICTION_TYPES):
+        raise RequestError(f"prediction type '{prediction_type}' is unknown; choose {', '.join(PREDICTION_TYPES)}")
     spec = parse_precision(precision) if isinstance(precision, str) else precision
     name = vae if source is None else source
     if name is None:
         raise RequestError("there is nothing to export; give SRC, or --vae SRC alone for a package of a VAE")
     if source is None and calibration not in _BUILT_IN_CALIBRATIONS:
         raise RequestError("a VAE alone has no prompts to calibrate on; leave out --calibration, or give none")
-    output = Path(f"{Path(name.rstrip('/')).stem}-onnx") if output is None else output
-    with _atomic_directory(output, replacing=force) as directory:
+    output = default_output(name) if output is None else output
+    mix = precision.removeprefix("mixed:") if isinstance(precision, str) else None
+    prompts = None if calibration in _BUILT_IN_CALIBRATIONS else calibration
+    files = (source, vae, base, prompts, mix, *(lora.path for lora in loras))
+    with replace_package(output, sources=[each for each in files if each is not None], force=force) as directory:
         if via == "native":
-            checkpoint = fuse_loras(open_source(source, vae, revision, report), loras)
+            opened = open_source(source, vae, revision, report, base=base, prediction_type=prediction_type)
+            checkpoint = fuse_loras(opened, loras)
             if source is not None and "unet" not in checkpoint.parts and calibration not in _BUILT_IN_CALIBRATIONS:
                 raise ExportError(f"{name} has no U-Net to calibrate on prompts; leave out --calibration")
             defaults = {**checkpoint.defaults, **defaults}
             manifest = _export_native(checkpoint, directory, output, spec, calibration, defaults, report)
         elif via == "optimum":
-            if loras:
-                raise ExportError("--via optimum does not support --lora; leave it out")
+            if loras or base is not None or prediction_type is not None:
+                raise ExportError("--via optimum does not support --lora, --base and --prediction-type; leave them out")
             manifest = _export_optimum(source, directory, spec, vae, revision, report)
         else:
             raise ExportError(f"via '{via}' is unknown; choose native or optimum")
         manifest = _complete_manifest(directory, manifest, defaults)
         write_manifest(directory, manifest)
         verify(directory, manifest, report)
-    shutil.rmtree(_calibration_cache(output), ignore_errors=True)
+    delete_work(_calibration_cache(output))
     return output
 
 
@@ -127,7 +140,12 @@ def _export_native(
         parsed = Calibration.parse(calibration)
         ranges = _calibrate(checkpoint, precision, parsed, _calibration_cache(output), defaults, report)
     files = write_components(directory, checkpoint, partial(_build_graphs, checkpoint, precision, ranges), report)
-    source = Source(name=checkpoint.source, revision=checkpoint.revision, exporter=f"sdonnx {version('sdonnx')}")
+    source = Source(
+        name=checkpoint.source,
+        revision=checkpoint.revision,
+        exporter=f"sdonnx {version('sdonnx')}",
+        stated=checkpoint.stated,
+    )
     return make_manifest(directory, files, precision, source)
 
 
@@ -197,14 +215,21 @@ def _calibrate(
 
 
 def _calibration_cache(output: Path) -> Path:
-    """Where a calibration's runs are saved until the package is whole."""
-    return output.with_name(f".{output.name}.calibration")
+    """Where a calibration's runs are saved until the package is whole; next to what ``output`` may link to."""
+    target = Path(os.path.realpath(output))
+    long = len(os.fsencode(target.name)) > _LONG_NAME
+    name = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16] if long else target.name
+    return target.with_name(f".{name}.calibration")
+
+
+_LONG_NAME = 240
+"""Bytes of a name; most file systems take 255."""
 
 
 def _export_optimum(
     source: str | None, directory: Path, precision: PrecisionSpec, vae: str | None, revision: str | None, report: Report
 ) -> Manifest:
-    from sdonnx_export.torch_bridge import export_with_optimum
+    from sdonnx_export.optimum_export import export_with_optimum
 
     if source is None or precision != "fp32" or vae is not None:
         raise ExportError("--via optimum writes fp32 and the checkpoint's own VAE; leave out --precision and --vae")
@@ -219,50 +244,8 @@ def _export_optimum(
 
 def _complete_manifest(directory: Path, manifest: Manifest, defaults: Mapping[str, Any]) -> Manifest:
     """Add the defaults and, where there is a VAE, the preview fitted to it."""
-    manifest = replace(manifest, defaults=replace(manifest.defaults, **defaults))
+    square = {"height": None} if "size" in defaults else {}
+    manifest = replace(manifest, defaults=replace(manifest.defaults, **{**square, **defaults}))
     if "vae_decoder" not in manifest.components:
         return manifest
     return replace(manifest, latents=replace(manifest.latents, preview=fit_preview(directory, manifest)))
-
-
-@contextmanager
-def _atomic_directory(output: Path, *, replacing: bool) -> Generator[Path, None, None]:
-    """Yield a temporary sibling of ``output`` that replaces it at the end, or is deleted after a failure."""
-    if output.exists() and not replacing:
-        raise ExportError(f"{output} exists; choose another directory with -o, or replace it with --force")
-    if output.exists() and not (output.is_dir() and (_is_package(output) or not any(output.iterdir()))):
-        raise ExportError(f"{output} is not a package, so --force won't replace it; choose another directory with -o")
-    temporary = output.with_name(f".{output.name}.partial")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        _swap(temporary, output)
-    except OSError as error:
-        raise ExportError(
-            f"{output} can't be written: {error.strerror or error}; free some space or choose another place with -o"
-        ) from None
-    except SdonnxError as error:
-        raise error if isinstance(error, ExportError) else ExportError(str(error)) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _swap(new: Path, target: Path) -> None:
-    """Move ``new`` to ``target``; what was there is deleted last."""
-    if not target.exists():
-        new.rename(target)
-        return
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    target.rename(old)
-    try:
-        new.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)
-
-
-def _is_package(directory: Path) -> bool:
-    return any((directory / name).is_file() for name in ("sdonnx.json", "model_index.json"))

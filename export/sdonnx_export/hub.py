@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdonnx_runtime.errors import SdonnxError
+from sdonnx_runtime.libraries import required
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -22,11 +23,10 @@ def download(source: str, patterns: Sequence[str], *, revision: str | None = Non
     """
     if not is_hub_id(source):
         raise error(f"'{source}' does not exist: expected a directory, a file or a Hub id such as org/name")
-    try:
+    purpose = f"'{source}' is not a local path; downloading from the Hub"
+    with required("pip install huggingface-hub", error=error, purpose=purpose):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    except ImportError:
-        raise error(f"'{source}' is not a local path; to download from the Hub, pip install huggingface-hub") from None
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as failure:

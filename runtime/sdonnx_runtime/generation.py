@@ -13,10 +13,12 @@ from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.denoising.control import ControlledUNet, component_prefix, make_control
 from sdonnx_runtime.denoising.denoiser import Model, PerStepModel, inpaint_denoiser, predict_x0, refiner_handoff
 from sdonnx_runtime.denoising.init_image import (
+    ConcatImages,
     InitImage,
     InitLatents,
     apply_overlay,
     concat_latents,
+    encode_concat_images,
     encode_image,
     encode_init_image,
     resize_latents,
@@ -118,6 +120,18 @@ class Models:
             self.run.components.unload(name)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PassConditioning:
+    """What the models are conditioned on in one pass."""
+
+    texts: Mapping[str, Conditioning]
+    """By the prefix of a U-Net's components."""
+    concat: ConcatImages | None
+    """Of the package's U-Net."""
+    init: InitImage | None
+    """The request's image."""
+
+
 def generate_images(
     models: Models, resolved: ResolvedRequest, plan: ExecutionPlan | None = None
 ) -> Generator[Progress | SampledLatents, None, Result]:
@@ -131,17 +145,22 @@ def generate_images(
     """
     run, request = models.run, resolved.request
     with run.components.exclusive(models.adapters.deltas, plan):
-        conditioning = {
-            prefix: encode_prompts(package, prefix, run, request, resolved.prompts, models.adapters.embeddings)
+        sizes = [(each.width, each.height) for each in resolved.passes]
+        encoded = {
+            prefix: encode_prompts(package, prefix, run, request, resolved.prompts, models.adapters.embeddings, sizes)
             for prefix, package in models.denoisers.items()
         }
         init = encode_init_image(run, models.manifest, request)
+        concats = [encode_concat_images(run, models.manifest, request, init, size) for size in sizes]
         run.components.unload("vae_encoder")
         one_pass = replace(request, hires_scale=None, hires_strength=None, hires_steps=None, hires_upscaler=None)
         latents, seconds = np.empty(0, np.float32), list[float]()
         for index in range(len(resolved.passes)):
             states = [init] * request.num_images if index == 0 else _upscale(models, resolved, index, latents)
-            latents = yield from _denoise_pass(models, resolved, index, conditioning, init, states, seconds)
+            conditioning = PassConditioning(
+                texts={prefix: each[index] for prefix, each in encoded.items()}, concat=concats[index], init=init
+            )
+            latents = yield from _denoise_pass(models, resolved, index, conditioning, states, seconds)
             last = index == len(resolved.passes) - 1
             if last:
                 models.unload_base()
@@ -175,8 +194,7 @@ def _denoise_pass(
     models: Models,
     resolved: ResolvedRequest,
     index: int,
-    conditioning: Mapping[str, Conditioning],
-    init: InitImage | None,
+    conditioning: PassConditioning,
     initial_states: Sequence[InitImage | InitLatents | None],
     seconds: list[float],
 ) -> Generator[Progress, None, Array]:
@@ -190,7 +208,7 @@ def _denoise_pass(
             noise = interpolate_noise(noise, Noise(own.variation[0]), own.variation[1])
         original = initial.init_latents(noise) if isinstance(initial, InitImage) else initial
         latents = None if original is None else original.latents  # the result where strength 0 leaves no step
-        steps = _denoise_image(models, resolved, resolved.passes[index], image, noise, conditioning, original, init)
+        steps = _denoise_image(models, resolved, resolved.passes[index], image, noise, conditioning, original)
         for progress in steps:
             latents = progress.latents
             seconds.append(progress.seconds)
@@ -205,7 +223,7 @@ def _upscale(
     """Upscale the latents (N, C, h, w) of the first pass to the start of each image of the second."""
     run, space, second = models.run, models.manifest.latents, resolved.passes[index]
     if resolved.request.hires_upscaler == "latent":
-        height, width = _latent_shape(models.manifest, second)[2:]
+        height, width = second.latent_shape(space)[2:]
         return [InitLatents(latents=resize_latents(each[None], height, width)) for each in latents]
     models.unload_base()
     images = decode(run, models.manifest, latents)
@@ -222,19 +240,18 @@ def _denoise_image(
     pass_: Pass,
     image: int,
     noise: NoiseSource,
-    conditioning: Mapping[str, Conditioning],
+    conditioning: PassConditioning,
     original: InitLatents | None,
-    init: InitImage | None,
 ) -> Iterator[Progress]:
     """Denoise one image in one pass: x (1, C, h, w) from its initial state to the latents of the last progress."""
     request, schedule = resolved.request, pass_.schedule
     preview = models.manifest.latents.preview
-    unit_noise = noise(_latent_shape(models.manifest, pass_))
-    concat = concat_latents(models.manifest, request, init, noise)
-    controlled = _controlled_unet(models, request, pass_, init)
+    unit_noise = noise(pass_.latent_shape(models.manifest.latents))
+    concat = concat_latents(models.manifest, request, conditioning.concat, noise)
+    controlled = _controlled_unet(models, request, pass_, conditioning.init)
     unets = {prefix: _cached_unet(models, request, prefix, controlled) for prefix in models.denoisers}
     per_step_models = [
-        PerStepModel(unet, conditioning[prefix], pass_.prompts, concat, resolved.prompts.weights, request)
+        PerStepModel(unet, conditioning.texts[prefix], pass_.prompts, concat, resolved.prompts.weights, request)
         for prefix, unet in unets.items()
     ]
     denoise = _make_denoiser(models, resolved, per_step_models)
@@ -320,11 +337,6 @@ def _make_denoiser(models: Models, resolved: ResolvedRequest, step_models: Seque
         model = refiner_handoff(model, refiner[0], resolved.refiner_timestep, models.unload_base)
     limit = None if sampler == "ddim" else clip_or_threshold_x0(scheduler, sampler)
     return predict_x0(model, scheduler.prediction_type, limit)
-
-
-def _latent_shape(manifest: Manifest, pass_: Pass) -> tuple[int, int, int, int]:
-    space = manifest.latents
-    return (1, space.channels, pass_.height // space.downscale, pass_.width // space.downscale)
 
 
 def decode(run: Runner, manifest: Manifest, latents: Array) -> tuple[Image.Image, ...]:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL.Image import Image
 
 from sdonnx_runtime.adapters.adapter_set import AdapterSet
@@ -15,6 +16,7 @@ from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.denoising.control import check_control, component_prefix
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.execution.components import REFINER, Components, OpenModel, Runner
+from sdonnx_runtime.execution.cpu import usable_cpus
 from sdonnx_runtime.execution.staged_model import open_model
 from sdonnx_runtime.execution.strategy import ExecutionPlan
 from sdonnx_runtime.generation import Models, decode, generate_images
@@ -33,8 +35,12 @@ from sdonnx_runtime.stream import Stream
 _PIXEL = 8192
 """Bytes per pixel, more than the widest VAE needs."""
 
-MAX_THREADS = 1024
-"""More than a machine has; ONNX Runtime would start as many as asked, for minutes."""
+
+def check_threads(threads: int | None) -> None:
+    """Raise RequestError if there are not that many CPUs: more threads than CPUs are slower."""
+    cpus = usable_cpus()
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= cpus):
+        raise RequestError(f"threads is {threads!r}; give a whole number from 1 to {cpus}, the CPUs that can be used")
 
 
 class Pipeline:
@@ -44,7 +50,7 @@ class Pipeline:
         package: the package.
         preview_vae: a package whose VAE (a tiny one, say) decodes `Progress.preview` in full size, and stays loaded.
         device: auto, cuda, directml or cpu.
-        threads: CPU threads, 1 to MAX_THREADS; None is the number of physical cores.
+        threads: CPU threads, at most the CPUs that this process may use; None is the number of physical cores.
         memory: the process's limit, in bytes or such as "600MB" or "2GiB", to which each request is planned; "auto" is
             the free memory. Components are then unloaded between the phases of a generation. "max" keeps every
             component loaded between generations; "min" uses the least memory. Except with "max" the C library (glibc)
@@ -79,8 +85,7 @@ class Pipeline:
             check_refiner(package, refiner)
         for control in controls:
             check_control(package, control)
-        if threads is not None and not 1 <= threads <= MAX_THREADS:
-            raise RequestError(f"threads is {threads}; give a whole number from 1 to {MAX_THREADS}")
+        check_threads(threads)
         if lora_folder is not None and not lora_folder.is_dir():
             raise RequestError(f"lora_folder {lora_folder} is not a directory; give the folder of the LoRAs")
         self.package, self.refiner, self.controls = package, refiner, tuple(controls)
@@ -224,6 +229,8 @@ class Pipeline:
         space = self.package.manifest.latents
         if latents.ndim != 4 or latents.shape[1] != space.channels or 0 in latents.shape:
             raise RequestError(f"the latents are {latents.shape}; {self.package.name} has (N, {space.channels}, h, w)")
+        if not np.isfinite(latents).all():
+            raise RequestError("the latents are not finite; give those of a Result")
         count, _, height, width = latents.shape
         enough = self._memory_upper_bound(height * width * space.downscale**2)
         plan = self._budget.plan(lambda: [decode_phase(self.package, height, width, count)], enough, self.package.name)

@@ -11,7 +11,8 @@ from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.field_spec import FieldSpec, field_specs, option, spec
 from sdonnx_runtime.images.preprocess import FITS, MAX_SIDE, UPSCALERS
 from sdonnx_runtime.sampling.registry import MAX_CHURN
-from sdonnx_runtime.sampling.schedule import MAX_SIGMA, SPACINGS
+from sdonnx_runtime.sampling.schedule import MAX_SIGMA
+from sdonnx_runtime.sampling.scheduler_config import SPACINGS
 from sdonnx_runtime.sampling.sigmas import SCHEDULES
 
 MAX_SEED = 2**63 - 1

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from sdonnx_runtime.adapters.lora import find_lora
 from sdonnx_runtime.denoising.control import check_sizes
+from sdonnx_runtime.denoising.init_image import encodes_images
 from sdonnx_runtime.denoising.step_cache import unet_graphs
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.packages.concat import CONCAT
+from sdonnx_runtime.packages.manifest import Manifest
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.request import CompleteRequest, Request, complete_request
 from sdonnx_runtime.resolved import Pass, ResolvedRequest
@@ -50,7 +52,7 @@ def resolve_request(
     sizes = _sizes(complete, multiple)
     for width, height in sizes:
         check_sizes(controls, width, height)
-    complete, schedules = _make_schedules(complete, scheduler)
+    complete, schedules = _make_schedules(complete, scheduler, distilled=_shortens_schedule(manifest, complete))
     options = sampler_options(
         scheduler, complete.sampler, eta=complete.eta, s_churn=complete.s_churn, s_noise=complete.s_noise
     )
@@ -75,7 +77,9 @@ def resolve_request(
             )
         ),
         prompts=prompts,
-        loras=tuple(find_lora(lora_folder, tag.name, tag.weight) for tag in prompts.loras),
+        loras=tuple(
+            find_lora(lora_folder, tag.name, tag.unet_weight, tag.text_encoder_weight) for tag in prompts.loras
+        ),
         sampler_options=options,
         refiner_timestep=None if start is None else round(scheduler.num_train_timesteps * (1 - start)),
     )
@@ -84,14 +88,25 @@ def resolve_request(
 
 
 def _choose_sampler(request: Request, scheduler: SchedulerConfig) -> CompleteRequest:
-    sampler, schedule = default_sampler(scheduler), None
-    if request.sampler is not None:
-        sampler, schedule = resolve_sampler(request.sampler)
+    named = request.sampler
+    sampler, schedule = (default_sampler(scheduler), None) if named is None else resolve_sampler(named)
     schedule = schedule if request.schedule is None else request.schedule
     return complete_request(replace(request, sampler=sampler, schedule=schedule))
 
 
-def _make_schedules(request: CompleteRequest, scheduler: SchedulerConfig) -> tuple[CompleteRequest, list[Schedule]]:
+def _shortens_schedule(manifest: Manifest, request: CompleteRequest) -> bool:
+    """Whether all steps are taken in img2img, from a lower timestep: as LatentConsistencyModelImg2ImgPipeline does.
+
+    diffusers' other pipelines skip steps with this sampler too.
+    """
+    is_lcm = manifest.conditions.guidance_width is not None and manifest.family in ("sd1", "sd2")
+    custom = request.sigmas is not None or request.timesteps is not None
+    return is_lcm and request.sampler == "lcm" and request.mask_image is None and not custom
+
+
+def _make_schedules(
+    request: CompleteRequest, scheduler: SchedulerConfig, *, distilled: bool
+) -> tuple[CompleteRequest, list[Schedule]]:
     """Make the schedule of each pass, without the steps that img2img skips, and count the steps in the request."""
     make = partial(
         make_schedule,
@@ -102,32 +117,36 @@ def _make_schedules(request: CompleteRequest, scheduler: SchedulerConfig) -> tup
         sigmas=request.sigmas,
         timesteps=request.timesteps,
     )
-    second = first = make(request.num_inference_steps)
+    first = make(request.num_inference_steps)
     if request.sigmas is not None or request.timesteps is not None:
         request = replace(request, num_inference_steps=first.total)
     elif request.hires_scale is not None:
-        steps = request.hires_steps or request.num_inference_steps
-        request = replace(request, hires_steps=steps)
-        second = first if steps == request.num_inference_steps else make(steps)
-    schedules = [_skip_steps(first, request.strength)]
+        request = replace(request, hires_steps=request.hires_steps or request.num_inference_steps)
+
+    def shorten(steps: int, strength: float | None) -> Schedule:
+        if distilled and strength is not None and strength > 0:
+            return make(steps, strength=strength)
+        return _skip_steps(make(steps), steps, strength)
+
+    schedules = [shorten(request.num_inference_steps, request.strength)]
     if request.hires_scale is not None:
-        schedules.append(_skip_steps(second, request.hires_strength))
+        schedules.append(shorten(request.hires_steps or request.num_inference_steps, request.hires_strength))
     return request, schedules
 
 
-def _skip_steps(schedule: Schedule, strength: float | None) -> Schedule:
-    """Skip the first steps, as img2img does."""
+def _skip_steps(schedule: Schedule, count: int, strength: float | None) -> Schedule:
+    """Skip the first of ``count`` steps, as img2img does."""
     if strength is None:
         return schedule
-    steps = int(schedule.steps * strength)  # as diffusers' img2img counts them
+    steps = int(count * strength)  # as diffusers' img2img counts them
     if steps == 0 and strength > 0:
-        minimum = 1 / schedule.steps
+        minimum = 1 / count
         scale = 10 ** (1 - math.floor(math.log10(minimum)))  # to two significant digits
         raise RequestError(
-            f"strength {strength:g} of {schedule.steps} steps is less than one step; "
+            f"strength {strength:g} of {count} steps is less than one step; "
             f"give {math.ceil(minimum * scale) / scale} or more, or 0"
         )
-    return schedule.starting_at(schedule.steps - steps)
+    return schedule.starting_at(schedule.steps if steps == 0 else count - steps)
 
 
 def _sizes(request: CompleteRequest, multiple: int) -> list[tuple[int, int]]:
@@ -145,8 +164,7 @@ def _check_components(
     request: CompleteRequest, package: Package, refiner: Package | None, controls: Sequence[Package]
 ) -> None:
     """Check that the packages have the graphs that the request runs."""
-    encodes = request.image is not None or request.hires_upscaler == "lanczos"
-    if encodes and "vae_encoder" not in package.manifest.components:
+    if encodes_images(package.manifest, request) and "vae_encoder" not in package.manifest.components:
         raise RequestError(f"{package.name} has no VAE encoder, so it does not support images; export it again")
     for each, controlled in ((package, len(controls) > 0), (refiner, False)):
         if each is None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdonnx_runtime.adapters.lora import Lora
+from sdonnx_runtime.packages.manifest import Latents
 from sdonnx_runtime.request import CompleteRequest
 from sdonnx_runtime.sampling.types import Schedule
 from sdonnx_runtime.text.prompt_schedule import PromptSchedule, StepPrompts
@@ -25,6 +26,10 @@ class Pass:
     """Steps of the sampler."""
     prompts: tuple[StepPrompts, ...]
     """The texts of each step, skipped ones included."""
+
+    def latent_shape(self, space: Latents) -> tuple[int, int, int, int]:
+        """The shape (1, C, h, w) of an image's latents."""
+        return (1, space.channels, self.height // space.downscale, self.width // space.downscale)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -91,8 +91,8 @@ def check_request(
     steps = request.sigmas if request.sigmas is not None else request.timesteps
     request = _fill(
         request,
-        width=defaults.size,
-        height=defaults.size,
+        width=defaults.sides[0],
+        height=defaults.sides[1],
         num_inference_steps=defaults.num_inference_steps if steps is None else len(steps),
         guidance_scale=defaults.guidance_scale,
         sampler=defaults.sampler,
@@ -145,14 +145,14 @@ def _check_hires(request: Request) -> Request:
 
 def _check_concat(request: Request, concat: ConcatConditioning | None) -> Request:
     """Fill in the image guidance scale of a model that edits images."""
-    for name in () if concat is None else concat.required:
+    for name in () if concat is None or concat.repaints_all else concat.images:
         if getattr(request, name) is None:
             raise RequestError(f"this model requires {name}; none was given")
     for each in CONCAT.values():
         for name in each.own_fields:
             if getattr(request, name) is not None and each is not concat:
                 raise RequestError(f"{name} is only supported by {each.kind} models; leave it out")
-    if concat is not None and request.hires_scale is not None:
+    if concat is not None and concat.edits and request.hires_scale is not None:
         raise RequestError(f"hires_scale is not supported by {concat.kind} models; leave it out")
     return _fill(request, image_guidance_scale=1.5) if concat is not None and concat.edits else request
 
@@ -195,7 +195,7 @@ def _check_images(request: Request, multiple: int, defaults: Defaults, *, edits:
         if not request.paste:
             raise RequestError("padding_mask_crop requires paste; leave it on")
     elif request.width is None:
-        width, height = suitable_size(image, area=defaults.size**2, multiple=multiple)
+        width, height = suitable_size(image, area=defaults.area, multiple=multiple)
         request = replace(request, width=width, height=height)
     return request
 

@@ -26,6 +26,9 @@ from sdonnx.benchmark.worker import (
     run_in_subprocess,
 )
 
+_MAX_RUNS = 10_000
+"""The most images at once, and the most timed runs."""
+
 PROMPT, SEED = "a red apple on a blue background", 1
 
 
@@ -121,11 +124,10 @@ def bench(
         PackageError, DeviceError: as `Pipeline.generate`; DeviceError also if memory runs out.
     """
     for name, value in {"batch": batch, "repeat": repeat}.items():
-        if value < 1:
-            raise RequestError(f"{name} is {value}; give a whole number of at least 1")
+        if not 1 <= value <= _MAX_RUNS:
+            raise RequestError(f"{name} is {value}; give a whole number from 1 to {_MAX_RUNS}")
     pipe = Pipeline(package, device=device, threads=threads)
-    size = package.manifest.defaults.size
-    images = example_images(package.manifest, Image.linear_gradient("L").resize((size, size)))
+    images = example_images(package.manifest, Image.linear_gradient("L").resize(package.manifest.defaults.sides))
     sides = {"width": width, "height": height}
     choices = {"seed": SEED, "num_images": batch, "num_inference_steps": steps}
     request = pipe.resolve(PROMPT, **choices, **sides, **images).request

@@ -1,6 +1,7 @@
 """Measure one thing in its own process, because the peak memory of a process never falls."""
 
 import multiprocessing
+import os
 import signal
 import statistics
 import tempfile
@@ -23,6 +24,7 @@ from sdonnx_runtime.execution.process_memory import peak_memory
 from sdonnx_runtime.execution.session import Session
 from sdonnx_runtime.generation import Models, generate_images, run_to_end
 from sdonnx_runtime.graphs.onnx_proto import single_node_model
+from sdonnx_runtime.outputs.staging import open_staging, remove_stale
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.pipeline import Pipeline
 from sdonnx_runtime.request import CompleteRequest
@@ -128,8 +130,10 @@ def count_operators(
     Raises:
         PackageError, DeviceError: as `Session` and `Session.run`.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        session = Session(path, device=device, threads=threads, profile=Path(folder) / "run")
+    temporary = Path(tempfile.gettempdir())
+    remove_stale(temporary)
+    with open_staging(temporary) as folder:
+        session = Session(path, device=device, threads=threads, profile=folder / "run")
         session.run(feeds)
         events = session.finish_profile()
     counts: dict[str, Counter[str]] = {}
@@ -203,10 +207,10 @@ def run_in_subprocess(task: str, function: Callable[..., T], *arguments: Any) ->
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_worker, args=(sender, function, arguments), daemon=True)
-    with _ignore_sigint():
-        process.start()
-    sender.close()
     try:
+        with _hold_sigint():
+            process.start()
+        sender.close()
         outcome = receiver.recv()
     except EOFError:
         raise DeviceError(
@@ -214,14 +218,17 @@ def run_in_subprocess(task: str, function: Callable[..., T], *arguments: Any) ->
             "choose a smaller size or batch"
         ) from None
     finally:
-        process.kill()
-        process.join()
+        if process.pid is not None:
+            process.kill()
+            process.join()
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
 
 
 def _worker(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C, and kills this process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         outcome = function(*arguments)
     except Exception as error:
@@ -229,14 +236,22 @@ def _worker(sender: Connection, function: Callable[..., Any], arguments: tuple[A
     sender.send(outcome)
 
 
+def _end_with_parent() -> None:
+    """End this process when its parent has ended, also by a signal that let it do nothing."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # noqa: S101 — for the type checker
+    parent.join()
+    os._exit(1)
+
+
 @contextmanager
-def _ignore_sigint() -> Generator[None, None, None]:
-    """Let processes that are started meanwhile ignore Ctrl-C; this process handles it."""
-    if threading.current_thread() is not threading.main_thread():
+def _hold_sigint() -> Generator[None, None, None]:
+    """Delay Ctrl-C until the end of the context; processes that are started in it never get it."""
+    if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,13 +1,14 @@
 """The ``sdonnx`` command line: the app, its commands, its exit codes."""
 
-import atexit
+import errno
 import logging
-import signal
 import sys
-import time
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 from rich.text import Text
+from sdonnx_runtime.outputs.staging import delete_remaining
 
 import sdonnx
 from sdonnx.cli.commands.bench import bench
@@ -17,7 +18,9 @@ from sdonnx.cli.commands.info import info, models, samplers
 from sdonnx.cli.commands.plan import plan
 from sdonnx.cli.commands.run import run
 from sdonnx.cli.commands.sensitivity import sensitivity
-from sdonnx.cli.console import OUT_OF_MEMORY, err, log_handler
+from sdonnx.cli.console import OUT_OF_MEMORY, err, log_handler, out
+from sdonnx.cli.signals import run_until_signal
+from sdonnx.cli.streams import OutputError, one_line, prepare_streams
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,51 +29,53 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Stable Diffusion on ONNX Runtime, without PyTorch: export a checkpoint once, then run it anywhere.",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        out.print(f"sdonnx {version('sdonnx')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
 for command in (run, export, decode, models, samplers, info, plan, bench, sensitivity):
     app.command()(command)
 
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as in shells and typer."""
-
-PATIENCE = 2.0
-"""Seconds after a Ctrl-C in which a second one is ignored, so that clean-up can finish."""
-
-
 def main() -> None:
-    """Run the command line; an error becomes one line on stderr and an exit code: 2 for usage, 1 for the rest."""
-    _debounce_interrupts()
+    """Run the command line.
+
+    An error becomes one line on stderr and an exit code: 2 for usage, 1 for the rest, 128 plus its number for a signal.
+    """
+    prepare_streams()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[log_handler()])
     try:
-        app(standalone_mode=True)
+        run_until_signal(app, clean_up=delete_remaining)
     except sdonnx.RequestError as error:
-        _fail(error, 2)
+        _fail(str(error), 2)
     except sdonnx.SdonnxError as error:
-        _fail(error, 1)
+        _fail(str(error), 1)
     except MemoryError:
-        _fail(MemoryError(OUT_OF_MEMORY), 1)
-    except SystemExit as end:
-        if end.code == INTERRUPTED:
-            err.print("stopped")
-        raise
+        _fail(OUT_OF_MEMORY, 1)
+    except UnicodeEncodeError as error:  # of a file name, in a locale with an old encoding
+        _fail(f"{error.object!r} can't be a file name in {error.encoding}; set LC_ALL=C.UTF-8", 1)
+    except OSError as error:  # of a path that nothing else has refused
+        place = error.filename or ("the working directory" if error.errno == errno.ENOENT else "a file")
+        _fail(f"{place} can't be used: {error.strerror or error}; give another path", 1)
+    except OutputError as error:
+        if error.reader_left:
+            sys.exit(1)
+        _fail(str(error), 1)
 
 
-def _debounce_interrupts() -> None:
-    """Ignore a second Ctrl-C shortly after the first."""
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        return  # in the background, Ctrl-C belongs to another process
-    last = float("-inf")
-
-    def interrupt(*_: object) -> None:
-        nonlocal last
-        if time.monotonic() - last > PATIENCE:
-            last = time.monotonic()
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, interrupt)
-    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # else a Ctrl-C during shutdown prints a traceback
-
-
-def _fail(error: Exception, code: int) -> None:
-    err.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
+def _fail(message: str, code: int) -> None:
+    err.print(Text.assemble(("error:", "bold red"), f" {one_line(message)}"), soft_wrap=True)
     sys.exit(code)

@@ -1,6 +1,7 @@
 """Batch files: many requests with one package, one on each line."""
 
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +12,7 @@ from sdonnx_runtime.request import IMAGE_FIELDS
 import sdonnx
 from sdonnx.cli.console import OUT_OF_MEMORY, print_json, print_note, print_results, result_json
 from sdonnx.cli.generate import Margins, OutputPaths, generate
-from sdonnx.cli.parsing import next_free_path
+from sdonnx.cli.signals import SIGNALS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ def read_batch(path: Path) -> list[Line]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        reason = getattr(error, "strerror", None) or "it is not UTF-8; save it as UTF-8"
         raise sdonnx.RequestError(f"{path} can't be read: {reason}") from None
     batch = [Line(number=number, text=line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not batch:
@@ -70,13 +71,15 @@ def generate_batch(
     """
     if outputs.images is not None and outputs.images.suffix.lower() != ".png":
         raise sdonnx.RequestError(f"the images are named {outputs.images.name}; give a name that ends in .png")
+    outputs = replace(outputs, inputs=(*outputs.inputs, *_image_files(lines, path)))
     failed: dict[int, str] = {}
     try:
         for line in lines:
             try:
-                merged = {**fields, **_parse_line(line, path)}
+                merged = {**fields, **parse_line(line, path)}
                 result, paths = generate(pipe, merged, _number_outputs(outputs, path, line), margins)
             except (sdonnx.SdonnxError, MemoryError) as error:
+                SIGNALS.raise_if_received()  # a library can turn an interrupt of its import into another error
                 failed[line.number] = str(error) or OUT_OF_MEMORY
                 if as_json:
                     print_json({"line": line.number, "error": failed[line.number]}, indent=None)
@@ -92,23 +95,37 @@ def generate_batch(
         raise sdonnx.SdonnxError(f"{len(failed)} of {len(lines)} requests failed")
 
 
-def _parse_line(line: Line, path: Path) -> dict[str, Any]:
+def parse_line(line: Line, path: Path) -> dict[str, Any]:
     """Parse a line to fields of `Request`; image files are relative to the batch file."""
     if path.suffix.lower() == ".txt":
         return {"prompt": line.text}
-    try:
-        data = json.loads(line.text)
-    except (ValueError, RecursionError):
-        data = None
-    if not isinstance(data, dict):
+    values = _parse_object(line)
+    if values is None:
         raise sdonnx.RequestError(f"not a JSON object; give one such as {_EXAMPLE}")
-    values = cast("dict[str, Any]", data)
     if "prompt" not in values:
         raise sdonnx.RequestError(f"prompt is missing; give one such as {_EXAMPLE}")
     return {name: _parse_value(name, value, path) for name, value in values.items()}
 
 
 _EXAMPLE = '{"prompt": "a cat", "seed": 7}'
+
+
+def _parse_object(line: Line) -> dict[str, Any] | None:
+    """Parse a JSON object; None if it is none."""
+    try:
+        data = json.loads(line.text)
+    except (ValueError, RecursionError):
+        return None
+    return cast("dict[str, Any]", data) if isinstance(data, dict) else None
+
+
+def _image_files(lines: list[Line], path: Path) -> list[Path]:
+    """Return the existing files of images that any line reads, so that no other line replaces them."""
+    if path.suffix.lower() == ".txt":
+        return []
+    values = [value for line in lines for name, value in (_parse_object(line) or {}).items() if name in IMAGE_FIELDS]
+    files = (path.parent / value for value in values if isinstance(value, str) and "\0" not in value)
+    return [file for file in dict.fromkeys(files) if os.path.exists(file)]  # noqa: PTH110 — Path's raises some errors
 
 
 def _parse_value(name: str, value: Any, path: Path) -> Any:
@@ -125,6 +142,6 @@ def _number_outputs(outputs: OutputPaths, path: Path, line: Line) -> OutputPaths
     def numbered(name: Path) -> Path:
         return name.with_name(f"{name.stem}-{line.number:04}{name.suffix}")
 
-    images = next_free_path(numbered(Path(f"{path.stem}.png"))) if outputs.images is None else numbered(outputs.images)
+    images = numbered(Path(f"{path.stem}.png") if outputs.images is None else outputs.images)
     latents = None if outputs.latents is None else numbered(outputs.latents)
-    return replace(outputs, images=images, latents=latents)
+    return replace(outputs, images=images, overwrite=outputs.images is not None, latents=latents)

@@ -2,17 +2,19 @@
 
 import json
 import logging
+import os
 import statistics
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 from sdonnx_models import Recipe
 from sdonnx_runtime.execution.process_memory import peak_memory
@@ -23,9 +25,20 @@ from sdonnx_runtime.sampling.registry import A1111_NAMES, SAMPLERS
 from sdonnx_runtime.sampling.scheduler_config import CLASSES
 
 import sdonnx
+from sdonnx.cli.streams import escape_controls, ignore_impossible_sizes, one_line
 
-out = Console(markup=False)  # names of files and models can look like markup
-err = Console(stderr=True, markup=False)
+
+class _EscapingConsole(Console):
+    """Escapes control characters in text: the names in files that others made are not to control the terminal."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(escape_controls(segment.text), segment.style)
+
+
+ignore_impossible_sizes(os.environ)
+out = _EscapingConsole(markup=False, emoji=False)  # names of files and models can look like markup
+err = _EscapingConsole(stderr=True, markup=False, emoji=False)
 
 OUT_OF_MEMORY = "out of memory; choose a smaller size"
 
@@ -54,8 +67,9 @@ def defaults_text(defaults: Defaults) -> str:
     """Describe a package's defaults in one line."""
     sampler = "" if defaults.sampler is None else f", {defaults.sampler}"
     upscaled = "" if defaults.enlarge == 1 else f", saved {defaults.enlarge} times larger"
+    width, height = defaults.sides
     return (
-        f"{defaults.size}x{defaults.size} pixels{upscaled}, {defaults.num_inference_steps} steps, "
+        f"{width}x{height} pixels{upscaled}, {defaults.num_inference_steps} steps, "
         f"guidance {defaults.guidance_scale:g}{sampler}"
     )
 
@@ -88,7 +102,7 @@ def samplers_table() -> Table:
     """List the samplers with their names in sdonnx, AUTOMATIC1111 and diffusers."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("--sampler", "AUTOMATIC1111", "diffusers"):
-        table.add_column(heading, no_wrap=True)
+        table.add_column(heading, overflow="fold")
     for name in SAMPLERS:
         table.add_row(name, A1111_NAMES[name], CLASSES.get(name, ""))
     return table
@@ -142,7 +156,7 @@ def print_results(result: sdonnx.Result, paths: list[Path]) -> None:
 
 def print_note(text: str) -> None:
     """Print a line on stderr, as it is."""
-    err.print(text, highlight=False, soft_wrap=True)
+    err.print(one_line(text), highlight=False, soft_wrap=True)
 
 
 def print_json(data: dict[str, Any], *, indent: int | None = 2) -> None:

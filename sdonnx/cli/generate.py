@@ -1,24 +1,27 @@
 """Generate and save the images of one request, with progress: `sdonnx run`, and each line of a batch file."""
 
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from PIL.Image import Image
 from rich.progress import MofNCompleteColumn, TextColumn
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.images.preprocess import check_image, outpaint_canvas, resize_to_fit, snap_mask_to_latents, to_mask
-from sdonnx_runtime.outputs.latents_file import save_latents
+from sdonnx_runtime.outputs.atomic import is_stream
+from sdonnx_runtime.outputs.latents_file import is_left_over, save_latents
 from sdonnx_runtime.outputs.metadata import save_preview
+from sdonnx_runtime.outputs.staging import lock_file
 from sdonnx_runtime.packages.manifest import Manifest
 from sdonnx_runtime.request import CompleteRequest
 from sdonnx_runtime.resolved import ResolvedRequest
 
 import sdonnx
 from sdonnx.cli.console import print_plan, print_usage, progress
-from sdonnx.cli.parsing import check_outputs, next_free_path, output_paths
+from sdonnx.cli.parsing import check_outputs, output_paths
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +34,17 @@ class OutputPaths:
     """The files that a request is saved to."""
 
     images: Path | None
-    """A .png; None chooses a free name."""
+    """A .png; None is a name made from the seed."""
+    overwrite: bool = True
+    """Whether existing images are replaced; otherwise a number is appended to the names of the new ones."""
     preview: Path | None = None
     """A .png, overwritten at each step."""
     latents: Path | None = None
     """An .npz for the final latents."""
     upscale: bool = True
     """Whether the images of very small models are saved larger, by the package's factor."""
+    inputs: tuple[Path, ...] = ()
+    """Files that the request reads, and that are never replaced."""
 
 
 def generate(
@@ -52,36 +59,73 @@ def generate(
         margins: outpaint the request's image by these pixels.
 
     Raises:
-        RequestError: the request is invalid, or a file name has the wrong suffix.
+        RequestError: the request is invalid, a file name has the wrong suffix, or an output is an input.
         SdonnxError: a path is not writable; or as `Pipeline.generate`.
     """
     resolved = _resolve(pipe, fields, margins)
+    overwrite = outputs.overwrite and outputs.images is not None
     paths = output_paths(outputs.images, resolved.request)
-    check_outputs(paths, outputs.preview, outputs.latents)
-    recovery_path = outputs.latents or next_free_path(paths[0].with_suffix(".npz"))
+    check_outputs(paths, outputs.preview, outputs.latents, inputs=outputs.inputs, overwrite=overwrite)
+    recovery = _Recovery(outputs.latents, paths[0])
+    stream = pipe.stream(resolved)
+
+    def save_images(result: sdonnx.Result) -> list[Path]:
+        keeps_size = resolved.request.padding_mask_crop is not None
+        factor = pipe.package.manifest.defaults.enlarge if outputs.upscale and not keeps_size else 1
+        return [
+            sdonnx.save_png(result, index, path, enlarge=factor, overwrite=overwrite)
+            for index, path in enumerate(paths)
+        ]
+
     try:
-        result = _generate(pipe, resolved, outputs.preview, recovery_path)
+        return _generate(pipe, stream, outputs.preview, recovery, save_images)
     except sdonnx.SdonnxError:  # its message names the recovery file
         raise
     except BaseException:
-        _cleanup(recovery_path, outputs)
+        recovery.delete()
         raise
-    _cleanup(recovery_path, outputs)
-    keeps_size = resolved.request.padding_mask_crop is not None
-    factor = pipe.package.manifest.defaults.enlarge if outputs.upscale and not keeps_size else 1
-    try:
-        for index, path in enumerate(paths):
-            sdonnx.save_png(result, index, path, enlarge=factor)
-    finally:  # the latents are saved even if a PNG can't be
-        if outputs.latents is not None:
-            save_latents(outputs.latents, result.latents, result.request, result.model)
-    return result, paths
 
 
-def _cleanup(recovery_path: Path, outputs: OutputPaths) -> None:
-    """Remove the recovery file unless the user asked for the latents."""
-    if recovery_path != outputs.latents:
-        recovery_path.unlink(missing_ok=True)
+class _Recovery:
+    """The file of latents that exists until their images are saved, or longer if the user asked for it.
+
+    It is locked meanwhile: what a killed process left is replaced by the next one, and what a living one has is not.
+    """
+
+    def __init__(self, asked: Path | None, image: Path) -> None:
+        self._asked = asked
+        self._beside_image = (Path("sdonnx") if is_stream(image) else image).with_suffix(".npz")
+        self._saved: Path | None = None
+        self._lock: IO[bytes] | None = None
+
+    def save(self, latents: Array, request: CompleteRequest, model: str, *, keep: bool = False) -> Path:
+        """Save the latents, and return the file; with ``keep``, it is not deleted later."""
+        self._unlock()
+        path = self._asked or self._saved or self._beside_image
+        is_own = path in (self._asked, self._saved) or is_left_over(path)
+        temporary = self._asked is None and not keep
+        self._saved = save_latents(path, latents, request, model, overwrite=is_own, temporary=temporary)
+        if temporary:
+            self._lock = self._saved.open("rb+")
+            lock_file(self._lock)
+        return self._saved
+
+    def finish(self, result: sdonnx.Result) -> None:
+        """Save what the user asked for, now with its errors; delete what they didn't."""
+        if self._asked is not None:
+            save_latents(self._asked, result.latents, result.request, result.model)
+        self.delete()
+
+    def delete(self) -> None:
+        """Delete the file unless the user asked for it."""
+        self._unlock()
+        path = self._saved or self._beside_image
+        if self._asked is None and is_left_over(path):
+            path.unlink()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
 
 def _resolve(pipe: sdonnx.Pipeline, fields: dict[str, Any], margins: Margins | None) -> ResolvedRequest:
@@ -102,7 +146,7 @@ def _outpaint(fields: dict[str, Any], margins: Margins, manifest: Manifest) -> t
         raise sdonnx.RequestError("--outpaint requires --image, without --mask (it makes the mask itself)")
     is_resized = fields.get("width") is not None or fields.get("padding_mask_crop") is not None
     check_image("image", image)
-    area = 0 if is_resized else manifest.defaults.size**2
+    area = 0 if is_resized else manifest.defaults.area
     return outpaint_canvas(image, margins, area=area, multiple=manifest.latents.downscale)
 
 
@@ -119,38 +163,40 @@ def _snap_mask(request: CompleteRequest, manifest: Manifest) -> CompleteRequest:
 
 
 def _generate(
-    pipe: sdonnx.Pipeline, resolved: ResolvedRequest, preview: Path | None, recovery_path: Path
-) -> sdonnx.Result:
-    """Generate; the latents are saved before they are decoded, in case decoding fails or ends the process."""
-    stream = pipe.stream(resolved)
-
-    def save(latents: Array, sampled: CompleteRequest) -> None:
-        save_latents(recovery_path, latents, sampled, pipe.package.name)
+    pipe: sdonnx.Pipeline,
+    stream: sdonnx.Stream,
+    preview: Path | None,
+    recovery: _Recovery,
+    save_images: Callable[[sdonnx.Result], list[Path]],
+) -> tuple[sdonnx.Result, list[Path]]:
+    """Generate and save; the latents are saved before they are decoded, in case that fails or ends the process."""
+    model = pipe.package.name
 
     def save_if_possible(latents: Array, sampled: CompleteRequest) -> None:
         with suppress(sdonnx.SdonnxError):
-            save(latents, sampled)
+            recovery.save(latents, sampled, model)
 
     stream.before_decoding(save_if_possible)
     if stream.plan is not None:
         print_plan(stream.plan)
     try:
         _show_progress(stream, preview, pipe.package.manifest.latents.downscale)
+        if stream.plan is not None:
+            print_usage(stream.result)
+        paths = save_images(stream.result)
     except (sdonnx.SdonnxError, MemoryError) as error:
         if stream.latents is None:
             raise
         kind = sdonnx.DeviceError if isinstance(error, MemoryError) else type(error)
         reason = "out of memory" if isinstance(error, MemoryError) else str(error)
         try:
-            save(stream.latents, stream.latents_request)
+            saved = recovery.save(stream.latents, stream.latents_request, model, keep=True)
         except sdonnx.SdonnxError as other:
             raise kind(f"{reason}; could not save latents either: {other}") from None
         vae = "" if pipe.package.vae is None else f" --vae {pipe.package.vae.root}"
-        resume = f"sdonnx decode {recovery_path} -m {pipe.package.root}{vae}"
-        raise kind(f"{reason}; latents saved; resume with: {resume}") from None
-    if stream.plan is not None:
-        print_usage(stream.result)
-    return stream.result
+        raise kind(f"{reason}; latents saved; resume with: sdonnx decode {saved} -m {pipe.package.root}{vae}") from None
+    recovery.finish(stream.result)
+    return stream.result, paths
 
 
 def _show_progress(stream: sdonnx.Stream, preview: Path | None, downscale: int) -> None:

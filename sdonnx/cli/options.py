@@ -12,7 +12,7 @@ from rich.markup import escape
 from sdonnx_runtime.images.preprocess import open_image
 from sdonnx_runtime.request import FIELDS, Request
 
-from sdonnx.cli.parsing import parse_hires, parse_interval, parse_numbers, parse_size, parse_variation
+from sdonnx.cli.parsing import decode_argument, parse_hires, parse_interval, parse_numbers, parse_size, parse_variation
 
 Device: TypeAlias = Annotated[
     Literal["auto", "cpu", "cuda", "directml"],
@@ -112,6 +112,8 @@ def parse_request(options: Mapping[str, Any]) -> dict[str, Any]:
             values |= _PARSERS[parameter](value)
         elif FIELDS[name].many:
             values[name] = parse_numbers(parameter, value)
+        elif FIELDS[name].kind is Image:
+            values[name] = open_image(value)
         else:
-            values[name] = open_image(value) if FIELDS[name].kind is Image else value
+            values[name] = decode_argument(value) if isinstance(value, str) else value
     return values

@@ -1,13 +1,25 @@
 """Parse option values of the command line; build and check output paths."""
 
+import os
 import re
-from itertools import count as count_from
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
-from sdonnx_runtime.outputs.atomic import check_writable
+from sdonnx_runtime.outputs.atomic import check_writable, comparable, is_stream
 from sdonnx_runtime.request import CompleteRequest
 
 import sdonnx
+
+
+def decode_argument(text: str) -> str:
+    """Return the text of an argument that was typed as UTF-8, whatever the locale's encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # Python keeps the bytes that the locale doesn't know as surrogates
+        with suppress(UnicodeError):
+            return os.fsencode(text).decode()
+    return text
 
 
 def parse_size(size: str) -> dict[str, int]:
@@ -162,40 +174,61 @@ def parse_interval(interval: str) -> dict[str, tuple[float, float]]:
 
 
 def output_paths(output: Path | None, request: CompleteRequest) -> list[Path]:
-    """Return a path for each image; paths that do not exist yet if ``output`` is None.
+    """Return a path for each image; if ``output`` is None, in the working directory.
 
     Raises:
-        RequestError: ``output`` does not end in .png.
+        RequestError: ``output`` does not end in .png, and is no pipe or device.
     """
     first = request.seed if request.variation is None else request.variation[0]
     seeds = [first + index for index in range(request.num_images)]
     if output is None:
-        return [next_free_path(Path(f"sdonnx-{seed}.png")) for seed in seeds]
-    if output.suffix.lower() != ".png":
+        return [Path(f"sdonnx-{seed}.png") for seed in seeds]
+    is_file = output.suffix.lower() == ".png"
+    if not is_file and not is_stream(output):
         raise sdonnx.RequestError(f"the image is named {output.name}; give a name that ends in .png")
     if request.num_images == 1:
         return [output]
+    if not is_file:
+        raise sdonnx.RequestError(f"{output} takes one image, and these are {request.num_images}; give a name of files")
     return [output.with_name(f"{output.stem}-{seed}{output.suffix}") for seed in seeds]
 
 
-def check_outputs(images: list[Path], preview: Path | None, latents: Path | None) -> None:
-    """Check that every output can be written, each to its own file.
+def check_outputs(
+    images: list[Path],
+    preview: Path | None = None,
+    latents: Path | None = None,
+    *,
+    inputs: Iterable[Path] = (),
+    overwrite: bool = True,
+) -> None:
+    """Check that every output can be written, each to its own file; ``overwrite`` is about the images.
 
     Raises:
-        RequestError: a name has the wrong suffix, or two names are one file.
+        RequestError: a name has the wrong suffix, two names are one file, or an output is one of ``inputs``.
         SdonnxError: a path is not writable.
     """
     for option, path, suffix in (("--preview", preview, ".png"), ("--save-latents", latents, ".npz")):
         if path is not None and path.suffix.lower() != suffix:
             raise sdonnx.RequestError(f"{option} is {path.name}; give a name that ends in {suffix}")
-    paths = [*images, *(path for path in (preview, latents) if path is not None)]
-    if len({path.resolve() for path in paths}) < len(paths):
+    others = [path for path in (preview, latents) if path is not None]
+    paths = [*images, *others] if overwrite else others
+    if len({comparable(path) for path in (*images, *others)}) < len(images) + len(others):
         raise sdonnx.RequestError("two of -o, --preview and --save-latents are the same file; give each its own")
-    for path in paths:
+    check_not_inputs(paths, inputs)
+    for path in images:
+        check_writable(path, overwrite=overwrite)
+    for path in others:
         check_writable(path)
 
 
-def next_free_path(path: Path) -> Path:
-    """Return the path, or if it exists, the first free one with a number appended."""
-    candidates = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count_from(2))
-    return path if not path.exists() else next(other for other in candidates if not other.exists())
+def check_not_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Check that no output is a file that the command reads, also by another name.
+
+    Raises:
+        RequestError: one is.
+    """
+    existing = [path for path in inputs if path.exists() and not is_stream(path)]
+    for output in outputs:
+        for path in existing:
+            if output.exists() and output.samefile(path):
+                raise sdonnx.RequestError(f"{output} is an input of this command; give the output another name")

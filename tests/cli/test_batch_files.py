@@ -79,6 +79,23 @@ def test_each_line_of_jsonl_is_a_request_and_failures_are_listed_at_the_end(pack
     assert (tmp_path / "out-0003.png").read_bytes() == before
 
 
+def test_no_line_replaces_an_image_that_a_line_reads(package, tmp_path):
+    for name in ("cat-0001.png", "cat-0002.png"):
+        Image.new("RGB", (64, 64), "teal").save(tmp_path / name)
+    before = (tmp_path / "cat-0001.png").read_bytes()
+    lines = [
+        '{"prompt": "a", "image": "cat-0002.png"}',
+        '{"prompt": "a", "image": "./cat-0001.png"}',
+        '{"prompt": "a"}',
+    ]
+    (tmp_path / "r.jsonl").write_text("\n".join(lines))
+    ran = run("--batch-file", "r.jsonl", "-m", package, *FAST, "-o", "cat.png", cwd=tmp_path)
+    assert (ran.returncode, "line 1: cat-0001.png is an input of this command" in ran.stderr) == (1, True), ran.stderr
+    assert "2 of 3 requests failed" in ran.stderr
+    assert {(tmp_path / name).read_bytes() for name in ("cat-0001.png", "cat-0002.png")} == {before}
+    assert (tmp_path / "cat-0003.png").exists()
+
+
 def test_the_package_is_opened_once(package, tmp_path, monkeypatch):
     opened = []
     real = chain.Session

@@ -66,8 +66,9 @@ def test_the_table_can_be_pasted(package):
     [
         (["nowhere"], 1, "no model 'nowhere'"),
         (["pictogram", "--steps", "0"], 2, "num_inference_steps is 0"),
-        (["pictogram", "--repeat", "0"], 2, "repeat is 0; give a whole number of at least 1"),
-        (["pictogram", "--batch", "0"], 2, "batch is 0; give a whole number of at least 1"),
+        (["pictogram", "--repeat", "0"], 2, "repeat is 0; give a whole number from 1 to 10000"),
+        (["pictogram", "--batch", "1000000"], 2, "batch is 1000000; give a whole number from 1 to 10000"),
+        (["pictogram", "--threads", "1024"], 2, "threads is 1024; give a whole number from 1 to "),
         (["pictogram", "--size", "65x64"], 2, "nearest are 64 and 68"),
         (["pictogram", "--device", "cuda"], 1, "sdonnx[cuda]"),
         (["pictogram", "--reference", "nowhere"], 1, "no model 'nowhere'"),

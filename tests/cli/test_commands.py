@@ -136,10 +136,12 @@ def test_without_a_name_images_do_not_overwrite_one_another(package, tmp_path):
         (["export", "CHECKPOINT", "-o", "PACKAGE"], 1, "--force"),
         (["export", "CHECKPOINT", "--precision", "int3"], 2, "fp16"),
         (["sensitivity", "CHECKPOINT", "--precision", "fp16"], 2, "int8"),
-        (["sensitivity", "CHECKPOINT", "--budget", "1"], 2, "give 0 or more, in MB, together with --write"),
-        (["sensitivity", "CHECKPOINT", "--budget", "inf", "--write", "x"], 2, "budget is inf; give 0 or more"),
+        (["sensitivity", "CHECKPOINT", "--budget", "1"], 2, "give 0 to 1000000 MB, together with --write"),
+        (["sensitivity", "CHECKPOINT", "--budget", "inf", "--write", "x"], 2, "budget is inf; give 0 to 1000000"),
         (["sensitivity", "CHECKPOINT", "--write", "no/such/place.toml"], 1, "can't be written"),
         (["info", "nowhere"], 1, "nowhere"),
+        (["info", "a" * 300], 1, "there is no model 'aaa"),
+        (["run", "a cat", "--lora-dir", "a" * 300], 1, "can't be used: File name too long; give another path"),
     ],
 )
 def test_mistakes_get_one_clear_line(arguments, code, message, package, checkpoint, tmp_path, tmp_path_factory):

@@ -149,19 +149,18 @@ UNKNOWN = {
     "unet": [
         ("act_fn", "mish", "silu"),
         ("down_block_types", ["KDownBlock2D", "DownBlock2D"], "CrossAttnDownBlock2D or DownBlock2D"),
-        ("class_embed_type", "timestep", "no such key"),
+        ("class_embed_type", "timestep", "null"),
         ("time_embedding_type", "fourier", "positional"),
         ("attention_head_dim", [4], "a list of 2"),
         ("attention_head_dim", 5, "a divisor of 32 channels"),
         ("only_cross_attention", True, "False"),
         ("mid_block_type", "UNetMidBlock2DSimpleCrossAttn", "UNetMidBlock2DCrossAttn"),
-        ("something_new", 3, "no such key"),
         ("norm_num_groups", 0, "at least 1"),
     ],
     "vae": [
         ("act_fn", "relu", "silu"),
         ("up_block_types", ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"], "UpDecoderBlock2D"),
-        ("latents_mean", [0.0], "no such key"),
+        ("latents_mean", [0.0], "null"),
         ("_class_name", "AutoencoderDC", "'AutoencoderKL' or 'AutoencoderTiny'"),
     ],
     "text_encoder": [
@@ -234,6 +233,22 @@ def test_a_weight_that_is_not_finite_is_named(kind, value, precision, tmp_path):
     operators = Int8Operators if precision == "int8" else Operators
     with pytest.raises(ExportError, match=f"'{WEIGHTS[kind]}' has NaN or infinite values; the file is damaged"):
         saved(build("unet", part, precision, operators), tmp_path)
+
+
+def test_differences_of_biases_and_norms_are_fused(tmp_path):
+    part = part_of(UNet2DConditionModel(**UNET))
+    changed = {name: f"lora_unet_{name.replace('.', '_')}" for name in ("conv_out", "down_blocks.0.resnets.0.norm1")}
+    tensors, wanted = {}, {}
+    for name, key in changed.items():
+        for parameter, suffix in (("weight", "diff" if name == "conv_out" else "w_norm"), ("bias", "diff_b")):
+            before = part.weights[f"{name}.{parameter}"].read()
+            tensors[f"{key}.{suffix}"] = np.random.default_rng(1).normal(size=before.shape).astype(np.float32)
+            wanted[f"{name}.{parameter}"] = before + np.float32(0.5) * tensors[f"{key}.{suffix}"]
+    save_file(tensors, tmp_path / "x.safetensors")
+    plain = Checkpoint(source="x", revision=None, parts={"unet": part}, scheduler={}, tokenizers={}, settings={})
+    fused = fuse_loras(plain, [Lora(path=tmp_path / "x.safetensors", scale=0.5)]).parts["unet"].weights
+    for name, values in wanted.items():
+        np.testing.assert_allclose(fused[name].read(), values, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

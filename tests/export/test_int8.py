@@ -287,6 +287,11 @@ def test_a_package_of_fewer_bits_by_its_command(precision, checkpoint, tmp_path)
     assert ran.returncode == 0, ran.stderr
 
 
+def test_prompts_of_an_editor_that_marks_utf_8(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\n\na dog\n", encoding="utf-8-sig")
+    assert calibration.Calibration.parse(str(tmp_path / "prompts.txt")).prompts == ("a cat", "a dog")
+
+
 def test_a_calibration_goes_on_where_it_was_stopped(checkpoint, tmp_path, monkeypatch, caplog):
     (tmp_path / "prompts.txt").write_text("a cat\n\na dog\n")
     settings = {"precision": "int8", "calibration": str(tmp_path / "prompts.txt"), "defaults": {"size": 64}}

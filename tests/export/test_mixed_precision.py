@@ -55,7 +55,7 @@ def rounded(name, value):
 
 def test_a_package_of_a_mix_runs(checkpoint, tmp_path):
     """In 4 bits a component needs a later opset; the others keep theirs."""
-    text = 'base = "int8"\n[unet]\nconv_in = "int8"\nmid_block = "int4"\n[text_encoder]\n"*" = "fp16"\n'
+    text = '\ufeffbase = "int8"\n[unet]\nconv_in = "int8"\nmid_block = "int4"\n[text_encoder]\n"*" = "fp16"\n'
     mix = MixedPrecision.read(tmp_path / written(tmp_path / "mix.toml", text).removeprefix("mixed:"))
     root = export(str(checkpoint), tmp_path / "mixed", precision=mix, calibration="fast", defaults={"size": 64})
     components = json.loads((root / "sdonnx.json").read_text())["components"]
@@ -77,6 +77,7 @@ def test_a_package_of_a_mix_runs(checkpoint, tmp_path):
     ("text", "message"),
     [
         ("base = ", "not valid TOML"),
+        ("base = " + "[" * 20_000, "not valid TOML"),
         ('[unet]\n"*" = "fp16"', "has no 'base'"),
         ('base = "int3"', "'base' is 'int3'; choose fp32, fp16"),
         ('base = "fp32"\nmid_block = "fp16"', "'mid_block' is not a table"),

@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from sdonnx_export.checkpoint_model import Weight
 from sdonnx_export.checkpoints.ldm.checkpoint import split_checkpoint
+from sdonnx_export.checkpoints.ldm.file_settings import SingleFile
 from support import families
 from support.ldm import ldm_state
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -111,7 +112,8 @@ def test_configs_are_the_published_ones(name, tmp_path):
     unet, texts, scaling_factor = PUBLISHED[name]
     shapes = shapes_of(unet, texts)
     weights = {key: Weight(shape=shape, dtype="F16", read=unreadable) for key, shape in shapes.items()}
-    parts = split_checkpoint(Path(tmp_path / f"{name}.safetensors"), weights).parts
+    file = SingleFile(path=Path(tmp_path / f"{name}.safetensors"), weights=weights)
+    parts = split_checkpoint(file).parts
     levels = len(unet["block_out_channels"])
     found = dict(parts["unet"].config)
     expected = {"layers_per_block": 2, "transformer_layers_per_block": 1, **unet}

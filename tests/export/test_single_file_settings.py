@@ -3,8 +3,10 @@
 import diffusers
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from sdonnx_export.checkpoints.companions import Companions
 from sdonnx_export.checkpoints.open import open_checkpoint, open_vae
+from sdonnx_runtime.errors import ExportError
 from support import families
 from support.ldm import save_ldm
 from support.single_files import EMPTY, without_config
@@ -92,6 +94,197 @@ V, EPSILON = "v_prediction", "epsilon"
 def test_the_prediction_type(family, name, weights, expected, single_files, tmp_path):
     checkpoint = open_checkpoint(without_config(single_files(family), tmp_path / f"{name}.safetensors", weights))
     assert (checkpoint.scheduler["prediction_type"], checkpoint.parts["unet"].config["sample_size"]) == expected
+
+
+def spec(**keys):
+    return {f"modelspec.{key}": value for key, value in keys.items()}
+
+
+KOHYA_V = spec(architecture="stable-diffusion-xl-v1-base", prediction_type="v", resolution="1024x1024")
+COMFYUI_V = spec(architecture="stable-diffusion-xl-v1-base", predict_key="v")
+V_PRED, ZTSNR = {"v_pred": EMPTY}, {"ztsnr": EMPTY}
+TRAINER = "the file's training metadata"
+SPEC, OPTION = "the file's ModelSpec metadata", "the option --prediction-type"
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "weights", "metadata", "expected"),
+    [
+        ("sdxl", "model", {}, KOHYA_V, f"{V}, from {SPEC}"),
+        ("sdxl", "model", {}, COMFYUI_V, f"{V}, from {SPEC}"),
+        ("sdxl", "model", {}, spec(prediction_type="V-Prediction"), f"{V}, from {SPEC}"),
+        ("sd2 base", "model", {}, spec(prediction_type="epsilon"), f"{EPSILON}, from {SPEC}"),
+        (
+            "sd2 base",
+            "model",
+            {},
+            spec(architecture="stable-diffusion-v2-512"),
+            f"{EPSILON}, from the architecture in the file's ModelSpec metadata",
+        ),
+        (
+            "sd2 base",
+            "v2-512",
+            {},
+            spec(architecture="stable-diffusion-v2-768-v", prediction_type="v"),
+            f"{V}, from {SPEC}",
+        ),
+        ("sd2 base", "model", {}, spec(architecture="stable-diffusion-v2"), f"{V}, the default of Stable Diffusion 2"),
+        ("sdxl", "model", {}, {"ss_v_parameterization": "True"}, f"{V}, from the file's training metadata"),
+        ("bk-sdm", "model", {}, {"ss_base_model_version": "sd_v2_v"}, f"{V}, from the file's training metadata"),
+        ("sdxl", "model", V_PRED, {}, f"{V}, from the tensor 'v_pred'"),
+        (
+            "sdxl",
+            "model",
+            V_PRED,
+            spec(prediction_type="epsilon"),
+            f"{V}, from the tensor 'v_pred'; {SPEC} says {EPSILON}",
+        ),
+        ("sdxl", "noob-vpred", {}, spec(prediction_type="epsilon"), f"{EPSILON}, from {SPEC}"),
+        ("sdxl", "noobaiXLNAIXL_vPred10Version", {}, {}, f"{V}, from the file's name"),
+        ("sdxl", "noobaiXLNAIXL_epsilonPred11", {}, {}, f"{EPSILON}, from the file's name"),
+        ("sdxl", "sd_xl_base_1.0", {}, spec(prediction_type=" "), f"{EPSILON}, the default of Stable Diffusion XL"),
+    ],
+)
+def test_where_the_prediction_type_is_said(family, name, weights, metadata, expected, single_files, tmp_path):
+    """In kohya's, ComfyUI's and OneTrainer's files; what was read where is in the package's manifest."""
+    source = without_config(single_files(family), tmp_path / f"{name}.safetensors", weights, metadata)
+    checkpoint = open_checkpoint(source)
+    assert checkpoint.stated["prediction type"] == expected
+    assert checkpoint.scheduler["prediction_type"] == expected.split(",")[0]
+
+
+def test_the_original_config_counts_before_metadata(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_ldm(families.sdxl(), path)
+    save_file(load_file(path), path, spec(prediction_type="v"))
+    said = open_checkpoint(str(path)).stated["prediction type"]
+    assert said == f"{EPSILON}, from the .yaml config next to it; {SPEC} says {V}"
+
+
+@pytest.mark.parametrize(("key", "value"), [("prediction_type", "flow"), ("predict_key", "edm")])
+def test_a_prediction_type_that_is_not_supported(key, value, single_files, tmp_path):
+    source = without_config(single_files("sdxl"), tmp_path / "model.safetensors", {}, spec(**{key: value}))
+    with pytest.raises(ExportError, match=f"predicts '{value}', says {SPEC}; supported: .*; give"):
+        open_checkpoint(source)
+    found = open_checkpoint(source, companions=Companions(prediction_type=V))
+    assert found.stated["prediction type"] == f"{V}, from {OPTION}; {SPEC} says {value}"
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "metadata", "zero_snr", "said"),
+    [
+        ("model", {**V_PRED, **ZTSNR}, {}, True, "zero terminal SNR, from the tensor 'ztsnr'"),
+        ("model", ZTSNR, spec(prediction_type="v"), True, "zero terminal SNR, from the tensor 'ztsnr'"),
+        ("model", ZTSNR, {}, False, "the tensor 'ztsnr' says zero terminal SNR; ignored, since epsilon"),
+        (
+            "model",
+            V_PRED,
+            {"ss_zero_terminal_snr": "True"},
+            True,
+            f"zero terminal SNR, from {TRAINER}",
+        ),
+        ("model", V_PRED, {"ss_zero_terminal_snr": "False"}, False, None),
+        ("fluffy-terminal-snr-vpred", {}, {}, True, "zero terminal SNR, from the file's name"),
+        (
+            "model",
+            {**V_PRED, "alphas_cumprod": "zero"},
+            {},
+            True,
+            "zero terminal SNR, from the tensor 'alphas_cumprod'",
+        ),
+        ("model", {**V_PRED, "alphas_cumprod": "usual"}, {}, False, None),
+    ],
+)
+def test_where_zero_terminal_snr_is_said(name, weights, metadata, zero_snr, said, single_files, tmp_path):
+    """OneTrainer writes the noise schedule itself. As in ComfyUI, it has no effect on epsilon."""
+    zero = weights.get("alphas_cumprod") == "zero"
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    schedule = diffusers.DDIMScheduler(**betas, rescale_betas_zero_snr=zero).alphas_cumprod
+    weights = {key: schedule if key == "alphas_cumprod" else value for key, value in weights.items()}
+    checkpoint = open_checkpoint(
+        without_config(single_files("sdxl"), tmp_path / f"{name}.safetensors", weights, metadata)
+    )
+    config = checkpoint.scheduler
+    assert config.get("rescale_betas_zero_snr", False) == zero_snr
+    assert config["timestep_spacing"] == ("trailing" if zero_snr else "leading")
+    assert (checkpoint.stated.get("noise schedule") or "").startswith(said or "")
+    assert (said is None) == ("noise schedule" not in checkpoint.stated)
+
+
+@pytest.mark.parametrize(
+    ("family", "resolution", "size"),
+    [
+        ("sdxl", "768x768", 96),
+        ("bk-sdm", "768x768", 96),
+        ("sdxl", "832x1216", 128),
+        ("sdxl", "1024", 128),
+        ("sdxl", "8x8", 128),
+        ("sdxl", "32768x32768", 128),
+        ("sd2 base", "512x512", 64),
+    ],
+)
+def test_the_size_of_modelspec(family, resolution, size, single_files, tmp_path):
+    """The side of a square of as many pixels, where that is a sensible size."""
+    metadata = spec(resolution=resolution)
+    checkpoint = open_checkpoint(without_config(single_files(family), tmp_path / "model.safetensors", {}, metadata))
+    assert checkpoint.parts["unet"].config["sample_size"] == size
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "flux-1-dev", "Flux.1-dev", "chroma", "stable-diffusion-3-m", "stable-diffusion-v3-medium", "lumina-2",
+        "hunyuan-image-2.1", "anima-preview", "stable-cascade-v1-stage-a", "wuerstchen-v2-prior", "pixart-sigma",
+        "stable-diffusion-v2-unclip-h", "stable-video-diffusion-img2vid-v1", "sana", "Qwen-Image", "Z-Image",
+    ],
+)  # fmt: skip
+def test_an_architecture_that_is_not_supported_is_refused_by_name(architecture, tmp_path):
+    metadata = spec(architecture=architecture)
+    save_file({"blocks.0.weight": torch.zeros(4, 4)}, tmp_path / "model.safetensors", metadata)
+    with pytest.raises(ExportError, match=f"of the architecture '{architecture.lower()}' .*; .* exported.*; give"):
+        open_checkpoint(str(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture", "said"),
+    [
+        ("sdxl", "stable-diffusion-xl-v1-base", None),
+        ("sdxl", "stable-diffusion-xl-turbo-v1", None),
+        ("refiner", "stable-diffusion-xl-v1-refiner", None),
+        ("bk-sdm", "stable-diffusion-v1/lora", None),
+        ("sd2 base", "stable-diffusion-v2-768-v", None),
+        (
+            "sdxl",
+            "stable-diffusion-v1",
+            "Stable Diffusion XL, from the weights; the file's ModelSpec metadata says s",
+        ),
+        ("sdxl", "Illustrious", "Stable Diffusion XL, from the weights; the file's ModelSpec metadata says i"),
+    ],
+)
+def test_the_weights_tell_the_family(family, architecture, said, single_files, tmp_path):
+    metadata = spec(architecture=architecture)
+    checkpoint = open_checkpoint(without_config(single_files(family), tmp_path / "model.safetensors", {}, metadata))
+    found = checkpoint.stated.get("architecture")
+    assert (found is None) if said is None else found.startswith(said)
+
+
+def test_an_architecture_of_few_steps(single_files, tmp_path):
+    metadata = spec(architecture="stable-diffusion-xl-turbo-v1", resolution="512x512")
+    checkpoint = open_checkpoint(without_config(single_files("sdxl"), tmp_path / "model.safetensors", {}, metadata))
+    assert checkpoint.defaults == {"num_inference_steps": 1, "guidance_scale": 1.0}
+    assert checkpoint.scheduler["timestep_spacing"] == "trailing"
+    assert checkpoint.parts["unet"].config["sample_size"] == 64
+
+
+@pytest.mark.parametrize(
+    ("architecture", "factor"),
+    [("stable-diffusion-xl-v1/vae", 0.13025), ("stable-diffusion-v1/vae", 0.18215), ("", None)],
+)
+def test_the_scaling_factor_of_a_vae_that_says_its_family(architecture, factor, single_files, tmp_path):
+    weights = {name: None for name in load_file(single_files("sdxl")) if not name.startswith("first_stage_model.")}
+    metadata = spec(architecture=architecture)
+    source = without_config(single_files("sdxl"), tmp_path / "vae.safetensors", weights, metadata)
+    assert open_vae(source).config.get("scaling_factor") == factor
 
 
 def test_the_prediction_type_from_the_original_config(tmp_path):

@@ -83,7 +83,6 @@ def test_a_quantized_tiny_vae_is_near(precision, tmp_path):
         ("encoder_block_out_channels", [16, 16], "a list of 4"),
         ("num_decoder_blocks", [2, 2], "a list of 4"),
         ("scaling_factor", "1", "a number"),
-        ("something_new", 3, "no such key"),
     ],
 )
 def test_a_config_value_without_a_graph_is_named(key, value, works):

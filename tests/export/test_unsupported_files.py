@@ -24,6 +24,23 @@ UNSUPPORTED = {
     "DoRA": ("a LoRA", "unet.mid_block.attentions.0.proj_in.dora_scale"),
     "original ControlNet": ("a ControlNet", "control_model.zero_convs.0.0.weight"),
     "ControlNet LoRA": ("a ControlNet", "lora_controlnet"),
+    "union ControlNet": ("a union ControlNet", "controlnet_cond_embedding.conv_in.weight", "task_embedding"),
+    "union ControlNet of ProMax": (
+        "a union ControlNet",
+        "input_hint_block.0.weight",
+        "control_add_embedding.linear_1.bias",
+    ),
+    "ControlNet-LLLite": (
+        "a ControlNet-LLLite",
+        "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.down.0.weight",
+    ),
+    "SparseCtrl": (
+        "a SparseCtrl",
+        "input_hint_block.0.weight",
+        "down_blocks.0.motion_modules.0.temporal_transformer.norm.weight",
+    ),
+    "ControlNet of Flux": ("a ControlNet of Flux", "controlnet_x_embedder.weight", "controlnet_blocks.0.weight"),
+    "style T2I-Adapter": ("a style T2I-Adapter", "style_embedding"),
     "original T2I-Adapter": ("a T2I-Adapter", "body.0.in_conv.weight", "conv_in.weight"),
     "VAE of LDM": ("a VAE alone", "decoder.conv_in.weight", "encoder.down.0.block.0.norm1.weight"),
     "VAE of diffusers": ("a VAE alone", "decoder.conv_in.weight", "decoder.up_blocks.0.resnets.0.norm1.weight"),
@@ -43,7 +60,7 @@ UNSUPPORTED = {
     "SD3 of diffusers": ("Flux or Stable Diffusion 3", "transformer_blocks.0.norm1_context.linear.weight"),
     "Flux": ("Flux or Stable Diffusion 3", "double_blocks.0.img_attn.qkv.weight"),
     "Flux in ComfyUI": ("Flux or Stable Diffusion 3", "model.diffusion_model.double_blocks.0.img_attn.qkv.weight"),
-    "U-Net of diffusers": ("a U-Net alone", "down_blocks.0.resnets.0.conv1.weight"),
+    "U-Net of diffusers": ("a part of a U-Net", "down_blocks.0.resnets.0.conv1.weight"),
     "text encoder": ("a text encoder alone", "text_model.encoder.layers.0.mlp.fc1.weight"),
 }
 

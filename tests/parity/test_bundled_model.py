@@ -120,7 +120,7 @@ def test_export_by_a_recipe_s_name(checkpoint, tmp_path, monkeypatch):
     assert ran.returncode == 0, ran.stderr
     manifest = json.loads((tmp_path / "sd15-onnx" / "sdonnx.json").read_text())
     assert manifest["source"]["name"] == recipes()["sd15"].source
-    assert manifest["defaults"] == {**recipes()["sd15"].defaults, "enlarge": 1}
+    assert manifest["defaults"] == {**recipes()["sd15"].defaults, "enlarge": 1, "height": None}
 
 
 def test_models_lists_everything():

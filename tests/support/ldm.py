@@ -5,7 +5,6 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -277,7 +276,3 @@ def ldm_value(name, value):
     """LDM's VAE has 1x1 convolutions where diffusers has linear layers."""
     kernel = "attentions" in name and ".to_" in name and value.ndim == 2
     return value[:, :, None, None] if kernel else value
-
-
-def as_numpy(state):
-    return {name: np.asarray(value) for name, value in state.items()}

@@ -1,16 +1,25 @@
 """Files of adapters with random weights, in each of the ways that trainers write them."""
 
 import torch
+from lycoris.modules.boft import ButterflyOFTModule
+from lycoris.modules.diag_oft import DiagOFTModule
+from lycoris.modules.full import FullModule
+from lycoris.modules.glora import GLoRAModule
+from lycoris.modules.ia3 import IA3Module
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
+from lycoris.modules.norms import NormModule
 from safetensors.torch import save_file
+from sdonnx_runtime.adapters.lora import Lora
+from sdonnx_runtime.adapters.merging import match_loras
 
 from support.ldm import ldm_unet
 
 RANK = 3
 LINEAR = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "time_emb_proj")
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+NORMS = ("norm", "norm1", "norm2", "norm3", "conv_norm_out")
 KERNELS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
 
 
@@ -93,9 +102,25 @@ def old_diffusers(pipe):
     return state
 
 
+def merged(state, path, *, scale=1.0, **options):
+    """A U-Net's state dict with a file merged into it, and the names of what that changed."""
+    adapters = match_loras("the model", {"unet": state.keys()}, [Lora(path=path, scale=scale)], **options)
+    found = dict(state)
+    for name, deltas in adapters.deltas.get("unet", {}).items():
+        values = state[name].numpy().copy()
+        values = values if name.endswith(".bias") else values.reshape(len(values), -1)
+        for delta, each in deltas:
+            values = delta.apply(values, each)
+        found[name] = torch.from_numpy(values).reshape(state[name].shape)
+    return found, set(adapters.deltas.get("unet", {}))
+
+
 def save(state, path, dtype=torch.float32, metadata=None):
-    """In one file; alphas stay as they are."""
-    save_file({name: value.to(dtype).contiguous() for name, value in state.items()}, path, metadata)
+    """In one file, converted to a dtype unless that is None."""
+    saved = {name: value.to(value.dtype if dtype is None else dtype) for name, value in state.items()}
+    save_file(
+        {name: value.clone(memory_format=torch.contiguous_format) for name, value in saved.items()}, path, metadata
+    )
     return path
 
 
@@ -113,30 +138,49 @@ MODULES = {
     "lokr with kernels": (LokrModule, {"factor": 4, "use_tucker": True}),
     "lokr, full": (LokrModule, {"factor": 4, "full_matrix": True}),
     "lokr, decomposed": (LokrModule, {"factor": 4, "weight_decompose": True}),
+    "lora with rslora": (LoConModule, {"rs_lora": True, "lora_dim": 4}),
+    "lora with a trained scalar": (LoConModule, {"use_scalar": True}),
+    "glora": (GLoRAModule, {}),
+    "full": (FullModule, {}),
+    "oft": (DiagOFTModule, {}),
+    "oft with a constraint": (DiagOFTModule, {"constraint": 2**-7}),
+    "oft, rescaled": (DiagOFTModule, {"rescaled": True}),
+    "boft": (ButterflyOFTModule, {"lora_dim": 8}),
+    "boft, rescaled, with a constraint": (ButterflyOFTModule, {"lora_dim": 8, "rescaled": True, "constraint": 2**-7}),
+    "ia3 of outputs": (IA3Module, {}),
+    "ia3 of inputs": (IA3Module, {"train_on_input": True}),
 }
-"""LyCORIS's kinds."""
+"""LyCORIS's kinds for linear and conv layers."""
 
 
 def lycoris_network(pipe, kind):
     """LyCORIS's modules put into a U-Net, in whose forward passes they are from then on; their tensors."""
     state = {}
-    for seed, (name, layer) in enumerate(layers(pipe.unet, LINEAR + KERNELS).items()):
+    ends = {"norm": NORMS, "full": ("conv_in", "conv_out", "conv1", "to_q", "linear_1")}.get(kind, LINEAR + KERNELS)
+    for seed, (name, layer) in enumerate(layers(pipe.unet, ends).items()):
         module = lycoris(layer, kind, seed).eval()
-        module.apply_to()
+        if kind != "full":
+            module.apply_to()
         tensors = {key: value.clone() for key, value in module.state_dict().items()}
         state |= {f"lora_unet_{name.replace('.', '_')}.{key}": value for key, value in tensors.items()}
     return state
 
 
-def lycoris(layer, kind, seed):
-    """One of LyCORIS's modules of a layer, with random weights."""
-    module, options = MODULES[kind]
+def lycoris(layer, kind, seed, dtype=torch.float32):
+    """One of LyCORIS's modules of a layer, with random weights that are numbers of a dtype."""
+    module, options = (NormModule, {}) if kind == "norm" else MODULES[kind]
     torch.manual_seed(seed)
     made = module("lora_unet_x", layer, **{"lora_dim": RANK, "alpha": 2.0, **options})
+    if kind == "full":
+        made.apply_to()  # its tensors are differences from then on
     with torch.no_grad():
         for name, parameter in made.named_parameters():
-            if "dora_scale" in name:
-                parameter.mul_(1 + 0.2 * torch.rand_like(parameter))
-            elif name != "scalar" and not name.startswith("org"):
-                parameter.copy_(torch.randn_like(parameter) * 0.3)
+            if kind == "full":
+                parameter.add_((0.3 * torch.randn_like(parameter)).to(dtype).float())
+            elif name == "scalar":
+                parameter.fill_(2.0)
+            elif "dora_scale" in name or "rescale" in name:
+                parameter.copy_((parameter * (1 + 0.2 * torch.rand_like(parameter))).to(dtype))
+            elif not name.startswith("org"):
+                parameter.copy_((torch.randn_like(parameter) * 0.3).to(dtype))
     return made

@@ -25,10 +25,10 @@ FAMILIES = {
 """All but SDXS, whose VAE no single file has a place for."""
 
 
-def without_config(path, place, changes=None):
-    """A copy of a file alone, its weights changed; None takes one out."""
+def without_config(path, place, changes=None, metadata=None):
+    """A copy of a file alone, its weights changed (None takes one out), with metadata."""
     weights = {**load_file(path), **(changes or {})}
-    save_file({name: tensor.clone() for name, tensor in weights.items() if tensor is not None}, place)
+    save_file({name: tensor.clone() for name, tensor in weights.items() if tensor is not None}, place, metadata)
     return str(place)
 
 

@@ -1,17 +1,23 @@
-"""Read a diffusers directory: a pipeline, a VAE, a ControlNet or a T2I-Adapter."""
+"""Read a diffusers directory: a pipeline, a U-Net, a VAE, a ControlNet or a T2I-Adapter."""
 
-import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sdonnx_runtime.errors import ExportError
-from sdonnx_runtime.packages.optimum_layout import PIPELINES
+from sdonnx_runtime.files.json_file import load_json
+from sdonnx_runtime.files.kinds import describe_file
+from sdonnx_runtime.packages.families import FAMILIES
+from sdonnx_runtime.packages.optimum_layout import PIPELINES, as_loaded
 
 from sdonnx_export.checkpoint_model import Checkpoint, Part, Weight
+from sdonnx_export.checkpoints.companions import ALONE, MISSING, Companions, missing_vae
 from sdonnx_export.checkpoints.few_steps import few_steps
 from sdonnx_export.checkpoints.files import canonical_key, is_used_key, open_file
+from sdonnx_export.checkpoints.ldm.checkpoint import unet_checkpoint
 from sdonnx_export.models.components import VAES
+from sdonnx_export.models.config_reader import whole_numbers
 
 PARTS = {
     "text_encoder": ("model", "pytorch_model"),
@@ -21,41 +27,68 @@ PARTS = {
 }
 """Each part's directory, and the stems of its safetensors and pickled files."""
 
-CONTROLS = {"ControlNetModel": "controlnet", "T2IAdapter": "adapter"}
-"""diffusers' class of a control, and the name of its part."""
+_ALONE = {"UNet2DConditionModel": "unet", "ControlNetModel": "controlnet", "T2IAdapter": "adapter"}
+"""diffusers' class of a component that may have a directory of its own, and the name of its part."""
 
 _DOWNLOAD_AGAIN = "download the checkpoint again"
 
 
-def read_directory(root: Path, name: str, revision: str | None) -> Checkpoint:
-    """Open a pipeline, or a ControlNet or T2I-Adapter, as the checkpoint ``name``.
+def read_directory(root: Path, name: str, revision: str | None, companions: Companions = ALONE) -> Checkpoint:
+    """Open a pipeline, or a U-Net, a ControlNet or a T2I-Adapter alone; missing components are `MISSING`.
 
     Raises:
         ExportError: it is damaged, or can't be exported.
     """
-    if _class_name(root) in VAES:
+    class_name = _class_name(root)
+    if class_name in VAES:
         raise vae_alone_error(name)
-    control = control_in(root)
-    if control:
-        parts = {part: read_part(directory, part) for part, directory in control.items()}
-        return single_part_checkpoint(name, revision, parts)
-    index = read_model_index(root, name)
-    parts = [part for part in PARTS if part in ("unet", "vae") or _is_component(index.get(part))]
-    tokenizers = {part.replace("text_encoder", "tokenizer"): part for part in parts if part.startswith("text_encoder")}
-    if not tokenizers:
-        raise ExportError(f"{name} has no text encoder; {_DOWNLOAD_AGAIN}")
+    alone = {part: read_part(directory, part) for part, directory in alone_in(root).items()}
+    if "unet" in alone:
+        return replace(unet_checkpoint(name, alone["unet"], companions), revision=revision)
+    if alone:
+        return single_part_checkpoint(name, revision, alone)
+    if class_name is not None and not (root / "model_index.json").is_file():
+        raise ExportError(f"{name} holds a {class_name}; supported: {', '.join((*_ALONE, *VAES))}, and whole pipelines")
+    return _read_pipeline(root, name, revision, companions)
+
+
+def _read_pipeline(root: Path, name: str, revision: str | None, companions: Companions) -> Checkpoint:
+    index, base = read_model_index(root, name), companions.base
+    texts = [part for part in PARTS if part not in ("unet", "vae") and _is_component(index.get(part))]
+    if not texts:
+        texts = ["text_encoder"] if base is None else [part for part in base.parts if part.startswith("text_encoder")]
+    parts = {part: _read_part_if_present(root, part) for part in PARTS if part in (*texts, "unet")}
+    parts["vae"] = _read_own_vae(root, index, companions)
+    tokenizers = {part.replace("text_encoder", "tokenizer"): part for part in texts if parts[part].weights}
     for tokenizer in tokenizers:
-        if not (root / tokenizer).is_dir():
+        if base is None and not (root / tokenizer).is_dir():
             raise ExportError(f"{root / tokenizer} is missing; {_DOWNLOAD_AGAIN}")
+    config = root / "scheduler" / "scheduler_config.json"
+    lent = None if base is None or config.is_file() else base.scheduler
     return Checkpoint(
         source=name,
         revision=revision,
-        parts={part: read_part(root / part, part) for part in parts},
-        scheduler=_read_json(root / "scheduler" / "scheduler_config.json"),
-        tokenizers={tokenizer: root / tokenizer for tokenizer in tokenizers},
+        parts={part: parts[part] for part in PARTS if part in parts},
+        scheduler=as_loaded(_read_json(config), index) if lent is None else lent,
+        tokenizers={each: root / each for each in tokenizers if (root / each).is_dir()},
         settings={key: value for key, value in index.items() if not isinstance(value, list)},
         defaults=few_steps(name),
     )
+
+
+def _read_part_if_present(root: Path, part: str) -> Part:
+    return read_part(root / part, part) if (root / part).is_dir() else MISSING
+
+
+def _read_own_vae(root: Path, index: Mapping[str, Any], companions: Companions) -> Part:
+    """Read a pipeline's VAE; only its config if it is replaced, that of its family if it is missing."""
+    if companions.vae is None and (root / "vae").is_dir():
+        return read_part(root / "vae", "vae")
+    config = root / "vae" / "config.json"
+    if config.is_file():
+        return replace(MISSING, config=_read_json(config))
+    family = FAMILIES["sdxl" if str(index["_class_name"]).startswith("StableDiffusionXL") else "sd1"]
+    return missing_vae(family.scaling_factor)
 
 
 def single_part_checkpoint(name: str, revision: str | None, parts: Mapping[str, Part]) -> Checkpoint:
@@ -85,10 +118,10 @@ def read_model_index(
     return index
 
 
-def control_in(root: Path) -> dict[str, Path]:
-    """Return the directory of a ControlNet or a T2I-Adapter by the part's name; empty if ``root`` is neither."""
+def alone_in(root: Path) -> dict[str, Path]:
+    """Return the directory of a U-Net, ControlNet or T2I-Adapter by the part's name; empty if it isn't one of these."""
     name = _class_name(root)
-    return {CONTROLS[name]: root} if name in CONTROLS else {}
+    return {_ALONE[name]: root} if name in _ALONE else {}
 
 
 def part_directories(root: Path) -> dict[str, Path]:
@@ -113,7 +146,7 @@ def read_part(directory: Path, part: str) -> Part:
     Raises:
         ExportError: a file is missing or damaged.
     """
-    config = _read_json(directory / "config.json")
+    config = canonical_config(_read_json(directory / "config.json"))
     weights: dict[str, Weight] = {}
     for path in weight_files(directory, part):
         weights.update(open_file(path))
@@ -123,19 +156,37 @@ def read_part(directory: Path, part: str) -> Part:
     )
 
 
+def canonical_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config in the form that diffusers writes today, as the package will have it."""
+    nested = config.get("text_config")  # of a whole CLIP model
+    canonical: dict[str, Any] = whole_numbers(nested if isinstance(nested, dict) else config)
+    widths = canonical.get("cross_attention_dim")
+    if isinstance(widths, list) and widths and all(width == widths[0] for width in widths):
+        canonical["cross_attention_dim"] = widths[0]
+    return canonical
+
+
 def weight_files(directory: Path, part: str) -> list[Path]:
-    """Return the files with a part's weights: unsuffixed before variants such as fp16, safetensors before pickles.
+    """Return the files with a part's weights, of which diffusers reads the first: what has no suffix before variants.
+
+    Safetensors go before pickles; diffusers' shards go before one file, transformers' after it. Of variants, fp16 is
+    the first.
 
     Raises:
         ExportError: there are none, or an index names one that is missing.
     """
     safe, pickled = PARTS.get(part, PARTS["unet"])
-    unsuffixed = [directory / f"{safe}.safetensors", directory / f"{safe}.safetensors.index.json"]
-    patterns = (f"{safe}.fp16.safetensors", f"{safe}.safetensors.index.*.json", f"{safe}.*.safetensors")
+    stems = (f"{safe}{{}}.safetensors", f"{pickled}{{}}.bin")
+    order = 1 if part.startswith("text_encoder") else -1
+    patterns = [
+        pattern
+        for variant in ("", ".fp16", ".*")
+        for stem in stems
+        for pattern in (stem.format(variant), f"{stem.format('')}.index{variant}.json")[::order]
+    ]
     matches = (path for pattern in patterns for path in sorted(directory.glob(pattern)))
-    variants = [path for path in matches if "-of-" not in path.name]
-    for path in [*unsuffixed, *variants, directory / f"{pickled}.bin"]:
-        if path.is_file():
+    for path in matches:
+        if "-of-" not in path.name and path.is_file():
             return _shards(path) if path.suffix == ".json" else [path]
     raise ExportError(f"{directory} has no weights ({safe}.safetensors or a variant of it); download them again")
 
@@ -156,11 +207,12 @@ def _shards(index: Path) -> list[Path]:
 
 def _read_json(path: Path, remedy: str = _DOWNLOAD_AGAIN) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = load_json(path)
     except FileNotFoundError:
         raise ExportError(f"{path} is missing; {remedy}") from None
-    except (OSError, RecursionError, ValueError):
-        raise ExportError(f"{path} is not readable JSON; {remedy}") from None
+    except (OSError, ValueError):
+        what = describe_file(path, is_text=True) or f"is not readable JSON; {remedy}"
+        raise ExportError(f"{path} {what}") from None
     if not isinstance(data, dict):
         raise ExportError(f"{path} is not a JSON object; {remedy}")
     return data

@@ -1,56 +1,58 @@
 """Open a file's tensors as lazy weights, and know which of its keys count and under which names."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from sdonnx_runtime.arrays import AnyArray
-from sdonnx_runtime.errors import ExportError
+from sdonnx_runtime.errors import ExportError, RequestError
+from sdonnx_runtime.files.tensor_file import TensorFile
+from sdonnx_runtime.files.tensors import open_tensors
 
 from sdonnx_export.checkpoint_model import Weight
-from sdonnx_export.torch_bridge import load_pickled
+from sdonnx_export.checkpoints.scaled_weights import apply_scales
 
 
 def open_file(path: Path) -> dict[str, Weight]:
-    """Open all tensors of a ``.safetensors`` or, through torch, a pickled file.
+    """Open all tensors of a ``.safetensors`` file, or of torch's ``.ckpt``, ``.pt`` or ``.bin``.
 
-    The file is opened again for each tensor: a memory map that stays open keeps gigabytes resident.
+    Each is read from the file on demand. ``global_step`` of a checkpoint of PyTorch Lightning is a weight, too.
 
     Raises:
-        ExportError: the file is damaged or of another kind.
+        ExportError: the file is damaged, hostile or of another kind.
     """
-    if path.suffix != ".safetensors":
-        return _open_pickled(path)
-    try:
-        with safe_open(path, "np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 — not a dict
-            headers = {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise ExportError(f"{path} is damaged or not a safetensors file ({error}); download it again") from None
-
-    def reader(name: str) -> Callable[[], AnyArray]:
-        def read() -> AnyArray:
-            with safe_open(path, "np") as file:
-                return _widen_bfloat16(file.get_tensor(name))
-
-        return read
-
-    return {name: Weight(shape=shape, dtype=dtype, read=reader(name)) for name, (shape, dtype) in headers.items()}
-
-
-def _open_pickled(path: Path) -> dict[str, Weight]:
-    if path.suffix not in (".ckpt", ".bin", ".pt", ".pth"):
-        raise ExportError(f"{path} is not a checkpoint: expected a directory, a .safetensors or a .ckpt file")
-    return {
-        name: Weight(shape=shape, dtype=dtype, read=read) for name, (shape, dtype, read) in load_pickled(path).items()
+    file = _open(path)
+    weights = {
+        name: Weight(shape=shape, dtype=file.dtypes[name], read=_reader(file, name))
+        for name, shape in file.shapes.items()
     }
+    step = file.metadata.get("global_step", "")
+    if step.isdecimal() and "global_step" not in weights:
+        weights["global_step"] = Weight(shape=(), dtype="I64", read=lambda: np.array(int(step)))
+    return apply_scales(path, weights)
 
 
-def _widen_bfloat16(data: AnyArray) -> AnyArray:
-    """Convert what numpy has no type for, bfloat16, to float32, which has all its values."""
-    return data if data.dtype.kind in "iub" or data.dtype in (np.float16, np.float32) else data.astype(np.float32)
+def read_metadata(path: Path) -> Mapping[str, str]:
+    """Read the ``__metadata__`` of a file that `open_file` opens, or what a pickled one has beside its tensors."""
+    return _open(path).metadata
+
+
+def _open(path: Path) -> TensorFile:
+    try:
+        return open_tensors(path)
+    except RequestError as error:
+        raise ExportError(str(error)) from None
+
+
+def _reader(file: TensorFile, name: str) -> Callable[[], AnyArray]:
+    def read() -> AnyArray:
+        try:
+            return file.load(name)
+        except RequestError as error:
+            raise ExportError(str(error)) from None
+
+    return read
 
 
 def is_used_key(name: str, part: str) -> bool:
@@ -63,7 +65,7 @@ def is_used_key(name: str, part: str) -> bool:
     return not name.endswith("position_ids") and not name.startswith(unused)
 
 
-_UNUSED_CLIP = ("logit_scale", "vision_model.", "visual_projection.")
+_UNUSED_CLIP = ("logit_scale", "logit_bias", "vision_model.", "visual_projection.", "visual.")
 
 
 def canonical_key(name: str) -> str:
@@ -78,6 +80,7 @@ _RENAMED = {
     r"(mid_block\.attentions\.\d+)\.key\.": r"\1.to_k.",
     r"(mid_block\.attentions\.\d+)\.value\.": r"\1.to_v.",
     r"(mid_block\.attentions\.\d+)\.proj_attn\.": r"\1.to_out.0.",
+    r"^clip\.text_model\.": "text_model.",
     r"^(embeddings\.|encoder\.layers\.\d+\.(?:self_attn|mlp|layer_norm)|final_layer_norm\.)": r"text_model.\1",
 }
 """Pattern of an old key, and its replacement."""

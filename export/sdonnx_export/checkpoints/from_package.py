@@ -44,6 +44,7 @@ def open_package(root: Path) -> Checkpoint:
         tokenizers={encoder.tokenizer: root / encoder.tokenizer for encoder in manifest.text_encoders},
         settings={key: value for key, value in index.items() if not isinstance(value, list)},
         defaults=asdict(manifest.defaults),
+        stated=manifest.source.stated,
     )
 
 

@@ -8,8 +8,9 @@ from sdonnx_runtime.errors import ExportError
 from sdonnx_runtime.packages.manifest import MANIFEST
 
 from sdonnx_export.checkpoint_model import Checkpoint, Part, Report
+from sdonnx_export.checkpoints.companions import ALONE, BASE_MODEL, MISSING, Companions, complete
 from sdonnx_export.checkpoints.diffusers_directory import (
-    control_in,
+    alone_in,
     part_directories,
     read_directory,
     read_model_index,
@@ -18,10 +19,13 @@ from sdonnx_export.checkpoints.diffusers_directory import (
     vae_alone_error,
     weight_files,
 )
-from sdonnx_export.checkpoints.files import open_file
+from sdonnx_export.checkpoints.files import open_file, read_metadata
 from sdonnx_export.checkpoints.from_package import open_package
 from sdonnx_export.checkpoints.ldm.checkpoint import split_checkpoint, split_vae
 from sdonnx_export.checkpoints.ldm.control import read_control
+from sdonnx_export.checkpoints.ldm.file_settings import SingleFile, read_original_config
+from sdonnx_export.checkpoints.ldm.keys import original_prefixes
+from sdonnx_export.checkpoints.ldm.relative_control import stored_relative
 from sdonnx_export.hub import download
 
 _SMALL_FILES = ("model_index.json", "config.json", "*/config.json", "scheduler/*.json", "tokenizer/*", "tokenizer_2/*")
@@ -35,34 +39,60 @@ _WEIGHT_FILES = (
     ),
     ("*/*.fp16.safetensors", "diffusion_pytorch_model.fp16.safetensors", "*.safetensors.index.fp16.json"),
     ("*/*.safetensors",),
-    ("*/pytorch_model.bin", "*/diffusion_pytorch_model.bin", "diffusion_pytorch_model.bin"),
+    (
+        "*/pytorch_model.bin",
+        "*/diffusion_pytorch_model.bin",
+        "diffusion_pytorch_model.bin",
+        "*.bin.index.json",
+        "*-of-*.bin",
+    ),
+    ("*/*.bin",),
 )
 """Patterns in order of preference; a VAE's own repository has no directories."""
 
 
-def open_checkpoint(source: str, *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(source: str, *, revision: str | None = None, companions: Companions = ALONE) -> Checkpoint:
     """Open a diffusers directory, a Hub id, a single file in the original LDM layout, or a package of fp32 or fp16.
 
-    It is a whole checkpoint, or a ControlNet or T2I-Adapter.
+    It is a whole checkpoint with the companions, or a ControlNet or T2I-Adapter.
 
     Raises:
-        ExportError: it does not exist, is damaged, or is not of a family that can be exported.
+        ExportError: it does not exist, is damaged, is not of a family that can be exported, or lacks a component.
         PackageError: the package is damaged.
     """
+    return complete(_open(source, revision, companions), companions, source)
+
+
+def _open(source: str, revision: str | None, companions: Companions) -> Checkpoint:
+    """Open a checkpoint; components that it lacks are `MISSING`."""
     path = Path(source)
     if path.is_file():
-        weights = open_file(path)
-        control = read_control(path, weights)
-        return single_part_checkpoint(path.name, None, control) if control else split_checkpoint(path, weights)
+        return _open_single_file(path, companions)
     if (path / MANIFEST).is_file():
         checkpoint = open_package(path)
         if "vae" in checkpoint.parts and "unet" not in checkpoint.parts:
             raise vae_alone_error(source)
         return checkpoint
     if path.is_dir():
-        return read_directory(path, path.resolve().name, None)
-    root = _download_checkpoint(source, revision, lambda root: part_directories(root) or control_in(root))
-    return read_directory(root, source, revision)
+        return read_directory(path, path.resolve().name, None, companions)
+    root = _download_checkpoint(source, revision, lambda root: part_directories(root) or alone_in(root))
+    return read_directory(root, source, revision, companions)
+
+
+def _open_single_file(path: Path, companions: Companions) -> Checkpoint:
+    file = _read_single_file(path)
+    control = read_control(path, file.weights, companions.base)
+    if not control:
+        return split_checkpoint(file, companions)
+    checkpoint = single_part_checkpoint(path.name, None, control)
+    if companions.base is None or stored_relative(file.weights) is None:
+        return checkpoint
+    return replace(checkpoint, stated={BASE_MODEL: companions.base.source})
+
+
+def _read_single_file(path: Path) -> SingleFile:
+    weights, metadata = original_prefixes(open_file(path)), read_metadata(path)
+    return SingleFile(path=path, weights=weights, metadata=metadata, original=read_original_config(path))
 
 
 def _download_checkpoint(source: str, revision: str | None, parts: Callable[[Path], Mapping[str, Path]]) -> Path:
@@ -92,7 +122,7 @@ def open_vae(source: str, *, revision: str | None = None) -> Part:
     """
     path = Path(source)
     if path.is_file():
-        return split_vae(path, open_file(path))
+        return split_vae(_read_single_file(path))
     if (path / MANIFEST).is_file():
         parts = open_package(path).parts
         if "vae" not in parts:
@@ -128,25 +158,32 @@ def check_pipeline(source: str, revision: str | None) -> None:
     read_model_index(root, source, expected="a diffusers directory or a Hub id")
 
 
-def open_source(source: str | None, vae: str | None, revision: str | None, report: Report) -> Checkpoint:
-    """Open a checkpoint with its own VAE or another, or a VAE alone; arguments and errors are those of `export`."""
+def open_source(
+    source: str | None,
+    vae: str | None,
+    revision: str | None,
+    report: Report,
+    *,
+    base: str | None = None,
+    prediction_type: str | None = None,
+) -> Checkpoint:
+    """Open a checkpoint with its companions, or a VAE alone; arguments and errors are those of `export`."""
     report("reading the checkpoint", 0.0)
     if source is None:
-        if vae is None:
-            raise ExportError("there is nothing to export; give a checkpoint or a VAE")
+        if vae is None or base is not None or prediction_type is not None:
+            raise ExportError("there is nothing to export; give SRC, or --vae SRC alone for a package of a VAE")
         return open_vae_alone(vae, revision=revision)
-    checkpoint = open_checkpoint(source, revision=revision)
-    if vae is None:
-        return checkpoint
-    if "vae" not in checkpoint.parts:
-        raise ExportError(f"{source} is a ControlNet or a T2I-Adapter, which has no VAE; leave out --vae")
-    other = _with_scaling_factor(open_vae(vae), checkpoint.parts["vae"])
-    return replace(checkpoint, parts={**checkpoint.parts, "vae": other})
+    companions = Companions(
+        vae=None if vae is None else open_vae(vae),
+        base=None if base is None else _open_base(base),
+        prediction_type=prediction_type,
+    )
+    return open_checkpoint(source, revision=revision, companions=companions)
 
 
-def _with_scaling_factor(vae: Part, own: Part) -> Part:
-    """Give a VAE that has no scaling factor that of the checkpoint's own, which the U-Net was trained with."""
-    factor = own.config.get("scaling_factor")
-    if factor is None or own.config.get("_class_name") != vae.config.get("_class_name"):
-        return vae
-    return replace(vae, config={"scaling_factor": factor, **vae.config})
+def _open_base(source: str) -> Checkpoint:
+    """Open the checkpoint that lends what a source lacks; it may lack something itself."""
+    base = _open(source, None, ALONE)
+    if not base.parts.get("unet", MISSING).weights:
+        raise ExportError(f"{source} has no U-Net; give a checkpoint of Stable Diffusion with --base")
+    return base

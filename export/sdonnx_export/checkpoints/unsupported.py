@@ -1,15 +1,28 @@
 """Recognize files that are not whole checkpoints by their weights' names, for the error that says what they are."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 EXPORTABLE = (
     "what can be exported is a whole checkpoint of Stable Diffusion 1, 2 or XL, or a ControlNet or T2I-Adapter for one"
 )
 
+_CONTROL_SIGNS = {
+    r"(task_embedding$|control_add_embedding\.|spatial_ch_projs\.|transformer_layes\.)": (
+        "a union ControlNet; give a ControlNet of one kind"
+    ),
+    r".*lllite": "a ControlNet-LLLite; give a whole ControlNet",
+    r"(controlnet_blocks\.|controlnet_x_embedder\.|controlnet_mode_embedder\.|pos_embed_input\.)": (
+        "a ControlNet of Flux or Stable Diffusion 3; give one of Stable Diffusion 1, 2 or XL"
+    ),
+    r"style_embedding$": "a style T2I-Adapter; give one of another kind",
+    r"brushnet_": "a BrushNet; give an inpainting checkpoint, or a ControlNet",
+}
+"""As `_SIGNS`, of controls that can't be exported though they may look like others that can."""
+
 _SIGNS = {
-    r"(control_model\.|input_hint_block\.|controlnet_|lora_controlnet$|lllite_|.*\bzero_convs\.)": (
+    r"(control_model\.|input_hint_block\.|controlnet_|lora_controlnet$|difference$|.*\bzero_convs\.)": (
         "a ControlNet of an unsupported kind, or a part of one; give a whole one, or the checkpoint that it controls"
     ),
     r"(lora_|lycoris_|.*\.lora[_.]|.*_lora\.|.*\.(hada_[wt]|lokr_[wt]|oft_|dora_scale|alpha$))": (
@@ -39,19 +52,33 @@ _PARTS = {
         "a VAE alone; give it with --vae, and a whole checkpoint as the source"
     ),
     r"(unet\.)?(down_blocks|mid_block|up_blocks)\.": (
-        "a U-Net alone, in diffusers' names; put it into the unet directory of a diffusers checkpoint, and give that"
+        "a part of a U-Net; give a whole U-Net, and with --base the checkpoint that it was made from"
     ),
     r".*(text_model\.encoder|transformer\.resblocks)\.": "a text encoder alone; give the whole checkpoint",
 }
 """Signs of a single component, for files without a U-Net in the original layout."""
 
-_UNET = "model.diffusion_model.input_blocks."
+_SPARSE = {r".*\bmotion_modules\.": "a SparseCtrl of AnimateDiff; give a ControlNet for single images"}
+
+_UNET = ("model.diffusion_model.input_blocks.", "model.diffusion_model.time_embedding.")
+"""Prefixes of a U-Net's keys in the original and diffusers' spelling."""
 
 
 def unsupported_files(path: Path, names: Iterable[str]) -> str | None:
     """Return the message that says what a file is and what to do; None if it may be a whole checkpoint."""
     names = list(names)
-    signs: Mapping[str, str] = _SIGNS if any(name.startswith(_UNET) for name in names) else {**_SIGNS, **_PARTS}
+    is_unet = any(name.startswith(_UNET) for name in names)
+    return _message(path, names, _SIGNS if is_unet else {**_SIGNS, **_PARTS})
+
+
+def unsupported_control(path: Path, names: Iterable[str]) -> str | None:
+    """Return the message for a ControlNet or T2I-Adapter of an unsupported kind; None if it may be supported."""
+    names = list(names)
+    is_sparse = any(name.startswith("controlnet_") or "input_hint_block." in name for name in names)
+    return _message(path, names, _CONTROL_SIGNS | (_SPARSE if is_sparse else {}))
+
+
+def _message(path: Path, names: Sequence[str], signs: Mapping[str, str]) -> str | None:
     for sign, kind in signs.items():
         pattern = re.compile(sign)
         if any(pattern.match(name) for name in names):

@@ -36,8 +36,11 @@ class ClipTextConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], *, projected: bool = False) -> "ClipTextConfig":
         """Parse a transformers config.json, ``projected`` if the encoder has a projection; raises ExportError."""
+        nested = config.get("text_config")  # of a whole CLIP model
+        config = nested if isinstance(nested, Mapping) else config
         read = ConfigReader("text_encoder_2" if projected else "text_encoder", config)
-        read.require_value("model_type", "clip_text_model")
+        read.require_value("model_type", "clip_text_model", "clip")
+        read.require_value("use_attention_mask", False)
         # No finish(): transformers writes its general settings here too, which don't change the graph.
         parsed = cls(
             vocab_size=read.integer("vocab_size", 49408),

@@ -49,6 +49,8 @@ class ControlNetConfig:
             "down_block_types": list(down),
             "up_block_types": [str(name).replace("Down", "Up") for name in down[::-1]],
         }
+        heads = unet.pop("num_attention_heads", None)
+        unet["attention_head_dim"] = unet.get("attention_head_dim") if heads is None else heads
         return cls(
             unet=UNetConfig.from_dict(unet),
             conditioning_channels=read.integer("conditioning_channels", 3),

@@ -11,6 +11,9 @@ from sdonnx_export.models.config_reader import ConfigReader
 from sdonnx_export.models.layers import Conv2d
 from sdonnx_export.operators.base import Operators
 
+_NUM_BLOCKS = {"encoder": (1, 3, 3, 3), "decoder": (3, 3, 3, 1)}
+"""TAESD's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TinyVaeConfig:
@@ -37,18 +40,18 @@ class TinyVaeConfig:
             read.number(key, 0)
         # block_out_channels repeat the decoder's; neither half uses the latents' magnitude and shift.
         read.ignore("block_out_channels", "force_upcast", "latent_magnitude", "latent_shift")
-        widths, counts = read.integers("decoder_block_out_channels"), {}
+        widths, counts = read.integers("decoder_block_out_channels", default=(64,) * 4), {}
         levels = len(widths)
         for half in ("encoder", "decoder"):
             key = f"{half}_block_out_channels"
-            if len(set(read.integers(key, levels))) > 1:
+            if len(set(read.integers(key, levels, 64))) > 1:
                 raise read.invalid(key, config[key], "the same number for every resolution")
-            counts[half] = read.integers(f"num_{half}_blocks", levels)
+            counts[half] = read.integers(f"num_{half}_blocks", levels, _NUM_BLOCKS[half])
         parsed = cls(
             in_channels=read.integer("in_channels", 3),
             out_channels=read.integer("out_channels", 3),
             latent_channels=read.integer("latent_channels", 4),
-            encoder_width=read.integers("encoder_block_out_channels", levels)[0],
+            encoder_width=read.integers("encoder_block_out_channels", levels, 64)[0],
             decoder_width=widths[0],
             encoder_blocks=counts["encoder"],
             decoder_blocks=counts["decoder"],

@@ -23,7 +23,7 @@ class UNetDown(Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__("")
         channels, added = config.block_out_channels, config.projection_class_embeddings_input_dim
-        temb = 4 * channels[0]
+        temb = config.time_embedding_dim
         self.conv_in = Conv2d(config.in_channels, channels[0])
         self.time_embedding = TimestepEmbedding(channels[0], temb, config.time_cond_proj_dim)
         self.add_embedding = TimestepEmbedding(added, temb) if added is not None else None
@@ -265,5 +265,5 @@ class MidBlock(_UNetBlock):
 
 
 def _resnet(config: UNetConfig, in_channels: int, out_channels: int) -> ResnetBlock:
-    temb = 4 * config.block_out_channels[0]
+    temb = config.time_embedding_dim
     return ResnetBlock(in_channels, out_channels, groups=config.norm_num_groups, eps=config.norm_eps, temb=temb)

@@ -6,26 +6,39 @@ from typing import Any
 
 from sdonnx_export.models.config_reader import ConfigReader
 
-_SUPPORTED = {
-    "_class_name": "UNet2DConditionModel",
-    "act_fn": "silu",
-    "attention_type": "default",
-    "center_input_sample": False,
-    "class_embeddings_concat": False,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "dual_cross_attention": False,
-    "mid_block_scale_factor": 1,
-    "only_cross_attention": False,
-    "resnet_out_scale_factor": 1.0,
-    "resnet_skip_time_act": False,
-    "resnet_time_scale_shift": "default",
-    "time_embedding_type": "positional",
+_DOWN = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+_UP = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+"""diffusers' defaults."""
+
+_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "_class_name": ("UNet2DConditionModel",),
+    "act_fn": ("silu", "swish"),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "class_embeddings_concat": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "mid_block_only_cross_attention": (None, False),
+    "mid_block_scale_factor": (1,),
+    "num_attention_heads": (None,),
+    "num_class_embeds": (None,),
+    "resnet_out_scale_factor": (1,),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
 }
-"""Keys that change the graph, with the one value that has a written graph."""
+"""Keys that change the graph, with the values that have a written graph."""
 
 _IGNORED = ("addition_embed_type_num_heads", "dropout", "sample_size", "upcast_attention")
-"""Keys that don't change it; all arithmetic is float32, as upcast_attention demands."""
+"""Keys that don't change it: of "text" embeddings and of training; the default size; the precision, as all arithmetic
+is float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +68,8 @@ class UNetConfig:
     norm_eps: float
     use_linear_projection: bool
     downsample_padding: int
+    time_embedding_dim: int
+    """Width of the embedded timestep."""
     flip_sin_to_cos: bool
     """Whether the timestep embedding has cosines before sines."""
     freq_shift: float
@@ -110,14 +125,16 @@ class UNetConfig:
         """Parse a diffusers UNet2DConditionModel config.json; raises ExportError."""
         read = ConfigReader("unet", config)
         for key, supported in _SUPPORTED.items():
-            read.require_value(key, supported)
+            read.require_value(key, *supported)
         read.ignore(*_IGNORED)
         channels = read.integers("block_out_channels", default=(320, 640, 1280, 1280))
         levels = len(channels)
         layers = read.integers("layers_per_block", levels, 2)
-        down = read.enum_list("down_block_types", ("CrossAttnDownBlock2D", "DownBlock2D"), levels)
-        up = read.enum_list("up_block_types", ("CrossAttnUpBlock2D", "UpBlock2D"), levels)
+        down = read.enum_list("down_block_types", ("CrossAttnDownBlock2D", "DownBlock2D"), levels, _DOWN)
+        up = read.enum_list("up_block_types", ("CrossAttnUpBlock2D", "UpBlock2D"), levels, _UP)
         has_time_ids = read.one_of("addition_embed_type", ("text_time", None), None) is not None
+        if not has_time_ids:  # nor does diffusers read them then
+            read.ignore("addition_time_embed_dim", "projection_class_embeddings_input_dim")
         has_guidance = config.get("time_cond_proj_dim") is not None
         parsed = cls(
             in_channels=read.integer("in_channels", 4),
@@ -128,12 +145,13 @@ class UNetConfig:
             mid_block_type=_mid_block_type(read, config),
             layers_per_block=layers,
             num_attention_heads=read.integers("attention_head_dim", levels, 8),  # head counts, whatever the name says
-            **_transformer_layers(read, layers),
-            cross_attention_dim=read.integer("cross_attention_dim", 1280),
-            norm_num_groups=read.integer("norm_num_groups", 32),
+            **_transformer_layers(read, layers, down, up, _mid_block_type(read, config)),
+            cross_attention_dim=_cross_attention_dim(read, levels),
+            norm_num_groups=_norm_num_groups(read, config),
             norm_eps=read.number("norm_eps", 1e-5),
             use_linear_projection=read.boolean("use_linear_projection", False),
             downsample_padding=read.one_of("downsample_padding", (0, 1), 1),
+            time_embedding_dim=read.integer("time_embedding_dim", 4 * channels[0]),
             flip_sin_to_cos=read.boolean("flip_sin_to_cos", True),
             freq_shift=read.number("freq_shift", 0),
             projection_class_embeddings_input_dim=(
@@ -142,6 +160,9 @@ class UNetConfig:
             addition_time_embed_dim=read.integer("addition_time_embed_dim") if has_time_ids else 0,
             time_cond_proj_dim=read.integer("time_cond_proj_dim") if has_guidance else None,
         )
+        only_cross = read.value("only_cross_attention", False)
+        if only_cross is not False and only_cross != [False] * levels:
+            raise read.invalid("only_cross_attention", only_cross, "False, for every level")
         parsed._check(read)
         read.finish()
         return parsed
@@ -161,30 +182,54 @@ class UNetConfig:
                 raise read.invalid("attention_head_dim", heads, f"a divisor of {width} channels")
 
 
-def _transformer_layers(read: ConfigReader, layers: tuple[int, ...]) -> dict[str, Any]:
+def _transformer_layers(
+    read: ConfigReader, layers: tuple[int, ...], down_types: Sequence[str], up_types: Sequence[str], mid: str | None
+) -> dict[str, Any]:
     """Read the transformer layers of each attention on the down path, in the mid block and on the up path."""
+    attends_down, attends_up = ([name.startswith("CrossAttn") for name in types] for types in (down_types, up_types))
+    attends_down[-1] |= mid == "UNetMidBlock2DCrossAttn"
     key, reverse_key = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
     value, reverse = read.value(key, 1), read.value(reverse_key, None)
     value = [value] * len(layers) if type(value) is int else value
-    reverse = reverse if reverse is not None else value[::-1] if isinstance(value, (list, tuple)) else value
-    down = _per_block(read, key, value, layers)
-    up = _per_block(read, reverse_key, reverse, [count + 1 for count in layers[::-1]])
+    reverse = reverse if reverse is not None else value[::-1] if isinstance(value, list) else value
+    down = _per_block(read, key, value, layers, attends_down)
+    up = _per_block(read, reverse_key, reverse, [count + 1 for count in layers[::-1]], attends_up)
     if len(set(down[-1])) > 1:
         raise read.invalid(key, value, "one number for the lowest level, which is also the mid block's")
     return {"down_transformer_layers": down, "mid_transformer_layers": down[-1][0], "up_transformer_layers": up}
 
 
-def _per_block(read: ConfigReader, key: str, value: Any, counts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Return for each level a number for each of its blocks; a single number stands for all of them."""
+def _per_block(
+    read: ConfigReader, key: str, value: Any, counts: Sequence[int], attends: Sequence[bool]
+) -> tuple[tuple[int, ...], ...]:
+    """Return for each level a number for each of its blocks; a single number stands for all of them.
+
+    The number of a level without attention has no meaning: diffusers takes any, also 0.
+    """
     levels: list[tuple[int, ...]] = []
-    for each, count in zip(value, counts, strict=False) if isinstance(value, (list, tuple)) else ():
-        blocks = [each] * count if type(each) is int else each
-        if isinstance(blocks, (list, tuple)) and all(type(item) is int and item > 0 for item in blocks):
+    for each, count, used in zip(value, counts, attends, strict=False) if isinstance(value, list) else ():
+        blocks = [each if used else 1] * count if type(each) is int else each
+        if isinstance(blocks, list) and all(type(item) is int and item > 0 for item in blocks):
             levels += [tuple(blocks)] if len(blocks) == count else []
     if len(levels) != len(counts) or len(value) != len(counts):
         expected = f"a whole number, or a list of {len(counts)}: numbers, or lists for the blocks"
         raise read.invalid(key, value, expected)
     return tuple(levels)
+
+
+def _cross_attention_dim(read: ConfigReader, levels: int) -> int:
+    """Read the text's width: one number, or the same for every level."""
+    widths = read.integers("cross_attention_dim", levels, 1280)
+    if len(set(widths)) > 1:
+        raise read.invalid("cross_attention_dim", list(widths), "the same number for every level")
+    return widths[0]
+
+
+def _norm_num_groups(read: ConfigReader, config: Mapping[str, Any]) -> int:
+    """Read the groups of the norms; null is a value here, of a U-Net without norms."""
+    if "norm_num_groups" in config and config["norm_num_groups"] is None:
+        raise read.invalid("norm_num_groups", None, "a whole number of at least 1")
+    return read.integer("norm_num_groups", 32)
 
 
 def _mid_block_type(read: ConfigReader, config: Mapping[str, Any]) -> str | None:

@@ -46,9 +46,11 @@ class VaeConfig:
         read = ConfigReader("vae", config)
         read.require_value("_class_name", "AutoencoderKL")
         channels = read.integers("block_out_channels", default=(64,))
-        read.enum_list("down_block_types", ("DownEncoderBlock2D",), len(channels))
-        read.enum_list("up_block_types", ("UpDecoderBlock2D",), len(channels))
-        read.require_value("act_fn", "silu")
+        read.enum_list("down_block_types", ("DownEncoderBlock2D",), len(channels), ("DownEncoderBlock2D",))
+        read.enum_list("up_block_types", ("UpDecoderBlock2D",), len(channels), ("UpDecoderBlock2D",))
+        read.require_value("act_fn", "silu", "swish")
+        read.require_value("latents_mean", None)
+        read.require_value("latents_std", None)
         read.ignore("sample_size", "force_upcast")  # float32 throughout
         parsed = cls(
             in_channels=read.integer("in_channels", 3),

@@ -64,10 +64,10 @@ class MixedPrecision:
             ExportError: it can't be read, or has other content.
         """
         try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
+            data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise ExportError(f"{path} can't be read ({error.strerror}); give a TOML file with 'base'") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ExportError(f"{path} is not valid TOML: {error}") from None
         if "base" not in data:
             raise ExportError(f"""{path} has no 'base'; begin it with a line such as base = "int8\"""")

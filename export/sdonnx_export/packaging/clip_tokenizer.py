@@ -8,84 +8,38 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from sdonnx_runtime.errors import ExportError
-
-_MERGES = 49152 - 256 - 2
-"""Number of published merges that CLIP uses: its vocabulary less the 256 bytes and the special tokens."""
+from sdonnx_runtime.errors import ExportError, PackageError
+from sdonnx_runtime.text.tokenizer_files import NUM_MERGES, VOCABULARY, TokenizerFiles
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
-
-_CONFIGS = ("special_tokens_map.json", "tokenizer_config.json")
-_VOCABULARY = ("vocab.json", "merges.txt")
-
-_WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-_WORDS = (_WORD, r"<\|startoftext\|>|<\|endoftext\|>|" + _WORD)
-"""The patterns that transformers 4 and 5 write into tokenizer.json."""
-
-_SQUEEZE = {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}
-_CLIP: Mapping[str, Any] = {
-    "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, _SQUEEZE, {"type": "Lowercase"}]},
-    "pre_tokenizer": {
-        "type": "Sequence",
-        "pretokenizers": [
-            {"type": "Split", "behavior": "Removed", "invert": True},
-            {"type": "ByteLevel", "add_prefix_space": False},
-        ],
-    },
-    "model": {"continuing_subword_prefix": "", "end_of_word_suffix": "</w>", "dropout": None},
-}
-"""CLIP's tokenizer.json without its vocabulary and pattern, and without what other tokenizers share."""
+_CONFIGS = ("added_tokens.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def copy_tokenizer(source: Path, directory: Path) -> None:
     """Write the files of a checkpoint's tokenizer; vocab.json and merges.txt come out of tokenizer.json if need be.
 
     Raises:
-        ExportError: there is no vocabulary, or a tokenizer.json that isn't CLIP's byte-pair encoding.
+        ExportError: there is no vocabulary, or a file is damaged, or not that of CLIP's byte-pair encoding.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    there = [name for name in (*_CONFIGS, *_VOCABULARY, "tokenizer.json") if (source / name).is_file()]
-    for name in there:
-        shutil.copyfile(source / name, directory / name)
-    if all(name in there for name in _VOCABULARY):
-        return
-    if "tokenizer.json" not in there:
+    if not any((source / name).is_file() for name in ("tokenizer.json", VOCABULARY[0])):
         raise ExportError(f"{source} has no vocab.json with merges.txt and no tokenizer.json; download it again")
-    vocabulary, merges = _read_clip_model(source / "tokenizer.json")
-    _write(directory / "vocab.json", _json(vocabulary))
-    _write(directory / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
+    read = read_tokenizer(source)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in (*_CONFIGS, *VOCABULARY):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+    if not all((source / name).is_file() for name in VOCABULARY):
+        _write(directory / "vocab.json", _json(read.vocabulary))
+        _write(directory / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, read.merges), ""]))
 
 
-def _read_clip_model(path: Path) -> tuple[dict[str, int], list[str]]:
-    """Read the vocabulary and the merges of a tokenizer.json that is CLIP's but for these."""
+def read_tokenizer(directory: Path) -> TokenizerFiles:
+    """Read the files of a checkpoint's tokenizer; raises ExportError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        is_clip = _includes(content, _CLIP) and _word_pattern(content) in _WORDS
-        vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
-        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-        known = all({left, right, left + right} <= vocabulary.keys() for left, right in pairs)
-        added = {token["content"] for token in content.get("added_tokens", ())}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ExportError(f"{path} is damaged ({type(error).__name__}: {error}); download it again") from None
-    if not is_clip or not added <= vocabulary.keys():
-        raise ExportError(f"{path} is not CLIP's byte-pair encoding; only Stable Diffusion's tokenizers are supported")
-    if not known or not all(type(index) is int for index in vocabulary.values()):
-        raise ExportError(f"{path} is damaged (its merges and its vocabulary differ); download it again")
-    return vocabulary, [" ".join(pair) for pair in pairs]
-
-
-def _word_pattern(content: Mapping[str, Any]) -> str:
-    return content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
-
-
-def _includes(content: Any, expected: Any) -> bool:
-    """Whether JSON has all of the expected keys and items with their values; an absent key is null."""
-    if isinstance(expected, dict):
-        return isinstance(content, dict) and all(_includes(content.get(key), each) for key, each in expected.items())
-    if isinstance(expected, list):
-        return isinstance(content, list) and len(content) == len(expected) and all(map(_includes, content, expected))
-    return bool(content == expected)
+        return TokenizerFiles.read(directory)
+    except PackageError as error:
+        raise ExportError(str(error)) from None
 
 
 def write_clip_tokenizer(directory: Path, pad: str = _END) -> None:
@@ -119,7 +73,7 @@ def _merges() -> list[str]:
     """Read the byte-pair merges, "i n" first."""
     published = files("sdonnx_export") / "data" / "bpe_simple_vocab_16e6.txt.gz"
     lines = gzip.decompress(published.read_bytes()).decode("utf-8").split("\n")
-    return lines[1 : 1 + _MERGES]
+    return lines[1 : 1 + NUM_MERGES]
 
 
 def _vocabulary(merges: list[str]) -> dict[str, int]:
@@ -136,7 +90,7 @@ def _special(content: str) -> dict[str, Any]:
     return {"content": content, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
 
 
-def _json(content: dict[str, Any]) -> str:
+def _json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
 
 

@@ -75,7 +75,9 @@ def _unet_inputs(
     concat = manifest.conditions.concat
     extra = 0 if concat is None else CONCAT[concat].channels(manifest.latents.channels)
     return {
-        **make_conditioning(manifest, request, prompts, lambda encoder, _text: encoded[encoder.component]),
+        **make_conditioning(
+            manifest, request, prompts, lambda encoder, _text: encoded[encoder.component], (pixels, pixels)
+        ),
         "sample": np.pad(latents, [(0, 0), (0, extra), (0, 0), (0, 0)]),
     }
 

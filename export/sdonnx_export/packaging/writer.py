@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from sdonnx_runtime.errors import ExportError
 from sdonnx_runtime.packages.manifest import Component, File, Manifest, Source, drop_non_finite
 from sdonnx_runtime.packages.optimum_layout import infer_manifest
 from sdonnx_runtime.packages.variant import PLAIN
+from sdonnx_runtime.text.tokenizer_files import is_fast
 
 from sdonnx_export.checkpoint_model import Checkpoint, Report
 from sdonnx_export.models.components import components_in
 from sdonnx_export.operators.partition import strip_names
 from sdonnx_export.operators.precision import PrecisionSpec, precision_label
-from sdonnx_export.packaging.clip_tokenizer import copy_tokenizer, write_clip_tokenizer
+from sdonnx_export.packaging.clip_tokenizer import copy_tokenizer, read_tokenizer, write_clip_tokenizer
 
 GRAPH, WEIGHTS = "model.onnx", "model.onnx_data"
 """Optimum's file names."""
@@ -74,6 +76,17 @@ def _write_configs(directory: Path, checkpoint: Checkpoint) -> None:
             write_clip_tokenizer(directory / name, tokenizer)
         else:
             copy_tokenizer(tokenizer, directory / name)
+        _check_embeddings(directory / name, checkpoint, name.replace("tokenizer", "text_encoder"))
+
+
+def _check_embeddings(tokenizer: Path, checkpoint: Checkpoint, encoder: str) -> None:
+    """Raise ExportError if a tokenizer has ids beyond the embeddings of its text encoder."""
+    size, rows = read_tokenizer(tokenizer).size, checkpoint.parts[encoder].config.get("vocab_size", 49408)
+    if size > rows:
+        raise ExportError(
+            f"the {tokenizer.name} of {checkpoint.source} has ids up to {size - 1}, its {encoder} {rows} embeddings; "
+            "a text encoder that was trained with this tokenizer is required"
+        )
 
 
 def _model_index(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -82,8 +95,7 @@ def _model_index(checkpoint: Checkpoint) -> dict[str, Any]:
         "scheduler": ("diffusers", checkpoint.scheduler.get("_class_name", "PNDMScheduler")),
         "text_encoder": ("transformers", "CLIPTextModel"),
         "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
-        "tokenizer": ("transformers", "CLIPTokenizer"),
-        "tokenizer_2": ("transformers", "CLIPTokenizer"),
+        **{name: ("transformers", _tokenizer_class(source)) for name, source in checkpoint.tokenizers.items()},
         "unet": ("diffusers", "UNet2DConditionModel"),
         "vae": ("diffusers", checkpoint.parts["vae"].config.get("_class_name", "AutoencoderKL")),
     }
@@ -95,6 +107,10 @@ def _model_index(checkpoint: Checkpoint) -> dict[str, Any]:
         **{name: list(kind) for name, kind in components.items() if name in present},
         **({} if "text_encoder_2" in checkpoint.parts else {"requires_safety_checker": False}),
     }
+
+
+def _tokenizer_class(source: Path | str) -> str:
+    return "CLIPTokenizerFast" if isinstance(source, Path) and is_fast(source) else "CLIPTokenizer"
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

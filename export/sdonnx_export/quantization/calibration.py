@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,7 +23,7 @@ from sdonnx_runtime.packages.manifest import FORMAT, Source, write_manifest
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.packages.variant import PLAIN
 from sdonnx_runtime.pipeline import Pipeline
-from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig
+from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig, published_sampler
 
 from sdonnx_export.checkpoint_model import Checkpoint, Report, Weight
 from sdonnx_export.models.components import COMPONENTS, build
@@ -40,6 +41,8 @@ _STEPS = 8
 _GRIDS, _PIXELS = (4, 16, 64), 256
 """Colors on each side of the random images for a VAE, from low to high frequency; and their width and height."""
 _TAP, _INPUT = "range:", "input:"
+_MARK = "calibration.json"
+"""What the directory of `calibrate` was made for; the file is made first and deleted last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,7 @@ class Calibration:
             return None
         path = _PROMPTS if name in ("full", "fast") else Path(name)
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError):
             raise ExportError(
                 f"the calibration '{name}' can't be read; give full, fast, none, or a text file of prompts"
@@ -124,9 +127,13 @@ def calibrate(
         SdonnxError: a component can't be run.
     """
     parts = [FORMAT, repr(precision), asdict(calibration), dict(defaults), _fingerprint(checkpoint)]
-    stamp, mark = json.dumps(parts, sort_keys=True), work / "calibration.json"
+    stamp, mark = json.dumps(parts, sort_keys=True), work / _MARK
     if not mark.is_file() or mark.read_text(encoding="utf-8") != stamp:
-        shutil.rmtree(work, ignore_errors=True)
+        delete_work(work)
+        if work.is_dir() and any(work.iterdir()):
+            raise ExportError(f"{work} is in the way of the calibration, and not sdonnx' own; move it")
+        work.mkdir(exist_ok=True)
+        mark.touch()
         _write_tapped(checkpoint, precision, work / "package", defaults, report)
         mark.write_text(stamp, encoding="utf-8")
     package = Package.open(work / "package")
@@ -139,14 +146,25 @@ def calibrate(
     return recorder.ranges()
 
 
+def delete_work(work: Path) -> None:
+    """Delete the directory of `calibrate`, but none of that name that lacks its mark, which goes last."""
+    if (work / _MARK).is_file():
+        for folder in work.iterdir():
+            shutil.rmtree(folder, ignore_errors=True)
+        (work / _MARK).unlink()
+    with suppress(OSError):
+        work.rmdir()
+
+
 def _denoise_prompts(run: Runner, package: Package, calibration: Calibration) -> None:
     """Run a model once per prompt; one that requires images gets the image before, first one of random colors."""
     pipeline, scheduler = Pipeline(package, device="cpu"), SchedulerConfig.from_dict(package.manifest.scheduler)
     image = smooth_color_images(package.manifest.defaults.size)[0]
+    sampler = package.manifest.defaults.sampler or published_sampler(scheduler) or "euler"
     steps = calibration.steps_per_prompt()
     for number, (prompt, count) in enumerate(zip(calibration.prompts, steps, strict=True)):
         images = example_images(package.manifest, image)
-        resolved = pipeline.resolve(prompt, num_inference_steps=count, seed=number, **images)
+        resolved = pipeline.resolve(prompt, num_inference_steps=count, seed=number, sampler=sampler, **images)
         models = Models(run=run, package=package, scheduler=scheduler)
         (image,) = run_to_end(generate_images(models, resolved)).images
         run("vae_encoder", {"sample": to_values(image)})

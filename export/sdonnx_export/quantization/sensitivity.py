@@ -6,7 +6,6 @@ group and those after it run again. Memory is that of the float32 U-Net and of o
 """
 
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +17,8 @@ import onnx_ir as ir
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import ExportError, RequestError
 from sdonnx_runtime.execution.session import Session
-from sdonnx_runtime.outputs.atomic import replace_file
+from sdonnx_runtime.outputs.atomic import write_file
+from sdonnx_runtime.outputs.staging import open_staging, remove_stale
 
 from sdonnx_export.checkpoint_model import Part, Report
 from sdonnx_export.checkpoints.open import open_source
@@ -85,6 +85,8 @@ def sensitivity(
     *,
     precision: Precision = "int8",
     vae: str | None = None,
+    base: str | None = None,
+    prediction_type: str | None = None,
     revision: str | None = None,
     defaults: Mapping[str, Any] | None = None,
     report: Report = lambda _what, _done: None,
@@ -98,6 +100,8 @@ def sensitivity(
         precision: one of TARGETS: what layers are quantized to, but for those that a package of it leaves in another
             precision.
         vae: as `export` takes it.
+        base: as `export` takes it.
+        prediction_type: as `export` takes it.
         revision: as `export` takes it.
         defaults: as `export` takes them; their size, steps and guidance are the trajectory's.
         report: progress callback.
@@ -108,15 +112,15 @@ def sensitivity(
     """
     if precision not in TARGETS:
         raise RequestError(f"precision is '{precision}'; choose {', '.join(TARGETS)}")
-    checkpoint = open_source(source, vae, revision, report)
+    checkpoint = open_source(source, vae, revision, report, base=base, prediction_type=prediction_type)
     if "unet" not in checkpoint.parts:
         raise ExportError(f"{source} has no U-Net to measure; give a whole checkpoint")
     calibration = Calibration.parse("full" if precision == "int8" else "fast")
     assert calibration is not None  # noqa: S101 — for the type checker
     defaults = {**checkpoint.defaults, **(defaults or {})}
     try:
-        with tempfile.TemporaryDirectory(prefix=".sensitivity-", dir=Path.cwd(), ignore_cleanup_errors=True) as folder:
-            work = Path(folder)
+        remove_stale(Path.cwd())
+        with open_staging(Path.cwd()) as work:
             ranges = calibrate(checkpoint, precision, calibration, work, defaults, report)["unet"]
             steps = _sample_steps(load_recorded_inputs("unet", work))
             weights = work / "package" / "unet" / GRAPH
@@ -200,8 +204,8 @@ def write_mixed_precision(path: Path, measured: Sensitivity, budget: int) -> Mix
             for each in fallback
         ),
     ]
-    with replace_file(path) as stream:
-        stream.write(("\n".join(lines) + "\n").encode())
+    text = "\n".join(lines) + "\n"
+    write_file(path, lambda stream: stream.write(text.encode()))
     return mix
 
 

@@ -1,28 +1,32 @@
-"""Merging of LoRA into a package's weights: matching layers, and the merged initializers."""
+"""Merging of LoRA into a package's weights: matching files, and the merged initializers."""
 
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 
-from sdonnx_runtime.adapters.lora import LayerDelta, Lora, read_lora
-from sdonnx_runtime.adapters.lora_keys import known_names
+from sdonnx_runtime.adapters.lora import Lora, ParameterDelta
+from sdonnx_runtime.adapters.lora_matching import claimed_family, match_file
 from sdonnx_runtime.adapters.quantization import block_scales, channel_scales, dequantize, quantize_int4, quantize_int8
-from sdonnx_runtime.adapters.textual_inversion import Embedding
+from sdonnx_runtime.adapters.textual_inversion import Embedding, read_bundled
 from sdonnx_runtime.arrays import Array
-from sdonnx_runtime.errors import PackageError, RequestError
+from sdonnx_runtime.errors import RequestError
+from sdonnx_runtime.files.tensor_file import TensorFile
+from sdonnx_runtime.files.tensors import open_tensors
 from sdonnx_runtime.graphs.initializers import FLOAT, INT4, Initializer, TensorData, read_initializers
+from sdonnx_runtime.packages.families import FAMILIES
 from sdonnx_runtime.packages.package import Package
 
 logger = logging.getLogger(__name__)
 
-LayerDeltas: TypeAlias = Mapping[str, Sequence[tuple[LayerDelta, float]]]
-"""A component's deltas with their scales, by module."""
+LayerDeltas: TypeAlias = Mapping[str, Sequence[tuple[ParameterDelta, float]]]
+"""A component's deltas with their scales, by parameter, such as ``mid_block.attentions.0.proj_in.weight``."""
 
 _WEIGHT = re.compile(r"(?P<module>.+)\.weight(?:_(?P<start>\d+))?(?P<quantized>_quantized)?$")
 """The initializer of a module's weight, quantized or not, or of one of its pieces."""
@@ -55,48 +59,77 @@ def load_adapters(package: Package, loras: Sequence[Lora], *, ignore_unmatched: 
             "export its checkpoint with 'sdonnx export'"
         )
     components = ("unet", *(encoder.component for encoder in package.manifest.text_encoders))
-    modules = {name: _modules(package.graph(name)) for name in components}
-    deltas = match_keys(package.name, modules, loras, ignore_unmatched=ignore_unmatched)
-    return Adapters(loras=tuple(loras), deltas=deltas)
+    parameters = {name: _parameters(package.graph(name)) for name in components}
+    return match_loras(
+        package.name, parameters, loras, family=package.manifest.family, ignore_unmatched=ignore_unmatched
+    )
 
 
-def match_keys(
-    model: str, modules: Mapping[str, Sequence[str]], loras: Sequence[Lora], *, ignore_unmatched: bool = False
-) -> dict[str, LayerDeltas]:
-    """Match LoRA files to a model's modules, such as ``mid_block.attentions.0.proj_in``; raises as `load_adapters`."""
-    names = {component: known_names(each) for component, each in modules.items()}
-    deltas: dict[str, dict[str, list[tuple[LayerDelta, float]]]] = defaultdict(lambda: defaultdict(list))
+def match_loras(
+    model: str, parameters: Mapping[str, Collection[str]], loras: Sequence[Lora], *, family: str | None = None,
+    ignore_unmatched: bool = False,
+) -> Adapters:  # fmt: skip
+    """Match LoRA files to a model's parameters, such as ``mid_block.attentions.0.proj_in.weight``, by component.
+
+    ``family`` is the model's, if it is known. It raises as `load_adapters` does.
+    """
+    deltas: dict[str, dict[str, list[tuple[ParameterDelta, float]]]] = defaultdict(lambda: defaultdict(list))
+    embeddings: dict[Path, list[Embedding]] = {}  # of a file that is given twice, once
     for lora in loras:
-        file = read_lora(lora.path)
-        unmatched = list(file.unexpected_keys)
-        for (component, spelled), delta in file.deltas.items():
-            module = names.get(component, {}).get(spelled)
-            if module is None:
-                unmatched.extend(delta.names.values())
-            elif lora.scale != 0:
-                deltas[component][module].append((delta, lora.scale))
-        total = len(file.unexpected_keys) + sum(len(delta.names) for delta in file.deltas.values())
-        if unmatched and (not ignore_unmatched or len(unmatched) == total):
-            raise RequestError(
-                f"{lora.path}: {len(unmatched)} of {total} tensors match no layer of {model} "
-                f"({', '.join(unmatched[:3])}{', …' if len(unmatched) > 3 else ''}); use one that was trained for this "
-                "kind of model, or ignore these tensors with --lora-ignore-unmatched (ignore_unmatched=True)"
-            )
-        if unmatched:
-            logger.warning("%s: %d of %d tensors match no layer and are ignored", lora.path, len(unmatched), total)
-    return {component: dict(each) for component, each in deltas.items()}
+        file = open_tensors(lora.path)
+        bundled, keys = read_bundled(file)
+        embeddings[lora.path] = bundled
+        match = match_file(file, model, parameters, keys)
+        problems = _describe_left_over(file, match.left_over) + _describe_foreign(file, model, family)
+        is_left = len(match.left_over) == len(file.shapes)
+        if is_left or (problems and not ignore_unmatched):
+            raise RequestError(_refuse(file, problems, is_left=is_left))
+        if problems:
+            logger.warning("%s: %s; this is ignored", file.path, "; ".join(problems))
+        for (component, parameter), delta in match.deltas.items():
+            if lora.scale_of(component) != 0:
+                deltas[component][parameter].append((delta, lora.scale_of(component)))
+    merged = {component: dict(each) for component, each in deltas.items()}
+    return Adapters(loras=tuple(loras), deltas=merged, embeddings=tuple(chain(*embeddings.values())))
 
 
-def _modules(graph: Path) -> list[str]:
-    """The modules with a conv or linear weight."""
-    found = (module_of(name) for name, each in read_initializers(graph).items() if len(each.shape) in (2, 4))
-    return list(dict.fromkeys(module for module in found if module is not None))
+def _describe_left_over(file: TensorFile, left_over: Mapping[str, str]) -> list[str]:
+    """Describe the tensors that can't be applied, by reason."""
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for key, reason in left_over.items():
+        reasons[reason].append("".join(each if each.isprintable() else "?" for each in key[:150]))
+    return [
+        f"{len(keys)} of {len(file.shapes)} tensors {reason} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+        for reason, keys in reasons.items()
+    ]
 
 
-def module_of(initializer: str) -> str | None:
-    """Get the module of an initializer that is a weight or a piece of one."""
+def _describe_foreign(file: TensorFile, model: str, family: str | None) -> list[str]:
+    """Say that a file is for another family, if its metadata says so."""
+    claimed = claimed_family(file.metadata)
+    if claimed is None or family is None or claimed == family:
+        return []
+    return [f"its metadata says that it is for {FAMILIES[claimed].title}, {model} is {FAMILIES[family].title}"]
+
+
+def _refuse(file: TensorFile, problems: Sequence[str], *, is_left: bool) -> str:
+    remedy = "use a LoRA or LyCORIS file that was trained for this kind of model"
+    if not is_left:
+        remedy += ", or ignore this with --lora-ignore-unmatched (ignore_unmatched=True)"
+    return f"{file.path}: {'; '.join(problems) or 'it has no tensors'}; {remedy}"
+
+
+def _parameters(graph: Path) -> set[str]:
+    """The names of a graph's weights and biases, as checkpoints have them."""
+    return {parameter for name in read_initializers(graph) if (parameter := parameter_of(name)) is not None}
+
+
+def parameter_of(initializer: str) -> str | None:
+    """Get the parameter of an initializer that is a bias, a weight or a piece of one."""
     match = _WEIGHT.match(initializer)
-    return None if match is None else match["module"]
+    if match is not None:
+        return f"{match['module']}.weight"
+    return initializer if initializer.endswith(".bias") else None
 
 
 def merge_lora(graph: Path, deltas: LayerDeltas) -> dict[str, TensorData]:
@@ -112,22 +145,43 @@ def merge_weights(graph: Path, initializers: Mapping[str, Initializer], deltas: 
     """Like `merge_lora`, for some of a graph's ``initializers``: all or none of each layer's."""
     pieces: dict[str, list[Initializer]] = defaultdict(list)
     for name, each in initializers.items():
-        module = module_of(name)
-        if module is not None and module in deltas:
-            pieces[module].append(each)
+        parameter = parameter_of(name)
+        if parameter is not None and parameter in deltas:
+            pieces[parameter].append(each)
     merged: dict[str, TensorData] = {}
-    for module, parts in pieces.items():
-        bias = initializers.get(f"{module}.bias")
-        parts.sort(key=lambda piece: int(_parse_name(piece)["start"] or 0))
-        layer = _Layer(parts, initializers, None if bias is None else bias.shape[0])
-        weight = layer.dequantize()
-        for delta, scale in deltas[module]:
-            weight = delta.apply(weight, scale)
-        merged |= layer.requantize(weight)
-    for name in merged:
-        if not initializers[name].external:
-            raise PackageError(f"{graph} has '{name}' inside of it, where LoRA can't be merged; export it again")
+    for parameter, parts in pieces.items():
+        if parameter.endswith(".bias"):
+            merged |= _merge_bias(parts[0], deltas[parameter])
+        else:
+            bias = initializers.get(f"{parameter.removesuffix('.weight')}.bias")
+            merged |= _merge_pieces(parts, initializers, None if bias is None else bias.shape[0], deltas[parameter])
     return merged
+
+
+def _merge_bias(bias: Initializer, deltas: Sequence[tuple[ParameterDelta, float]]) -> dict[str, TensorData]:
+    values = bias.read().astype(np.float32)
+    for delta, scale in deltas:
+        values = delta.apply(values, scale)
+    return {bias.name: _store(bias, values)}
+
+
+def _merge_pieces(
+    parts: list[Initializer], stored: Mapping[str, Initializer], outputs: int | None,
+    deltas: Sequence[tuple[ParameterDelta, float]],
+) -> dict[str, TensorData]:  # fmt: skip
+    parts.sort(key=lambda piece: int(_parse_name(piece)["start"] or 0))
+    layer = _Layer(parts, stored, outputs)
+    weight = layer.dequantize()
+    for delta, scale in deltas:
+        weight = delta.apply(weight, scale)
+    return dict(layer.requantize(weight))
+
+
+def _store(initializer: Initializer, values: Array) -> TensorData:
+    """Convert merged values that aren't quantized to an initializer's type."""
+    if not np.isfinite(values).all():
+        raise RequestError(f"merging LoRA into '{initializer.name}' overflows; use a smaller scale")
+    return TensorData.of(values, initializer.data_type, is_inline=not initializer.external)
 
 
 def _parse_name(piece: Initializer) -> re.Match[str]:
@@ -177,13 +231,14 @@ class _Layer:
         return 1 - outputs if piece.data_type == INT4 else outputs
 
     def _quantize(self, piece: Initializer, data: Array) -> Iterator[tuple[str, TensorData]]:
+        if _parse_name(piece)["quantized"] is None:
+            yield piece.name, _store(piece, data)
+            return
         if not np.isfinite(data).all():
             raise RequestError(f"merging LoRA into '{piece.name}' overflows; use a smaller scale")
-        if _parse_name(piece)["quantized"] is None:
-            yield piece.name, TensorData.of(data, piece.data_type)
-            return
         axis, is_int4 = self._axis(piece), piece.data_type == INT4
         scales = (block_scales if is_int4 else channel_scales)(data, axis)
-        yield f"{piece.name}_scale", TensorData.of(scales, FLOAT)
+        stored = self._stored[f"{piece.name}_scale"]
+        yield stored.name, TensorData.of(scales, FLOAT, is_inline=not stored.external)
         quantized = (quantize_int4 if is_int4 else quantize_int8)(data, scales, axis)
-        yield piece.name, TensorData.of(quantized, piece.data_type)
+        yield piece.name, TensorData.of(quantized, piece.data_type, is_inline=not piece.external)

@@ -1,5 +1,7 @@
 """Textual inversion, arXiv:2208.01618: placeholder tokens with learned vectors."""
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,10 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sdonnx_runtime.adapters.tensor_files import load_pickled, open_safetensors, tensors_in
 from sdonnx_runtime.arrays import AnyArray, Array
 from sdonnx_runtime.errors import PackageError, RequestError
+from sdonnx_runtime.files.tensor_file import TensorFile
+from sdonnx_runtime.files.tensors import open_tensors
 from sdonnx_runtime.graphs.initializers import Initializer, read_initializers
+from sdonnx_runtime.graphs.onnx_proto import package_errors
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.packages.variant import EMBEDDED, EMBEDS, PLAIN
 
@@ -42,14 +46,10 @@ def read_embedding(path: Path, word: str | None = None) -> Embedding:
     Raises:
         RequestError: the file can't be read, is hostile, or has no vectors or those of several words.
     """
-    if path.suffix == ".safetensors":
-        file = open_safetensors(path)
-        tensors = {name: file.read(name) for name in file.shapes}
-    else:
-        tensors = tensors_in(load_pickled(path))
-        a1111 = [each for name, each in tensors.items() if name.startswith("string_to_param.")]
-        tensors = {"emb_params": a1111[0]} if len(a1111) == 1 else tensors
-    vectors = {name: _check_vectors(path, name, each) for name, each in tensors.items()}
+    file = open_tensors(path)
+    a1111 = [name for name in file.shapes if name.startswith("string_to_param.")]
+    keys = {"emb_params": a1111[0]} if len(a1111) == 1 else {name: name for name in file.shapes}
+    vectors = {name: _read_vectors(file, key) for name, key in keys.items()}
     slots = {_SLOTS[name]: each for name, each in vectors.items() if name in _SLOTS}
     own = [name for name in vectors if name not in _SLOTS]
     if slots and not own:
@@ -60,10 +60,39 @@ def read_embedding(path: Path, word: str | None = None) -> Embedding:
     return Embedding(word=word or own_word, vectors={"": vectors[own[0]]})
 
 
-def _check_vectors(path: Path, name: str, data: AnyArray) -> Array:
-    if data.dtype.kind != "f" or data.ndim not in (1, 2) or data.size == 0 or not np.isfinite(data).all():
+_BUNDLED = re.compile(r"bundle_emb\.(?P<word>.+)\.(?P<slot>clip_l|clip_g|string_to_param\.[^.]+)")
+"""A tensor of an embedding in a LoRA file, as OneTrainer and AUTOMATIC1111 have it."""
+
+
+def read_bundled(file: TensorFile) -> tuple[list[Embedding], list[str]]:
+    """Read the textual inversions in a LoRA file; also returns the names of the other tensors.
+
+    Raises:
+        RequestError: one of them isn't vectors.
+    """
+    found: dict[str, dict[str, Array]] = {}
+    others: list[str] = []
+    for name in file.shapes:
+        match = _BUNDLED.fullmatch(name)
+        if match is None:
+            others.append(name)
+        else:
+            vectors = _read_vectors(file, name)
+            found.setdefault(match["word"], {})[_SLOTS.get(match["slot"], "")] = vectors
+    return [Embedding(word=word, vectors=vectors) for word, vectors in found.items()], others
+
+
+_MAX_ELEMENTS = 10_000_000
+"""Of the vectors of one word; files have a hundred vectors of width 1280 at most."""
+
+
+def _read_vectors(file: TensorFile, name: str) -> Array:
+    """Read the vectors of a word, (n, C); what can't be vectors is refused before it is read."""
+    shape = file.shapes[name]
+    data = file.read(name) if len(shape) in (1, 2) and 0 < math.prod(shape) <= _MAX_ELEMENTS else None
+    if data is None or data.dtype.kind != "f" or not np.isfinite(data).all():
         raise RequestError(
-            f"{path}: '{name}' is {data.dtype} {data.shape}; expected the vectors of a textual inversion"
+            f"{file.path}: '{name}' is {file.dtypes[name]} {shape}; expected the vectors of a textual inversion"
         )
     return data.reshape(-1, data.shape[-1]).astype(np.float32, copy=False)
 
@@ -132,13 +161,17 @@ def _vectors_for(package: Package, component: str, embedding: Embedding) -> Arra
 def token_embeddings(package: Package, component: str, ids: NDArray[np.int64]) -> Array:
     """Read a text encoder's own embeddings of ids (N, S): (N, S, C)."""
     table, scales = _embedding_table(package, component)
-    vectors = np.memmap(table.file, table.dtype, "r", table.offset, table.shape)[ids].astype(np.float32)
-    return vectors if scales is None else vectors * scales.read()[ids][..., None]
+    with package_errors(table.file):
+        vectors = table.map()[ids].astype(np.float32)
+        return vectors if scales is None else vectors * scales.read()[ids][..., None]
 
 
 def _embedding_table(package: Package, component: str) -> tuple[Initializer, Initializer | None]:
     """Find a text encoder's token embeddings, and in int8 their scales."""
-    initializers = read_initializers(package.graph(component))
-    if TABLE in initializers:
-        return initializers[TABLE], None
-    return initializers[f"{TABLE}_quantized"], initializers[f"{TABLE}_quantized_scale"]
+    graph = package.graph(component)
+    initializers = read_initializers(graph)
+    table = initializers.get(TABLE, initializers.get(f"{TABLE}_quantized"))
+    scales = None if TABLE in initializers else initializers.get(f"{TABLE}_quantized_scale")
+    if table is None or len(table.shape) != 2 or (scales is None and TABLE not in initializers):
+        raise PackageError(f"{graph} has no weights '{TABLE}'; run 'sdonnx export' again")
+    return table, scales

@@ -1,6 +1,7 @@
 """ControlNets (arXiv:2302.05543) and T2I-Adapters (arXiv:2302.08453): residuals of a U-Net from conditioning images."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -60,11 +61,21 @@ class ResidualSpec:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], downscale: int = 8) -> "ResidualSpec":
-        """Read that of a U-Net or a ControlNet from diffusers' config.json; ``downscale`` is the latents'."""
+        """Read that of a U-Net or a ControlNet from diffusers' config.json; ``downscale`` is the latents'.
+
+        Raises:
+            PackageError: the config has values of other types or sizes.
+        """
+        with _config_errors():
+            return cls._parse(config, downscale)
+
+    @classmethod
+    def _parse(cls, config: Mapping[str, Any], downscale: int) -> "ResidualSpec":
         values = {key: default if config.get(key) is None else config[key] for key, default in _DEFAULTS.items()}
         channels, kinds = values["block_out_channels"], values["down_block_types"]
         layers = values["layers_per_block"]
         layers = [layers] * len(channels) if isinstance(layers, int) else layers
+        _check_numbers(*channels, values["cross_attention_dim"], *(100 * count for count in layers))
         skips, levels, last = [channels[0]], list[tuple[int, int]](), len(channels) - 1
         for level, (width, kind, count) in enumerate(zip(channels, kinds, layers, strict=True)):
             skips += [width] * (count + (level < last))
@@ -138,7 +149,26 @@ def _config(package: Package, component: str | None = None) -> dict[str, Any]:
 
 def _levels(config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
     channels = cast("Sequence[int]", config.get("channels", (320, 640, 1280, 1280)))
-    return adapter_levels(config.get("adapter_type", "full_adapter"), channels, config.get("downscale_factor", 8))
+    with _config_errors():
+        _check_numbers(*channels, config.get("downscale_factor", 8))
+        return adapter_levels(config.get("adapter_type", "full_adapter"), channels, config.get("downscale_factor", 8))
+
+
+_MAX_SIZE, _MAX_LEVELS = 10_000, 16
+"""Of the numbers in a config, and how many there may be."""
+
+
+def _check_numbers(*sizes: Any) -> None:
+    if len(sizes) > 3 * _MAX_LEVELS or not all(type(size) is int and 0 < size <= _MAX_SIZE for size in sizes):
+        raise ValueError(f"sizes are {sizes!r:.100}")
+
+
+@contextmanager
+def _config_errors() -> Generator[None, None, None]:
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise PackageError(f"the config.json of a U-Net or a control is damaged ({error}); export again") from None
 
 
 @dataclass(kw_only=True)
@@ -198,6 +228,8 @@ def make_control(
     ``region`` is the crop of the request's image, which the conditioning image has too.
     """
     control, config, kind = request.controls[index], _config(package), package.kind.value
+    with _config_errors():
+        _check_numbers(config.get("in_channels", 4))
     image = flatten_alpha(control.image)
     image = resize_to_fit(image, size, request.fit) if region is None else region.crop(image)
     gray = config.get("in_channels", 3) == 1 and kind == "adapter"
@@ -246,5 +278,7 @@ class ControlledUNet:
             if control.scale == 0 or not is_within_steps((control.start, control.end), self._step, self._steps):
                 continue
             for name, value in model(inputs, guess=self._guess).items():
+                if name not in total:
+                    raise PackageError(f"a control's output '{name}' is not for this U-Net; export the control again")
                 total[name] = total[name] + value
         return total

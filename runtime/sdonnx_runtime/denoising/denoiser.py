@@ -57,7 +57,10 @@ def classifier_free_guidance(
             output = output + np.float32(image_scale - 1) * (unconditional - without_image[0])
         if rescale == 0:
             return output
-        ratio = conditional.std(ddof=1) / output.std(ddof=1)
+        deviation = output.std(ddof=1)
+        if not deviation > 0:  # of a constant output, or of a single number
+            return output
+        ratio = conditional.std(ddof=1) / deviation
         return output * np.float32(rescale * ratio + 1 - rescale)
 
     return cfg_model

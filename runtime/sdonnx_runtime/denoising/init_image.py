@@ -12,11 +12,11 @@ from sdonnx_runtime.images.crop import CropRegion, masked_region
 from sdonnx_runtime.images.preprocess import (
     bicubic,
     blur_mask_inward,
-    flatten_alpha,
     latent_mask,
     resize_to_fit,
     to_depth,
     to_mask,
+    to_rgb,
     to_values,
 )
 from sdonnx_runtime.packages.concat import CONCAT, ConcatInputs
@@ -51,7 +51,7 @@ class InitImage:
     moments: Array | None
     """(1, 2 C, h, w), or (1, C, h, w) of a tiny VAE: the VAE encoder's output. None starts from noise alone."""
     concat_moments: Array | None = None
-    """The same for concat conditioning: of the image, or of the image without the masked part."""
+    """The same for concat conditioning: of the image, or of the image without the masked part. None is without."""
     image: Image.Image
     """RGB, of the size of the first pass."""
     region: CropRegion | None = None
@@ -97,16 +97,17 @@ def encode_init_image(run: Runner, manifest: Manifest, request: CompleteRequest)
         repainted = latent_mask(mask, space.downscale, first_pixel=not request.paste)
         if not repainted.any():
             raise RequestError("the mask is empty at latent resolution; paint more of it white")
-    image = to_size(flatten_alpha(request.image))
-    masks = concat is not None and "mask_image" in concat.required
+    image = to_size(to_rgb(request.image))
+    masks = concat is not None and "mask_image" in concat.images
     from_noise = request.strength is None or (masks and request.strength == 1)
+    has_concat = concat is not None and concat.has_latents and (mask is not None or not masks)
     return InitImage(
         image=image,
         region=region,
         mask=mask,
         latent_mask=repainted,
         moments=None if from_noise else encode_image(run, image),
-        concat_moments=encode_image(run, image, mask) if concat is not None and concat.has_latents else None,
+        concat_moments=encode_image(run, image, mask) if has_concat else None,
         space=space,
     )
 
@@ -120,38 +121,72 @@ def encode_image(run: Runner, image: Image.Image, mask: Image.Image | None = Non
     return moments
 
 
-def concat_latents(
-    manifest: Manifest, request: CompleteRequest, init: InitImage | None, noise: NoiseSource
-) -> Array | None:
-    """Make the extra input channels for one image, with one batch entry or as many as a step has."""
+@dataclass(frozen=True, kw_only=True)
+class ConcatImages:
+    """What concat conditioning is made of in one pass; absent maps have 0 channels."""
+
+    mask: Array
+    """(1, 1, h, w), 1 for latent pixels that are repainted."""
+    depth: Array
+    """(1, 1, h, w), about 0 to 1; brighter is nearer."""
+    moments: Array
+    """(1, 2 C, h, w), or (1, C, h, w) of a tiny VAE: the VAE encoder's output."""
+
+
+def encode_concat_images(
+    run: Runner, manifest: Manifest, request: CompleteRequest, init: InitImage | None, size: tuple[int, int]
+) -> ConcatImages | None:
+    """Encode the images of concat conditioning for a pass of a size, (width, height).
+
+    Without a mask an inpainting model repaints all: the mask is 1 and the image gray, as in AUTOMATIC1111.
+    """
     if manifest.conditions.concat is None:
         return None
-    space = manifest.latents
-    height, width = request.height // space.downscale, request.width // space.downscale
+    width, height = (side // manifest.latents.downscale for side in size)
     mask = moments = depth = np.empty((1, 0, height, width), np.float32)
-    if init is not None:
-        mask = mask if init.latent_mask is None else init.latent_mask
-        moments = moments if init.concat_moments is None else init.concat_moments
+    if init is not None and init.concat_moments is not None:
+        mask, moments = mask if init.latent_mask is None else init.latent_mask, init.concat_moments
+    elif CONCAT[manifest.conditions.concat].repaints_all:
+        everything = Image.new("L", size, 255)
+        mask = latent_mask(everything, manifest.latents.downscale)
+        moments = encode_image(run, Image.new("RGB", size), everything)
     if request.depth_image is not None:
         depth = bicubic(to_depth(request.depth_image), height, width)[None, None]
+    return ConcatImages(mask=mask, depth=depth, moments=moments)
+
+
+def concat_latents(
+    manifest: Manifest, request: CompleteRequest, images: ConcatImages | None, noise: NoiseSource
+) -> Array | None:
+    """Make the extra input channels for one image, with one batch entry or as many as a step has."""
+    if manifest.conditions.concat is None or images is None:
+        return None
+    space = manifest.latents
     inputs = ConcatInputs(
-        mask=mask,
-        depth=depth,
-        mean=moments[:, : space.channels],
-        sample=lambda: sample_posterior(space, moments, noise),
+        mask=images.mask,
+        depth=images.depth,
+        mean=images.moments[:, : space.channels],
+        sample=lambda: sample_posterior(space, images.moments, noise),
         entries=batch_size(manifest, request),
     )
     return CONCAT[manifest.conditions.concat].latents(inputs)
 
 
+def encodes_images(manifest: Manifest, request: CompleteRequest) -> bool:
+    """Whether a request runs the VAE encoder."""
+    concat = manifest.conditions.concat
+    repaints_all = concat is not None and CONCAT[concat].repaints_all
+    return repaints_all or request.image is not None or request.hires_upscaler == "lanczos"
+
+
 def example_images(manifest: Manifest, image: Image.Image) -> dict[str, Image.Image]:
-    """Make the image fields that any package requires out of one image; the mask is its middle."""
+    """Make the image fields that a package's concat conditioning has out of one image; the mask is its middle."""
     kind = manifest.conditions.concat
     mask = Image.new("L", image.size)
     width, height = image.size
     mask.paste(255, (width // 4, height // 4, width - width // 4, height - height // 4))
     fields = {"image": image, "mask_image": mask, "depth_image": image}
-    return {name: fields[name] for name in (() if kind is None else CONCAT[kind].required)}
+    return {name: fields[name] for name in (() if kind is None else CONCAT[kind].images)}
 
 
 def apply_overlay(image: Image.Image, init: InitImage, request: CompleteRequest) -> Image.Image:
@@ -160,7 +195,7 @@ def apply_overlay(image: Image.Image, init: InitImage, request: CompleteRequest)
         return image
     original, mask = init.image, init.mask
     if init.region is not None:
-        original, mask = flatten_alpha(request.image), to_mask(request.mask_image)
+        original, mask = to_rgb(request.image), to_mask(request.mask_image)
         image = init.region.paste(image, original)
     return Image.composite(image, original, blur_mask_inward(mask, request.mask_blur))
 

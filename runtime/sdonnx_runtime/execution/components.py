@@ -13,6 +13,7 @@ from sdonnx_runtime.adapters.merging import LayerDeltas
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.execution.arena import PROCESS_MEMORY
+from sdonnx_runtime.execution.output_shapes import check_outputs
 from sdonnx_runtime.execution.session import Cancelled
 from sdonnx_runtime.execution.staged_model import Model
 from sdonnx_runtime.execution.strategy import ExecutionPlan, ExecutionStrategy
@@ -58,8 +59,7 @@ class Components:
         """A component's variant, opened if it is not."""
         key = name, variant
         if key not in self._models:
-            prefix, slash, component = name.rpartition("/")
-            package, strategy = self._extra_packages.get(prefix + slash, self._package), self._strategy(name)
+            (package, component), strategy = self.find(name), self._strategy(name)
             if strategy.vae_tile is not None and TILED in package.manifest.components[component].graphs:
                 variant = TILED
             self._models[key] = self._open_model(
@@ -70,6 +70,11 @@ class Components:
                 memory_limit=self._plan.device_limit,
             )
         return self._models[key]
+
+    def find(self, name: str) -> tuple[Package, str]:
+        """The package of a component, and its name in there."""
+        prefix, slash, component = name.rpartition("/")
+        return self._extra_packages.get(prefix + slash, self._package), component
 
     def _strategy(self, name: str) -> ExecutionStrategy:
         strategy = self._plan.strategies.get(name, self._plan.default)
@@ -138,7 +143,7 @@ class Runner:
         self._run: dict[str, float] = defaultdict(float)
 
     def __call__(self, name: str, feeds: Mapping[str, AnyArray], variant: str = PLAIN) -> dict[str, AnyArray]:
-        """Run a component; returns its outputs by name. Raises as `Session` and `Session.run` do."""
+        """Run a component; returns its outputs by name. Raises as `Session`, `Session.run` and `check_outputs` do."""
         start = time.perf_counter()
         model = self.components.model(name, variant)
         loaded = time.perf_counter()
@@ -152,6 +157,7 @@ class Runner:
             self._active = None
             seconds = time.perf_counter() - loaded
             self._run[name] += seconds
+        check_outputs(*self.components.find(name), feeds, outputs)
         if self._observer is not None:
             self._observer(name, variant, feeds, outputs, seconds)
         return outputs

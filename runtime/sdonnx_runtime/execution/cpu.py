@@ -1,10 +1,14 @@
-"""The CPU's features, as the system lists them."""
+"""The CPUs that this process may use, and their features, as the system lists them."""
 
+import math
+import os
 import platform
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from sdonnx_runtime.execution.control_groups import cgroup_cpus
 
 _EXACT_INT8 = {"amx_int8", "avx512_vnni", "avx512vnni", "avx_vnni", "avxvnni"}
 """Features of x86 with which int8 products are summed in int32, by their names on Linux and macOS."""
@@ -13,6 +17,13 @@ _EXACT_INT8 = {"amx_int8", "avx512_vnni", "avx512vnni", "avx_vnni", "avxvnni"}
 def int8_saturates() -> bool:
     """Whether the fastest int8 kernels may saturate: on x86 without VNNI, or where that is unknown."""
     return platform.machine().lower() in ("x86_64", "amd64", "x86") and not _EXACT_INT8 & cpu_features()
+
+
+def usable_cpus() -> int:
+    """The logical CPUs that this process may use, by its affinity and its control groups."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = read_for_platform({"linux": lambda: str(cgroup_cpus())})
+    return max(1, cpus if quota in ("", "inf") else min(cpus, math.ceil(float(quota))))
 
 
 def cpu_features() -> set[str]:

@@ -9,6 +9,7 @@ from typing import Any
 from sdonnx_runtime.errors import DeviceError, RequestError
 from sdonnx_runtime.execution import cpu
 from sdonnx_runtime.graphs.initializers import TensorData
+from sdonnx_runtime.libraries import required
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +71,12 @@ def candidates(device: str) -> list[str]:
 
 
 def load_onnxruntime() -> ModuleType:
-    """Import onnxruntime; DeviceError if it is not installed."""
-    try:
+    """Import onnxruntime; DeviceError if it is not installed or can't be loaded."""
+    with required(f"{install_hint('cpu')} (or cuda, or directml)", error=DeviceError):
         import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
-    except ImportError:
-        raise DeviceError(f"ONNX Runtime is not installed; {install_hint('cpu')} (or cuda, or directml)") from None
+
+        if not hasattr(onnxruntime, "InferenceSession"):
+            raise ImportError("most of it was removed with another wheel of the same name", name="onnxruntime")
     return onnxruntime
 
 

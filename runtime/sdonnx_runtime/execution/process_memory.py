@@ -1,15 +1,22 @@
 """Memory of this process and of the machine, and glibc's malloc."""
 
 import ctypes
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
 
+from sdonnx_runtime.execution.control_groups import cgroup_memory
 from sdonnx_runtime.execution.cpu import read_for_platform, read_proc_field, run_command
 
-_NO_LIMIT = 1 << 60  # a limit of control groups of version 1 above this is none
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # parameters of mallopt, from malloc.h
 _MMAP_THRESHOLD = 1 << 18  # bytes
+
+_MADV_DONTNEED = 4  # from mman.h
+_CLEAN_CODE = re.compile(
+    rb"^([0-9a-f]+)-([0-9a-f]+) (?:r-xp \S+ \S+ [1-9].*|r--p .*\.so[\d.]*)\n(?:[A-Z].*\n)*?Anonymous: +0 kB",
+    re.MULTILINE,
+)  # the mappings of programs and libraries in /proc/self/smaps that no page was written to
 
 
 def peak_memory() -> int:
@@ -41,45 +48,7 @@ def available_memory() -> int | None:
 
 def _linux_available() -> int:
     free = int(read_proc_field(Path("/proc/meminfo"), "MemAvailable").split()[0]) * 1024
-    return min([free, *cgroup_memory(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
-
-
-def cgroup_memory(membership: Path, root: Path) -> list[int]:
-    """The bytes left under each memory limit of a process's control groups, of version 2 and 1.
-
-    ``membership`` is the file that lists them, /proc/self/cgroup; they are mounted at ``root``, /sys/fs/cgroup.
-    """
-    left = list[int]()
-    for line in membership.read_text(encoding="utf-8").splitlines():
-        _, controllers, inside = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        top = root / controllers
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
-        group = top / inside.lstrip("/")
-        for folder in (group, *group.parents):
-            limit, used = (_read_number(folder / name) for name in names)
-            if limit is not None and used is not None and limit < _NO_LIMIT:
-                left.append(limit - used + _inactive_cache(folder))
-            if folder == top:
-                break
-    return left
-
-
-def _read_number(path: Path) -> int | None:
-    with suppress(OSError):
-        text = path.read_text(encoding="utf-8").strip()
-        return int(text) if text.isdigit() else None
-    return None
-
-
-def _inactive_cache(group: Path) -> int:
-    """Bytes of a control group's page cache that the system can free at once."""
-    with suppress(OSError):
-        pairs = (line.partition(" ") for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
-        counts = {key: value for key, _, value in pairs}
-        return int(counts.get("inactive_file", counts.get("total_inactive_file", 0)))
-    return 0
+    return min([free, *cgroup_memory()])
 
 
 def _macos_available() -> int:
@@ -112,6 +81,21 @@ def trim_heap() -> None:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def unmap_code() -> None:
+    """Take the code of this process's libraries out of its resident memory (Linux; nothing elsewhere).
+
+    What runs again comes back from the system's page cache. How much of a library is resident otherwise depends on how
+    its file came into that cache: since Linux 6.18 the first access maps a whole folio, of up to 2 MiB.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            mappings = Path("/proc/self/smaps").read_bytes()
+            madvise = ctypes.CDLL(None).madvise
+            for start, end in _CLEAN_CODE.findall(mappings):
+                first, last = int(start, 16), int(end, 16)
+                madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
 
 
 def set_malloc_thresholds(*, one_heap: bool) -> None:

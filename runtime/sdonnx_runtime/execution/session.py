@@ -17,7 +17,7 @@ from sdonnx_runtime.errors import DeviceError, PackageError, SdonnxError
 from sdonnx_runtime.execution import ort
 from sdonnx_runtime.execution.arena import PROCESS_MEMORY, USE_ENV_ALLOCATORS
 from sdonnx_runtime.execution.ort import DEVICES, first_line, load_onnxruntime
-from sdonnx_runtime.graphs.initializers import TensorData
+from sdonnx_runtime.graphs.initializers import TensorData, embed_values
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Session:
         threads: CPU threads; None is the number of physical cores.
         memory_limit: bytes that the device may use, where it has such an option (CUDA).
         profile: the beginning of the path of ONNX Runtime's profile; None writes none.
-        weights: values that replace initializers of the weights file, by name.
+        weights: values that replace initializers, by name.
         model: an encoded graph that replaces the file's, with the same weights file.
         no_arena: on the CPU, return each buffer to the system at once instead of to the shared arena; slower.
 
@@ -59,8 +59,11 @@ class Session:
         model: bytes | None = None, no_arena: bool = False,
     ) -> None:  # fmt: skip
         self.path = path
-        self._weights = weights  # ONNX Runtime reads them where they are
-        settings = ort.session_options(threads, profile, weights)
+        inline = {name: each for name, each in weights.items() if each.is_inline}
+        if inline:
+            model = embed_values(path.read_bytes() if model is None else model, inline)
+        self._weights = {name: each for name, each in weights.items() if name not in inline}
+        settings = ort.session_options(threads, profile, self._weights)  # reads the weights where they are
         if model is not None:
             settings.add_session_config_entry(_WEIGHTS_FOLDER, str(path.resolve().parent))
         settings.enable_cpu_mem_arena = not no_arena
@@ -109,7 +112,7 @@ class Session:
             raise
         finally:
             self._options = None
-        return self._collect_outputs(outcome[0], terminated=bool(options.terminate))
+        return self._collect_outputs(outcome[0], prepared, terminated=bool(options.terminate))
 
     def finish_profile(self) -> list[dict[str, Any]]:
         """End ONNX Runtime's profile; returns its events."""
@@ -126,7 +129,7 @@ class Session:
         value = feeds[port.name].astype(port.dtype, copy=False)
         return value.reshape((1,) * (len(port.shape) - value.ndim) + value.shape)
 
-    def _collect_outputs(self, outcome: Any, *, terminated: bool) -> dict[str, AnyArray]:
+    def _collect_outputs(self, outcome: Any, feeds: Mapping[str, AnyArray], *, terminated: bool) -> dict[str, AnyArray]:
         if isinstance(outcome, Exception):
             if terminated:
                 raise Cancelled("the run was cancelled") from None
@@ -134,13 +137,22 @@ class Session:
             remedy = "choose a smaller size or another device" if "alloc" in reason.lower() else "try another device"
             raise DeviceError(f"{self.path} failed on device '{self.device}': {reason}; {remedy}") from None
         results = dict(zip((port.name for port in self.outputs), outcome, strict=True))
-        for name, value in results.items():
-            if value.dtype.kind == "f" and not np.isfinite(value).all():
+        for name in _non_finite(results):
+            for given in _non_finite(feeds):
                 raise PackageError(
-                    f"{self.path}: output '{name}' is not finite; "
-                    "the checkpoint is damaged or overflows: export it again, with --precision fp32"
+                    f"{self.path}: output '{name}' is not finite, because its input '{given}' is not; "
+                    "use a lower guidance scale, other images or embeddings, or export with --precision fp32"
                 )
+            raise PackageError(
+                f"{self.path}: output '{name}' is not finite; "
+                "the checkpoint is damaged or overflows: export it again, with --precision fp32"
+            )
         return results
+
+
+def _non_finite(arrays: Mapping[str, AnyArray]) -> list[str]:
+    """Names of arrays with an infinity or a NaN."""
+    return [name for name, value in arrays.items() if value.dtype.kind == "f" and not np.isfinite(value).all()]
 
 
 def missing_input(path: Path, name: str, feeds: Mapping[str, AnyArray]) -> PackageError:

@@ -9,7 +9,7 @@ import numpy as np
 
 from sdonnx_runtime.adapters.merging import LayerDeltas, merge_lora, merge_weights
 from sdonnx_runtime.arrays import AnyArray
-from sdonnx_runtime.execution.process_memory import trim_heap
+from sdonnx_runtime.execution.process_memory import trim_heap, unmap_code
 from sdonnx_runtime.execution.session import Cancelled, Session, broadcast_batch, missing_input
 from sdonnx_runtime.execution.strategy import ExecutionStrategy
 from sdonnx_runtime.execution.tiling import run_tiled, run_tiled_with_global_norms
@@ -138,6 +138,7 @@ class StagedModel(_CancellableModel):
         weights = merge_weights(self.path, stage.weights, self._deltas)
         session = Session(self.path, model=stage.model, weights=weights, **self._options)
         self._options["device"] = session.device  # what auto came to, once for all stages
+        unmap_code()  # of ONNX Runtime's graph optimizers, mainly
         return session
 
 
@@ -173,6 +174,7 @@ def open_model(
     session = Session(path, weights=merge_lora(path, deltas), no_arena=no_arena, **options)
     if deltas:
         trim_heap()
+    unmap_code()
     return session if tile_size is None else TiledModel(session, tile_size)
 
 

@@ -1,5 +1,6 @@
 """A graph's initializers: their names, types, shapes and where their bytes are."""
 
+import math
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ _DTYPES: Mapping[int, Any] = {
     INT4: np.int8,
 }  # fmt: skip
 """numpy's types by TensorProto.DataType; int4 is unpacked to int8."""
+
+_MAX_AXES = 16
+"""More than any layer's weight has; numpy allows 64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,15 +68,27 @@ class Initializer:
 
     def read(self) -> AnyArray:
         """Read its elements; int4 as int8. PackageError if the file is truncated or missing, or the type unknown."""
-        dtype, count = self.dtype, int(np.prod(self.shape))
-        expected = (count + 1) // 2 if self.data_type == INT4 else count * np.dtype(dtype).itemsize
-        data = np.zeros(0, np.uint8)
-        if dtype is not None and self.length == expected and self.file.is_file():
-            data = np.fromfile(self.file, np.uint8, self.length, offset=self.offset)
-        if len(data) < expected or dtype is None:
-            raise PackageError(f"{self.file} is damaged at '{self.name}'; run 'sdonnx export' again")
-        values = unpack_int4(data, count) if self.data_type == INT4 else data.view(dtype)
+        self._check()
+        data = np.fromfile(self.file, np.uint8, self.length, offset=self.offset)
+        values = unpack_int4(data, math.prod(self.shape)) if self.data_type == INT4 else data.view(self.dtype)
         return values.reshape(self.shape)
+
+    def map(self) -> AnyArray:
+        """Map its elements into memory, read-only; of any type but int4. PackageError as `read`, or without any."""
+        self._check(least=1)
+        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+
+    def _check(self, *, least: int = 0) -> None:
+        sizes, count = (*self.shape, self.offset, self.length - least), math.prod(self.shape)
+        expected = (count + 1) // 2 if self.data_type == INT4 else count * np.dtype(self.dtype).itemsize
+        is_known = self.dtype is not None and len(sizes) < _MAX_AXES and min(sizes) >= 0 and self.length == expected
+        if not is_known or not self.is_in_file:
+            raise PackageError(f"{self.file} is damaged at '{self.name}'; run 'sdonnx export' again")
+
+    @property
+    def is_in_file(self) -> bool:
+        """Whether the file is there and long enough."""
+        return self.file.is_file() and 0 <= self.offset <= self.file.stat().st_size - self.length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +99,11 @@ class TensorData:
     """A TensorProto.DataType."""
     data: AnyArray
     """Of the initializer's shape and type; int4 is packed into the first half of as many bytes."""
+    is_inline: bool = False
+    """Whether the initializer is in the ``.onnx`` file, where ONNX Runtime doesn't replace it."""
 
     @classmethod
-    def of(cls, values: AnyArray, data_type: int) -> "TensorData":
+    def of(cls, values: AnyArray, data_type: int, *, is_inline: bool = False) -> "TensorData":
         """Convert values to a type; of int4, they are int8."""
         dtype = np.dtype(_DTYPES[data_type] if data_type != INT4 else np.uint8)
         stored = values.reshape(-1) if data_type != INT4 else pack_int4(values)
@@ -93,7 +111,7 @@ class TensorData:
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
         data = np.frombuffer(mmap.mmap(-1, max(values.size * dtype.itemsize, 1), **private), dtype, values.size)
         data[: len(stored)] = stored
-        return cls(data_type=data_type, data=data.reshape(values.shape))
+        return cls(data_type=data_type, data=data.reshape(values.shape), is_inline=is_inline)
 
 
 def unpack_int4(data: AnyArray, count: int) -> AnyArray:
@@ -114,3 +132,13 @@ def read_initializers(path: Path) -> dict[str, Initializer]:
     with package_errors(path):
         model = decode_model(memoryview(path.read_bytes()))
         return {name: Initializer.from_tensor(each, path, model.data) for name, each in model.initializers.items()}
+
+
+def embed_values(model: bytes, values: Mapping[str, TensorData]) -> bytes:
+    """Replace initializers that are in an encoded graph itself."""
+    data, found = bytearray(model), decode_model(memoryview(model)).initializers
+    for name, value in values.items():
+        stored = found[name].raw_data
+        start = np.frombuffer(stored, np.uint8).ctypes.data - np.frombuffer(model, np.uint8).ctypes.data
+        data[start : start + len(stored)] = value.data.tobytes()[: len(stored)]
+    return bytes(data)

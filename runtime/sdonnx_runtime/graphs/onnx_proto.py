@@ -6,11 +6,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from sdonnx_runtime.errors import PackageError
+from sdonnx_runtime.errors import PackageError, SdonnxError
+from sdonnx_runtime.files.kinds import describe_file
+
+T = TypeVar("T")
 
 Field: TypeAlias = "tuple[int, int | str | bytes | memoryview]"
 """A field's number and its value: an integer, a text, or the bytes of an array or another message."""
@@ -23,6 +26,9 @@ _DIMS, _DATA_TYPE, _TENSOR_NAME, _RAW_DATA, _EXTERNAL_DATA = 1, 2, 8, 9, 13  # T
 _VALUE_NAME, _TYPE = 1, 2  # ValueInfoProto
 _TENSOR_TYPE, _ELEMENT_TYPE, _SHAPE, _DIM, _DIM_VALUE = 1, 1, 2, 1, 1  # TypeProto
 _KEY, _VALUE = 1, 2  # StringStringEntryProto
+
+_MAX_ENTRIES = 200_000
+"""Fields of a message, and numbers of a field: each takes a hundred times its bytes; the largest graphs have 20,000."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -134,8 +140,12 @@ def package_errors(path: Path) -> Generator[None, None, None]:
     """Turn what reading and decoding an ``.onnx`` file raises into a PackageError."""
     try:
         yield
-    except (IndexError, KeyError, ValueError) as error:
-        raise PackageError(f"{path} is damaged ({error}); run 'sdonnx export' again") from None
+    except SdonnxError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        what = describe_file(path, is_text=True) if path.suffix == ".onnx" else None
+        what = what or f"is damaged ({error}); run 'sdonnx export' again"
+        raise PackageError(f"{path} {what}") from None
     except OSError as error:
         raise PackageError(f"{path} can't be read ({error.strerror}); run 'sdonnx export' again") from None
 
@@ -184,9 +194,16 @@ def _decode_attribute(encoded: memoryview) -> tuple[str, Any]:
 def _group(data: memoryview) -> "defaultdict[int, list[int | memoryview]]":
     """The values of a message's fields by number."""
     parts = defaultdict[int, "list[int | memoryview]"](list)
-    for number, value in fields(data):
+    for number, value in _limit(fields(data)):
         parts[number].append(value)
     return parts
+
+
+def _limit(entries: Iterable[T]) -> Iterator[T]:
+    for count, each in enumerate(entries):
+        if count == _MAX_ENTRIES:
+            raise ValueError(f"it has more than {_MAX_ENTRIES} entries in one place")
+        yield each
 
 
 def _bytes(values: "Iterable[int | memoryview]") -> list[memoryview]:
@@ -203,7 +220,7 @@ def _integer(values: "Iterable[int | memoryview]") -> int:
 
 def _integers(values: "Iterable[int | memoryview]") -> tuple[int, ...]:
     """Signed integers, which may be packed."""
-    many = [each for value in values for each in ([value] if isinstance(value, int) else _varints(value))]
+    many = [each for value in values for each in ([value] if isinstance(value, int) else _limit(_varints(value)))]
     return tuple(each - (1 << 64) if each >> 63 else each for each in many)
 
 

@@ -5,9 +5,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.graphs.initializers import Initializer
 from sdonnx_runtime.graphs.onnx_proto import Model, Node, Tensor, ValueInfo, decode_model, package_errors
 from sdonnx_runtime.graphs.split_convs import ConvSplitter
+
+_OVERHEAD = 1 << 20
+"""Bytes that stages may have more than four times the graph's: what several of them need is in each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +64,16 @@ def read_stages(path: Path, *, cut: bool = True) -> PartitionedGraph:
     Raises PackageError if it is damaged or missing, or doesn't describe the values between stages.
     """
     with package_errors(path):
-        return _partition(path, decode_model(memoryview(path.read_bytes())), cut)
+        model = decode_model(memoryview(path.read_bytes()))
+        _check_weights(path, model)
+        return _partition(path, model, cut)
+
+
+def _check_weights(path: Path, model: Model) -> None:
+    for tensor in model.initializers.values():
+        weight = Initializer.from_tensor(tensor, path, model.data)
+        if not weight.is_in_file:
+            raise PackageError(f"{weight.file} is missing or cut at '{weight.name}'; run 'sdonnx export' again")
 
 
 def _partition(path: Path, model: Model, cut: bool) -> PartitionedGraph:
@@ -69,7 +82,7 @@ def _partition(path: Path, model: Model, cut: bool) -> PartitionedGraph:
     pieces = [(name, list(each)) for name, each in groupby(nodes, key=lambda node: node.stage if cut else "")]
     last_use = {value: index for index, (_, piece) in enumerate(pieces) for node in piece for value in node.inputs}
     last_use |= dict.fromkeys(model.outputs, len(pieces))
-    stages: list[Stage] = []
+    stages, total = list[Stage](), 0
     for index, (name, piece) in enumerate(pieces):
         produced = dict.fromkeys(value for node in piece for value in node.outputs if value)
         read = dict.fromkeys(value for node in piece for value in node.inputs if value and value not in produced)
@@ -79,6 +92,9 @@ def _partition(path: Path, model: Model, cut: bool) -> PartitionedGraph:
         data = model.encode_part(name, piece, [_encode_resolved(path, each) for each in weights], inputs, outputs)
         initializers = {each.name: Initializer.from_tensor(each, path, model.data) for each in weights}
         stages.append(Stage(name=name, model=data, inputs=inputs, outputs=outputs, weights=initializers))
+        total += len(data)
+        if total > 4 * len(model.data) + _OVERHEAD:
+            raise ValueError("its stages together are larger than it is")
     inputs = {name: ValueInfo.decode(encoded) for name, encoded in model.inputs.items()}
     return PartitionedGraph(stages=tuple(stages), outputs=tuple(model.outputs), inputs=inputs)
 

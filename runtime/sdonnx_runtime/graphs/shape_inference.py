@@ -1,13 +1,16 @@
 """Shape inference without the onnx library, for the operators that sdonnx exports."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
 from math import prod
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from sdonnx_runtime.arrays import AnyArray
+from sdonnx_runtime.errors import SdonnxError
 from sdonnx_runtime.graphs.onnx_proto import Node
 
 ITEMSIZES: Mapping[int, int] = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8}
@@ -16,6 +19,17 @@ ITEMSIZES: Mapping[int, int] = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8
 
 class UnsupportedGraph(Exception):  # noqa: N818 — not an error: such a graph runs, unplanned
     """A graph has an operator or input that sdonnx does not export."""
+
+
+@contextmanager
+def unsupported_graphs() -> Generator[None, None, None]:
+    """Turn what the rules for exported graphs raise on any other graph into UnsupportedGraph."""
+    try:
+        yield
+    except SdonnxError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UnsupportedGraph(f"{type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -52,22 +66,27 @@ def infer_shapes(nodes: Sequence[Node], values: dict[str, TensorInfo]) -> Iterat
         yield node
 
 
-def _infer(node: Node, inputs: Sequence[TensorInfo | None]) -> list[TensorInfo]:
-    compute = _COMPUTED.get(node.op)
-    if compute is not None and all(each is None or each.known is not None for each in inputs):
-        known = [each.known for each in inputs if each is not None and each.known is not None]
-        return [TensorInfo.of(np.asarray(compute(known, node.attributes)))]
-    try:
-        infos = [each if each is not None else TensorInfo(()) for each in inputs]
+def _infer(node: Node, inputs: Sequence[TensorInfo | None]) -> Iterable[TensorInfo]:
+    compute, known = _COMPUTED.get(node.op), [each.known for each in inputs if each is not None]
+    values = [each for each in known if each is not None]
+    if compute is not None and len(values) == len(known) and sum(each.size for each in values) <= _MAX_KNOWN:
+        return [TensorInfo.of(np.asarray(compute(values, node.attributes)))]
+    infos = [each if each is not None else TensorInfo(()) for each in inputs]
+    with unsupported_graphs():
         outputs = _RULES[node.op](infos, node.attributes)
-        if isinstance(outputs, tuple):
-            outputs = [TensorInfo(outputs, _OUTPUT_ITEMSIZES.get(node.op, infos[0].itemsize))]
-    except (KeyError, IndexError, ValueError) as error:
-        raise UnsupportedGraph(f"the operator {node.op}, or its attributes") from error
-    return outputs
+        if not isinstance(outputs, tuple):
+            return outputs
+        if len(outputs) > _MAX_AXES or prod(outputs) >= _MAX_ELEMENTS:
+            raise UnsupportedGraph(f"a value of {len(outputs)} axes")
+        return [TensorInfo(outputs, _OUTPUT_ITEMSIZES.get(node.op, infos[0].itemsize))]
 
 
-Rule: TypeAlias = Callable[[Sequence[TensorInfo], Mapping[str, Any]], "tuple[int, ...] | list[TensorInfo]"]
+_MAX_KNOWN, _MAX_AXES, _MAX_ELEMENTS = 1024, 16, 1 << 62
+"""Elements that are computed for a shape, and the axes and elements of a value; no exported graph has as many."""
+
+Rule: TypeAlias = Callable[
+    [Sequence[TensorInfo], Mapping[str, Any]], "tuple[int, ...] | list[TensorInfo] | repeat[TensorInfo]"
+]
 """Inputs and attributes to the shape of the one output, whose elements are as large as `_OUTPUT_ITEMSIZES` says, or as
 the first input's; or to all outputs."""
 
@@ -110,10 +129,10 @@ def _reduce(inputs: Sequence[TensorInfo], attributes: Mapping[str, Any]) -> tupl
     return tuple(1 if axis in reduced else size for axis, size in enumerate(shape) if keep or axis not in reduced)
 
 
-def _split(inputs: Sequence[TensorInfo], attributes: Mapping[str, Any]) -> list[TensorInfo]:
+def _split(inputs: Sequence[TensorInfo], attributes: Mapping[str, Any]) -> "repeat[TensorInfo]":
     shape, axis = list(inputs[0].shape), attributes.get("axis", 0)
     shape[axis] //= attributes["num_outputs"]
-    return [TensorInfo(tuple(shape), inputs[0].itemsize)] * int(attributes["num_outputs"])
+    return repeat(TensorInfo(tuple(shape), inputs[0].itemsize))
 
 
 def _concat(inputs: Sequence[TensorInfo], attributes: Mapping[str, Any]) -> tuple[int, ...]:

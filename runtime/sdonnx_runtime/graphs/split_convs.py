@@ -47,8 +47,10 @@ class ConvSplitter:
     def _bounds(self, name: str) -> list[int]:
         """The first output channel of each part, and their number; empty where the weight isn't to be split."""
         weight = self._tensors.get(name)
-        if weight is None or len(weight.shape) != 4 or "location" not in weight.external:
+        if weight is None or len(weight.shape) != 4 or min(weight.shape) < 1 or "location" not in weight.external:
             return []
+        if prod(weight.shape) > 2 * int(weight.external.get("length", "0")):  # int4 has two elements to a byte
+            raise ValueError(f"'{name}' is shorter than its shape")
         count, channels = ceil(4 * prod(weight.shape) / LIMIT), weight.shape[0]
         return [] if count == 1 or channels % (count * _BLOCK) != 0 else [*range(0, channels + 1, channels // count)]
 

@@ -1,12 +1,14 @@
 """Image preprocessing: opening, resizing, outpainting canvases, masks and depth maps."""
 
+import io
 import math
 import struct
 import warnings
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps, features
 
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import RequestError
@@ -36,6 +38,9 @@ _DAMAGED = (
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
 """Pillow's modes of 8 bits a channel."""
 
+_DEPTH_MODES = ("F", "I")
+"""Modes without a known range, which a depth map may have."""
+
 
 def open_image(path: Path) -> Image.Image:
     """Open an image file and rotate it as its EXIF orientation says.
@@ -45,14 +50,20 @@ def open_image(path: Path) -> Image.Image:
     """
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a damaged profile or EXIF data
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             Image.init()
             formats = [name for name in _FORMATS if name in Image.OPEN]  # not every Pillow has all
             with Image.open(path, formats=formats) as image:
-                upright = ImageOps.exif_transpose(image)
+                is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+                _check_memory(image, path.stat().st_size, copies=1 + is_turned)
+                image.load()
+                upright = ImageOps.exif_transpose(image) if is_turned else image
                 if upright.mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits, as some Pillows give them
                     return Image.fromarray(np.asarray(upright).astype(np.uint16))
                 return upright
+    except RequestError as error:
+        raise RequestError(f"{path} {error}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         maximum = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
         raise RequestError(f"{path} has more than {maximum:.0f} million pixels; make it smaller first") from None
@@ -61,15 +72,29 @@ def open_image(path: Path) -> Image.Image:
         raise RequestError(f"{path} can't be read: {reason}; give a whole PNG, JPEG or WebP file") from None
 
 
+def _check_memory(image: Image.Image, size: int, *, copies: int) -> None:
+    """Refuse pixels out of proportion to the ``size`` of their file: a photograph has 1 to 4 bytes for 10 pixels."""
+    needed = image.width * image.height * copies * (1 if image.mode in ("1", "L", "P") else 4)
+    if needed > _PLENTY + _MEMORY_PER_BYTE * size:
+        raise RequestError(f"has {image.width}x{image.height} pixels in {size} bytes; give it in a smaller size")
+
+
+_PLENTY, _MEMORY_PER_BYTE = 180_000_000, 40
+"""Bytes that any image may take in memory, and those for each byte of its file."""
+
+
 def check_image(name: str, image: Image.Image) -> None:
-    """Check that an image has pixels of a known range.
+    """Check that an image has pixels of a known range, or as a depth map finite ones.
 
     Raises:
-        RequestError: it is empty, or of an unknown mode.
+        RequestError: it is empty, of an unknown mode, or not finite.
     """
     if 0 in image.size:
         raise RequestError(f"{name} is empty ({image.width}x{image.height}); give an image with pixels")
-    if image.mode not in _MODES and not image.mode.startswith("I;16"):
+    if name == "depth_image" and image.mode in _DEPTH_MODES:
+        if not np.isfinite(np.asarray(image)).all():
+            raise RequestError(f"{name} has pixels that are not finite; give a depth for each pixel")
+    elif image.mode not in _MODES and not image.mode.startswith("I;16"):
         raise RequestError(
             f"{name} has Pillow's mode {image.mode}, which is not supported; convert it to 8 or 16 bits a channel"
         )
@@ -127,10 +152,36 @@ def outpaint_canvas(
             f"the canvas has {width}x{height} pixels; make both multiples of {multiple}: "
             f"{more[0]} more at a side, {more[1]} more above or below"
         )
-    pixels = np.pad(np.asarray(flatten_alpha(image)), ((top, bottom), (left, right), (0, 0)), mode="edge")
+    pixels = np.pad(np.asarray(to_rgb(image)), ((top, bottom), (left, right), (0, 0)), mode="edge")
     mask = Image.new("L", (width, height), 255)
     mask.paste(0, (left, top, left + image.width, top + image.height))
     return Image.fromarray(pixels), mask
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert to sRGB on a white background, from the image's color profile; without anything else that it carries."""
+    plain = flatten_alpha(_to_srgb(image)).copy()
+    plain.info = {}
+    return plain
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """Convert the colors of an image with another profile than sRGB; a damaged or unsuitable one is ignored."""
+    profile = image.info.get("icc_profile")
+    if not profile or not features.check("littlecms2"):
+        return image
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(source).lower():
+            return image
+        is_keyed = image.mode == "P" or "transparency" in image.info  # a color stands for others, or for none
+        pixels = image.convert("RGBA" if image.has_transparency_data else "RGB") if is_keyed else image
+        mode = "RGBA" if pixels.mode == "RGBA" else "RGB"
+        srgb = cast("Any", ImageCms).createProfile("sRGB")
+        converted = ImageCms.profileToProfile(pixels, source, srgb, outputMode=mode)
+    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
+        return image
+    return image if converted is None else converted
 
 
 def flatten_alpha(image: Image.Image) -> Image.Image:
@@ -160,10 +211,15 @@ def _on_background(image: Image.Image, background: str) -> Image.Image:
 
 
 def to_depth(image: Image.Image) -> Array:
-    """Convert a depth map of 8 or 16 bits or floating point, in any unit, to (H, W); brighter is nearer."""
-    if image.mode not in ("F", "I") and not image.mode.startswith("I;16"):
+    """Convert a depth map of 8 or 16 bits or floating point, in any unit, to (H, W), 0 to 1; brighter is nearer.
+
+    A flat one is 0.
+    """
+    if image.mode not in _DEPTH_MODES and not image.mode.startswith("I;16"):
         image = flatten_alpha(image).convert("L")
-    return np.asarray(image).astype(np.float32)
+    values = np.asarray(image).astype(np.float64)
+    low, high = values.min(), values.max()
+    return ((values - low) / (high - low if high > low else 1.0)).astype(np.float32)
 
 
 def bicubic(values: Array, height: int, width: int) -> Array:

@@ -7,7 +7,7 @@ from math import inf
 
 from sdonnx_runtime.errors import DeviceError, RequestError
 from sdonnx_runtime.execution.arena import PROCESS_MEMORY
-from sdonnx_runtime.execution.process_memory import available_memory, resident_memory
+from sdonnx_runtime.execution.process_memory import available_memory, resident_memory, unmap_code
 from sdonnx_runtime.execution.strategy import MIN_MEMORY, ExecutionPlan, ExecutionStrategy
 from sdonnx_runtime.graphs.shape_inference import UnsupportedGraph
 from sdonnx_runtime.memory.constants import FREE_SHARE, PROCESS_BYTES
@@ -17,7 +17,8 @@ AUTO, MAX, MIN = "auto", "max", "min"
 """The free memory; all components kept loaded; the least that is possible."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmg]?i?)b?", re.IGNORECASE)
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmg]?i?)b?", re.IGNORECASE | re.ASCII)
+_MAX_BYTES = 2**63
 _STEP = 10**7  # bytes; a budget that an error proposes is rounded up to a multiple
 
 
@@ -57,6 +58,7 @@ class Budget:
             PROCESS_MEMORY.next_region = int(upper_bound / 4)
             return None
         PROCESS_MEMORY.warm_up()
+        unmap_code()
         base = resident_memory() + PROCESS_BYTES
         budget = inf if plenty else self._room(free)
         try:
@@ -106,9 +108,9 @@ class Budget:
         return None if self.asked in (AUTO, MAX, MIN) else self._bytes()
 
     def _bytes(self) -> int:
-        if isinstance(self.asked, int) and self.asked > 0:
-            return self.asked
-        match = _SIZE.fullmatch(str(self.asked).strip())
-        if match is None or float(match["number"]) <= 0 or isinstance(self.asked, int):
+        size = float(self.asked) if type(self.asked) is int and self.asked < _MAX_BYTES else 0.0
+        if (match := _SIZE.fullmatch(str(self.asked).strip())) and not isinstance(self.asked, int):
+            size = float(match["number"]) * _UNITS[match["unit"].lower()]
+        if not 1 <= size < _MAX_BYTES:
             raise RequestError(f"memory is '{self.asked}'; give a size such as 600MB or 2GB, or auto, max or min")
-        return int(float(match["number"]) * _UNITS[match["unit"].lower()])
+        return int(size)

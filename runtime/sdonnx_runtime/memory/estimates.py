@@ -7,12 +7,12 @@ from functools import lru_cache
 from math import prod
 from pathlib import Path
 
-from sdonnx_runtime.adapters.merging import module_of
+from sdonnx_runtime.adapters.merging import parameter_of
 from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.execution.tiling import tile_offsets
 from sdonnx_runtime.graphs.initializers import INT4
 from sdonnx_runtime.graphs.partition import Stage, read_stages
-from sdonnx_runtime.graphs.shape_inference import TensorInfo
+from sdonnx_runtime.graphs.shape_inference import TensorInfo, unsupported_graphs
 from sdonnx_runtime.memory import constants
 from sdonnx_runtime.memory.footprint import Footprint, footprint
 from sdonnx_runtime.packages.variant import NORM_STATS
@@ -27,7 +27,7 @@ class Graph:
     tile_size: int | None = None
     """The side of its tiles, in pixels of its input; None runs it on the whole image."""
     adapted: frozenset[str] = frozenset()
-    """The modules that adapters change."""
+    """The weights and biases that adapters change."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,7 +63,8 @@ def estimate_stages(graph: Graph, cut: bool, split_batch: bool = False) -> tuple
     Raises UnsupportedGraph or PackageError as `planner.make_plan` does.
     """
     try:
-        return _cached_estimates(graph, cut, split_batch, graph.path.stat().st_mtime_ns)
+        with unsupported_graphs():
+            return _cached_estimates(graph, cut, split_batch, graph.path.stat().st_mtime_ns)
     except OSError as error:
         raise PackageError(f"{graph.path} can't be read ({error.strerror}); run 'sdonnx export' again") from None
 
@@ -96,20 +97,20 @@ def _cached_estimates(graph: Graph, cut: bool, split_batch: bool, _modified: int
     return tuple(estimates)
 
 
-def merging_bytes(stage: Stage, modules: frozenset[str]) -> tuple[int, int]:
+def merging_bytes(stage: Stage, parameters: frozenset[str]) -> tuple[int, int]:
     """Bytes of a stage's weights that adapters change, and the peak while they are merged."""
     stored, widest = Counter[str](), Counter[str]()
     for name, weight in stage.weights.items():
-        module = module_of(name)
-        if module is not None and module in modules:
+        parameter = parameter_of(name)
+        if parameter is not None and parameter in parameters:
             copies = constants.MERGE_CONV if len(weight.shape) == 4 else constants.MERGE_LINEAR
             copies += constants.MERGE_INT4 * (weight.data_type == INT4)
-            stored[module] += weight.length
-            widest[module] += int(4 * prod(weight.shape) * copies)
+            stored[parameter] += weight.length
+            widest[parameter] += int(4 * prod(weight.shape) * copies)
     merged = peak = 0
-    for module, size in widest.items():
+    for parameter, size in widest.items():
         peak = max(peak, merged + size)
-        merged += stored[module]
+        merged += stored[parameter]
     return merged, peak
 
 

@@ -8,10 +8,11 @@ from types import MappingProxyType
 
 from sdonnx_runtime.adapters.merging import Adapters
 from sdonnx_runtime.denoising.control import component_prefix, residual_names
+from sdonnx_runtime.denoising.init_image import encodes_images
 from sdonnx_runtime.denoising.step_cache import unet_graphs
 from sdonnx_runtime.execution.components import REFINER
 from sdonnx_runtime.graphs.partition import read_stages
-from sdonnx_runtime.graphs.shape_inference import ITEMSIZES, TensorInfo, UnsupportedGraph
+from sdonnx_runtime.graphs.shape_inference import ITEMSIZES, TensorInfo, UnsupportedGraph, unsupported_graphs
 from sdonnx_runtime.memory.estimates import Graph, graph_outputs
 from sdonnx_runtime.memory.planner import LoadedComponent, MemoryPhase, make_plan
 from sdonnx_runtime.packages.concat import CONCAT
@@ -26,6 +27,7 @@ _IMAGE_COPIES = 6
 """How many copies of an image exist, in float32, while it is assembled from tiles and converted to bytes."""
 
 
+@unsupported_graphs()
 def memory_phases(
     package: Package, resolved: ResolvedRequest, *, refiner: Package | None = None, controls: Sequence[Package] = (),
     adapters: Adapters | None = None, preview: Package | None = None,
@@ -63,7 +65,7 @@ def memory_phases(
             sizes["pooled"] = 0 if encoder.pooled is None else outputs[encoder.pooled].shape[1]
         sizes["ids"] = FAMILIES[model.manifest.family].time_ids
         phases.append(_unet_phase(prefix, model, controls if prefix == "" else (), request, largest, sizes, applied))
-    if request.image is not None or request.hires_upscaler == "lanczos":
+    if encodes_images(manifest, request):
         height, width = largest.height, largest.width
         phases.append([_vae(package, "vae_encoder", height, width, scale=space.downscale, pixels=height * width)])
     phases.append(decode_phase(package, *latent_size, request.num_images))

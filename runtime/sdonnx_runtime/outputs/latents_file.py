@@ -11,7 +11,10 @@ import numpy as np
 
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import RequestError
-from sdonnx_runtime.outputs.atomic import replace_file
+from sdonnx_runtime.files.arrays_file import read_arrays
+from sdonnx_runtime.files.kinds import describe_file
+from sdonnx_runtime.outputs.atomic import write_file
+from sdonnx_runtime.outputs.staging import lock_file
 from sdonnx_runtime.request import CompleteRequest, Request, complete_request, generation_parameters
 from sdonnx_runtime.sampling.registry import resolve_sampler
 from sdonnx_runtime.validation import check_fields
@@ -23,15 +26,39 @@ _DAMAGED = (
 """Errors of reading a damaged .npz, or of another file."""
 
 
-def save_latents(path: Path, latents: Array, request: CompleteRequest, model: str) -> None:
+def save_latents(
+    path: Path, latents: Array, request: CompleteRequest, model: str, *, overwrite: bool = True, temporary: bool = False
+) -> Path:
     """Write latents, (num_images, C, h, w), with their request and the package's name as numpy's ``.npz``.
+
+    Args:
+        path: the file.
+        latents: the latents.
+        request: their request.
+        model: the package's name.
+        overwrite: as for `write_file`.
+        temporary: whether it is to be deleted once its images are saved; see `is_left_over`.
 
     Raises:
         SdonnxError: the file can't be written.
     """
     data = json.dumps({**generation_parameters(request), "model": model}, ensure_ascii=False)
-    with replace_file(path) as stream:
-        np.savez(stream, latents=latents.astype(np.float32), recipe=np.array(data))
+    arrays: dict[str, Any] = {"latents": latents.astype(np.float32), "recipe": np.array(data)}
+    arrays |= {_TEMPORARY: np.array(1)} if temporary else {}
+    return write_file(path, lambda stream: np.savez(stream, **arrays), overwrite=overwrite)
+
+
+_TEMPORARY = "temporary"
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether a file is what a process that was killed left of `save_latents` with ``temporary``."""
+    try:
+        with path.open("rb+") as stream, zipfile.ZipFile(stream) as file:
+            names = {f"{name}.npy" for name in ("latents", "recipe", _TEMPORARY)}
+            return set(file.namelist()) == names and lock_file(stream) is not False
+    except _DAMAGED:
+        return False
 
 
 def load_latents(path: Path) -> tuple[Array, CompleteRequest, str]:
@@ -41,8 +68,8 @@ def load_latents(path: Path) -> tuple[Array, CompleteRequest, str]:
         RequestError: the file is missing, damaged, or not one of latents.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            latents, data = file["latents"], json.loads(str(file["recipe"]))
+        arrays = read_arrays(path, ("latents", "recipe"))
+        latents, data = arrays["latents"], json.loads(str(arrays["recipe"]))
         model = data.pop("model")
         if not isinstance(model, str):
             raise TypeError(model)
@@ -50,7 +77,9 @@ def load_latents(path: Path) -> tuple[Array, CompleteRequest, str]:
     except FileNotFoundError:
         raise RequestError(f"there is no file {path}; give one that 'sdonnx run --save-latents' wrote") from None
     except _DAMAGED:
-        raise RequestError(f"{path} holds no latents, or is damaged; give one that 'sdonnx run' wrote") from None
+        what = None if zipfile.is_zipfile(path) else describe_file(path)
+        what = what or "holds no latents, or is damaged; give one that 'sdonnx run' wrote"
+        raise RequestError(f"{path} {what}") from None
     try:
         complete = complete_request(check_fields(request))
         resolve_sampler(complete.sampler)

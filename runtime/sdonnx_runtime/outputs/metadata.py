@@ -9,7 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sdonnx_runtime.adapters.lora import Lora
-from sdonnx_runtime.outputs.atomic import replace_file
+from sdonnx_runtime.outputs.atomic import write_file
 from sdonnx_runtime.request import FIELDS, CompleteRequest, generation_parameters
 from sdonnx_runtime.result import Result
 from sdonnx_runtime.sampling.registry import A1111_NAMES
@@ -37,12 +37,17 @@ def parameters_text(
         strength = f"Weight: {each.scale:g}, Guidance Start: {each.start:g}, Guidance End: {each.end:g}"
         settings[f"ControlNet {index}"] = _quote(f"Model: {name}, {strength}")
     settings["Version"] = "sdonnx"
-    lines = [" ".join([request.prompt, *(f"<lora:{lora.path.stem}:{lora.scale:g}>" for lora in loras)])]
+    lines = [" ".join([request.prompt, *(lora.tag for lora in loras)])]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {request.negative_prompt}")
     texts = {name: f"{value:g}" if isinstance(value, float) else value for name, value in settings.items()}
     lines.append(", ".join(f"{name}: {text}" for name, text in texts.items()))
     return "\n".join(lines)
+
+
+def _describe_lora(lora: Lora) -> dict[str, Any]:
+    te = {} if lora.text_encoder_scale is None else {"text_encoder_scale": lora.text_encoder_scale}
+    return {"name": lora.path.stem, "scale": lora.scale, **te}
 
 
 def _quote(name: str) -> str:
@@ -86,11 +91,12 @@ _A1111_SCHEDULES = {
 }  # fmt: skip
 
 
-def save_png(result: Result, index: int, path: Path, *, enlarge: int = 1) -> None:
+def save_png(result: Result, index: int, path: Path, *, enlarge: int = 1, overwrite: bool = True) -> Path:
     """Write an image of a result as PNG, with text chunks ``parameters`` (A1111's infotext) and ``sdonnx`` (JSON).
 
     The file appears whole or not at all. ``enlarge`` upscales the saved image so many times (Lanczos); the parameters
-    keep the generated size.
+    keep the generated size. Without ``overwrite``, an existing file stays and a number is appended to the name, also
+    if other processes save at the same time. Returns the path.
 
     Raises:
         SdonnxError: the file can't be written.
@@ -99,7 +105,7 @@ def save_png(result: Result, index: int, path: Path, *, enlarge: int = 1) -> Non
     named = {"vae": result.vae, "refiner": result.refiner}
     text = parameters_text(request, result.model, **named, loras=result.loras, controls=result.controls)
     info.add_text("parameters", text)
-    loras = [{"name": lora.path.stem, "scale": lora.scale} for lora in result.loras]
+    loras = [_describe_lora(lora) for lora in result.loras]
     controls = [
         {"name": name, "scale": each.scale, "start": each.start, "end": each.end}
         for name, each in zip(result.controls, request.controls, strict=True)
@@ -108,14 +114,12 @@ def save_png(result: Result, index: int, path: Path, *, enlarge: int = 1) -> Non
     data = {**generation_parameters(request), "model": result.model}
     data |= {key: each for key, each in others.items() if each}
     info.add_text("sdonnx", json.dumps(data, ensure_ascii=False))
-    with replace_file(path) as stream:
-        image = result.images[index]
-        if enlarge > 1:
-            image = image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.LANCZOS)
-        image.save(stream, format="PNG", pnginfo=info)
+    image = result.images[index]
+    if enlarge > 1:
+        image = image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.LANCZOS)
+    return write_file(path, lambda stream: image.save(stream, format="PNG", pnginfo=info), overwrite=overwrite)
 
 
 def save_preview(path: Path, preview: Image.Image, size: tuple[int, int]) -> None:
     """Write a preview, resized to (width, height), as PNG; raises SdonnxError if the file can't be written."""
-    with replace_file(path) as stream:
-        preview.resize(size).save(stream, format="PNG")
+    write_file(path, lambda stream: preview.resize(size).save(stream, format="PNG"))

@@ -15,7 +15,7 @@ class ConcatInputs:
     mask: Array
     """(1, 1, h, w), 1 for latent pixels that are repainted."""
     depth: Array
-    """(1, 1, h, w), brighter is nearer."""
+    """(1, 1, h, w), about 0 to 1; brighter is nearer."""
     mean: Array
     """(1, C, h, w), unscaled: the mean of the posterior of the image."""
     sample: Callable[[], Array]
@@ -33,8 +33,10 @@ class ConcatConditioning:
     """Channels of a mask or a depth map."""
     has_latents: bool = False
     """Whether the latents of an encoded image follow."""
-    required: tuple[str, ...]
-    """The image fields of a request that the model requires."""
+    images: tuple[str, ...]
+    """The image fields of a request that the channels are made of."""
+    repaints_all: bool = False
+    """Whether all is repainted without these images; else the model requires them."""
     own_fields: tuple[str, ...] = ()
     """Fields of a request that only this kind supports."""
     edits: bool = False
@@ -59,8 +61,10 @@ class Inpainting(ConcatConditioning):
     kind = "inpainting"
     map_channels = 1
     has_latents = True
-    required = ("image", "mask_image")
-    task = "inpainting and outpainting; requires --image with --mask or --outpaint"
+    images = ("image", "mask_image")
+    repaints_all = True
+    task = "inpainting and outpainting (--image with --mask or --outpaint), text to image"
+    img2img = "image to image (--image)"
 
     def latents(self, inputs: ConcatInputs) -> Array:
         """(1, 1 + C, h, w)."""
@@ -72,7 +76,7 @@ class Pix2Pix(ConcatConditioning):
 
     kind = "pix2pix"
     has_latents = True
-    required = ("image",)
+    images = ("image",)
     own_fields = ("image_guidance_scale",)
     edits = True
     task = "image editing by instruction; requires --image"
@@ -83,11 +87,11 @@ class Pix2Pix(ConcatConditioning):
 
 
 class Depth(ConcatConditioning):
-    """The depth map, scaled to -1 to 1."""
+    """The depth map, scaled to -1 to 1; a flat one is -1, as in training: Stability AI's ddpm.py."""
 
     kind = "depth"
     map_channels = 1
-    required = ("depth_image",)
+    images = ("depth_image",)
     own_fields = ("depth_image",)
     task = "depth to image; requires --depth"
     img2img = "image to image (--image)"
@@ -95,7 +99,12 @@ class Depth(ConcatConditioning):
     def latents(self, inputs: ConcatInputs) -> Array:
         """(1, 1, h, w)."""
         low, high = inputs.depth.min(), inputs.depth.max()
+        if high - low < _FLAT:
+            return np.full_like(inputs.depth, -1)
         return (inputs.depth - low) * np.float32(2) / (high - low) - np.float32(1)
 
+
+_FLAT = 1e-6
+"""A range of depths that is left by rounding."""
 
 CONCAT: Mapping[str, ConcatConditioning] = {each.kind: each for each in (Inpainting(), Pix2Pix(), Depth())}

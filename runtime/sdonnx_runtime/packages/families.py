@@ -30,6 +30,14 @@ REQUIRED_COMPONENTS: Mapping[PackageKind, tuple[str, ...]] = {
 }
 """The components of each kind, the one that tells it first; a model also has the text encoders of its manifest."""
 
+COMPONENT_NAMES = (
+    "text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "controlnet", "adapter",
+)  # fmt: skip
+"""Every component of a package, of any kind."""
+
+TARGETS = ("generic",)
+"""What graphs are written for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
@@ -46,6 +54,8 @@ class Family:
     """On each level of the U-Net; None is one head for every 64 channels."""
     time_ids: int = 0
     """Numbers of SDXL's micro-conditioning (arXiv:2307.01952): sizes, crop, aesthetic score; 0 is none."""
+    text_encoders: tuple[str, ...] = ("text_encoder",)
+    """Components, in the order of their states."""
     pooled_width: int = 0
     """Width of the pooled text state that is added to the timestep embedding; 0 is none."""
     num_inference_steps: int = 20
@@ -55,17 +65,20 @@ class Family:
 
 
 _SDXL = Family(
-    title="Stable Diffusion XL", sample_sizes={"epsilon": 128}, scaling_factor=0.13025, time_ids=6, pooled_width=1280,
-    num_inference_steps=30, guidance_scale=5.0,
+    title="Stable Diffusion XL", sample_sizes={"epsilon": 128}, scaling_factor=0.13025,
+    text_encoders=("text_encoder", "text_encoder_2"), time_ids=6, pooled_width=1280, num_inference_steps=30,
+    guidance_scale=5.0,
 )  # fmt: skip
 
 FAMILIES: Mapping[str, Family] = {
     "sd1": Family(title="Stable Diffusion 1", attention_heads=8),
     "sd2": Family(title="Stable Diffusion 2", sample_sizes={"v_prediction": 96, "epsilon": 64}),
     "sdxl": _SDXL,
-    "sdxl-refiner": replace(_SDXL, title="Stable Diffusion XL's refiner", time_ids=5),
-    "vae": Family(title="a VAE", kind=PackageKind.VAE),
-    "controlnet": Family(title="a ControlNet", kind=PackageKind.CONTROLNET),
-    "adapter": Family(title="a T2I-Adapter", kind=PackageKind.T2I_ADAPTER),
+    "sdxl-refiner": replace(
+        _SDXL, title="Stable Diffusion XL's refiner", text_encoders=("text_encoder_2",), time_ids=5
+    ),
+    "vae": Family(title="a VAE", kind=PackageKind.VAE, text_encoders=()),
+    "controlnet": Family(title="a ControlNet", kind=PackageKind.CONTROLNET, text_encoders=()),
+    "adapter": Family(title="a T2I-Adapter", kind=PackageKind.T2I_ADAPTER, text_encoders=()),
 }
 """What this version runs, by its name in manifests."""

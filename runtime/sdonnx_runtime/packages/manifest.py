@@ -7,13 +7,15 @@ import json
 import math
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from sdonnx_runtime.errors import PackageError
+from sdonnx_runtime.files.json_file import load_json
+from sdonnx_runtime.files.kinds import describe_file
 from sdonnx_runtime.packages.concat import CONCAT
-from sdonnx_runtime.packages.families import FAMILIES
+from sdonnx_runtime.packages.families import COMPONENT_NAMES, FAMILIES, TARGETS
 
 T = TypeVar("T")
 
@@ -22,11 +24,19 @@ FORMAT = 2
 MAX_ENLARGE = 16
 
 
+@dataclass(frozen=True)
+class Range:
+    """The lowest and the highest value of a number, as an annotation of its type."""
+
+    low: float
+    high: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class File:
     """One file of a package."""
 
-    size: int
+    size: Annotated[int, Range(0, 2**62)]
     """Bytes; checked whenever a package is opened."""
     sha256: str
     """Hexadecimal, for programs that copy packages."""
@@ -48,13 +58,13 @@ class Component:
 class Latents:
     """The latent space of the VAE that the U-Net was trained on."""
 
-    channels: int
-    downscale: int
+    channels: Annotated[int, Range(1, 256)]
+    downscale: Annotated[int, Range(1, 64)]
     """Image pixels per latent pixel, on each axis."""
-    scaling_factor: float
+    scaling_factor: Annotated[float, Range(1e-6, 1e6)]
     """Latents are the VAE's values less ``shift_factor``, times this."""
-    shift_factor: float = 0.0
-    preview: tuple[tuple[float, ...], ...] | None = None
+    shift_factor: Annotated[float, Range(-1e6, 1e6)] = 0.0
+    preview: tuple[tuple[Annotated[float, Range(-1e6, 1e6)], ...], ...] | None = None
     """(channels + 1, 3): a linear map from a latent pixel to red, green and blue in -1..1; the last row is the bias."""
 
 
@@ -65,7 +75,7 @@ class TextEncoder:
     component: str
     tokenizer: str
     """Directory of its tokenizer files."""
-    length: int
+    length: Annotated[int, Range(3, 10_000)]
     """Tokens of a prompt, start and end included: S."""
     output: str
     """Name of the output with the hidden states, (N, S, C)."""
@@ -79,7 +89,7 @@ class ConditioningSpec:
 
     concat: str | None = None
     """Extra input channels: a key of CONCAT; None is none."""
-    guidance_width: int | None = None
+    guidance_width: Annotated[int, Range(4, 100_000)] | None = None
     """Width of the guidance embedding (arXiv:2310.04378) of a distilled model; None is none."""
     zero_negative: bool = False
     """Whether an empty negative prompt is all zeros instead of an encoded empty text."""
@@ -89,14 +99,25 @@ class ConditioningSpec:
 class Defaults:
     """What suits the model where a request leaves a choice open."""
 
-    size: int
-    """Width and height, pixels."""
-    num_inference_steps: int = 20
-    guidance_scale: float = 7.5
+    size: Annotated[int, Range(1, 16384)]
+    """Width and height, pixels; the width alone where there is a height."""
+    height: Annotated[int, Range(1, 16384)] | None = None
+    num_inference_steps: Annotated[int, Range(1, 1000)] = 20
+    guidance_scale: Annotated[float, Range(-1000, 1000)] = 7.5
     sampler: str | None = None
     """A name of SAMPLERS; None is the one of the scheduler config."""
-    enlarge: int = 1
-    """Factor by which the command line upscales the saved image, 1 to MAX_ENLARGE; for models of few pixels."""
+    enlarge: Annotated[int, Range(1, MAX_ENLARGE)] = 1
+    """Factor by which the command line upscales the saved image; for models of few pixels."""
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Width and height."""
+        return self.size, self.size if self.height is None else self.height
+
+    @property
+    def area(self) -> int:
+        """Width times height."""
+        return self.sides[0] * self.sides[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +129,8 @@ class Source:
     revision: str | None = None
     exporter: str
     """Program and version that wrote it."""
+    stated: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What a single file says of its model, and where: ``{"prediction type": "epsilon, from the file's name"}``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,11 +182,12 @@ def read_json(path: Path) -> dict[str, Any]:
         PackageError: the file is missing, unreadable or holds something else.
     """
     try:
-        data = drop_non_finite(json.loads(path.read_text(encoding="utf-8")))
+        data = drop_non_finite(load_json(path))
     except OSError as error:
         raise PackageError(f"{path} can't be read ({error.strerror}); run 'sdonnx export' again") from None
-    except (RecursionError, ValueError):
-        raise PackageError(f"{path} is not valid JSON; run 'sdonnx export' again") from None
+    except ValueError:
+        what = describe_file(path, is_text=True) or "is not valid JSON; run 'sdonnx export' again"
+        raise PackageError(f"{path} {what}") from None
     if not isinstance(data, dict):
         raise PackageError(f"{path} is not a JSON object; run 'sdonnx export' again")
     return data  # pyright: ignore[reportUnknownVariableType]
@@ -182,32 +206,53 @@ def read_manifest(root: Path) -> Manifest:
         newer = isinstance(found, int) and found > FORMAT
         remedy = "update sdonnx" if newer else "export the checkpoint again"
         raise PackageError(f"{path} has format {found!r}; this version reads format {FORMAT}; {remedy}")
-    manifest = parse(Manifest, data, str(path))
-    if manifest.family not in FAMILIES:
-        raise PackageError(f"{path}: family '{manifest.family}' is unknown; supported: {', '.join(FAMILIES)}")
-    concat, preview, enlarge = manifest.conditions.concat, manifest.latents.preview, manifest.defaults.enlarge
-    if concat is not None and concat not in CONCAT:
-        raise PackageError(f"{path}: 'concat' is '{concat}'; supported: {', '.join(CONCAT)}")
-    if preview is not None and [len(row) for row in preview] != [3] * (manifest.latents.channels + 1):
-        raise PackageError(f"{path}: 'preview' requires 3 numbers for each of the latent channels + 1; export again")
-    if not 1 <= enlarge <= MAX_ENLARGE:
-        raise PackageError(f"{path}: 'enlarge' is {enlarge}, expected 1 to {MAX_ENLARGE}; export again")
+    return check_manifest(parse(Manifest, data, str(path)), str(path))
+
+
+def check_manifest(manifest: Manifest, where: str) -> Manifest:
+    """Check a manifest's names against this version's tables; ``where`` begins every message.
+
+    Raises:
+        PackageError: a name is unknown, or values contradict each other.
+    """
+    known = {"family": (manifest.family, FAMILIES), "target": (manifest.target, TARGETS)}
+    known |= {"concat": (manifest.conditions.concat, {**CONCAT, None: None})}
+    known |= {f"components: '{name}'": (name, COMPONENT_NAMES) for name in manifest.components}
+    for key, (name, supported) in known.items():
+        if name not in supported:
+            names = ", ".join(each for each in supported if each is not None)
+            raise PackageError(f"{where}: '{key}' is '{name}'; supported: {names}; update sdonnx")
+    family, found = FAMILIES[manifest.family], tuple(each.component for each in manifest.text_encoders)
+    if found != family.text_encoders:
+        expected = ", ".join(family.text_encoders) or "none"
+        raise PackageError(f"{where} has the text encoders {', '.join(found) or 'none'}; {family.title} has {expected}")
+    if family.time_ids and manifest.text_encoders[-1].pooled is None:
+        raise PackageError(f"{where}: '{found[-1]}' has no 'pooled', which {family.title} requires; export again")
+    preview, rows = manifest.latents.preview, manifest.latents.channels + 1
+    if preview is not None and (len(preview) != rows or any(len(row) != 3 for row in preview)):
+        raise PackageError(f"{where}: 'preview' requires 3 numbers for each of the latent channels + 1; export again")
     return manifest
 
 
 def parse(kind: type[T], data: Any, where: str) -> T:
     """Parse JSON data to an instance of the dataclass ``kind``; ``where`` begins every message.
 
-    Fields may be str, int, float, Any, dataclasses, ``X | None``, ``Mapping[str, X]`` and ``tuple[X, ...]``.
+    Fields may be str, int, float, Any, dataclasses, ``X | None``, ``Mapping[str, X]`` and ``tuple[X, ...]``; numbers
+    may be annotated with a `Range`.
 
     Raises:
-        PackageError: a key is missing or unknown, or a value has another type.
+        PackageError: a key is missing or unknown, or a value has another type or is out of range.
     """
     return cast("T", _value(kind, data, where))
 
 
 def _value(kind: Any, data: Any, where: str) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        number, limits = _value(arguments[0], data, where), arguments[1]
+        if not limits.low <= number <= limits.high:
+            raise PackageError(f"{where} is {number}, expected {limits.low:g} to {limits.high:g}; export again")
+        return number
     if kind is Any:
         return data
     if is_dataclass(kind):
@@ -227,7 +272,7 @@ def _value(kind: Any, data: Any, where: str) -> Any:
 
 def _dataclass(kind: type[Any], data: Any, where: str) -> Any:
     entries = cast("dict[str, Any]", _typed(dict, data, where))
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     known = {item.name: item for item in fields(kind)}
     for name, item in known.items():
         if name not in entries and item.default is MISSING and item.default_factory is MISSING:

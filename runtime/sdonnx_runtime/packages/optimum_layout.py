@@ -1,13 +1,15 @@
 """The manifest of a directory in optimum's layout, inferred from its config files: of an optimum export, or of ours."""
 
+import json
+import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.packages.concat import CONCAT
-from sdonnx_runtime.packages.families import FAMILIES, REQUIRED_COMPONENTS, PackageKind
+from sdonnx_runtime.packages.families import COMPONENT_NAMES, FAMILIES, REQUIRED_COMPONENTS, PackageKind
 from sdonnx_runtime.packages.manifest import (
     Component,
     ConditioningSpec,
@@ -17,6 +19,8 @@ from sdonnx_runtime.packages.manifest import (
     Manifest,
     Source,
     TextEncoder,
+    check_manifest,
+    parse,
     read_json,
 )
 from sdonnx_runtime.packages.variant import PLAIN
@@ -30,10 +34,18 @@ PIPELINES = (
 )
 """Classes of diffusers whose components this version runs."""
 
-_SCHEDULER_OVERRIDES = {"clip_sample": False, "steps_offset": 1}
-"""What diffusers' Stable Diffusion pipelines set in every scheduler config; old configs have other values."""
+_SCHEDULER_OVERRIDES: Mapping[str, Mapping[str, Any]] = {
+    "StableDiffusionPipeline": {"clip_sample": False, "steps_offset": 1},
+    "StableDiffusionImg2ImgPipeline": {"clip_sample": False, "steps_offset": 1},
+    "StableDiffusionInpaintPipeline": {"skip_prk_steps": True, "steps_offset": 1},
+}
+"""What a pipeline of diffusers sets in its scheduler config, for old configs; the others leave theirs as it is."""
 
-_COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "controlnet", "adapter")
+_MAX_LEVELS = 8
+"""Of a VAE: each halves the image."""
+
+_RAISES_SAMPLE_SIZE = (*_SCHEDULER_OVERRIDES, "StableDiffusionDepth2ImgPipeline")
+"""Pipelines of diffusers that take a ``sample_size`` below 64 for a mistake of diffusers before 0.9."""
 
 _LCM_DEFAULTS: Mapping[str, Any] = {"num_inference_steps": 4, "guidance_scale": 8.5}
 """Of a latent consistency model, whatever its family."""
@@ -46,7 +58,7 @@ def infer_optimum_manifest(root: Path) -> Manifest:
         PackageError: ``root`` is not an ONNX export, or one of a family that this version does not support.
     """
     pipeline = str(read_json(root / "model_index.json").get("_class_name", ""))
-    if pipeline.removeprefix("ORT").removeprefix("Onnx") not in PIPELINES:
+    if _diffusers_class(pipeline) not in PIPELINES:
         raise PackageError(f"{root} holds a {pipeline}; supported: {', '.join(PIPELINES)}")
     if not (root / "unet" / "model.onnx").is_file():
         raise PackageError(f"{root} has no unet/model.onnx: it is a checkpoint; run 'sdonnx export' on it first")
@@ -59,7 +71,7 @@ def infer_manifest(root: Path, *, source: Source) -> Manifest:
     Raises:
         PackageError: a config lacks something, or is of a family that this version does not support.
     """
-    components = {name: _component(root, name) for name in _COMPONENTS if (root / name).is_dir()}
+    components = {name: _component(root, name) for name in COMPONENT_NAMES if (root / name).is_dir()}
     kinds = (kind for kind, (main, *_) in REQUIRED_COMPONENTS.items() if main in components)
     kind = next(kinds, PackageKind.VAE)
     control = Latents(channels=4, downscale=8, scaling_factor=1.0)
@@ -73,33 +85,74 @@ def infer_manifest(root: Path, *, source: Source) -> Manifest:
         components=components,
         source=source,
     )
-    return _infer_model(root, manifest) if kind is PackageKind.MODEL else manifest
+    manifest = _infer_model(root, manifest) if kind is PackageKind.MODEL else manifest
+    return check_manifest(parse(Manifest, json.loads(json.dumps(asdict(manifest))), str(root)), str(root))
 
 
 def _infer_model(root: Path, manifest: Manifest) -> Manifest:
     """Fill in what only the manifest of a model has."""
     latents, components = manifest.latents, manifest.components
     index, unet = (read_json(root / name) for name in ("model_index.json", "unet/config.json"))
-    encoders = {name: read_json(root / name / "config.json") for name in _COMPONENTS[:2] if name in components}
+    encoders = {name: read_json(root / name / "config.json") for name in COMPONENT_NAMES[:2] if name in components}
     family = _family(root, index, unet, encoders)
-    size = _value(unet, "sample_size", 64, int) * latents.downscale
+    pipeline = _diffusers_class(str(index.get("_class_name", "")))
+    width, height = _sample_size(unet, pipeline, FAMILIES[family].sample_sizes["epsilon"])
+    scheduler = as_loaded(read_json(root / "scheduler" / "scheduler_config.json"), index)
     suggested = {name: getattr(FAMILIES[family], name) for name in _LCM_DEFAULTS}
     distilled = unet.get("time_cond_proj_dim") is not None
     return replace(
         manifest,
         family=family,
-        defaults=Defaults(size=size, **(_LCM_DEFAULTS if distilled else suggested)),
-        scheduler={**read_json(root / "scheduler" / "scheduler_config.json"), **_SCHEDULER_OVERRIDES},
+        defaults=Defaults(
+            size=width * latents.downscale,
+            height=None if height == width else height * latents.downscale,
+            **(_LCM_DEFAULTS if distilled else suggested),
+        ),
+        scheduler={**_unclipped(scheduler), **_SCHEDULER_OVERRIDES.get(pipeline, {})},
         conditions=ConditioningSpec(
             concat=_concat(root, _value(unet, "in_channels", 4, int) - latents.channels, latents.channels),
             guidance_width=_value(unet, "time_cond_proj_dim", None, int) if distilled else None,
-            zero_negative=index.get("force_zeros_for_empty_prompt") is True,
+            # In SDXL's pipelines a key that is absent is true.
+            zero_negative=bool(index.get("force_zeros_for_empty_prompt", FAMILIES[family].time_ids > 0)),
         ),
         text_encoders=tuple(
             _encoder(name, config, penultimate=unet.get("addition_embed_type") is not None)
             for name, config in encoders.items()
         ),
     )
+
+
+def _diffusers_class(pipeline: str) -> str:
+    """The class of diffusers that one of optimum wraps."""
+    return pipeline.removeprefix("ORT").removeprefix("Onnx")
+
+
+def as_loaded(scheduler: Mapping[str, Any], index: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a scheduler config with the class that model_index.json names, which is the one that diffusers loads."""
+    entry = index.get("scheduler")
+    named = cast("list[Any]", entry)[-1] if isinstance(entry, list) and entry else None
+    return {**scheduler, "_class_name": named} if isinstance(named, str) else {**scheduler}
+
+
+def _unclipped(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a class that doesn't clip, so that DDIM or DDPM, which clip by default, don't in its place."""
+    clips = scheduler.get("_class_name") in ("DDIMScheduler", "DDPMScheduler")
+    return {**scheduler} if clips else {"clip_sample": False, **scheduler}
+
+
+def _sample_size(unet: Mapping[str, Any], pipeline: str, default: int) -> tuple[int, int]:
+    """Return the width and height of the latents that suit a U-Net: one number, or diffusers' (height, width)."""
+    found = unet.get("sample_size")
+    sides: list[Any] = cast("list[Any]", found) if isinstance(found, list) else [found, found]
+    height, width = (_value({"sample_size": side}, "sample_size", default, int) for side in (sides * 2)[:2] or [0, 0])
+    if len(sides) != 2 or min(height, width) < 1:
+        raise PackageError(
+            f"the U-Net's config has {found!r} for 'sample_size'; expected a number, or height and width; {_REMEDY}"
+        )
+    is_old = re.match(r"0\.[0-8](\D|$)", str(unet.get("_diffusers_version", "1"))) is not None
+    if is_old and pipeline in _RAISES_SAMPLE_SIZE and isinstance(found, (int, float)):
+        return max(width, 64), max(height, 64)
+    return width, height
 
 
 def _family(root: Path, index: Mapping[str, Any], unet: Mapping[str, Any], encoders: Mapping[str, Any]) -> str:
@@ -128,6 +181,8 @@ def _latents(root: Path) -> Latents:
     tiny = vae.get("_class_name") == "AutoencoderTiny"
     key = "decoder_block_out_channels" if tiny else "block_out_channels"
     channels = cast("list[Any]", _value(vae, key, None, list))
+    if not 1 <= len(channels) <= _MAX_LEVELS:
+        raise PackageError(f"{root} has a VAE of {len(channels)} levels; expected 1 to {_MAX_LEVELS}; export again")
     return Latents(
         channels=_value(vae, "latent_channels", 4, int),
         downscale=2 ** (len(channels) - 1),
@@ -147,21 +202,31 @@ def _concat(root: Path, extra: int, channels: int) -> str | None:
     return kinds[extra]
 
 
+_KINDS: Mapping[type, str] = {int: "a whole number", float: "a number", list: "a list"}
+
+_REMEDY = "correct it, or download the model again"
+
+
 def _value(config: Mapping[str, Any], key: str, default: T | None, kind: type[T]) -> T:
     """The value under ``key``, or the default where it is absent or null."""
-    found = config.get(key)
+    found = _whole(config.get(key)) if kind is int else config.get(key)
     found = default if found is None else found
     if kind is float and type(found) is int:
-        return kind(found)
+        return cast("T", float(found))
     if not isinstance(found, kind) or isinstance(found, bool):
-        raise PackageError(f"the package's configs have {found!r} for '{key}'; expected {kind.__name__}; export again")
-    return found
+        raise PackageError(f"a config has {found!r} for '{key}'; expected {_KINDS[kind]}; {_REMEDY}")
+    return cast("T", found)
+
+
+def _whole(value: Any) -> Any:
+    """Return 8.0 as 8."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _component(root: Path, name: str) -> Component:
     files = {
         f"{name}/{path.name}": File(size=path.stat().st_size, sha256="")
         for path in sorted((root / name).iterdir())
-        if path.name.startswith("model.onnx")
+        if path.name.startswith("model.onnx") and path.is_file()
     }
     return Component(graphs={PLAIN: f"{name}/model.onnx"}, files=files, precision="unknown")

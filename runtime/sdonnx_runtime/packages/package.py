@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from sdonnx_runtime.errors import PackageError
+from sdonnx_runtime.files.kinds import describe_file
 from sdonnx_runtime.packages.families import FAMILIES, REQUIRED_COMPONENTS, PackageKind
 from sdonnx_runtime.packages.manifest import MANIFEST, Manifest, read_manifest
 from sdonnx_runtime.packages.optimum_layout import infer_optimum_manifest
@@ -12,6 +13,10 @@ from sdonnx_runtime.packages.variant import PLAIN
 
 VAE = ("vae_decoder", "vae_encoder")
 """The components that `Package.with_vae` exchanges."""
+
+
+_SMALL = 10_000
+"""Bytes below which a file of another size than the manifest's may be a pointer or a web page instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +99,10 @@ class Package:
         """
         if not root.is_dir():
             raise PackageError(f"{root} is not a directory; give one that 'sdonnx export' wrote")
+        try:
+            str(root).encode()
+        except UnicodeEncodeError:
+            raise PackageError(f"{root!r} is not valid Unicode, which ONNX Runtime requires; rename it") from None
         if (root / MANIFEST).is_file():
             package = cls(root=root, manifest=read_manifest(root))
         elif (root / "model_index.json").is_file():
@@ -119,16 +128,21 @@ def _check_files(package: Package) -> None:
                 raise PackageError(f"{package.root / MANIFEST} lists no file '{graph}'; run 'sdonnx export' again")
         for relative, file in component.files.items():
             path = _resolve_path(package.root, relative)
-            if not path.is_file():
+            try:
+                size = path.stat().st_size if path.is_file() else None
+            except OSError as error:
+                raise PackageError(f"{path} can't be read ({error.strerror}); run 'sdonnx export' again") from None
+            if size is None:
                 raise PackageError(f"{path} is missing; run 'sdonnx export' again")
-            size = path.stat().st_size
             if size != file.size:
-                raise PackageError(f"{path} has {size} bytes instead of {file.size}; copy or export the package again")
+                what = describe_file(path) if size < _SMALL else None
+                what = what or f"has {size} bytes instead of {file.size}; copy or export the package again"
+                raise PackageError(f"{path} {what}")
 
 
 def _resolve_path(root: Path, relative: str) -> Path:
     """``root / relative``; links are followed (the Hub's cache is made of them), but ``..`` is refused."""
     parts = PurePosixPath(relative).parts
-    if not parts or ".." in parts or relative.startswith("/") or "\\" in relative or ":" in relative:
+    if not parts or ".." in parts or relative.startswith("/") or {*"\\:"} & {*relative} or not relative.isprintable():
         raise PackageError(f"{root}: path '{relative}' points outside the package; don't trust it")
     return root.joinpath(*parts)

@@ -47,15 +47,22 @@ def ipndm(denoise: Denoise, x: Array, schedule: Schedule, noise: NoiseSource) ->
         yield make_step(schedule, i, x, x0)
 
 
-def pndm(denoise: Denoise, x: Array, schedule: Schedule, noise: NoiseSource) -> Iterator[Step]:
-    """Pseudo linear multistep, arXiv:2202.09778, equation 13, as published with Stable Diffusion (PLMS).
+def pndm(
+    denoise: Denoise, x: Array, schedule: Schedule, noise: NoiseSource, *, runge_kutta: bool = False
+) -> Iterator[Step]:
+    """Pseudo linear multistep, arXiv:2202.09778, equation 13.
 
-    The first step is repeated with the mean of the slopes at its ends.
+    With ``runge_kutta`` the first three steps are pseudo Runge-Kutta steps of four evaluations. Without, as published
+    with Stable Diffusion (PLMS), the first step is repeated with the mean of the slopes at its ends.
     """
     outputs: list[Array] = []  # latest first
     for i, t, sigma, sigma_next in iter_steps(schedule):
         x0 = denoise(x, sigma, t)
         outputs = [_model_output(schedule, x, x0, sigma), *outputs[:3]]
+        if runge_kutta and i < min(3, schedule.steps - 1):
+            x = _runge_kutta_step(denoise, x, schedule, i, outputs[0])
+            yield make_step(schedule, i, x, x0)
+            continue
         target = float(schedule.sigmas_to[i])
         ahead = _transfer(schedule, x, adams_bashforth(outputs), sigma, target)
         ahead = rescale_to_sigma(ahead, target, sigma_next)
@@ -66,6 +73,20 @@ def pndm(denoise: Denoise, x: Array, schedule: Schedule, noise: NoiseSource) -> 
             ahead = _transfer(schedule, start, (other + outputs[0]) / 2, source, sigma_next)
         x = ahead
         yield make_step(schedule, i, x, x0)
+
+
+def _runge_kutta_step(denoise: Denoise, x: Array, schedule: Schedule, i: int, output: Array) -> Array:
+    """Take step i from the model's ``output`` at its start: arXiv:2202.09778, equation 14."""
+    sigma, sigma_next = float(schedule.sigmas[i]), float(schedule.sigmas[i + 1])
+    t, t_next = int(schedule.timesteps[i]), int(schedule.timesteps[i + 1])
+    half = len(schedule.train_sigmas) // schedule.total // 2
+    middle, outputs = t_next + half, [output]
+    for target, evaluated in ((t - half, middle), (middle, middle), (t_next, t_next)):
+        to, at = float(schedule.train_sigmas[target]), float(schedule.train_sigmas[evaluated])
+        ahead = rescale_to_sigma(_transfer(schedule, x, outputs[-1], sigma, to), to, at)
+        outputs.append(_model_output(schedule, ahead, denoise(ahead, at, float(evaluated)), at))
+    mean = (outputs[0] + 2 * outputs[1] + 2 * outputs[2] + outputs[3]) / 6
+    return _transfer(schedule, x, mean, sigma, sigma_next)
 
 
 def _transfer(schedule: Schedule, x: Array, output: Array, sigma: float, target: float) -> Array:

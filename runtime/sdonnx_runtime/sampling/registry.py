@@ -15,7 +15,6 @@ from sdonnx_runtime.sampling.scheduler_config import (
     CLASSES,
     PUBLISHED_NAMES,
     SchedulerConfig,
-    check_settings,
     clip_or_threshold_x0,
 )
 from sdonnx_runtime.sampling.sigmas import SCHEDULES
@@ -87,7 +86,7 @@ def sampler_options(
         RequestError: the sampler doesn't support an option, or it is out of range.
         PackageError: the sampler doesn't support a setting of the config.
     """
-    check_settings(config, sampler)
+    config = config.for_sampler(sampler, overridden=("timestep_spacing",))
     options = {"eta": eta, "s_churn": s_churn, "s_noise": s_noise}
     return _settings(config, sampler) | {
         name: _in_range(sampler, name, value) for name, value in options.items() if value is not None
@@ -124,7 +123,9 @@ def _settings(config: SchedulerConfig, sampler: str) -> dict[str, Any]:
     if sampler == "ddpm":
         return {"variance": "fixed_large" if found.get("variance_type") == "fixed_large" else "fixed_small"}
     if sampler == "lcm":
-        return {"timestep_scaling": float(found.get("timestep_scaling", 10.0))}
+        return {"timestep_scaling": config.number("timestep_scaling", 10.0)}
+    if sampler == "pndm":
+        return {"runge_kutta": not found.get("skip_prk_steps", False)}
     if sampler not in ("deis", "dpmpp_2m", "dpmpp_2m_sde", "unipc"):
         return {}
     solver, kind = {"order": found.get("solver_order", 2)}, found.get("solver_type")

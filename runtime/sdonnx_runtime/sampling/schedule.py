@@ -11,13 +11,16 @@ from dataclasses import replace
 import numpy as np
 
 from sdonnx_runtime.errors import RequestError
-from sdonnx_runtime.sampling.scheduler_config import WHOLE_TIMESTEPS, SchedulerConfig, check_settings, sigma_schedule
+from sdonnx_runtime.sampling.scheduler_config import (
+    DISTILLED,
+    SPACINGS,
+    WHOLE_TIMESTEPS,
+    SchedulerConfig,
+    sigma_schedule,
+)
 from sdonnx_runtime.sampling.sigmas import SCHEDULES, Sigmas, round_to_float32, training_sigmas
 from sdonnx_runtime.sampling.timesteps import KINDS, ScheduleSpec, sigma_space
 from sdonnx_runtime.sampling.types import Schedule
-
-SPACINGS = ("leading", "linspace", "trailing")
-"""Timestep spacings: table 2 of arXiv:2305.08891."""
 
 MAX_SIGMA = 1e6
 """The highest custom sigma: above it single precision leaves nothing of an image."""
@@ -35,12 +38,14 @@ def make_schedule(
     spacing: str | None = None,
     sigmas: Sequence[float] | None = None,
     timesteps: Sequence[float] | None = None,
+    strength: float = 1.0,
 ) -> Schedule:
     """Make the schedule of diffusers' class for ``sampler``, with what the request changes of it.
 
     ``schedule`` is a name of SCHEDULES and ``spacing`` one of SPACINGS; None is the config's. ``sigmas`` or
     ``timesteps`` are those at which the steps start, instead of ``num_inference_steps``, in descending order: sigmas
-    up to MAX_SIGMA, to which a closing 0 may belong, or timesteps from the highest of training to 0.
+    up to MAX_SIGMA, to which a closing 0 may belong, or timesteps from the highest of training to 0. ``strength``,
+    above 0 to 1, is the lower part of the timesteps of distillation that a sampler of DISTILLED chooses from.
 
     Raises:
         RequestError: the number of steps is out of range or makes duplicate sigmas; sigmas or timesteps don't
@@ -48,8 +53,8 @@ def make_schedule(
         PackageError: the sampler doesn't support a setting of the config.
     """
     _check_choices(sampler, schedule, spacing, sigmas, timesteps)
-    check_settings(config, sampler)
-    config = config.for_sampler(sampler)
+    replaces_spacing = spacing is not None or sigmas is not None or timesteps is not None
+    config = config.for_sampler(sampler, overridden=("timestep_spacing",) if replaces_spacing else ())
     if spacing is not None:
         config = replace(config, timestep_spacing=spacing)
     num_train = config.num_train_timesteps
@@ -65,6 +70,7 @@ def make_schedule(
         schedule=schedule if schedule is not None or custom is not None else sigma_schedule(config, sampler),
         sigmas=custom_sigmas,
         timesteps=custom_timesteps,
+        strength=strength,
         train_sigmas=training_sigmas(config),
     )
     result = KINDS.get(sampler, sigma_space)(spec)
@@ -91,7 +97,7 @@ def _check_choices(
     if sampler in WHOLE_TIMESTEPS and (schedule is not None or sigmas is not None):
         unsupported = "custom sigmas" if schedule is None else f"schedule {schedule}"
         raise RequestError(f"{sampler} does not support {unsupported}; {_ALTERNATIVE}")
-    if sampler in ("lcm", "tcd") and spacing is not None:
+    if sampler in DISTILLED and spacing is not None:
         raise RequestError(f"{sampler} does not support spacing {spacing}; {_ALTERNATIVE}")
     if sampler == "pndm" and timesteps is not None:
         raise RequestError("pndm requires evenly spaced timesteps; use ddim, euler or dpmpp_2m for custom timesteps")

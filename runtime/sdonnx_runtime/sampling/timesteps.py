@@ -19,6 +19,9 @@ from sdonnx_runtime.sampling.sigmas import (
 )
 from sdonnx_runtime.sampling.types import Schedule
 
+_SIGMAS = (1e-6, 1e6)
+"""The lowest and the highest ``sigma_min`` and ``sigma_max``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleSpec:
@@ -34,6 +37,8 @@ class ScheduleSpec:
     """(steps,): custom sigmas, without a closing 0."""
     timesteps: Sigmas | None
     """(steps,): custom timesteps."""
+    strength: float = 1.0
+    """Above 0 to 1: the part of the timesteps of distillation, from the lowest, that `lcm` and `tcd` choose from."""
     train_sigmas: Sigmas
     """(num_train_timesteps,): the sigmas of training, lowest first."""
 
@@ -102,14 +107,15 @@ def dpm_solver(spec: ScheduleSpec) -> Schedule:
     """DPM-Solver++: whole timesteps, spaced as for one step more."""
     config, steps = spec.config, spec.steps
     spacing = config.timestep_spacing or "linspace"
-    lowest = float(config.settings.get("lambda_min_clipped", -math.inf))  # of cosine schedules
+    is_clipped = config.settings.get("lambda_min_clipped") not in (None, -math.inf)  # of cosine schedules
+    lowest = config.number("lambda_min_clipped", 0.0) if is_clipped else -math.inf
     highest = spec.num_train_timesteps - int(np.searchsorted(-np.log(spec.train_sigmas[::-1]), lowest))
     if spec.timesteps is not None:
         timesteps = spec.timesteps
     elif spacing == "linspace":
         timesteps = np.round(np.linspace(0, highest - 1, steps + 1))[::-1][:-1]
     elif spacing == "leading":
-        timesteps = (np.arange(steps + 1) * (highest // (steps + 1)))[::-1][:-1].astype(float) + config.steps_offset
+        timesteps = (np.arange(steps + 1) * (highest // (steps + 1)))[::-1][:-1].astype(float) + _offset(config)
     else:
         timesteps = np.round(np.arange(highest, 0, -spec.num_train_timesteps / steps)) - 1
     default_sigmas = np.interp(timesteps, np.arange(spec.num_train_timesteps), spec.train_sigmas)
@@ -149,7 +155,7 @@ def ddim(spec: ScheduleSpec) -> Schedule:
 
 
 def pndm(spec: ScheduleSpec) -> Schedule:
-    """PNDM without Runge-Kutta steps: its first step is repeated, from one of ``repeat_sigmas``."""
+    """PNDM: without Runge-Kutta steps its first step is repeated, from one of ``repeat_sigmas``."""
     timesteps = _spaced(spec, spec.config.timestep_spacing or "leading", whole=True)
     sigmas_to = _next_sigmas(spec, timesteps, ends_at_zero=bool(spec.config.set_alpha_to_one))
     schedule = _at_training_timesteps(spec, timesteps, sigmas_to)
@@ -178,13 +184,18 @@ def tcd(spec: ScheduleSpec) -> Schedule:
 def _distilled_timesteps(spec: ScheduleSpec) -> Sigmas:
     if spec.timesteps is not None:
         return spec.timesteps
-    count = int(spec.config.settings.get("original_inference_steps", 50))
-    if spec.steps > count:
+    count = spec.config.whole_number("original_inference_steps", 50, (1, spec.num_train_timesteps))
+    left = int(count * spec.strength)
+    if spec.steps > left:
+        is_shortened = spec.strength < 1
+        which = f", of which strength {spec.strength:g} leaves {left}" if is_shortened else ""
+        remedy = "more strength, fewer steps" if is_shortened else "fewer steps"
         raise RequestError(
-            f"the model was distilled to {count} steps, {spec.steps} were requested; use fewer steps or another sampler"
+            f"the model was distilled to {count} steps{which}; {spec.steps} were requested; "
+            f"use {remedy} or another sampler"
         )
-    distilled = (np.arange(1, count + 1) * (spec.num_train_timesteps // count) - 1)[::-1].astype(float)
-    return distilled[np.floor(np.linspace(0, count, spec.steps, endpoint=False)).astype(int)]
+    distilled = (np.arange(1, left + 1) * (spec.num_train_timesteps // count) - 1)[::-1].astype(float)
+    return distilled[np.floor(np.linspace(0, left, spec.steps, endpoint=False)).astype(int)]
 
 
 KINDS: Mapping[str, Callable[[ScheduleSpec], Schedule]] = {
@@ -203,8 +214,12 @@ def _spaced(spec: ScheduleSpec, spacing: str, *, whole: bool) -> Sigmas:
         even = np.linspace(0, train - 1, steps)[::-1]
         return np.round(even) if whole else even
     if spacing == "leading":
-        return (np.arange(steps) * (train // steps))[::-1].astype(float) + spec.config.steps_offset
+        return (np.arange(steps) * (train // steps))[::-1].astype(float) + _offset(spec.config)
     return np.round(np.arange(train, 0, -train / steps)) - 1
+
+
+def _offset(config: SchedulerConfig) -> int:
+    return config.whole_number("steps_offset", 0, (0, config.num_train_timesteps))
 
 
 def _apply_schedule(
@@ -219,8 +234,8 @@ def _apply_schedule(
     if spec.schedule is not None:
         lowest, highest = (float(sigma) for sigma in sigma_range)
         if spec.schedule != "lu":
-            low, high = (spec.config.settings.get(key) for key in ("sigma_min", "sigma_max"))
-            lowest, highest = (lowest if low is None else float(low)), (highest if high is None else float(high))
+            lowest = spec.config.number("sigma_min", lowest, _SIGMAS)
+            highest = spec.config.number("sigma_max", highest, _SIGMAS)
         sigmas = SIGMA_RANGE_SCHEDULES[spec.schedule](lowest, highest, spec.steps)
         return sigma_to_t(sigmas, spec.train_sigmas), sigmas
     return timesteps, sigmas

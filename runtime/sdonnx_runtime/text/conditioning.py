@@ -1,6 +1,7 @@
 """U-Net conditioning per model family."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,10 +21,35 @@ Inputs = dict[str, AnyArray]
 """A U-Net's inputs other than latents and timestep, a batch entry per text."""
 
 
-def make_conditioning(manifest: Manifest, request: CompleteRequest, prompts: StepPrompts, encode: Encode) -> Inputs:
-    """Make the U-Net's inputs of one step, a batch entry per text of `encoder_texts`, unconditional ones first."""
+@dataclass(frozen=True, kw_only=True)
+class SizeConditioning:
+    """SDXL's micro-conditioning, arXiv:2307.01952, of one pass."""
+
+    sizes: tuple[int, ...]
+    """original_size, crop_top_left and target_size, each (height, width)."""
+    scores: tuple[float, float]
+    """The refiner's aesthetic scores, of unconditional and conditional batch entries."""
+
+    @classmethod
+    def of_pass(cls, request: CompleteRequest, width: int, height: int) -> "SizeConditioning":
+        """That of a pass; what the request leaves open is the size of the pass, as in diffusers' pipelines."""
+        own, crop = (width, height), (0, 0) if request.crop_top_left is None else request.crop_top_left
+        original, target = (own if each is None else each for each in (request.original_size, request.target_size))
+        return cls(
+            sizes=(*original[::-1], *crop, *target[::-1]),
+            scores=(request.negative_aesthetic_score, request.aesthetic_score),
+        )
+
+
+def make_conditioning(
+    manifest: Manifest, request: CompleteRequest, prompts: StepPrompts, encode: Encode, size: tuple[int, int]
+) -> Inputs:
+    """Make the U-Net's inputs of one step, a batch entry per text of `encoder_texts`, unconditional ones first.
+
+    ``size`` is (width, height) of the pass.
+    """
     texts = encoder_texts(manifest, request, prompts)
-    inputs = CONDITIONING[manifest.family](manifest, request, texts, encode)
+    inputs = CONDITIONING[manifest.family](manifest, SizeConditioning.of_pass(request, *size), texts, encode)
     if manifest.conditions.guidance_width is not None:
         scale = request.guidance_scale - 1
         embedding = guidance_embedding(scale, manifest.conditions.guidance_width)
@@ -47,24 +73,22 @@ def batch_size(manifest: Manifest, request: CompleteRequest) -> int:
     return 3 if concat is not None and CONCAT[concat].edits and request.image_guidance_scale != 1 else 2
 
 
-def clip_conditioning(manifest: Manifest, request: CompleteRequest, texts: Texts, encode: Encode) -> Inputs:
+def clip_conditioning(manifest: Manifest, _size: SizeConditioning, texts: Texts, encode: Encode) -> Inputs:
     """Stable Diffusion 1 and 2: the hidden states of one encoder."""
     (encoder,) = manifest.text_encoders
     states = [encode(encoder, text)[encoder.output] for part in texts for text in part]
     return {"encoder_hidden_states": np.concatenate(states)}
 
 
-def sdxl_conditioning(manifest: Manifest, request: CompleteRequest, texts: Texts, encode: Encode) -> Inputs:
+def sdxl_conditioning(manifest: Manifest, size: SizeConditioning, texts: Texts, encode: Encode) -> Inputs:
     """SDXL, arXiv:2307.01952: concatenated states of both encoders, a pooled state, and size micro-conditioning."""
-    return _two_encoders(manifest, texts, encode, [_size_conditioning(request)] * sum(map(len, texts)))
+    return _two_encoders(manifest, texts, encode, [size.sizes] * sum(map(len, texts)))
 
 
-def refiner_conditioning(manifest: Manifest, request: CompleteRequest, texts: Texts, encode: Encode) -> Inputs:
+def refiner_conditioning(manifest: Manifest, size: SizeConditioning, texts: Texts, encode: Encode) -> Inputs:
     """SDXL's refiner: as its base model, with an aesthetic score instead of the target size."""
-    negatives, conditionals = texts
-    scores = [request.negative_aesthetic_score] * len(negatives) + [request.aesthetic_score] * len(conditionals)
-    sizes = _size_conditioning(request)[:4]
-    return _two_encoders(manifest, texts, encode, [[*sizes, score] for score in scores])
+    ids = [[*size.sizes[:4], score] for score, part in zip(size.scores, texts, strict=True) for _ in part]
+    return _two_encoders(manifest, texts, encode, ids)
 
 
 def _two_encoders(manifest: Manifest, texts: Texts, encode: Encode, ids: Sequence[Sequence[float]]) -> Inputs:
@@ -85,14 +109,6 @@ def _two_encoders(manifest: Manifest, texts: Texts, encode: Encode, ids: Sequenc
     return {"encoder_hidden_states": states, "text_embeds": pooled, "time_ids": np.array(ids, np.float32)}
 
 
-def _size_conditioning(request: CompleteRequest) -> Sequence[int]:
-    """SDXL's original_size, crop_top_left and target_size, each (height, width)."""
-    own = request.width, request.height
-    original, target = (own if size is None else size for size in (request.original_size, request.target_size))
-    crop = (0, 0) if request.crop_top_left is None else request.crop_top_left
-    return (*original[::-1], *crop, *target[::-1])
-
-
 def guidance_embedding(scale: float, width: int) -> Array:
     """Embed a guidance scale less 1 as sinusoids, (1, width); arXiv:2310.04378, section 4.2."""
     half = width // 2
@@ -102,7 +118,7 @@ def guidance_embedding(scale: float, width: int) -> Array:
     return waves[None].astype(np.float32)
 
 
-CONDITIONING: Mapping[str, Callable[[Manifest, CompleteRequest, Texts, Encode], Inputs]] = {
+CONDITIONING: Mapping[str, Callable[[Manifest, SizeConditioning, Texts, Encode], Inputs]] = {
     "sd1": clip_conditioning, "sd2": clip_conditioning,
     "sdxl": sdxl_conditioning, "sdxl-refiner": refiner_conditioning,
 }  # fmt: skip

@@ -3,16 +3,16 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from sdonnx_runtime.adapters.textual_inversion import Embedding, TextualInversions
 from sdonnx_runtime.arrays import AnyArray, Array
-from sdonnx_runtime.errors import RequestError
+from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.execution.components import Runner
 from sdonnx_runtime.graphs.initializers import read_initializers
-from sdonnx_runtime.packages.manifest import TextEncoder
+from sdonnx_runtime.packages.manifest import TextEncoder, read_json
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.request import CompleteRequest
 from sdonnx_runtime.text.chunks import Chunk, pad_chunk, split_into_chunks, truncate
@@ -24,7 +24,7 @@ from sdonnx_runtime.text.weighting import WEIGHTINGS
 
 logger = logging.getLogger(__name__)
 
-_NORM, _EPSILON = "text_model.final_layer_norm", 1e-5
+_NORM = "text_model.final_layer_norm"
 """CLIP's last layer."""
 
 Outputs: TypeAlias = Mapping[str, AnyArray]
@@ -41,8 +41,9 @@ def encode_prompts(
     request: CompleteRequest,
     schedule: PromptSchedule,
     embeddings: Sequence[Embedding],
-) -> Conditioning:
-    """Encode the texts of each step to the inputs of a package's U-Net.
+    sizes: Sequence[tuple[int, int]],
+) -> list[Conditioning]:
+    """Encode the texts of each step to the inputs of a package's U-Net, in each pass of a size (width, height).
 
     Shorter texts are padded to the longest with chunks of the empty text. ``run`` runs the components, whose names
     begin with ``prefix``.
@@ -59,15 +60,24 @@ def encode_prompts(
         each.component: _Encoder(package, partial(run, prefix + each.component), request, each, inversions, schedule)
         for each in manifest.text_encoders
     }
+    if len({encoder.tokens for encoder in encoders.values()}) > 1:
+        raise PackageError(
+            f"{package.root} has tokenizers of different lengths; its U-Net takes as many tokens of both; set the same "
+            "model_max_length in both of the checkpoint's tokenizer_config.json, and export it again"
+        )
     length = max(encoder.num_chunks(text) for encoder in encoders.values() for text in texts)
     encoded: dict[tuple[str, str], Outputs] = {}
     for component, encoder in encoders.items():
         encoded |= {(component, text): encoder.encode(text, length) for text in texts}
         run.components.unload(f"{prefix}{component}")
-    return {
-        step: make_conditioning(manifest, request, step, lambda encoder, text: encoded[encoder.component, text])
-        for step in steps
-    }
+
+    def encode(encoder: TextEncoder, text: str) -> Outputs:
+        return encoded[encoder.component, text]
+
+    return [
+        {step: make_conditioning(manifest, request, step, encode, size) for step in each}
+        for each, size in zip(schedule.passes, sizes, strict=True)
+    ]
 
 
 class _Encoder:
@@ -84,12 +94,18 @@ class _Encoder:
     ) -> None:
         directory = package.root / encoder.tokenizer
         self._tokenizer = Tokenizer.open(directory, length=encoder.length, placeholders=inversions.placeholders)
+        _check_embeddings(package, encoder, self._tokenizer)
         self._run, self._inversions = run, inversions
         self._encoder, self._request, self._sections = encoder, request, schedule.sections
         self._warns = encoder is package.manifest.text_encoders[0]
         self._layer = _layer(package, encoder, request.clip_skip)
         self._chunks: dict[Sections, list[Chunk]] = {}
         self._encoded: dict[tuple[int, ...], tuple[Array, AnyArray | None]] = {}
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens of a chunk, start and end included."""
+        return self._tokenizer.length
 
     def num_chunks(self, text: str) -> int:
         """The number of a text's chunks."""
@@ -117,13 +133,32 @@ class _Encoder:
         return self._chunks[words]
 
     def _outputs(self, chunk: Chunk) -> tuple[Array, AnyArray | None]:
-        """Encode a chunk: states (S, C), and the pooled one, (1, P)."""
+        """Encode a chunk: states (S, C), and the pooled one, (1, P).
+
+        A chunk shorter than the encoder's input is continued with its last id: no token sees a later one.
+        """
         if chunk.ids not in self._encoded:
-            ids = np.array([chunk.ids], np.int64)
+            length = len(chunk.ids)
+            ids = np.pad(np.array([chunk.ids], np.int64), [(0, 0), (0, self._encoder.length - length)], mode="edge")
             outputs = self._run(*self._inversions.inputs(self._encoder.component, ids))
             pooled = None if self._encoder.pooled is None else outputs[self._encoder.pooled]
-            self._encoded[chunk.ids] = self._layer(outputs)[0], pooled
+            self._encoded[chunk.ids] = self._layer(outputs)[0, :length], pooled
         return self._encoded[chunk.ids]
+
+
+def _encoder_config(package: Package, encoder: TextEncoder) -> dict[str, Any]:
+    path = package.root / encoder.component / "config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _check_embeddings(package: Package, encoder: TextEncoder, tokenizer: Tokenizer) -> None:
+    """Raise PackageError if a tokenizer has ids beyond the text encoder's embeddings."""
+    rows = _encoder_config(package, encoder).get("vocab_size")
+    if isinstance(rows, int) and tokenizer.size > rows:
+        raise PackageError(
+            f"{package.root / encoder.tokenizer} has ids up to {tokenizer.size - 1}, {encoder.component} has {rows} "
+            "embeddings; export the checkpoint again, with the text encoder that was trained with this tokenizer"
+        )
 
 
 def _layer(package: Package, encoder: TextEncoder, clip_skip: int | None) -> Callable[[Outputs], Array]:
@@ -160,6 +195,7 @@ def _final_norm(package: Package, encoder: TextEncoder, states: Array) -> Array:
         raise RequestError(
             f"clip_skip requires {_NORM}, which {package.name} does not have; export again, or leave clip_skip out"
         ) from None
+    epsilon = np.float32(_encoder_config(package, encoder).get("layer_norm_eps", 1e-5))
     centred = states - states.mean(axis=-1, keepdims=True)
     variance = (centred * centred).mean(axis=-1, keepdims=True)
-    return centred / np.sqrt(variance + np.float32(_EPSILON)) * scale + shift
+    return centred / np.sqrt(variance + epsilon) * scale + shift

@@ -21,7 +21,11 @@ _SIGN = re.compile(r"\\.|[\[\]():|]|[^\\\[\]():|]+|\\", re.DOTALL)
 _WEIGHT = re.compile(r"\\[()\[\]\\]?|:\s*([+-]?[.\d]+)\s*\)|[()\[\]:]|[^\\()\[\]:]+")
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
 _AND, _BREAK = re.compile(r"\bAND\b"), re.compile(r"\bBREAK\b")
-_LORA = re.compile(r"<lora:([^<>]*)>")
+_TAG = re.compile(r"<(\w+):([^>]+)>")
+"""AUTOMATIC1111's extra networks."""
+
+_LORA_TAGS = ("lora", "lyco")
+_MISSPELLED_TAG = re.compile(r"<\s*(?:lora|lyco|lycoris|hypernet)\s*:[^>]*>", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +43,11 @@ Sections: TypeAlias = tuple[tuple[Fragment, ...], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class LoraTag:
-    """A LoRA tag: ``<lora:name:0.8>``."""
+    """A LoRA tag: ``<lora:name:0.8>``, or with two weights ``<lora:name:0.8:0.5>``."""
 
     name: str
-    weight: float
+    text_encoder_weight: float
+    unet_weight: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +136,7 @@ def parse_prompt(text: str, syntax: str = "a1111", *, composed: bool = True) -> 
     """
     if syntax == "plain":
         return Prompt(parts=(Subprompt(text=(text,), weight=1.0),))
-    loras = tuple(_parse_lora(match[1]) for match in _LORA.finditer(text))
-    text = _LORA.sub("", text) if loras else text
+    text, loras = _take_tags(text)
     parts = _AND.split(text) if composed else [text]
     if len(parts) == 1:
         return Prompt(parts=(Subprompt(text=_parse_text(text), weight=1.0),), loras=loras)
@@ -149,13 +153,44 @@ def _parse_subprompt(text: str) -> Subprompt:
     return Subprompt(text=_parse_text(words), weight=_check_weight(float(number)) if weighted else 1.0)
 
 
-def _parse_lora(tag: str) -> LoraTag:
-    name, _, number = tag.partition(":")
-    if name.strip() == "" or (number != "" and not _NUMBER.fullmatch(number.strip())):
+def _take_tags(text: str) -> tuple[str, tuple[LoraTag, ...]]:
+    """Take the tags of LoRAs out of a text, as AUTOMATIC1111's extra networks."""
+    end = text.rfind(">") + 1  # without a closing sign behind, searching it would be quadratic
+    loras = tuple(_parse_tag(match) for match in _TAG.finditer(text, 0, end))
+    text = _TAG.sub("", text[:end]) + text[end:]
+    misspelled = _MISSPELLED_TAG.search(text, 0, text.rfind(">") + 1)
+    if misspelled is not None:
+        tag = " ".join(misspelled[0].split())[:80]
+        raise RequestError(f"'{tag}' is not a LoRA tag; write it as <lora:name:0.8>")
+    return text, loras
+
+
+def _parse_tag(tag: re.Match[str]) -> LoraTag:
+    """Parse a tag's name and weights: the text encoders' and the U-Net's, by position or name (te=, unet=)."""
+    text = " ".join(tag[0].split())[:80]
+    if tag[1] not in _LORA_TAGS:
+        raise RequestError(f"'{text}' is not supported; tags in prompts are LoRAs, such as <lora:name:0.8>")
+    positional: list[str] = []
+    named: dict[str, str] = {}
+    for part in tag[2].split(":"):
+        key, sign, value = part.partition("=")
+        if sign and "=" not in value:
+            named[key.strip()] = value
+        else:
+            positional.append(part)
+    name, *weights = positional or [""]
+    te, unet = named.pop("te", None), named.pop("unet", None)
+    te = te if te is not None else weights[0] if weights else "1"
+    unet = unet if unet is not None else weights[1] if len(weights) > 1 else te
+    is_number = all(_NUMBER.fullmatch(each.strip()) for each in (te, unet, *weights))
+    if not name.strip() or not is_number or len(weights) > 2 or named:
         raise RequestError(
-            f"'<lora:{tag:.80}>' is not a LoRA tag; expected a name and a weight, such as <lora:name:0.8>"
+            f"'{text}' is not a LoRA tag; expected a name and a weight, such as <lora:name:0.8>, or the weights "
+            "of the text encoders and the U-Net, such as <lora:name:0.8:0.5> or <lora:name:te=0.8:unet=0.5>"
         )
-    return LoraTag(name=name.strip(), weight=_check_weight(float(number)) if number else 1.0)
+    return LoraTag(
+        name=name.strip(), text_encoder_weight=_check_weight(float(te)), unet_weight=_check_weight(float(unet))
+    )
 
 
 def _check_weight(weight: float) -> float:

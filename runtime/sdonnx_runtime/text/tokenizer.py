@@ -4,43 +4,46 @@ import json
 import re
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import count, groupby, takewhile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias
 
 import tokenizers
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
 
-from sdonnx_runtime.errors import PackageError, RequestError
-
-_START, _END = "<|startoftext|>", "<|endoftext|>"
-_SPECIALS = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}
-"""CLIP's special tokens, the defaults of a tokenizer's files."""
-
-_MAX_LENGTH = 1_000_000
-"""transformers has a model_max_length above this where there is none."""
+from sdonnx_runtime.errors import RequestError
+from sdonnx_runtime.text.tokenizer_files import MAX_LENGTH, AddedToken, TokenizerFiles, damaged
 
 # The published pattern ignores case, where U+017F is the letter s and the mark U+0345 is a letter too.
 _WORD = (
     r"<\|[s\x{17f}]tartoftext\|>|<\|endoftext\|>"
     r"|'[s\x{17f}]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
 )
-_WHOLE = (_START, _END)
+_WHOLE = ("<|startoftext|>", "<|endoftext|>")
 """Words of the cleaned text that are tokens themselves."""
 
 _SPLIT: Any = pre_tokenizers.Split(tokenizers.Regex(_WORD), behavior="removed", invert=True)
 _WORDS: Any = pre_tokenizers.Sequence([_SPLIT, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
+_FAST_NORMALIZER: Any = normalizers.Sequence(
+    [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
+)
+"""Of CLIPTokenizerFast."""
+
 _IDEOGRAPH = re.compile(
     "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]"
 )
 
+Word: TypeAlias = tuple[int, int, Sequence[int]]
+"""A word's ids, after the index in the text of its span, and its offset in the span once cleaned."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """CLIP's byte-pair encoding with a vocabulary, read as transformers' CLIPTokenizer does without ftfy."""
+    """CLIP's byte-pair encoding with a vocabulary, as in transformers: CLIPTokenizer (without ftfy) or the fast one."""
 
     length: int
     """Tokens per prompt, start and end included: 77 for every published Stable Diffusion; at least 3."""
@@ -50,12 +53,12 @@ class Tokenizer:
     """Id of the token that ends a prompt."""
     pad: int
     """Id of the token that pads to `length`."""
-    unknown: int
-    """Id of what the vocabulary lacks."""
-    special: Mapping[str, int]
-    """Ids of the special tokens, which are recognised anywhere in a prompt."""
-    bpe: Any
-    """``tokenizers.models.BPE`` of one word."""
+    size: int
+    """The number of embeddings that the ids require."""
+    words: Callable[[str], Iterable[Word]]
+    """Split a text into its words and added tokens."""
+    vectors: Mapping[int, tuple[int, ...]]
+    """Ids of the tokens ``x``, ``x_1``, ``x_2`` … by the first, for which ``x`` stands in a prompt of diffusers."""
     placeholders: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     """Ids, beyond the vocabulary's, of textual inversions' placeholder tokens, which ignore case."""
 
@@ -63,30 +66,23 @@ class Tokenizer:
     def open(
         cls, directory: Path, *, length: int | None = None, placeholders: Mapping[str, tuple[int, ...]] | None = None
     ) -> "Tokenizer":
-        """Open a directory with vocab.json, merges.txt, and optional tokenizer_config.json and special_tokens_map.json.
+        """Open a directory with the files that `TokenizerFiles` reads.
 
         ``length`` is the text encoder's max_position_embeddings; a smaller model_max_length goes before it.
 
         Raises:
             PackageError: files are missing or damaged.
         """
-        settings = _settings(directory)
-        names = {name: _special(directory, settings, name) for name in _SPECIALS}
-        vocabulary, merges = _vocabulary(directory / "vocab.json"), _merges(directory / "merges.txt")
-        for left, right in merges:
-            if not {left, right, left + right} <= vocabulary.keys():
-                raise _damaged(directory / "merges.txt", f"joins {left!r} and {right!r}, unlike vocab.json")
-        for token in names.values():
-            if token not in vocabulary:
-                raise _damaged(directory / "vocab.json", f"lacks the special token {token!r}")
+        files = TokenizerFiles.read(directory)
+        bos, eos, pad = (files.added[files.specials[name]].id for name in ("bos_token", "eos_token", "pad_token"))
         return cls(
-            length=_length(directory, settings, length),
-            bos=vocabulary[names["bos_token"]],
-            eos=vocabulary[names["eos_token"]],
-            pad=vocabulary[names["pad_token"]],
-            unknown=vocabulary[names["unk_token"]],
-            special={token: vocabulary[token] for token in names.values()},
-            bpe=_build_bpe(directory, vocabulary, merges, names["unk_token"]),
+            length=_length(files, length),
+            bos=bos,
+            eos=eos,
+            pad=pad,
+            size=files.size,
+            words=_FastWords.make(files) if files.is_fast else _Words.make(files),
+            vectors=_vectors(files.added),
             placeholders=placeholders or {},
         )
 
@@ -123,8 +119,7 @@ class Tokenizer:
                 return begin + bisect_right(range(len(rest) + 1), offset, key=lambda end: len(_clean(rest[:end]))) - 1
         return len(text)
 
-    def _words(self, text: str) -> Iterator[tuple[int, int, Sequence[int]]]:
-        """Each word's ids, the index in the text of its span, and its offset in the span once cleaned."""
+    def _words(self, text: str) -> Iterator[Word]:
         begin = 0
         for match in self._placeholder_pattern.finditer(text) if self.placeholders else ():
             yield from self._vocabulary_words(begin, text[begin : match.start()])
@@ -132,25 +127,10 @@ class Tokenizer:
             begin = match.end()
         yield from self._vocabulary_words(begin, text[begin:])
 
-    def _vocabulary_words(self, begin: int, text: str) -> Iterator[tuple[int, int, Sequence[int]]]:
+    def _vocabulary_words(self, begin: int, text: str) -> Iterator[Word]:
         """Like `_words`, for a part of the text without placeholders."""
-        for span in self._special_pattern.split(text):
-            if span in self.special:
-                yield begin, 0, [self.special[span]]
-            else:
-                for word, (offset, _) in _WORDS.pre_tokenize_str(_clean(span)):
-                    yield begin, offset, self._bpe(word)
-            begin += len(span)
-
-    def _bpe(self, word: str) -> list[int]:
-        if word in _WHOLE:
-            known = self.bpe.token_to_id(word)
-            return [self.unknown if known is None else known]
-        return [token.id for token in self.bpe.tokenize(word)]
-
-    @cached_property
-    def _special_pattern(self) -> re.Pattern[str]:
-        return re.compile(f"({'|'.join(map(re.escape, sorted(self.special, key=len, reverse=True)))})")
+        for start, offset, ids in self.words(text):
+            yield begin + start, offset, self.vectors.get(ids[0], ids) if len(ids) == 1 else ids
 
     @cached_property
     def _longest_first(self) -> list[str]:
@@ -163,11 +143,121 @@ class Tokenizer:
         return re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE)
 
 
-def _build_bpe(directory: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]], unknown: str) -> Any:
+@dataclass(frozen=True, kw_only=True)
+class _Words:
+    """CLIPTokenizer's words: added tokens are split off, the rest is cleaned, split and encoded."""
+
+    bpe: Any
+    """``tokenizers.models.BPE`` of one word."""
+    unknown: int
+    """Id of what the vocabulary lacks."""
+    added: Mapping[str, AddedToken]
+
+    @classmethod
+    def make(cls, files: TokenizerFiles) -> "_Words":
+        name = files.specials["unk_token"]
+        unknown = files.added[name].id
+        return cls(bpe=_build_bpe(files, {name: unknown, **files.vocabulary}, name), unknown=unknown, added=files.added)
+
+    def __call__(self, text: str) -> Iterator[Word]:
+        for begin, span in self._split(text):
+            if span in self.added:
+                yield begin, 0, [self.added[span].id]
+            else:
+                for word, (offset, _) in _WORDS.pre_tokenize_str(_clean(span)):
+                    yield begin, offset, self._encode(word)
+
+    def _split(self, text: str) -> Iterator[tuple[int, str]]:
+        """Yield the spans and where they begin; a token of whole words that touches its neighbour is a part of that."""
+        spans = [span for span in self._pattern.split(text) if span]
+        begins = [0]
+        for span in spans:
+            begins.append(begins[-1] + len(span))
+        for index, span in enumerate(spans):
+            token = self.added.get(span)
+            if token is None:
+                continue
+            left, right = "".join(spans[max(index - 1, 0) : index]), "".join(spans[index + 1 : index + 2])
+            if token.rstrip and right:
+                spans[index + 1] = right.lstrip()
+                begins[index + 1] += len(right) - len(spans[index + 1])
+            if token.lstrip and left:
+                spans[index - 1] = left.rstrip()
+            if token.single_word and left and left[-1] != " ":
+                spans[index - 1 : index + 1] = [spans[index - 1] + span, ""]
+            elif token.single_word and right and right[0] != " ":
+                spans[index : index + 2] = ["", span + spans[index + 1]]
+                begins[index + 1] = begins[index]
+        return ((begin, span) for begin, span in zip(begins, spans, strict=False) if span)
+
+    def _encode(self, word: str) -> list[int]:
+        if word in _WHOLE:
+            known = self.added[word].id if word in self.added else self.bpe.token_to_id(word)
+            return [self.unknown if known is None else known]
+        pieces = self.bpe.tokenize(word)
+        return [self.added[piece.value].id if piece.value in self.added else piece.id for piece in pieces]
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile(f"({'|'.join(map(re.escape, sorted(self.added, key=len, reverse=True)))})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FastWords:
+    """CLIPTokenizerFast's words: the tokenizers library splits and encodes all of the text."""
+
+    backend: Any
+    """``tokenizers.Tokenizer``."""
+
+    @classmethod
+    def make(cls, files: TokenizerFiles) -> "_FastWords":
+        backend: Any = tokenizers.Tokenizer(_build_bpe(files, files.vocabulary, files.specials["unk_token"]))
+        backend.normalizer = _FAST_NORMALIZER
+        split: Any = pre_tokenizers.Split(tokenizers.Regex(files.word_pattern), behavior="removed", invert=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        for content, token in sorted(files.added.items(), key=lambda item: item[1].id):
+            flags = {name: value for name, value in asdict(token).items() if name != "id"}
+            add = backend.add_special_tokens if token.special else backend.add_tokens
+            add([tokenizers.AddedToken(content, **flags)])
+            if backend.token_to_id(content) != token.id:
+                raise damaged(files.directory, f"gives the token {content!r} the id {token.id}, which isn't the next")
+        return cls(backend=backend)
+
+    def __call__(self, text: str) -> Iterator[Word]:
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        tokens = zip(encoding.word_ids, encoding.offsets, encoding.ids, strict=True)
+        for _, word in groupby(tokens, key=lambda token: token[0]):
+            _, ((begin, _), *_), ids = zip(*word, strict=True)
+            yield begin, 0, ids
+
+
+def _vectors(added: Mapping[str, AddedToken]) -> dict[int, tuple[int, ...]]:
+    """Find the added tokens of several vectors."""
+    found: dict[int, tuple[int, ...]] = {}
+    for content, token in added.items():
+        more = takewhile(added.__contains__, (f"{content}_{index}" for index in count(1)))
+        found[token.id] = (token.id, *(added[each].id for each in more))
+    return {first: ids for first, ids in found.items() if len(ids) > 1}
+
+
+def _length(files: TokenizerFiles, limit: int | None) -> int:
+    """Get the smaller of the tokenizer's length and the text encoder's, either of which may be unknown."""
+    known = [value for value in (files.length, limit) if value is not None]
+    length = min(known, default=MAX_LENGTH + 1)
+    if length < 3:
+        raise damaged(files.directory, f"is for {json.dumps(files.length)} tokens, its text encoder for {limit}")
+    if length > MAX_LENGTH:
+        raise damaged(files.directory, "has no model_max_length and its text encoder no max_position_embeddings")
+    return length
+
+
+def _build_bpe(files: TokenizerFiles, vocabulary: Mapping[str, int], unknown: str) -> Any:
     try:
-        return models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, end_of_word_suffix="</w>")
+        return models.BPE(
+            vocab=dict(vocabulary), merges=list(files.merges), unk_token=unknown, end_of_word_suffix="</w>"
+        )
     except Exception as error:  # of any kind: the library raises bare Exception
-        raise _damaged(directory / "vocab.json", f"is damaged ({error})") from error
+        raise damaged(files.directory / "vocab.json", f"is damaged ({error})") from error
 
 
 def _clean(text: str) -> str:
@@ -182,77 +272,3 @@ def _visible(char: str) -> str:
     if category.startswith("C") or char == "\ufffd":
         return ""
     return f" {char} " if _IDEOGRAPH.match(char) else char
-
-
-def _settings(directory: Path) -> dict[str, Any]:
-    """Read the two optional configuration files; special_tokens_map.json is the older and yields."""
-    config, tokens = directory / "tokenizer_config.json", directory / "special_tokens_map.json"
-    settings = _json(config) if config.is_file() else {}
-    if "added_tokens_decoder" in settings or not tokens.is_file():
-        return settings
-    return settings | _json(tokens)
-
-
-def _special(directory: Path, settings: Mapping[str, Any], name: str) -> str:
-    """Get a special token's text, which is a string or an object with its content."""
-    value: Any = settings.get(name, _SPECIALS[name])
-    content: Any = cast("dict[str, Any]", value).get("content") if isinstance(value, dict) else value
-    if not isinstance(content, str) or not content:
-        raise _damaged(directory, f"has the {name} {json.dumps(value)}")
-    return content
-
-
-def _length(directory: Path, settings: Mapping[str, Any], limit: int | None) -> int:
-    """Get the smaller of the tokenizer's length and the text encoder's, either of which may be unknown."""
-    own = settings.get("model_max_length")
-    known = [value for value in (own, limit) if value is not None]
-    if not all(isinstance(value, int) and value >= 3 for value in known):
-        raise _damaged(directory, f"is for {json.dumps(own)} tokens, its text encoder for {limit}")
-    length = min(known, default=_MAX_LENGTH + 1)
-    if length > _MAX_LENGTH:
-        raise _damaged(directory, "has no model_max_length and its text encoder no max_position_embeddings")
-    return length
-
-
-def _vocabulary(path: Path) -> dict[str, int]:
-    vocabulary = _json(path)
-    for token, index in vocabulary.items():
-        if type(index) is not int or not 0 <= index < 2**31:
-            raise _damaged(path, f"gives the token {token!r} the id {json.dumps(index)}")
-    return vocabulary
-
-
-def _merges(path: Path) -> list[tuple[str, str]]:
-    """Read the pairs to join, in order; the first line is the format's version."""
-    merges: list[tuple[str, str]] = []
-    for number, line in enumerate(_text(path).strip().split("\n")[1:], start=2):
-        symbols = line.split()
-        if len(symbols) != 2:
-            raise _damaged(path, f"has {len(symbols)} symbols in line {number} instead of 2")
-        merges.append((symbols[0], symbols[1]))
-    return merges
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise _damaged(path, "is not a JSON object")
-    return cast("dict[str, Any]", content)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise _damaged(path, "is missing") from error
-    except OSError as error:
-        raise _damaged(path, f"can't be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise _damaged(path, "is not UTF-8 text") from error
-
-
-def _damaged(path: Path, fact: str) -> PackageError:
-    return PackageError(f"{path} {fact}; expected a CLIP tokenizer; run 'sdonnx export' again")

@@ -6,13 +6,12 @@ from typing import Annotated
 
 import typer
 from sdonnx_models import DEFAULT
-from sdonnx_runtime.outputs.atomic import check_writable
 from sdonnx_runtime.outputs.latents_file import load_latents
 
 import sdonnx
 from sdonnx.cli.console import print_note
 from sdonnx.cli.options import Device, Memory, Threads, Vae
-from sdonnx.cli.parsing import output_paths
+from sdonnx.cli.parsing import check_outputs, output_paths
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +44,8 @@ def decode(
     """
     sampled, request, name = load_latents(latents)
     paths = output_paths(output, request)
-    for path in paths:
-        check_writable(path)
+    overwrite = output is not None
+    check_outputs(paths, inputs=[latents], overwrite=overwrite)
     package = DEFAULT if model is None else model
     with sdonnx.load(package, vae=vae, device=device, threads=threads, memory=memory) as pipe:
         if pipe.package.name != name and model is None:
@@ -64,5 +63,4 @@ def decode(
         vae=None if separate_vae is None else separate_vae.name,
     )
     for index, path in enumerate(paths):
-        sdonnx.save_png(result, index, path)
-        print_note(str(path))
+        print_note(str(sdonnx.save_png(result, index, path, overwrite=overwrite)))

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 import typer
+from sdonnx_runtime.libraries import required
 from sdonnx_runtime.packages.families import PackageKind
 
 import sdonnx
@@ -20,6 +21,7 @@ _USE = {
 """The options that use an exported package in `sdonnx run`, by kind."""
 
 Via: TypeAlias = Literal["native", "optimum"]
+Prediction: TypeAlias = Literal["epsilon", "v_prediction", "sample"]
 
 
 def export(
@@ -55,6 +57,17 @@ def export(
         str | None,
         typer.Option(metavar="SRC", help="Take the VAE from here: like SRC, or a VAE-only checkpoint."),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SRC",
+            help="A checkpoint that lends what SRC lacks: VAE, text encoders, the base of a ControlNet difference.",
+        ),
+    ] = None,
+    prediction_type: Annotated[
+        Prediction | None,
+        typer.Option(help="What the U-Net predicts. Default: what SRC says, else what is usual in its family."),
+    ] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(metavar="FILE[:SCALE]", help="Fuse these LoRAs into the weights. Repeatable."),
@@ -71,12 +84,8 @@ def export(
 
     [dim]sdonnx export sd15[/dim] or [dim]sdonnx export my-checkpoint.safetensors -o my-package --precision fp16[/dim]
     """
-    try:
+    with required('pip install "sdonnx[export]"', error=sdonnx.ExportError, purpose="exporting"):
         from sdonnx_export.export import export as export_package
-    except ModuleNotFoundError as error:
-        raise sdonnx.ExportError(
-            f"""exporting requires {error.name}, which is not installed; pip install "sdonnx[export]\""""
-        ) from None
     source, recipe = (None, None) if source is None else find_source(source)
     with progress("{task.description}") as bar:
         task = bar.add_task("starting", total=1.0)
@@ -84,7 +93,9 @@ def export(
             source,
             Path(f"{recipe.name}-onnx") if output is None and recipe is not None else output,
             precision=precision,
-            vae=recipe.vae if vae is None and recipe is not None else vae,
+            vae=companion(vae) or (None if recipe is None else recipe.vae),
+            base=companion(base),
+            prediction_type=prediction_type,
             revision=revision,
             via=via,
             calibration=calibration,
@@ -95,3 +106,8 @@ def export(
         )
     options = _USE[sdonnx.Package.open(directory).kind].format(directory)
     print_note(f"""{directory} is ready: sdonnx run "a photograph of a cat" {options}""")
+
+
+def companion(source: str | None) -> str | None:
+    """Resolve what is given beside the source of an export to a path or a Hub id."""
+    return None if source is None else find_source(source)[0]

@@ -27,13 +27,15 @@ def info(
         context = {"path": str(opened.root), "inferred": opened.is_optimum, "instruction_set": instruction_set()}
         print_json({**context, **asdict(manifest)})
         return
-    table = Table.grid(padding=(0, 2))
+    table = _grid()
     source = manifest.source
     table.add_row("package", str(opened.root))
     table.add_row("family", opened.title)
     table.add_row(*_usage(opened))
     table.add_row("source", source.name if source.revision is None else f"{source.name} at {source.revision}")
     table.add_row("exporter", source.exporter)
+    for what, said in source.stated.items():
+        table.add_row(what, said)
     if "unet" in manifest.components:
         table.add_row("defaults", defaults_text(manifest.defaults))
         prediction = manifest.scheduler.get("prediction_type", "epsilon")
@@ -46,6 +48,14 @@ def info(
         table.add_row(name, f"{component.precision}, {megabytes:,.1f} MB")
     table.add_row("CPU", f"{cpu_name()}, {instruction_set()}")
     out.print(table, highlight=False, soft_wrap=True)
+
+
+def _grid() -> Table:
+    """A table of two columns, whose words are cut rather than shortened where there is no room for them."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    return table
 
 
 def _usage(package: sdonnx.Package) -> tuple[str, str]:
@@ -65,7 +75,7 @@ def models(
         packages = {name: str(path) for name, path in bundled().items()}
         print_json({"bundled": packages, "recipes": {name: asdict(recipe) for name, recipe in recipes().items()}})
         return
-    table = Table.grid(padding=(0, 2))
+    table = _grid()
     for name, path in bundled().items():
         manifest = sdonnx.Package.open(path).manifest
         table.add_row(Text(name, style="bold"), f"bundled with sdonnx\n{defaults_text(manifest.defaults)}\n")

@@ -43,7 +43,8 @@ def plan(
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("component", "strategy", "memory", "time per run"):
-        table.add_column(heading, justify="right" if heading in ("memory", "time per run") else "left")
+        right = heading in ("memory", "time per run")
+        table.add_column(heading, justify="right" if right else "left", overflow="fold")
     for planned, seconds in rows:
         table.add_row(planned.component, strategy_text(planned), f"{planned.peak / 1e6:,.0f} MB", f"{seconds:.2g} s")
     out.print(table, highlight=False, soft_wrap=True)

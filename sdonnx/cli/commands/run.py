@@ -22,7 +22,7 @@ from sdonnx.cli.options import (
     parse_request,
     request_option,
 )
-from sdonnx.cli.parsing import parse_control, parse_embedding, parse_lora, parse_margins, parse_refiner
+from sdonnx.cli.parsing import decode_argument, parse_control, parse_embedding, parse_lora, parse_margins, parse_refiner
 from sdonnx.loading import find_model
 
 
@@ -71,7 +71,7 @@ def run(
         list[str] | None,
         typer.Option(
             metavar="FILE[:SCALE]",
-            help="LoRA/LoCon/LoHa/LoKr/DoRA file (.safetensors). Repeatable.",
+            help="LoRA, LyCORIS or DoRA file (.safetensors). Repeatable.",
             rich_help_panel="Adapters",
         ),
     ] = None,
@@ -158,11 +158,12 @@ def run(
         pipe.set_embeddings([parse_embedding(each) for each in embedding or []])
         if preview is not None and preview_vae is None and pipe.package.manifest.latents.preview is None:
             raise sdonnx.PackageError("this package has no preview; export it again, or leave out --preview")
-        outputs = OutputPaths(images=output, preview=preview, latents=save_latents, upscale=enlarge)
+        inputs = (*(path for _, path, _ in controls), *(each for each in options.values() if isinstance(each, Path)))
+        outputs = OutputPaths(images=output, preview=preview, latents=save_latents, upscale=enlarge, inputs=inputs)
         if batch_file is not None and lines is not None:
             generate_batch(pipe, batch_file, lines, values, outputs, margins, as_json=as_json)
             return
-        result, paths = generate(pipe, {**values, "prompt": prompt}, outputs, margins)
+        result, paths = generate(pipe, {**values, "prompt": decode_argument(prompt or "")}, outputs, margins)
     if as_json:
         print_json(result_json(result, paths))
     else:

@@ -1,19 +1,24 @@
 """``sdonnx sensitivity``."""
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import typer
+from sdonnx_runtime.libraries import required
 from sdonnx_runtime.outputs.atomic import check_writable
 
 import sdonnx
+from sdonnx.cli.commands.export import Prediction, companion
 from sdonnx.cli.console import out, print_json, print_note, progress
+from sdonnx.cli.parsing import check_not_inputs
 from sdonnx.loading import find_source
 
 if TYPE_CHECKING:
     from sdonnx_export.quantization.sensitivity import Sensitivity
+
+_MAX_BUDGET = 1e6
+"""MB, more than a checkpoint has."""
 
 Target: TypeAlias = Literal["int8", "int8-weights", "int4"]
 
@@ -37,6 +42,8 @@ def sensitivity(
         typer.Option(metavar="MB", help="Size budget for those layers. Default: 5 % of what quantizing saves."),
     ] = None,
     vae: Annotated[str | None, typer.Option(metavar="SRC", help="As for [b]sdonnx export[/b].")] = None,
+    base: Annotated[str | None, typer.Option(metavar="SRC", help="As for [b]sdonnx export[/b].")] = None,
+    prediction_type: Annotated[Prediction | None, typer.Option(help="As for [b]sdonnx export[/b].")] = None,
     revision: Annotated[str | None, typer.Option(metavar="R", help="As for [b]sdonnx export[/b].")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
@@ -44,24 +51,23 @@ def sensitivity(
 
     [dim]sdonnx sensitivity sd15 --write sd15.toml[/dim] then [dim]sdonnx export sd15 --precision mixed:sd15.toml[/dim]
     """
-    if budget is not None and (write is None or not 0 <= budget < math.inf):
-        raise sdonnx.RequestError(f"budget is {budget:g}; give 0 or more, in MB, together with --write FILE")
+    if budget is not None and (write is None or not 0 <= budget <= _MAX_BUDGET):
+        raise sdonnx.RequestError(f"budget is {budget:g}; give 0 to {_MAX_BUDGET:.0f} MB, together with --write FILE")
+    checkpoint, recipe = find_source(source)
     if write is not None:
+        check_not_inputs([write], [Path(each) for each in (checkpoint, vae) if each is not None])
         check_writable(write)
-    try:
+    with required('pip install "sdonnx[export]"', error=sdonnx.ExportError, purpose="this command"):
         from sdonnx_export.quantization.sensitivity import sensitivity as measure
         from sdonnx_export.quantization.sensitivity import write_mixed_precision
-    except ModuleNotFoundError as error:
-        raise sdonnx.ExportError(
-            f"""this command requires {error.name}, which is not installed; pip install "sdonnx[export]\""""
-        ) from None
-    checkpoint, recipe = find_source(source)
     with progress("{task.description}") as bar:
         task = bar.add_task("starting", total=1.0)
         report = measure(
             checkpoint,
             precision=precision,
-            vae=recipe.vae if vae is None and recipe is not None else vae,
+            vae=companion(vae) or (None if recipe is None else recipe.vae),
+            base=companion(base),
+            prediction_type=prediction_type,
             revision=revision,
             defaults={} if recipe is None else recipe.defaults,
             report=lambda what, done: bar.update(task, description=what, completed=done),

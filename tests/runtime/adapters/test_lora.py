@@ -12,9 +12,9 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
 from sdonnx_export.export import export
-from sdonnx_runtime.adapters.lora import read_lora
 from sdonnx_runtime.adapters.merging import load_adapters, merge_lora
 from sdonnx_runtime.graphs.initializers import unpack_int4
+from sdonnx_runtime.outputs.metadata import save_png
 from support import families
 from support import lora as lora_fixture
 from support.cli import run_cli
@@ -93,7 +93,9 @@ def test_images_of_sdxl_equal_those_of_diffusers(family, tmp_path, kind):
     assert_equal(ours(package, [(file, scale)]), fused(pipe, [(file, scale)]), ours(package))
 
 
-@pytest.mark.parametrize("kind", ["loha", "loha with kernels", "lokr", "lokr with kernels", "locon", "dora of inputs"])
+@pytest.mark.parametrize(
+    "kind", ["loha", "loha with kernels", "lokr", "lokr with kernels", "locon", "dora of inputs", "full", "norm"]
+)
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_images_equal_those_with_lycoris_in_the_unet(family, tmp_path, name, kind):
     pipe, package = family(name)
@@ -110,36 +112,6 @@ def test_files_of_half_precision(family, tmp_path, dtype):
     whole = lora_fixture.save({name: value.to(dtype) for name, value in state.items()}, tmp_path / "whole.safetensors")
     assert np.array_equal(ours(package, [half]).latents, ours(package, [whole]).latents)
     assert_equal(ours(package, [half]), fused(pipe, [(whole, 1.0)]), ours(package))
-
-
-LAYERS = {
-    "linear": lambda: torch.nn.Linear(48, 96),
-    "1x1": lambda: torch.nn.Conv2d(48, 32, 1),
-    "3x3": lambda: torch.nn.Conv2d(32, 64, 3, padding=1),
-}
-
-
-@pytest.mark.parametrize("kind", lora_fixture.MODULES)
-@pytest.mark.parametrize("layer", LAYERS)
-def test_layers_give_what_those_of_lycoris_give(tmp_path, kind, layer):
-    """In training; its merge for good scales LoHa and LoKr twice where alpha isn't the rank."""
-    torch.manual_seed(1)
-    layer = LAYERS[layer]()
-    x = torch.randn(2, layer.weight.shape[1], *[8] * (layer.weight.ndim - 2))
-    plain = layer(x).detach()
-    module = lora_fixture.lycoris(layer, kind, seed=2).eval()
-    file = tmp_path / "a.safetensors"
-    lora_fixture.save({f"lora_unet_x.{name}": value for name, value in module.state_dict().items()}, file)
-    wanted = module(x).detach()
-    (delta,) = read_lora(file).deltas.values()
-    weight = layer.weight.detach().numpy().copy()
-    flat = weight.reshape(len(weight), -1)
-    with torch.no_grad():
-        for scale in (1.0, 0.25):
-            layer.weight.copy_(torch.from_numpy(delta.apply(flat, scale).reshape(weight.shape)))
-            expected = plain + scale * (wanted - plain)
-            assert (expected - plain).abs().max() > 0.05
-            torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture
@@ -235,7 +207,7 @@ def test_weights_of_every_precision(family, file, precision):
         for name, each in merge_lora(graph, changes).items()
     }
     assert len(changes) > 40
-    for module in changes:
+    for module in (name.removesuffix(".weight") for name in changes):
         wanted = pipe.unet.state_dict()[f"{module}.weight"] - before[f"{module}.weight"]
         wanted = wanted.numpy().reshape(len(wanted), -1) + wide(stored, module)
         step = {"fp32": 1e-5, "fp16": 1e-3, "int4": np.abs(wanted).max() / 7}.get(precision, np.abs(wanted).max() / 250)
@@ -275,7 +247,7 @@ def test_what_has_no_place_is_counted_or_left_out(family, file, tmp_path):
         "lora_unet_nowhere.lora_up.weight": torch.ones(3, 2),
     }
     more = lora_fixture.save({**state, **strange, "what": torch.ones(1)}, tmp_path / "more.safetensors")
-    with pytest.raises(sdonnx.RequestError, match=rf"3 of {len(state) + 3} tensors .*what.*nowhere"):
+    with pytest.raises(sdonnx.RequestError, match=rf"2 of {len(state) + 3} tensors match no .*nowhere.*1 of .* kind"):
         sdonnx.load(package, loras=[more])
     with sdonnx.load(package) as pipe:
         pipe.set_loras([more], ignore_unmatched=True)
@@ -286,13 +258,13 @@ def test_what_has_no_place_is_counted_or_left_out(family, file, tmp_path):
         pipe.set_loras([alone], ignore_unmatched=True)
 
 
-@pytest.mark.parametrize("memory", ["auto", "max"])
-def test_files_that_prompts_name(family, file, tmp_path, memory):
+@pytest.mark.parametrize(("memory", "suffix"), [("auto", ".safetensors"), ("max", ".pt")])
+def test_files_that_prompts_name(family, file, tmp_path, memory, suffix):
     _, package = family("sd1")
     other = lora_fixture.save(lora_fixture.peft(family("sd1")[0]), tmp_path / "own.safetensors")
     folder = tmp_path / "loras" / "within"
     folder.mkdir(parents=True)
-    (folder / "fur.safetensors").write_bytes(file.read_bytes())
+    (folder / f"fur{suffix}").write_bytes(file.read_bytes())
     with sdonnx.load(package, lora_folder=tmp_path / "loras", memory=memory) as pipe:
         plain = pipe.generate(PROMPT, seed=SEED, **SETTINGS)
         named = pipe.generate(f"{PROMPT}<lora:fur:0.7>", seed=SEED, **SETTINGS)
@@ -306,6 +278,30 @@ def test_files_that_prompts_name(family, file, tmp_path, memory):
     assert np.array_equal(both.latents, ours(package, [other, (file, 0.7)]).latents)
     assert np.array_equal(plain.latents, again.latents)
     assert named.loras == ()
+
+
+@pytest.mark.parametrize("memory", ["auto", "min"])
+def test_two_strengths(family, file, tmp_path, memory):
+    """Those of the text encoders and of the U-Net are as if each had a file of its own."""
+    _, package = family("sd1")
+    parts = []
+    for start in ("lora_te", "lora_unet"):
+        part = {name: value for name, value in load_file(file).items() if name.startswith(start)}
+        parts.append(lora_fixture.save(part, tmp_path / f"{start}.safetensors"))
+    wanted = ours(package, [(parts[0], 0.4), (parts[1], 0.7)]).latents
+    with sdonnx.load(package, lora_folder=tmp_path, memory=memory) as pipe:
+        named = [
+            pipe.generate(f"{PROMPT}<lora:a:{each}>", seed=SEED, **SETTINGS) for each in ("0.4:0.7", "unet=0.7:te=0")
+        ]
+        pipe.set_loras([sdonnx.Lora(path=file, scale=0.7, text_encoder_scale=0.4)])
+        result = pipe.generate(PROMPT, seed=SEED, **SETTINGS)
+    np.testing.assert_allclose(named[0].latents, wanted, atol=1e-4)
+    np.testing.assert_allclose(result.latents, wanted, atol=1e-4)
+    np.testing.assert_allclose(named[1].latents, ours(package, [(parts[1], 0.7)]).latents, atol=1e-4)
+    save_png(result, 0, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.info["parameters"].startswith(f"{PROMPT} <lora:a:0.4:0.7>\n")
+        assert json.loads(image.info["sdonnx"])["loras"] == [{"name": "a", "scale": 0.7, "text_encoder_scale": 0.4}]
 
 
 @pytest.mark.parametrize("scale", [float("nan"), 1000.0])

@@ -179,3 +179,14 @@ def test_a_depth_map_is_resized_as_torch_does(height, width):
     values = np.random.default_rng(0).standard_normal((11, 17)).astype(np.float32)
     wanted = torch.nn.functional.interpolate(torch.from_numpy(values)[None, None], (height, width), mode="bicubic")
     np.testing.assert_allclose(bicubic(values, height, width), wanted[0, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_few_bytes_with_many_pixels_are_refused(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("L", (9000, 9000)).save(tmp_path / "mask.png", exif=exif)
+    assert open_image(tmp_path / "mask.png").size == (9000, 9000)
+    Image.new("RGB", (9000, 9000)).save(tmp_path / "image.png", exif=exif)
+    with pytest.raises(RequestError, match=r"image\.png has 9000x9000 pixels in \d+ bytes"):
+        open_image(tmp_path / "image.png")

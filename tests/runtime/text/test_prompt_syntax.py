@@ -119,10 +119,25 @@ def test_step_prompts_have_negative_and_conditional_texts():
     )
 
 
-def test_lora_tags_are_taken_out():
-    prompt = parse_prompt("a cat <lora:fur:0.8>in a hat<lora:some hat><b>")
-    assert prompt.loras == (LoraTag(name="fur", weight=0.8), LoraTag(name="some hat", weight=1.0))
-    assert prompt.parts[0].text_at_step(1, 1, None) == "a cat in a hat<b>"
+@pytest.mark.parametrize(
+    ("tag", "name", "text_encoder", "unet"),
+    [
+        ("<lora:fur:0.8>", "fur", 0.8, 0.8),
+        ("<lora:some hat>", "some hat", 1.0, 1.0),
+        ("<lyco:fur:0.8>", "fur", 0.8, 0.8),
+        ("<lora:fur:1:0.5>", "fur", 1.0, 0.5),
+        ("<lora:fur:te=0:unet=1>", "fur", 0.0, 1.0),
+        ("<lora:fur:te=0.5>", "fur", 0.5, 0.5),
+        ("<lora:fur:unet=0.5>", "fur", 1.0, 0.5),
+        ("<lora:te=0.5:fur:0.9:0.7>", "fur", 0.5, 0.7),
+        ("<lora:fur:-1e-1>", "fur", -0.1, -0.1),
+    ],
+)
+def test_lora_tags_are_taken_out(tag, name, text_encoder, unet):
+    """With the weights that AUTOMATIC1111's extra_networks_lora.py gives them."""
+    prompt = parse_prompt(f"a cat {tag}in a hat<b> {tag[:-1]}")
+    assert prompt.loras == (LoraTag(name=name, text_encoder_weight=text_encoder, unet_weight=unet),)
+    assert prompt.parts[0].text_at_step(1, 1, None) == f"a cat in a hat<b> {tag[:-1]}"
 
 
 @pytest.mark.parametrize(
@@ -134,6 +149,14 @@ def test_lora_tags_are_taken_out():
         ("a AND b:1e9", "the weight 1e\\+09; give one from -1000 to 1000"),
         ("<lora::1>", "expected a name and a weight, such as <lora:name:0.8>"),
         ("<lora:a:high>", "'<lora:a:high>' is not a LoRA tag"),
+        ("<lora:a:1:1:4>", "'<lora:a:1:1:4>' is not a LoRA tag"),
+        ("<lora:a:dyn=4>", "'<lora:a:dyn=4>' is not a LoRA tag"),
+        ("<lora:te=1>", "'<lora:te=1>' is not a LoRA tag"),
+        ("a <LoRA:a:1>", "'<LoRA:a:1>' is not supported; tags in prompts are LoRAs"),
+        ("a <x:y\nz>", "'<x:y z>' is not supported; tags in prompts are LoRAs"),
+        ("a <hypernet:a:1>", "'<hypernet:a:1>' is not supported; tags in prompts are LoRAs"),
+        ("a < lora:a:1>", "'< lora:a:1>' is not a LoRA tag; write it as <lora:name:0.8>"),
+        ("a <Hypernet :a>", "'<Hypernet :a>' is not a LoRA tag; write it as"),
         ("(a:2000)", "the weight 2000; give one from -1000 to 1000"),
         ("(a:" + "9" * 400 + ")", "the weight inf"),
         ("(" * 100 + "a", "the weight 13780.6"),
@@ -265,7 +288,7 @@ def test_whatever_is_typed_is_read_or_refused():
 def test_text_without_the_syntax_stays_as_it_is():
     draw = random.Random(1)
     for _ in range(500):
-        prompt = "".join(draw.choices([*"ab,.:|;-+<>{}'\" \n\t0é苹", "and", "break", "ANDY"], k=draw.randrange(40)))
+        prompt = "".join(draw.choices([*"ab,.:|;-+>{}'\" \n\t0é苹", "and", "break", "AN", "< "], k=draw.randrange(40)))
         assert texts(prompt, 3) == [(prompt,)] * 3
         assert words(prompt) == [[(prompt, 1.0)] if prompt else []]
 

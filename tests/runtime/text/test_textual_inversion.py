@@ -12,6 +12,7 @@ from sdonnx_runtime.adapters.textual_inversion import TextualInversions, read_em
 from sdonnx_runtime.execution.session import Session
 from sdonnx_runtime.text.tokenizer import Tokenizer
 from support import families
+from support import lora as lora_fixture
 from support.cli import run_cli
 from support.reference import PROMPT, SEED, SIZE, assert_equal, reference
 
@@ -121,6 +122,38 @@ def test_images_of_sdxl_equal_those_of_diffusers(sdxl, tmp_path, layout):
         assert_equal(ours.generate("a photograph of my-cat", seed=SEED, negative_prompt="bad", **SETTINGS), wanted)
 
 
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd1 of AUTOMATIC1111"])
+def test_an_embedding_in_a_lora_file_is_as_a_file_of_its_own(request, tmp_path, family):
+    """As OneTrainer and AUTOMATIC1111 write it; the file of its own is compared with diffusers above."""
+    pipe, package = request.getfixturevalue(family[:4].strip())
+    slots = ["clip_l", "clip_g"] if family == "sdxl" else ["clip_l"]
+    state = {slot: vectors(2, seed=seed) for seed, slot in enumerate(slots)}
+    own = tmp_path / "my-cat.safetensors"
+    save_file(state if family == "sdxl" else {"emb_params": state["clip_l"]}, own)
+    names = {"clip_l": "string_to_param.*"} if family.endswith("1111") else {}
+    bundled = {f"bundle_emb.my-cat.{names.get(slot, slot)}": value for slot, value in state.items()}
+    lora = lora_fixture.save(lora_fixture.kohya(pipe), tmp_path / "lora.safetensors")
+    both = lora_fixture.save({**lora_fixture.kohya(pipe), **bundled}, tmp_path / "both.safetensors")
+    with sdonnx.load(package, loras=[lora], embeddings=[own], lora_folder=tmp_path) as ours:
+        wanted = ours.generate("a my-cat", seed=SEED, **SETTINGS).latents
+        ours.set_embeddings([])
+        without = ours.generate("a my-cat", seed=SEED, **SETTINGS).latents
+        ours.set_loras([both])
+        found = ours.generate("a my-cat", seed=SEED, **SETTINGS).latents
+        with pytest.raises(sdonnx.RequestError, match="the trigger word 'my-cat' is invalid or already used"):
+            ours.set_embeddings([own])
+        ours.set_loras([both, (both, 0)])
+        twice = ours.generate("a my-cat<lora:both:0>", seed=SEED, **SETTINGS).latents
+        ours.set_loras([])
+        named = ours.generate("a my-cat<lora:both>", seed=SEED, **SETTINGS).latents
+    assert np.array_equal(found, wanted)
+    assert np.array_equal(named, wanted)
+    assert np.array_equal(twice, wanted)
+    assert np.abs(without - wanted).max() > 0.05
+    with pytest.raises(sdonnx.ExportError, match="embedding 'my-cat', which a package can't have; give the file to"):
+        export(str(package), tmp_path / "fused", loras=[sdonnx.Lora(path=both)])
+
+
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int8-weights", "int4"])
 def test_the_table_of_every_precision(sd1, tmp_path, precision):
     """Vectors that the table has already, given as a word's, are that word."""
@@ -176,7 +209,10 @@ def test_of_another_model(sd1, sdxl, tmp_path):
         sdonnx.load(sdxl[1], embeddings=[saved(tmp_path, "a1111", vectors(1))])
 
 
-@pytest.mark.parametrize("data", [{}, {"a": torch.ones(3, 3, 3)}, {"a": torch.ones(1, 64), "b": torch.ones(1, 64)}])
+@pytest.mark.parametrize(
+    "data",
+    [{}, {"a": torch.ones(3, 3, 3)}, {"a": torch.ones(1, 64), "b": torch.ones(1, 64)}, {"a": torch.ones(11_000, 1000)}],
+)
 def test_a_file_that_is_not_a_textual_inversion_is_refused(tmp_path, data):
     torch.save(data, tmp_path / "a.pt")
     with pytest.raises(sdonnx.RequestError, match=r"a\.pt"):

@@ -1,32 +1,46 @@
 """Read a ControlNet or a T2I-Adapter from a single file with original or diffusers' keys, and infer its config."""
 
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from sdonnx_runtime.errors import ExportError
 from sdonnx_runtime.packages.families import FAMILIES
 
-from sdonnx_export.checkpoint_model import Part, Weight
+from sdonnx_export.checkpoint_model import Checkpoint, Part, Weight
 from sdonnx_export.checkpoints.ldm.keys import Weights, count, with_prefix
+from sdonnx_export.checkpoints.ldm.relative_control import (
+    MARKERS,
+    add_base,
+    original_names,
+    shared_config,
+    stored_relative,
+)
 from sdonnx_export.checkpoints.ldm.unet import down_config, rename_keys
+from sdonnx_export.checkpoints.unsupported import unsupported_control
 
 _SDXL = FAMILIES["sdxl"]
 
 
-def read_control(path: Path, weights: Weights) -> dict[str, Part]:
+def read_control(path: Path, weights: Weights, base: Checkpoint | None = None) -> dict[str, Part]:
     """Return the part by its name; empty if the file is neither.
 
+    ``base`` is the model whose U-Net a ControlNet may be stored relative to.
+
     Raises:
-        ExportError: weights are missing or unknown.
+        ExportError: weights are missing or unknown, or the base model is.
     """
-    kind = "ControlNet"
+    message = unsupported_control(path, weights)
+    if message is not None:
+        raise ExportError(message)
+    kind, is_controlnet = "ControlNet", any(name in weights for name in _CONTROLNET)
+    marker = stored_relative(weights)
+    if is_controlnet and marker is not None and base is None:
+        raise ExportError(f"{path} is {MARKERS[marker]}; give the checkpoint that it was made for with --base SRC")
     try:
-        for prefix in ("control_model.", ""):
-            controlnet = with_prefix(weights, prefix)
-            if "input_hint_block.0.weight" in controlnet:
-                return {"controlnet": _controlnet(_rename_controlnet(controlnet))}
-            if "controlnet_cond_embedding.conv_in.weight" in controlnet:
-                return {"controlnet": _controlnet(controlnet)}
+        if is_controlnet:
+            return {"controlnet": _read_controlnet(path, weights, base)}
         adapter, kind = with_prefix(weights, "adapter.") or weights, "T2I-Adapter"
         if "body.0.resnets.0.block1.weight" in adapter:
             return {"adapter": _adapter(path, adapter)}
@@ -42,15 +56,40 @@ def read_control(path: Path, weights: Weights) -> dict[str, Part]:
     return {}
 
 
-def _rename_controlnet(weights: Weights) -> dict[str, Weight]:
-    """Rename original keys of a ControlNet to diffusers'."""
+_CONTROLNET = (
+    "control_model.input_hint_block.0.weight",
+    "control_model.controlnet_cond_embedding.conv_in.weight",
+    "input_hint_block.0.weight",
+    "controlnet_cond_embedding.conv_in.weight",
+)
+"""Keys of which every ControlNet has one."""
+
+
+def _read_controlnet(path: Path, weights: Weights, base: Checkpoint | None) -> Part:
+    marker = stored_relative(weights)
+    unet = base.parts["unet"] if marker is not None and base is not None else None
+    own = {name: weight for name, weight in weights.items() if name not in MARKERS}
+    own = with_prefix(own, "control_model.") or own
+    if "input_hint_block.0.weight" in own:
+        own = _rename_controlnet(own, {} if unet is None else original_names(unet))
+    if unet is None or marker is None:
+        part = _controlnet(own)
+    else:
+        part = _controlnet(add_base(own, unet, marker))
+        part = replace(part, config={**part.config, **shared_config(unet)})
+    is_pooled = "shuffle" in path.stem.lower()  # AUTOMATIC1111's rule; the weights don't tell
+    return replace(part, config={**part.config, "global_pool_conditions": True}) if is_pooled else part
+
+
+def _rename_controlnet(weights: Weights, blocks: Mapping[str, str]) -> dict[str, Weight]:
+    """Rename original keys of a ControlNet to diffusers'; ``blocks`` are prefixes that its own keys may not tell."""
     last = count(weights, r"input_hint_block\.(\d+)\.") - 1
     names = {"middle_block_out.0.": "controlnet_mid_block.", "input_hint_block.0.": f"{_EMBEDDING}.conv_in."}
     names[f"input_hint_block.{last}."] = f"{_EMBEDDING}.conv_out."
     names |= {f"input_hint_block.{index}.": f"{_EMBEDDING}.blocks.{index // 2 - 1}." for index in range(2, last, 2)}
     zeros = count(weights, r"zero_convs\.(\d+)\.")
     names |= {f"zero_convs.{index}.0.": f"controlnet_down_blocks.{index}." for index in range(zeros)}
-    return rename_keys(weights, names)
+    return rename_keys(weights, {**blocks, **names})
 
 
 _EMBEDDING = "controlnet_cond_embedding"

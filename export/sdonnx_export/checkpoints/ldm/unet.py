@@ -13,7 +13,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def read_unet(weights: Weights, original: Mapping[str, Any], *, heads: int | None) -> Part:
-    """Read a U-Net.
+    """Read a U-Net with LDM's keys or diffusers'.
 
     Args:
         weights: by key, without the U-Net's prefix.
@@ -23,7 +23,7 @@ def read_unet(weights: Weights, original: Mapping[str, Any], *, heads: int | Non
     Raises:
         ExportError: a key is unexpected, or the cross-attention is of several kinds.
     """
-    renamed = rename_keys(weights)
+    renamed = dict(weights) if "conv_in.weight" in weights else rename_keys(weights)
     shapes = {name: weight.shape for name, weight in renamed.items()}
     return Part(config=_config(shapes, original, heads), weights=renamed)
 

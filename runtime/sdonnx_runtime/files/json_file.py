@@ -1,0 +1,34 @@
+"""Read small JSON files of others: configs and indexes."""
+
+import json
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+_MAX_BYTES, _MAX_DEPTH = 10_000_000, 64
+"""Of a file, which takes up to thirty times its size when it is parsed; and of lists and objects in one another."""
+
+
+def load_json(path: Path) -> Any:
+    """Read a JSON file of UTF-8.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is not JSON, too large, or nested too deep.
+    """
+    with path.open("rb") as stream:
+        data = stream.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise ValueError(f"it has more than {_MAX_BYTES} bytes")
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    level: list[Any] = [value]
+    for _ in range(_MAX_DEPTH):
+        objects = [cast("dict[str, Any]", each).values() for each in level if isinstance(each, dict)]
+        arrays = [cast("list[Any]", each) for each in level if isinstance(each, list)]
+        level = list(chain(*objects, *arrays))
+    if level:
+        raise ValueError("it is nested too deep")
+    return value

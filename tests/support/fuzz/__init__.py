@@ -1,0 +1,1 @@
+"""A fuzzer for each parser of untrusted input: ``python -m support.fuzz``, in ``tests``."""

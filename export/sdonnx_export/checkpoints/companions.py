@@ -1,4 +1,4 @@
-"""What a user gives beside a source, and how it fills in what the source lacks."""
+"""The VAE, base model and prediction type given in addition to a source, which fill in what it lacks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ _NO_PARTS: Mapping[str, Part] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class Companions:
-    """What is given beside a source."""
+    """What is given in addition to a source."""
 
     vae: Part | None = None
     """Replaces the source's VAE."""
@@ -29,7 +29,7 @@ class Companions:
 
 
 ALONE = Companions()
-"""Nothing beside the source."""
+"""The source alone."""
 
 
 def complete(checkpoint: Checkpoint, companions: Companions, name: str) -> Checkpoint:

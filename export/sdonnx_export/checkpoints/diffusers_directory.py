@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sdonnx_runtime.errors import ExportError
-from sdonnx_runtime.files.json_file import load_json
+from sdonnx_runtime.files.json_file import load_json, whole_numbers
 from sdonnx_runtime.files.kinds import describe_file
 from sdonnx_runtime.packages.families import FAMILIES
 from sdonnx_runtime.packages.optimum_layout import PIPELINES, as_loaded
@@ -17,7 +17,6 @@ from sdonnx_export.checkpoints.few_steps import few_steps
 from sdonnx_export.checkpoints.files import canonical_key, is_used_key, open_file
 from sdonnx_export.checkpoints.ldm.checkpoint import unet_checkpoint
 from sdonnx_export.models.components import VAES
-from sdonnx_export.models.config_reader import whole_numbers
 
 PARTS = {
     "text_encoder": ("model", "pytorch_model"),

@@ -34,7 +34,7 @@ def open_file(path: Path) -> dict[str, Weight]:
 
 
 def read_metadata(path: Path) -> Mapping[str, str]:
-    """Read the ``__metadata__`` of a file that `open_file` opens, or what a pickled one has beside its tensors."""
+    """Read the ``__metadata__`` of a file that `open_file` opens, or what a pickled one has besides its tensors."""
     return _open(path).metadata
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdonnx_runtime.errors import ExportError
+from sdonnx_runtime.files.json_file import whole_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -17,15 +18,6 @@ _COUNTS = (
     "layers_per_block", "num_hidden_layers", "num_res_blocks", "num_encoder_blocks", "num_decoder_blocks",
     "transformer_layers_per_block", "reverse_transformer_layers_per_block",
 )  # fmt: skip
-
-
-def whole_numbers(value: Any) -> Any:
-    """Return JSON data with 8.0 as 8, which Python's JSON tells apart and diffusers' arithmetic doesn't."""
-    if isinstance(value, Mapping):
-        return {key: whole_numbers(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [whole_numbers(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class ConfigReader:

@@ -1,6 +1,7 @@
 """Read small JSON files of others: configs and indexes."""
 
 import json
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -32,3 +33,12 @@ def load_json(path: Path) -> Any:
     if level:
         raise ValueError("it is nested too deep")
     return value
+
+
+def whole_numbers(value: Any) -> Any:
+    """Return JSON data with 8.0 as 8, which Python's JSON tells apart and diffusers' arithmetic doesn't."""
+    if isinstance(value, Mapping):
+        return {key: whole_numbers(item) for key, item in cast("Mapping[str, Any]", value).items()}
+    if isinstance(value, (list, tuple)):
+        return [whole_numbers(item) for item in cast("list[Any]", value)]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -179,7 +179,7 @@ def find_tensors(root: Any) -> dict[str, Tensor]:
 
 
 def find_metadata(root: Any) -> dict[str, str]:
-    """Collect the strings and integers beside the tensors, such as ``global_step``, as text by their keys."""
+    """Collect a file's other strings and integers, such as ``global_step``, as text by their keys."""
     items = _items(root) or {}
     return {key: str(value) for key, value in items.items() if isinstance(key, str) and type(value) in (str, int)}
 

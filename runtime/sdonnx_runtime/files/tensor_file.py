@@ -25,7 +25,7 @@ class TensorFile:
     dtypes: Mapping[str, str]
     """As the file stores them, in the safetensors format's names: F32, F16, BF16, F8_E4M3, I64, …"""
     metadata: Mapping[str, str]
-    """A safetensors file's ``__metadata__``; the strings and integers beside the tensors of a file of torch."""
+    """A safetensors file's ``__metadata__``; the other strings and integers of a file of torch."""
     load: Callable[[str], AnyArray]
     """Reads a tensor by name; float16, float32 and integers as stored, other floating point as float32.
 

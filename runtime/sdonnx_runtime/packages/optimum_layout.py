@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from sdonnx_runtime.errors import PackageError
+from sdonnx_runtime.files.json_file import whole_numbers
 from sdonnx_runtime.packages.concat import CONCAT
 from sdonnx_runtime.packages.families import COMPONENT_NAMES, FAMILIES, REQUIRED_COMPONENTS, PackageKind
 from sdonnx_runtime.packages.manifest import (
@@ -209,18 +210,13 @@ _REMEDY = "correct it, or download the model again"
 
 def _value(config: Mapping[str, Any], key: str, default: T | None, kind: type[T]) -> T:
     """The value under ``key``, or the default where it is absent or null."""
-    found = _whole(config.get(key)) if kind is int else config.get(key)
+    found = whole_numbers(config.get(key)) if kind is int else config.get(key)
     found = default if found is None else found
     if kind is float and type(found) is int:
         return cast("T", float(found))
     if not isinstance(found, kind) or isinstance(found, bool):
         raise PackageError(f"a config has {found!r} for '{key}'; expected {_KINDS[kind]}; {_REMEDY}")
     return cast("T", found)
-
-
-def _whole(value: Any) -> Any:
-    """Return 8.0 as 8."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _component(root: Path, name: str) -> Component:

@@ -91,7 +91,7 @@ class TokenizerFiles:
 
     @classmethod
     def read(cls, directory: Path) -> "TokenizerFiles":
-        """Read vocab.json and merges.txt, or tokenizer.json, and the optional files beside them.
+        """Read vocab.json and merges.txt, or tokenizer.json, and the optional files next to them.
 
         Raises:
             PackageError: files are missing or damaged, or not CLIP's.

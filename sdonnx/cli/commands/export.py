@@ -109,5 +109,5 @@ def export(
 
 
 def companion(source: str | None) -> str | None:
-    """Resolve what is given beside the source of an export to a path or a Hub id."""
+    """Resolve what is given in addition to the source of an export to a path or a Hub id."""
     return None if source is None else find_source(source)[0]

@@ -9,6 +9,8 @@ Runtime may need other values.
 # Arena fragmentation: how many times the bytes of live values the arena takes.
 ARENA_WHOLE = 1.45
 """A graph that runs whole."""
+ARENA_WHOLE_INT8 = 1.6
+"""A graph with int8 convolutions that runs whole."""
 ARENA_WHOLE_INT8_VAE = 1.25
 """A VAE with int8 convolutions that runs whole."""
 ARENA_STAGED = 1.4
@@ -49,7 +51,7 @@ INT8_SPEEDUP = 2.2
 """Of MACs in int8 over those in float32."""
 
 # The process.
-PROCESS_BYTES = 28 << 20
+PROCESS_BYTES = 24 << 20
 """The code that runs, tokenizers and all that is small, resident after a plan is made."""
 FREE_SHARE = 0.9
 """The share of the free memory that ``auto`` takes."""

@@ -157,8 +157,10 @@ class _PlannedRun:
         return self._with_region(int(max(running) + max(outside, default=0)))
 
     def _whole_bytes(self) -> int:
-        is_int8_vae = self._loaded.tiled is not None and self.stages[0].footprint.mmapped > 0
-        factor = constants.ARENA_WHOLE_INT8_VAE if is_int8_vae else constants.ARENA_WHOLE
+        factor = constants.ARENA_WHOLE
+        if self.stages[0].footprint.mmapped > 0:
+            is_vae = self._loaded.tiled is not None
+            factor = constants.ARENA_WHOLE_INT8_VAE if is_vae else constants.ARENA_WHOLE_INT8
         running = [max(factor * s.footprint.activations, s.opening_peak_bytes - s.open_bytes) for s in self.stages]
         return int(max(s.live_bytes + s.footprint.fragmentation + r for s, r in zip(self.stages, running, strict=True)))
 

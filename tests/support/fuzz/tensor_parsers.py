@@ -28,8 +28,9 @@ _ADAPTERS = ROOT / "models" / "pictogram" / "adapters"
 
 def safetensors(folder: Path) -> Target:
     """A ``.safetensors`` checkpoint, all of its tensors read."""
-    kinds = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int8, torch.bool)
-    tensors = {f"layer.{index}.weight": torch.ones(3, 2).to(kind) for index, kind in enumerate(kinds)}
+    floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn)
+    tensors = {f"layer.{index}.weight": torch.ones(3, 2).to(kind) for index, kind in enumerate(floats)}
+    tensors |= {str(kind): torch.ones(3, 2).to(kind) for kind in (torch.int64, torch.int8, torch.bool)}
     tensors |= {"scalar": torch.tensor(1.0), "empty": torch.zeros(0, 4), "conv": torch.randn(2, 3, 1, 1)}
     seeds = [save(tensors), save(tensors, {"format": "pt", "modelspec.architecture": "stable-diffusion-v1"})]
     return Target(seeds=seeds, mutate=mutate_safetensors, read=lambda data: _read_all(folder / "t.safetensors", data))

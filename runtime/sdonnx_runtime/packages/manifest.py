@@ -222,6 +222,9 @@ def check_manifest(manifest: Manifest, where: str) -> Manifest:
         if name not in supported:
             names = ", ".join(each for each in supported if each is not None)
             raise PackageError(f"{where}: '{key}' is '{name}'; supported: {names}; update sdonnx")
+    for name, component in manifest.components.items():
+        if not component.precision.isprintable() or component.precision == "":
+            raise PackageError(f"{where}: 'precision' of '{name}' is not a precision's name; export again")
     family, found = FAMILIES[manifest.family], tuple(each.component for each in manifest.text_encoders)
     if found != family.text_encoders:
         expected = ", ".join(family.text_encoders) or "none"

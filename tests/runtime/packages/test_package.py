@@ -67,6 +67,7 @@ def test_what_export_wrote_opens(package):
         (["text_encoders", 0, "length"], 2, "'length' is 2, expected 3 to 10000"),
         (["text_encoders", 0, "component"], "unet", "has the text encoders unet"),
         (["text_encoders"], [], "has the text encoders none"),
+        (["components", "unet", "precision"], "", "'precision' of 'unet' is not a precision's name"),
         (["components", "refiner"], {"graphs": {}, "files": {}, "precision": "fp32"}, "'refiner'; supported: "),
         (["components", "unet", "files", "unet/\0"], {"size": 1, "sha256": ""}, "points outside the package"),
         (["components", "unet", "files", "x" * 300], {"size": 1, "sha256": ""}, "File name too long"),

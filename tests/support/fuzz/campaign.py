@@ -140,7 +140,9 @@ def work(name: str, first: str, cases: str, seconds: str, folder: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used + _GUARD, used + _GUARD))
     with (Path(folder) / "failures").open("w", 1) as failures:
         for case in _numbers(int(first), int(cases), float(seconds)):
+            peak = _peak_memory()
             data = make_input(target, case)
+            baseline += _peak_memory() - peak  # a mutation may repeat a part many times
             state[0] += 1
             start = time.perf_counter()
             signal.alarm(MAX_SECONDS)  # its default action ends the process, whatever that is doing

@@ -119,6 +119,17 @@ def package(checkpoint, export_once, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def control(checkpoint, export_once, tmp_path_factory) -> Path:
+    """A ControlNet for `package`."""
+    from diffusers import UNet2DConditionModel  # with torch
+    from support.controls import controlnet
+
+    directory = tmp_path_factory.mktemp("control")
+    controlnet(UNet2DConditionModel.from_pretrained(checkpoint / "unet")).save_pretrained(directory / "edges")
+    return export_once(directory / "edges", directory / "edges-onnx")
+
+
+@pytest.fixture(scope="session")
 def opened(export_once, tmp_path_factory):
     """A pipeline of diffusers of those in PROMPTED, and our package of it, opened; made once."""
     from support import families

@@ -25,12 +25,13 @@ from sdonnx_runtime.memory.planner import Plan
 from sdonnx_runtime.memory.workload import decode_phase, memory_phases
 from sdonnx_runtime.packages.families import PackageKind
 from sdonnx_runtime.packages.package import Package
-from sdonnx_runtime.request import FIELDS, Request
+from sdonnx_runtime.request import Request
 from sdonnx_runtime.resolution import resolve_request
 from sdonnx_runtime.resolved import ResolvedRequest
 from sdonnx_runtime.result import Result
 from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig
 from sdonnx_runtime.stream import Stream
+from sdonnx_runtime.validation import check_names
 
 _PIXEL = 8192
 """Bytes per pixel, more than the widest VAE needs."""
@@ -144,9 +145,7 @@ class Pipeline:
         """
         if isinstance(request, ResolvedRequest) and not changes:
             return request
-        unknown = [name for name in changes if name not in FIELDS]
-        if unknown:
-            raise RequestError(f"a request has no '{unknown[0]}'; its fields are {', '.join(FIELDS)}")
+        check_names(changes)
         request = request.request if isinstance(request, ResolvedRequest) else request
         request = request if isinstance(request, Request) else Request(prompt=request)
         resolved = resolve_request(
@@ -189,10 +188,14 @@ class Pipeline:
         events = generate_images(models, resolved, None if plan is None else plan.execution)
         return Stream(resolved.request, events, models.run, self._previewer(), plan)
 
-    def plan(self, request: Request | str | ResolvedRequest, *, always: bool = False, **changes: Any) -> Plan | None:
+    def plan(
+        self, request: Request | str | ResolvedRequest, *, always: bool = False, memory: str | int | None = None,
+        **changes: Any,
+    ) -> Plan | None:  # fmt: skip
         """Plan the memory of a request, with the arguments of `resolve`.
 
-        Returns None if nothing needs restricting, unless ``always`` is set.
+        Returns None if nothing needs restricting, unless ``always`` is set. ``memory`` is a limit instead of the
+        pipeline's.
 
         Raises:
             RequestError: as `resolve` does; or the pipeline's memory limit is too low.
@@ -210,11 +213,12 @@ class Pipeline:
             preview=self._preview_package,
         )
         largest = resolved.passes[-1]
-        enough = self._memory_upper_bound(largest.width * largest.height)
-        return self._budget.plan(phases, enough, self.package.name, always=always)
+        enough = self.memory_upper_bound(largest.width * largest.height)
+        budget = self._budget if memory is None else Budget(memory)
+        return budget.plan(phases, enough, self.package.name, always=always)
 
-    def _memory_upper_bound(self, pixels: int) -> int:
-        """Bytes that are certainly no less than an image needs."""
+    def memory_upper_bound(self, pixels: int) -> int:
+        """Bytes that are certainly no less than an image of so many pixels needs, known without a plan."""
         packages = (self.package, self.refiner, self._preview_package, *self.controls)
         components = [part for each in packages if each is not None for part in each.manifest.components.values()]
         return 4 * sum(file.size for part in components for file in part.files.values()) + _PIXEL * pixels
@@ -232,7 +236,7 @@ class Pipeline:
         if not np.isfinite(latents).all():
             raise RequestError("the latents are not finite; give those of a Result")
         count, _, height, width = latents.shape
-        enough = self._memory_upper_bound(height * width * space.downscale**2)
+        enough = self.memory_upper_bound(height * width * space.downscale**2)
         plan = self._budget.plan(lambda: [decode_phase(self.package, height, width, count)], enough, self.package.name)
         with self._components.exclusive(plan=None if plan is None else plan.execution):
             return decode(Runner(self._components), self.package.manifest, latents)

@@ -1,5 +1,6 @@
 """A generation step by step: what `Pipeline.stream` returns."""
 
+import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 
@@ -31,6 +32,7 @@ class Stream(Iterator[Progress]):
         self.plan = plan
         """How components are run; None where every component is whole."""
         self._events, self._run, self._previewer = events, run, previewer
+        self._stepping = threading.Lock()
         self._sampled: SampledLatents | None = None
         self._result: Result | None = None
         self._on_sampled: Callable[[Array, CompleteRequest], None] | None = None
@@ -59,14 +61,15 @@ class Stream(Iterator[Progress]):
     def close(self) -> None:
         """Cancel; from another thread it stops inside the current step, and the loop ends."""
         self._run.cancel()
-        try:
-            self._events.close()
-        except ValueError:  # another thread is inside the step, which ends now
-            return
+        if self._stepping.acquire(blocking=False):  # otherwise another thread is inside the step, which ends now
+            try:
+                self._events.close()
+            finally:
+                self._stepping.release()
 
     def __next__(self) -> Progress:
         try:
-            while not isinstance(event := next(self._events), Progress):
+            while not isinstance(event := self._next_event(), Progress):
                 self._sampled = event
                 if event.last and self._on_sampled is not None:
                     self._on_sampled(event.latents, event.request)
@@ -76,6 +79,10 @@ class Stream(Iterator[Progress]):
         except StopIteration as end:
             self._result = self._result if end.value is None else end.value
             raise StopIteration from None
+
+    def _next_event(self) -> Progress | SampledLatents:
+        with self._stepping:
+            return next(self._events)
 
     def __del__(self) -> None:
         self.close()

@@ -1,6 +1,7 @@
 """Check requests: each field by its `FieldSpec`, then the rules between fields."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -13,6 +14,13 @@ from sdonnx_runtime.packages.concat import CONCAT, ConcatConditioning
 from sdonnx_runtime.packages.manifest import Defaults, Manifest
 from sdonnx_runtime.request import CONTROL_FIELDS, FIELDS, MAX_SEED, Control, Request
 from sdonnx_runtime.sampling.schedule import parse_numbers
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Check that a request has fields of these names, or raise RequestError."""
+    unknown = [name for name in names if name not in FIELDS]
+    if unknown:
+        raise RequestError(f"a request has no '{unknown[0]}'; its fields are {', '.join(FIELDS)}")
 
 
 def check_fields(request: Request) -> Request:

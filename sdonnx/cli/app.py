@@ -18,6 +18,7 @@ from sdonnx.cli.commands.info import info, models, samplers
 from sdonnx.cli.commands.plan import plan
 from sdonnx.cli.commands.run import run
 from sdonnx.cli.commands.sensitivity import sensitivity
+from sdonnx.cli.commands.serve import serve
 from sdonnx.cli.console import OUT_OF_MEMORY, err, log_handler, out
 from sdonnx.cli.signals import run_until_signal
 from sdonnx.cli.streams import OutputError, one_line, prepare_streams
@@ -46,7 +47,7 @@ def options(
     """Options of the program itself."""
 
 
-for command in (run, export, decode, models, samplers, info, plan, bench, sensitivity):
+for command in (run, serve, export, decode, models, samplers, info, plan, bench, sensitivity):
     app.command()(command)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -69,30 +70,59 @@ def generate_batch(
         RequestError: the images' name does not end in .png.
         SdonnxError: a line failed.
     """
-    if outputs.images is not None and outputs.images.suffix.lower() != ".png":
-        raise sdonnx.RequestError(f"the images are named {outputs.images.name}; give a name that ends in .png")
-    outputs = replace(outputs, inputs=(*outputs.inputs, *_image_files(lines, path)))
-    failed: dict[int, str] = {}
-    try:
+    outputs = batch_outputs(outputs, lines, path)
+    with BatchReport(len(lines), as_json=as_json) as report:
         for line in lines:
             try:
                 merged = {**fields, **parse_line(line, path)}
-                result, paths = generate(pipe, merged, _number_outputs(outputs, path, line), margins)
+                result, paths = generate(pipe, merged, number_outputs(outputs, path, line), margins)
             except (sdonnx.SdonnxError, MemoryError) as error:
                 SIGNALS.raise_if_received()  # a library can turn an interrupt of its import into another error
-                failed[line.number] = str(error) or OUT_OF_MEMORY
-                if as_json:
-                    print_json({"line": line.number, "error": failed[line.number]}, indent=None)
-                continue
-            if as_json:
-                print_json({"line": line.number, **result_json(result, paths)}, indent=None)
+                report.fail(line, error)
             else:
-                print_results(result, paths)
-    finally:
-        for number, reason in failed.items():
+                report.finish(line, result_json(result, paths))
+
+
+class BatchReport:
+    """What became of the lines: results are printed at once; failures are reported at the end, also after Ctrl-C."""
+
+    def __init__(self, num_lines: int, *, as_json: bool) -> None:
+        self._num_lines, self._as_json = num_lines, as_json
+        self._failed: dict[int, str] = {}
+
+    def finish(self, line: Line, report: Mapping[str, Any]) -> None:
+        """Print the `result_json` of a line."""
+        if self._as_json:
+            print_json({"line": line.number, **report}, indent=None)
+        else:
+            print_results(report)
+
+    def fail(self, line: Line, error: sdonnx.SdonnxError | MemoryError) -> None:
+        """Note why a line failed."""
+        self._failed[line.number] = str(error) or OUT_OF_MEMORY
+        if self._as_json:
+            print_json({"line": line.number, "error": self._failed[line.number]}, indent=None)
+
+    def __enter__(self) -> "BatchReport":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Print the failures; raises SdonnxError if there are some."""
+        for number, reason in sorted(self._failed.items()):
             print_note(f"line {number}: {reason}")
-    if failed:
-        raise sdonnx.SdonnxError(f"{len(failed)} of {len(lines)} requests failed")
+        if self._failed and kind is None:
+            raise sdonnx.SdonnxError(f"{len(self._failed)} of {self._num_lines} requests failed")
+
+
+def batch_outputs(outputs: OutputPaths, lines: list[Line], path: Path) -> OutputPaths:
+    """Check the images' name, and add the images that any line reads to the files that are never replaced.
+
+    Raises:
+        RequestError: the images' name does not end in .png.
+    """
+    if outputs.images is not None and outputs.images.suffix.lower() != ".png":
+        raise sdonnx.RequestError(f"the images are named {outputs.images.name}; give a name that ends in .png")
+    return replace(outputs, inputs=(*outputs.inputs, *_image_files(lines, path)))
 
 
 def parse_line(line: Line, path: Path) -> dict[str, Any]:
@@ -136,7 +166,7 @@ def _parse_value(name: str, value: Any, path: Path) -> Any:
     return tuple(cast("list[Any]", value)) if isinstance(value, list) else value
 
 
-def _number_outputs(outputs: OutputPaths, path: Path, line: Line) -> OutputPaths:
+def number_outputs(outputs: OutputPaths, path: Path, line: Line) -> OutputPaths:
     """Append the line's number to the names of the outputs."""
 
     def numbered(name: Path) -> Path:

@@ -5,7 +5,7 @@ import logging
 import os
 import statistics
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -148,10 +148,18 @@ def print_usage(result: sdonnx.Result) -> None:
     print_note(f"peak {peak_memory() / 1e6:,.0f} MB, {seconds:.2g} s/step")
 
 
-def print_results(result: sdonnx.Result, paths: list[Path]) -> None:
-    """Print the path and the seed of each image."""
-    for path, seed in zip(paths, result.seeds, strict=True):
-        print_note(f"{path}  seed {seed}")
+def print_results(report: Mapping[str, Any]) -> None:
+    """Print the path and the seed of each image of a `result_json`."""
+    for image in report["images"]:
+        print_note(f"{image['path']}  seed {image['seed']}")
+
+
+def print_report(report: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print a `result_json`, as JSON or as `print_results` does."""
+    if as_json:
+        print_json(report)
+    else:
+        print_results(report)
 
 
 def print_note(text: str) -> None:
@@ -159,7 +167,7 @@ def print_note(text: str) -> None:
     err.print(one_line(text), highlight=False, soft_wrap=True)
 
 
-def print_json(data: dict[str, Any], *, indent: int | None = 2) -> None:
+def print_json(data: Mapping[str, Any], *, indent: int | None = 2) -> None:
     """Print JSON on stdout and flush it; on one line without an indent."""
     sys.stdout.write(json.dumps(data, indent=indent, allow_nan=False) + "\n")
     sys.stdout.flush()

@@ -33,6 +33,9 @@ Vae: TypeAlias = Annotated[
     typer.Option(metavar="PACKAGE", help="Use the VAE of this package (a VAE-only package works too)."),
 ]
 
+SERVERS = "Other machines"
+"""A panel of the help."""
+
 _PARSERS: Mapping[str, Callable[[str], Mapping[str, Any]]] = {
     "size": parse_size,
     "variation": parse_variation,

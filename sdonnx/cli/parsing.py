@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from sdonnx_runtime.outputs.atomic import check_writable, comparable, is_stream
-from sdonnx_runtime.request import CompleteRequest
+from sdonnx_runtime.request import Request
 
 import sdonnx
 
@@ -173,13 +173,14 @@ def parse_interval(interval: str) -> dict[str, tuple[float, float]]:
     return {field: (numbers[0], numbers[1])}
 
 
-def output_paths(output: Path | None, request: CompleteRequest) -> list[Path]:
-    """Return a path for each image; if ``output`` is None, in the working directory.
+def output_paths(output: Path | None, request: Request) -> list[Path]:
+    """Return a path for each image of a request with a seed; if ``output`` is None, in the working directory.
 
     Raises:
         RequestError: ``output`` does not end in .png, and is no pipe or device.
     """
     first = request.seed if request.variation is None else request.variation[0]
+    assert first is not None  # noqa: S101 — for the type checker
     seeds = [first + index for index in range(request.num_images)]
     if output is None:
         return [Path(f"sdonnx-{seed}.png") for seed in seeds]

@@ -1,9 +1,11 @@
 """The loop as a program sees it: seeds, counts, guidance, streaming, cancelling, what stays loaded."""
 
 import gc
+import random
 import shutil
 import sys
 import threading
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -171,6 +173,27 @@ def test_close_from_another_thread_stops_inside_the_step(package):
     assert len(steps) < 49
     with pytest.raises(sdonnx.RequestError, match="cancelled"):
         _ = stream.result
+
+
+@pytest.mark.parametrize("memory", ["max", "auto"])
+def test_close_from_another_thread_at_any_moment_raises_nothing_and_frees_the_pipeline(package, memory):
+    """While components load, inside a step, between two, while the image is decoded, and after the end."""
+    moments = random.Random(0)
+    with sdonnx.load(package, memory=memory) as pipeline:
+        start = time.perf_counter()
+        expected = pipeline.generate("a cat", seed=1, **SMALL)
+        longest = 1.2 * (time.perf_counter() - start)
+        for _ in range(12):
+            stream = pipeline.stream("a cat", seed=1, **SMALL)
+            timer = threading.Timer(moments.uniform(0, longest), stream.close)
+            timer.start()
+            steps = [step.step for step in stream]
+            timer.join()
+            assert steps == list(range(len(steps)))
+            if len(steps) < SMALL["num_inference_steps"]:
+                with pytest.raises(sdonnx.RequestError, match="no result"):
+                    _ = stream.result
+        np.testing.assert_array_equal(pipeline.generate("a cat", seed=1, **SMALL).images[0], expected.images[0])
 
 
 @pytest.mark.parametrize(

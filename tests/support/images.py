@@ -1,5 +1,8 @@
 """An image and a mask to start from."""
 
+import base64
+import io
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -16,3 +19,10 @@ def disc(width=64, height=64):
     mask = Image.new("L", (width, height))
     ImageDraw.Draw(mask).ellipse((width // 5, height // 6, width * 4 // 5, height * 3 // 4), fill=255)
     return mask
+
+
+def in_base64(image):
+    """The image as PNG in base64."""
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return base64.b64encode(stream.getvalue()).decode()

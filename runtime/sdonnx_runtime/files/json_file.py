@@ -1,6 +1,7 @@
-"""Read small JSON files of others: configs and indexes."""
+"""Read small JSON files of others: configs and indexes; and JSON that others send."""
 
 import json
+import math
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
@@ -21,8 +22,22 @@ def load_json(path: Path) -> Any:
         data = stream.read(_MAX_BYTES + 1)
     if len(data) > _MAX_BYTES:
         raise ValueError(f"it has more than {_MAX_BYTES} bytes")
+    return parse_json(data)
+
+
+def parse_json(data: bytes, *, finite: bool = False) -> Any:
+    """Parse JSON of UTF-8.
+
+    Args:
+        data: the JSON.
+        finite: whether NaN, Infinity and numbers that are too large for a float are refused.
+
+    Raises:
+        ValueError: it is not JSON, nested too deep, or has such a number.
+    """
+    options: dict[str, Any] = {"parse_float": _finite, "parse_constant": _finite} if finite else {}
     try:
-        value = json.loads(data.decode("utf-8"))
+        value = json.loads(data.decode("utf-8"), **options)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     level: list[Any] = [value]
@@ -33,6 +48,13 @@ def load_json(path: Path) -> Any:
     if level:
         raise ValueError("it is nested too deep")
     return value
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return number
 
 
 def whole_numbers(value: Any) -> Any:

@@ -42,21 +42,34 @@ _DEPTH_MODES = ("F", "I")
 """Modes without a known range, which a depth map may have."""
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(
+    file: Path | bytes, *, name: str | None = None, formats: tuple[str, ...] = _FORMATS, max_pixels: int | None = None
+) -> Image.Image:
     """Open an image file and rotate it as its EXIF orientation says.
+
+    Args:
+        file: its path, or its content.
+        name: names it in errors; None is the path.
+        formats: Pillow's names of those that are opened.
+        max_pixels: the most that it may have; None is Pillow's limit.
 
     Raises:
         RequestError: the file is missing, damaged or not an image, or has too many pixels.
     """
+    path = name or ("the image" if isinstance(file, bytes) else file)
+    most = (Image.MAX_IMAGE_PIXELS or 0) if max_pixels is None else max_pixels
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a damaged profile or EXIF data
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             Image.init()
-            formats = [name for name in _FORMATS if name in Image.OPEN]  # not every Pillow has all
-            with Image.open(path, formats=formats) as image:
+            known = [each for each in formats if each in Image.OPEN]  # not every Pillow has all
+            opened, size = (io.BytesIO(file), len(file)) if isinstance(file, bytes) else (file, file.stat().st_size)
+            with Image.open(opened, formats=known) as image:
+                if max_pixels is not None and image.width * image.height > max_pixels:
+                    raise Image.DecompressionBombError
                 is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-                _check_memory(image, path.stat().st_size, copies=1 + is_turned)
+                _check_memory(image, size, copies=1 + is_turned)
                 image.load()
                 upright = ImageOps.exif_transpose(image) if is_turned else image
                 if upright.mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits, as some Pillows give them
@@ -65,8 +78,7 @@ def open_image(path: Path) -> Image.Image:
     except RequestError as error:
         raise RequestError(f"{path} {error}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        maximum = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
-        raise RequestError(f"{path} has more than {maximum:.0f} million pixels; make it smaller first") from None
+        raise RequestError(f"{path} has more than {most / 1e6:.0f} million pixels; make it smaller first") from None
     except _DAMAGED as error:
         reason = getattr(error, "strerror", None) or "it is not an image, or damaged"
         raise RequestError(f"{path} can't be read: {reason}; give a whole PNG, JPEG or WebP file") from None

@@ -1,5 +1,6 @@
 """PNG files that carry the parameters of their image."""
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +46,12 @@ def parameters_text(
     return "\n".join(lines)
 
 
+def infotext(result: Result, index: int) -> str:
+    """Write the ``parameters`` text of an image of a result."""
+    request, named = result.request.for_image(index), {"vae": result.vae, "refiner": result.refiner}
+    return parameters_text(request, result.model, **named, loras=result.loras, controls=result.controls)
+
+
 def _describe_lora(lora: Lora) -> dict[str, Any]:
     te = {} if lora.text_encoder_scale is None else {"text_encoder_scale": lora.text_encoder_scale}
     return {"name": lora.path.stem, "scale": lora.scale, **te}
@@ -62,7 +69,7 @@ def _settings(request: CompleteRequest) -> dict[str, Any]:
     values = {
         "num_inference_steps": request.num_inference_steps,
         "sampler": A1111_NAMES.get(request.sampler, request.sampler),
-        "schedule": None if request.schedule is None else _A1111_SCHEDULES[request.schedule],
+        "schedule": None if request.schedule is None else A1111_SCHEDULES[request.schedule],
         "guidance_scale": request.guidance_scale,
         "image_guidance_scale": request.image_guidance_scale,
         "seed": request.seed,
@@ -85,10 +92,11 @@ def _settings(request: CompleteRequest) -> dict[str, Any]:
     return values | {name: getattr(request, name) for name in others}
 
 
-_A1111_SCHEDULES = {
+A1111_SCHEDULES = {
     "ays": "Align Your Steps", "ays_sdxl": "Align Your Steps", "beta": "Beta", "exponential": "Exponential",
     "karras": "Karras", "lu": "Lu", "sgm_uniform": "SGM Uniform", "simple": "Simple",
 }  # fmt: skip
+"""AUTOMATIC1111's names of the schedules."""
 
 
 def save_png(result: Result, index: int, path: Path, *, enlarge: int = 1, overwrite: bool = True) -> Path:
@@ -103,8 +111,7 @@ def save_png(result: Result, index: int, path: Path, *, enlarge: int = 1, overwr
     """
     request, info = result.request.for_image(index), PngInfo()
     named = {"vae": result.vae, "refiner": result.refiner}
-    text = parameters_text(request, result.model, **named, loras=result.loras, controls=result.controls)
-    info.add_text("parameters", text)
+    info.add_text("parameters", infotext(result, index))
     loras = [_describe_lora(lora) for lora in result.loras]
     controls = [
         {"name": name, "scale": each.scale, "start": each.start, "end": each.end}
@@ -114,10 +121,24 @@ def save_png(result: Result, index: int, path: Path, *, enlarge: int = 1, overwr
     data = {**generation_parameters(request), "model": result.model}
     data |= {key: each for key, each in others.items() if each}
     info.add_text("sdonnx", json.dumps(data, ensure_ascii=False))
-    image = result.images[index]
-    if enlarge > 1:
-        image = image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.LANCZOS)
+    image = _enlarge(result.images[index], enlarge)
     return write_file(path, lambda stream: image.save(stream, format="PNG", pnginfo=info), overwrite=overwrite)
+
+
+def enlarge_png(png: bytes, factor: int) -> bytes:
+    """Upscale the content of a file of `save_png`, which becomes what it would be with ``enlarge``."""
+    info, content = PngInfo(), io.BytesIO()
+    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+        for key in ("parameters", "sdonnx"):
+            info.add_text(key, str(image.info[key]))
+        _enlarge(image, factor).save(content, format="PNG", pnginfo=info)
+    return content.getvalue()
+
+
+def _enlarge(image: Image.Image, factor: int) -> Image.Image:
+    if factor == 1:
+        return image
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS)
 
 
 def save_preview(path: Path, preview: Image.Image, size: tuple[int, int]) -> None:

@@ -11,9 +11,10 @@ from sdonnx_runtime.request import FIELDS, IMAGE_TO_IMAGE, SPEED
 
 import sdonnx
 from sdonnx.cli.batch import generate_batch, read_batch
-from sdonnx.cli.console import print_json, print_note, print_results, result_json
+from sdonnx.cli.console import print_note, print_report, result_json
 from sdonnx.cli.generate import OutputPaths, generate
 from sdonnx.cli.options import (
+    SERVERS,
     Device,
     Memory,
     Threads,
@@ -28,6 +29,7 @@ from sdonnx.loading import find_model
 
 @add_request_options(after="output")
 def run(
+    context: typer.Context,
     prompt: Annotated[
         str | None, typer.Argument(metavar="PROMPT", help=FIELDS["prompt"].help, show_default=False)
     ] = None,
@@ -105,6 +107,22 @@ def run(
         Path | None,
         typer.Option(metavar="FILE", help="Batch file: one prompt per line (.txt) or one request per line (.jsonl)."),
     ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL[,URL…]",
+            help="Generate on machines that run [b]sdonnx serve[/b]; -m is a name that they serve. Each takes the next "
+            "line of a batch when it is free. A batch that was stopped goes on when the command is repeated: "
+            "NAME.journal beside the images lists the lines that are done, until all are.",
+            rich_help_panel=SERVERS,
+        ),
+    ] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T", envvar="SDONNX_TOKEN", help="The servers' token; or http://:T@HOST.", rich_help_panel=SERVERS
+        ),
+    ] = None,
     preview: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Write a live preview to this file.")] = None,
     preview_vae: Annotated[
         str | None, typer.Option(metavar="PACKAGE", help="VAE package for previews, e.g. TAESD.")
@@ -143,6 +161,16 @@ def run(
         raise sdonnx.RequestError("give either a PROMPT or a --batch-file")
     if preview_vae is not None and preview is None:
         raise sdonnx.RequestError("--preview-vae requires --preview")
+    inputs = (*(path for _, path, _ in controls), *(each for each in options.values() if isinstance(each, Path)))
+    outputs = OutputPaths(images=output, preview=preview, latents=save_latents, upscale=enlarge, inputs=inputs)
+    fields = {**values, "prompt": decode_argument(prompt or "")}
+    if server is not None:
+        from sdonnx.cli.remote import Selection, connect, run_remotely
+
+        selection = Selection(model=model, vae=vae, controls=tuple(package for package, _, _ in controls))
+        pool = connect(context, server, token, selection, previews=preview is not None)
+        run_remotely(pool, fields, outputs, batch_file, lines, as_json=as_json)
+        return
     with sdonnx.load(
         find_model(_bundled() if model is None else model),
         vae=vae,
@@ -158,16 +186,11 @@ def run(
         pipe.set_embeddings([parse_embedding(each) for each in embedding or []])
         if preview is not None and preview_vae is None and pipe.package.manifest.latents.preview is None:
             raise sdonnx.PackageError("this package has no preview; export it again, or leave out --preview")
-        inputs = (*(path for _, path, _ in controls), *(each for each in options.values() if isinstance(each, Path)))
-        outputs = OutputPaths(images=output, preview=preview, latents=save_latents, upscale=enlarge, inputs=inputs)
         if batch_file is not None and lines is not None:
             generate_batch(pipe, batch_file, lines, values, outputs, margins, as_json=as_json)
             return
-        result, paths = generate(pipe, {**values, "prompt": decode_argument(prompt or "")}, outputs, margins)
-    if as_json:
-        print_json(result_json(result, paths))
-    else:
-        print_results(result, paths)
+        report = result_json(*generate(pipe, fields, outputs, margins))
+    print_report(report, as_json=as_json)
 
 
 def _bundled() -> str:

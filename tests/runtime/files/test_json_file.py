@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from sdonnx_runtime.files.json_file import load_json
+from sdonnx_runtime.files.json_file import load_json, parse_json
 
 
 def test_json_is_read(tmp_path: Path) -> None:
@@ -26,3 +26,10 @@ def test_other_content_is_a_value_error(tmp_path: Path, content: bytes, message:
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("content", [b"[NaN]", b"[-Infinity]", b"[1e999]"])
+def test_numbers_are_finite_where_that_is_asked_for(content: bytes) -> None:
+    assert parse_json(b"[1e308]", finite=True) == [1e308] and isinstance(parse_json(content)[0], float)
+    with pytest.raises(ValueError, match="is not a finite number"):
+        parse_json(content, finite=True)

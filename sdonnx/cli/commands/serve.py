@@ -1,0 +1,121 @@
+"""``sdonnx serve``."""
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from sdonnx_models import DEFAULT
+from sdonnx_runtime.libraries import required
+
+import sdonnx
+from sdonnx.cli.console import print_note
+from sdonnx.cli.options import Device, Memory, Threads
+from sdonnx.cli.signals import SIGNALS
+from sdonnx.loading import find_model
+
+_ACCESS, _LIMITS = "Access", "Limits"
+_BUNDLED = f"serving {DEFAULT}, the small bundled model; for a published one: sdonnx export sd15, then -m sd15-onnx"
+
+
+def serve(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="PACKAGE",
+            help="A package's directory, or its Hub id; the first is the default. Repeatable. Default: pictogram.",
+        ),
+    ] = None,
+    models: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="Folder whose subfolders are packages. Repeatable.")
+    ] = None,
+    lora_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for <lora:name:0.8> in prompts.")] = None,
+    embedding_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of textual inversions.")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the finished images.")
+    ] = Path("sdonnx-images"),
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; one that other machines reach requires --token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 7860,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="SDONNX_TOKEN",
+            help="What clients must send: as Bearer token, or as password of Basic authentication.",
+            rich_help_panel=_ACCESS,
+        ),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Host name by which clients address the server. Repeatable.", rich_help_panel=_ACCESS
+        ),
+    ] = None,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Pages that may use the server, such as https://lite.koboldai.net. Repeatable.",
+            rich_help_panel=_ACCESS,
+        ),
+    ] = None,
+    max_queued: Annotated[int, typer.Option(min=1, help="Jobs that may wait.", rich_help_panel=_LIMITS)] = 32,
+    max_images: Annotated[int, typer.Option(min=1, help="Images of a job.", rich_help_panel=_LIMITS)] = 64,
+    max_steps: Annotated[int, typer.Option(min=1, help="Steps of an image.", rich_help_panel=_LIMITS)] = 200,
+    max_side: Annotated[
+        int,
+        typer.Option(min=64, help="Images are at most as large as this square.", rich_help_panel=_LIMITS),
+    ] = 4096,
+    as_asked: Annotated[
+        bool, typer.Option("--as-asked", help="Take clients' steps and guidance also where a model is distilled.")
+    ] = False,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Print prompts in the log.")] = False,
+    device: Device = "auto",
+    threads: Threads = None,
+    memory: Memory = "auto",
+) -> None:
+    """Serve packages over HTTP: AUTOMATIC1111's API, OpenAI's images API, and sdonnx' own.
+
+    [dim]sdonnx serve[/dim]
+    [dim]sdonnx serve -m sd15-onnx --models ~/packages --lora-dir ~/loras[/dim]
+    [dim]SDONNX_TOKEN=... sdonnx serve --host 0.0.0.0 --allow-host nas.local[/dim]
+    """
+    with required('pip install "sdonnx[serve]"', purpose="sdonnx serve"):
+        from sdonnx.server.serving import serve as run_server
+        from sdonnx.server.settings import Settings
+    for option, folder in {"--lora-dir": lora_dir, "--embedding-dir": embedding_dir}.items():
+        if folder is not None and not folder.is_dir():
+            raise sdonnx.RequestError(f"{folder} is not a directory; give another {option}")
+    packages = tuple(find_model(each) for each in model or ([] if models else [DEFAULT]))
+    settings = Settings(
+        packages=packages,
+        model_folders=tuple(models or ()),
+        output=output,
+        host=host,
+        port=port,
+        token=token,
+        allowed_hosts=tuple(allow_host or ()),
+        cors=tuple(cors or ()),
+        lora_folder=lora_dir,
+        embedding_folder=embedding_dir,
+        device=device,
+        threads=threads,
+        memory=memory,
+        max_queued=max_queued,
+        max_images=max_images,
+        max_steps=max_steps,
+        max_pixels=max_side * max_side,
+        as_asked=as_asked,
+        log_prompts=log_prompts,
+    )
+    logging.getLogger("sdonnx.server").setLevel(logging.INFO)
+
+    def print_url(url: str) -> None:
+        if not model and not models:
+            print_note(_BUNDLED)
+        print_note(f"sdonnx answers at {url} (A1111's API at {url}/sdapi/v1, OpenAI's at {url}/v1); Ctrl-C stops it")
+
+    run_server(settings, print_url, SIGNALS.exit_at_once)  # a second signal does not wait

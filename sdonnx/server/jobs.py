@@ -1,0 +1,264 @@
+"""Jobs: one generation each, with its state and its events, which any thread may write and the event loop reads."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from functools import cached_property
+from typing import Any, TypeVar
+
+from PIL import Image
+from sdonnx_runtime.request import IMAGE_FIELDS, CompleteRequest
+
+import sdonnx
+from sdonnx.server.images import encode_preview
+from sdonnx.server.library import Selection
+
+_KEPT_STEPS = 100
+"""Events of steps and previews that are kept of each job: those who read slowly miss older ones."""
+
+R = TypeVar("R", bound=sdonnx.Request)
+
+
+class State(Enum):
+    """What became of a job so far."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the job has ended."""
+        return self not in (State.QUEUED, State.RUNNING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What a job generates."""
+
+    request: sdonnx.Request
+    selection: Selection
+    preview_every: int = 1
+    """Steps between previews; 0 makes none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """A preview of a job, which costs nothing until somebody looks at it."""
+
+    number: int
+    """Of the step, from 1, counted over all images of the job."""
+    image: Image.Image = field(repr=False)
+    """RGB, of the latents' size."""
+    size: tuple[int, int]
+    """Width and height in pixels of the image to be."""
+
+    @cached_property
+    def png(self) -> bytes:
+        """As a PNG of this size."""
+        return encode_preview(self.image, self.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened to a job."""
+
+    number: int
+    """From 1, in each job."""
+    kind: str
+    """``queued``, ``running``, ``step``, ``preview``, ``decoding``, or a final state's name."""
+    data: dict[str, Any]
+    """For JSON."""
+    preview: Preview | None = field(default=None, repr=False)
+    """Of a ``preview``."""
+
+
+class Job:
+    """A generation that is queued, runs, or has ended."""
+
+    def __init__(self, job_id: str, generation: Generation, resolved: CompleteRequest) -> None:
+        self.id = job_id
+        self.generation = generation
+        self.request = resolved
+        """The request with every choice made, its seed included."""
+        self.state = State.QUEUED
+        self.created = time.time()
+        """Seconds since 1970, as ``started`` and ``ended``."""
+        self.started: float | None = None
+        self.ended: float | None = None
+        self.image = 0
+        """Which of its images is being denoised, from 0."""
+        self.step = 0
+        """Steps of this image that are done."""
+        self.num_steps = 0
+        """Steps of each image; 0 before the first."""
+        self.seconds_per_step: float | None = None
+        self.is_decoding = False
+        self.preview: Preview | None = None
+        self.result: sdonnx.Result | None = None
+        """Without images, which are files."""
+        self.files: tuple[str, ...] = ()
+        """Names of the finished images in the `ImageStore`."""
+        self.error: sdonnx.SdonnxError | None = None
+        self._lock = threading.Lock()
+        self._events: list[Event] = []
+        self._published = 0
+        self._changed: set[asyncio.Event] = set()
+        self._loop = asyncio.get_running_loop()
+        self._stream: sdonnx.Stream | None = None
+        self._is_cancelled = False
+
+    @property
+    def progress(self) -> float:
+        """The share of the steps that is done, 0 to 1."""
+        if self.state is State.DONE:
+            return 1.0
+        total = self.num_steps * self.request.num_images
+        return (self.image * self.num_steps + self.step) / total if total else 0.0
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds until its steps are done; None while unknown."""
+        if self.seconds_per_step is None or self.num_steps == 0:
+            return None
+        left = self.num_steps * self.request.num_images * (1 - self.progress)
+        return self.seconds_per_step * left
+
+    def cancel(self) -> None:
+        """Stop it within the current step, or before it starts; from any thread, any number of times."""
+        with self._lock:
+            self._is_cancelled = True
+            stream = self._stream
+        if stream is not None:
+            stream.close()
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether somebody cancelled it, though it may not have stopped yet."""
+        return self._is_cancelled
+
+    def attach(self, stream: sdonnx.Stream) -> None:
+        """Let `cancel` close this stream."""
+        with self._lock:
+            self._stream = stream
+            is_cancelled = self._is_cancelled
+        if is_cancelled:
+            stream.close()
+
+    def detach(self) -> None:
+        """Forget the stream, with all that it holds."""
+        with self._lock:
+            self._stream = None
+
+    def publish(self, kind: str, preview: Preview | None = None, **data: Any) -> None:
+        """Add an event, and wake those who follow the job; of many steps and previews the latest are kept."""
+        with self._lock:
+            self._published += 1
+            self._events.append(Event(number=self._published, kind=kind, data=data, preview=preview))
+            if kind in _FREQUENT:
+                self._drop_steps(_KEPT_STEPS)
+        with suppress(RuntimeError):  # the loop has ended, and with it all who follow
+            self._loop.call_soon_threadsafe(self._wake)
+
+    def _drop_steps(self, keep: int) -> None:
+        """Drop the oldest events of steps and previews but so many."""
+        frequent = [each.number for each in self._events if each.kind in _FREQUENT]
+        if len(frequent) > keep:
+            dropped = set(frequent[: len(frequent) - keep])
+            self._events = [each for each in self._events if each.number not in dropped]
+
+    def begin(self) -> None:
+        """Note that the worker took it."""
+        self.started = time.time()
+        self.publish("running", model=self.generation.selection.model)
+
+    def advance(self, step: sdonnx.Progress) -> None:
+        """Note a denoising step that is done."""
+        self.image, self.step, self.num_steps = step.image, step.step + 1, step.num_steps
+        self.seconds_per_step = step.seconds
+        self.publish(
+            "step",
+            image=step.image,
+            num_images=step.num_images,
+            step=step.step + 1,
+            num_steps=step.num_steps,
+            seconds=round(step.seconds, 4),
+            eta=self.eta,
+        )
+        if step.image + 1 == step.num_images and step.step + 1 == step.num_steps:
+            self.is_decoding = True
+            self.publish("decoding")
+
+    def show(self, preview: Preview) -> None:
+        """Replace the preview."""
+        self.preview = preview
+        self.publish("preview", preview, number=preview.number)
+
+    def finish(self, result: sdonnx.Result, files: Sequence[str]) -> None:
+        """Note that its images are on disk."""
+        latents, request = result.latents[:0].copy(), _forget_pixels(result.request)
+        self.result, self.files = replace(result, images=(), latents=latents, request=request), tuple(files)
+        self.end(State.DONE, images=list(files), seeds=list(result.seeds))
+
+    def end(self, state: State, **data: Any) -> None:
+        """Enter a final state; the pixels that the request had are forgotten."""
+        self.detach()
+        self.generation = replace(self.generation, request=_forget_pixels(self.generation.request))
+        self.request = _forget_pixels(self.request)
+        self.ended, self.state = time.time(), state
+        self.publish(state.value, **data)
+
+    def forget_previews(self) -> None:
+        """Drop the preview and the events of the steps: it ended a while ago."""
+        with self._lock:
+            self.preview = None
+            self._drop_steps(0)
+
+    async def events(self, after: int = 0) -> AsyncIterator[Event]:
+        """Follow the job's events, also those that have been, from the one after this number to the last."""
+        changed = asyncio.Event()
+        self._changed.add(changed)
+        try:
+            while True:
+                changed.clear()
+                with self._lock:
+                    events = [each for each in self._events if each.number > after]
+                for event in events:
+                    after = event.number
+                    yield event
+                    if event.kind in _FINAL:
+                        return
+                if not events:
+                    await changed.wait()
+        finally:
+            self._changed.discard(changed)
+
+    async def wait(self) -> None:
+        """Wait until it has ended."""
+        async for _ in self.events():
+            pass
+
+    def _wake(self) -> None:
+        for changed in self._changed:
+            changed.set()
+
+
+_FINAL = {state.value for state in State if state.is_final}
+
+_FREQUENT = ("step", "preview")
+"""Kinds of events that come with each step."""
+
+_NO_PIXELS = Image.new("1", (1, 1))
+
+
+def _forget_pixels(request: R) -> R:
+    """Replace the images of a request by one of a single pixel: it still says which it had."""
+    images: dict[str, Any] = {name: _NO_PIXELS for name in IMAGE_FIELDS if getattr(request, name) is not None}
+    controls = tuple(replace(each, image=_NO_PIXELS) for each in request.controls)
+    return replace(request, **images, controls=controls)

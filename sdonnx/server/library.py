@@ -1,0 +1,253 @@
+"""The packages that are served, and the pipelines that are open: one that generates, one that only plans."""
+
+import copy
+import hashlib
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdonnx_runtime.memory.budget import Budget
+from sdonnx_runtime.packages.families import PackageKind
+from sdonnx_runtime.packages.package import Package
+
+import sdonnx
+from sdonnx.server.errors import NotFound
+from sdonnx.server.settings import Settings
+
+_MAX_PLANNERS = 8
+_LORA_SUFFIXES = (".safetensors",)
+_EMBEDDING_SUFFIXES = (".safetensors", ".pt", ".bin")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedPackage:
+    """A package by the name that clients know it by."""
+
+    name: str
+    """The name of its directory, with a number where two have the same."""
+    package: Package
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of its manifest's file list, hexadecimal: it names the weights, as A1111's hashes do."""
+        parts = self.package.manifest.components.items()
+        files = sorted(f"{path} {file.sha256} {file.size}" for _, part in parts for path, file in part.files.items())
+        return hashlib.sha256("\n".join(files).encode()).hexdigest()
+
+    @property
+    def title(self) -> str:
+        """A1111's form: the name and the first ten digits of the digest."""
+        return f"{self.name} [{self.digest[:10]}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The packages of a generation, by their served names."""
+
+    model: str
+    vae: str | None = None
+    refiner: str | None = None
+    controls: tuple[str, ...] = ()
+
+
+class Library:
+    """The served packages, LoRAs and embeddings; names come from listings alone, never paths.
+
+    Raises:
+        PackageError: a package that the settings name can't be opened.
+        RequestError: a setting of pipelines is invalid.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._found: object = None
+        self._packages: dict[str, ServedPackage] = {}
+        self._planners: dict[Selection, sdonnx.Pipeline] = {}
+        self._version = 0
+        self._current: tuple[tuple[Selection, int], sdonnx.Pipeline] | None = None
+        self._lock = threading.RLock()
+        for path in settings.packages:
+            Package.open(path)  # says what is wrong with one
+        self.refresh()
+        if not self.models:
+            raise sdonnx.PackageError("no package with a U-Net is served; name one with -m, or a folder with --models")
+        Budget(settings.memory)
+        self.planner(Selection(model=self.default.name))
+
+    def refresh(self) -> None:
+        """Read the folders again, embeddings too; packages that can't be opened are left out."""
+        named = [each for path in self.settings.packages for each in _open_if_package(path)]
+        known = {path.resolve() for path, _ in named}
+        for folder in self.settings.model_folders:
+            for path in _subdirectories(folder):
+                if path.resolve() not in known:
+                    known.add(path.resolve())
+                    named += _open_if_package(path)
+        packages: dict[str, ServedPackage] = {}
+        for path, package in named:
+            stem = name = path.resolve().name
+            number = 1
+            while name in packages:
+                number += 1
+                name = f"{stem}-{number}"
+            packages[name] = ServedPackage(name=name, package=package)
+        found = packages, [(path, path.stat().st_mtime_ns) for path in self.embeddings()]
+        with self._lock:
+            if found != self._found:  # otherwise what is open stays so
+                self._found, self._packages, self._planners, self._version = found, packages, {}, self._version + 1
+
+    @property
+    def models(self) -> list[ServedPackage]:
+        """The packages that generate images by themselves, the default one first."""
+        return self._of_kind(PackageKind.MODEL)
+
+    @property
+    def vaes(self) -> list[ServedPackage]:
+        """The packages of a VAE alone."""
+        return self._of_kind(PackageKind.VAE)
+
+    @property
+    def controls(self) -> list[ServedPackage]:
+        """ControlNets and T2I-Adapters."""
+        return self._of_kind(PackageKind.CONTROLNET, PackageKind.T2I_ADAPTER)
+
+    @property
+    def default(self) -> ServedPackage:
+        """The model of requests that name none; raises NotFound if somebody deleted all."""
+        if not (models := self.models):
+            raise NotFound("no model is served any more; put one into the server's folder")
+        return models[0]
+
+    def find(self, name: str, among: Iterable[ServedPackage] | None = None) -> ServedPackage:
+        """Find a package by its name or title, with or without a file's ending; models by default.
+
+        Raises:
+            NotFound: none is served by this name.
+        """
+        packages = list(self.models if among is None else among)
+        wanted = name.partition(" [")[0].strip()
+        for each in packages:
+            if each.name in (wanted, wanted.rpartition(".")[0]):
+                return each
+        served = ", ".join(each.name for each in packages) or "none"
+        raise NotFound(f"'{wanted[:200]}' is not served; there are: {served}")
+
+    def loras(self) -> list[Path]:
+        """The LoRA files of the folder."""
+        return list(_files(self.settings.lora_folder, _LORA_SUFFIXES))
+
+    def embeddings(self) -> list[Path]:
+        """The textual inversion files of the folder."""
+        return list(_files(self.settings.embedding_folder, _EMBEDDING_SUFFIXES))
+
+    def open(self, selection: Selection) -> sdonnx.Pipeline:
+        """The pipeline that generates with these packages; the one before is closed. For the worker alone.
+
+        Raises:
+            SdonnxError: they can't be opened, or don't fit each other.
+        """
+        key = selection, self._version
+        if self._current is None or self._current[0] != key:
+            self.close()
+            self._current = key, self._make(selection, self.settings.memory)
+        return self._current[1]
+
+    @property
+    def loaded(self) -> Selection | None:
+        """The packages of the pipeline that generates."""
+        current = self._current
+        return None if current is None else current[0][0]
+
+    def close(self) -> None:
+        """Close the pipeline that generates."""
+        if self._current is not None:
+            current, self._current = self._current, None
+            current[1].close()
+
+    def planner(self, selection: Selection) -> sdonnx.Pipeline:
+        """A pipeline that resolves and plans requests, in any thread, and loads nothing.
+
+        Raises:
+            SdonnxError: as `open` does.
+        """
+        with self._lock:
+            if selection not in self._planners:
+                for oldest in list(self._planners)[: 1 - _MAX_PLANNERS]:
+                    del self._planners[oldest]
+                self._planners[selection] = self._make(selection, "min")
+            return self._planners[selection]
+
+    def _make(self, selection: Selection, memory: str) -> sdonnx.Pipeline:
+        settings, package = self.settings, self.find(selection.model).package
+        if selection.vae is not None:
+            package = package.with_vae(self.find(selection.vae, self.vaes).package)
+        pipeline = sdonnx.Pipeline(
+            package,
+            device=settings.device,
+            threads=settings.threads,
+            memory=memory,
+            refiner=None if selection.refiner is None else self.find(selection.refiner).package,
+            lora_folder=settings.lora_folder,
+            controls=[self.find(name, self.controls).package for name in selection.controls],
+        )
+        pipeline.set_embeddings(self.fitting_embeddings(pipeline))
+        return pipeline
+
+    def fitting_embeddings(self, pipeline: sdonnx.Pipeline) -> list[Path]:
+        """The embeddings that were made for the pipeline's text encoders."""
+        fitting = list[Path]()
+        for path in self.embeddings():
+            try:
+                pipeline.set_embeddings([path])
+            except sdonnx.SdonnxError:
+                continue
+            fitting.append(path)
+        return fitting
+
+    def public(self, error: sdonnx.SdonnxError) -> sdonnx.SdonnxError:
+        """The error as clients read it: files are named from the served folders on, not from this machine's root."""
+        text = message = str(error)
+        for folder in self._folders:
+            text = text.replace(str(folder), folder.name)
+        if text == message:
+            return error
+        public = copy.copy(error)
+        public.args = (text,)
+        return public
+
+    @property
+    def _folders(self) -> list[Path]:
+        """The absolute paths of all folders that the settings name, inner ones first."""
+        settings = self.settings
+        named = (settings.lora_folder, settings.embedding_folder, settings.output)
+        found = [each for each in (*settings.packages, *settings.model_folders, *named) if each is not None]
+        paths = {path for each in found for path in (each, each.absolute(), each.resolve())}
+        return sorted((each for each in paths if each.is_absolute() and each.name), key=lambda each: -len(str(each)))
+
+    def _of_kind(self, *kinds: PackageKind) -> list[ServedPackage]:
+        return [each for each in self._packages.values() if each.package.kind in kinds]
+
+
+def _subdirectories(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise sdonnx.PackageError(f"{folder} can't be read ({error.strerror}); give the folder of packages") from None
+
+
+def _open_if_package(path: Path) -> list[tuple[Path, Package]]:
+    try:
+        return [(path, Package.open(path))]
+    except sdonnx.SdonnxError:
+        return []
+
+
+def _files(folder: Path | None, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    if folder is None:
+        return
+    with suppress(OSError):  # somebody deleted it
+        for path in sorted(folder.iterdir()):
+            if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file():
+                yield path

@@ -1,0 +1,118 @@
+"""What may be chosen: ``/api/models``, ``/api/samplers``, ``/api/schedules``, ``/api/loras``, ``/api/embeddings``."""
+
+import asyncio
+from importlib.metadata import version
+from typing import Any
+
+from sdonnx_runtime.adapters.textual_inversion import read_embedding
+from sdonnx_runtime.denoising.control import describe_control
+from sdonnx_runtime.outputs.metadata import A1111_SCHEDULES
+from sdonnx_runtime.packages.concat import CONCAT
+from sdonnx_runtime.packages.manifest import Manifest
+from sdonnx_runtime.sampling.registry import A1111_NAMES, SAMPLERS
+from sdonnx_runtime.sampling.sigmas import SCHEDULES
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+import sdonnx
+from sdonnx.server.context import context_of
+from sdonnx.server.library import Library, ServedPackage
+
+
+async def models(request: Request) -> Response:
+    """List the packages after reading the folders again: ``{"version", "models": [model…], "vaes", "controls"}``.
+
+    A model has ``name``, ``title`` (the name with its digest), ``family``, ``default`` and ``loaded`` (booleans),
+    ``defaults`` (width, height, num_inference_steps, guidance_scale, sampler, and enlarge, the factor by which the
+    command line saves its images larger), ``preview`` (whether it has them), ``multiple`` (of its sides, pixels),
+    ``tasks`` and ``requires`` (image fields). A VAE has ``name`` and ``title``, a control also ``kind`` and
+    ``description``.
+    """
+    context = context_of(request)
+    await asyncio.to_thread(context.library.refresh)
+    return JSONResponse(await asyncio.to_thread(_describe_packages, context.library))
+
+
+async def samplers(_: Request) -> Response:
+    """List the samplers: ``{"samplers": [{"name", "title"}…]}``, the title as AUTOMATIC1111 has it."""
+    return JSONResponse({"samplers": [{"name": each, "title": A1111_NAMES[each]} for each in SAMPLERS]})
+
+
+async def schedules(_: Request) -> Response:
+    """List the sigma schedules: ``{"schedules": [{"name", "title"}…]}``, the title as AUTOMATIC1111 has it."""
+    return JSONResponse({"schedules": [{"name": each, "title": A1111_SCHEDULES[each]} for each in SCHEDULES]})
+
+
+async def loras(request: Request) -> Response:
+    """List the LoRAs that prompts may name: ``{"loras": [{"name", "tag"}…]}``, the tag for a prompt."""
+    context = context_of(request)
+    paths = await asyncio.to_thread(context.library.loras)
+    return JSONResponse({"loras": [{"name": each.stem, "tag": f"<lora:{each.stem}:1>"} for each in paths]})
+
+
+async def embeddings(request: Request) -> Response:
+    """List the textual inversions: ``{"embeddings": [{"name", "word"}…]}``, the word for a prompt."""
+    context = context_of(request)
+    return JSONResponse({"embeddings": await asyncio.to_thread(_describe_embeddings, context.library)})
+
+
+def _describe_packages(library: Library) -> dict[str, Any]:
+    return {
+        "version": version("sdonnx"),
+        "models": [_describe_model(each, library) for each in library.models],
+        "vaes": [{"name": each.name, "title": each.title} for each in library.vaes],
+        "controls": [
+            {
+                "name": each.name,
+                "title": each.title,
+                "kind": each.package.kind.value,
+                "description": describe_control(each.package),
+            }
+            for each in library.controls
+        ],
+    }
+
+
+def _describe_model(model: ServedPackage, library: Library) -> dict[str, Any]:
+    manifest, loaded = model.package.manifest, library.loaded
+    defaults, concat = manifest.defaults, manifest.conditions.concat
+    required = [] if concat is None or CONCAT[concat].repaints_all else list(CONCAT[concat].images)
+    return {
+        "name": model.name,
+        "title": model.title,
+        "family": model.package.title,
+        "default": model == library.default,
+        "loaded": loaded is not None and loaded.model == model.name,
+        "defaults": {
+            "width": defaults.sides[0],
+            "height": defaults.sides[1],
+            "num_inference_steps": defaults.num_inference_steps,
+            "guidance_scale": defaults.guidance_scale,
+            "sampler": defaults.sampler,
+            "enlarge": defaults.enlarge,
+        },
+        "preview": manifest.latents.preview is not None,
+        "multiple": manifest.latents.downscale,
+        "tasks": _tasks(manifest),
+        "requires": required,
+    }
+
+
+def _tasks(manifest: Manifest) -> list[str]:
+    """Of ``text-to-image``, ``image-to-image``, ``inpainting``, and the kind of a model with extra input channels."""
+    kind = manifest.conditions.concat
+    concat = None if kind is None else CONCAT[kind]
+    tasks = ["text-to-image"] if concat is None or concat.repaints_all else []
+    if "vae_encoder" in manifest.components and (concat is None or concat.img2img is not None):
+        tasks += ["image-to-image", "inpainting"]
+    return tasks if kind is None or kind in tasks else [*tasks, kind]
+
+
+def _describe_embeddings(library: Library) -> list[dict[str, str]]:
+    found = list[dict[str, str]]()
+    for path in library.embeddings():
+        try:
+            found.append({"name": path.stem, "word": read_embedding(path).word})
+        except sdonnx.SdonnxError:
+            continue
+    return found

@@ -1,0 +1,69 @@
+"""Generations, edits and variations: all are one job, and the wait for it."""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from sdonnx_runtime.denoising.step_cache import unet_graphs
+from sdonnx_runtime.packages.package import Package
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+import sdonnx
+from sdonnx.server.context import context_of
+from sdonnx.server.jobs import Generation
+from sdonnx.server.library import Selection
+from sdonnx.server.openai.fields import ImageParameters, naming, parse_body, read_parameters
+from sdonnx.server.openai.models import find_model
+from sdonnx.server.openai.replies import images_reply
+from sdonnx.server.openai.streaming import ImageStream
+from sdonnx.server.openai.uploads import read_upload
+from sdonnx.server.requests import wait_for
+
+
+async def generate_images(request: Request) -> Response:
+    """POST /v1/images/generations."""
+    parameters = read_parameters(parse_body(await request.body()))
+    return await _generate(request, parameters, {}, event="image_generation")
+
+
+async def edit_images(request: Request) -> Response:
+    """POST /v1/images/edits: inpainting with a mask, else image to image at strength 0.75.
+
+    A package that edits by instruction (InstructPix2Pix) takes the prompt as one.
+    """
+    upload = await read_upload(request, context_of(request).settings)
+    return await _generate(request, read_parameters(upload.texts), upload.images, event="image_edit")
+
+
+async def vary_images(request: Request) -> Response:
+    """POST /v1/images/variations: image to image without a prompt at strength 0.75."""
+    upload = await read_upload(request, context_of(request).settings)
+    parameters = read_parameters(upload.texts, needs_prompt=False)
+    return await _generate(request, parameters, {"image": upload.images["image"]}, event="image_edit")
+
+
+async def _generate(
+    request: Request, parameters: ImageParameters, images: Mapping[str, Any], *, event: str
+) -> Response:
+    context = context_of(request)
+    model = find_model(context.library, parameters.model)
+    with naming():
+        speed: Mapping[str, Any] = _fast_fields(model.package) if parameters.quality == "low" else {}
+        generation = Generation(
+            request=sdonnx.Request(**parameters.fields, **images, **speed),
+            selection=Selection(model=model.name),
+        )
+        job = await context.queue.submit(generation)
+    if parameters.stream:
+        return ImageStream(context, job, parameters, event)
+    await wait_for(request, job)
+    return JSONResponse(await asyncio.to_thread(images_reply, request, job, parameters))
+
+
+def _fast_fields(package: Package) -> Mapping[str, Any]:
+    """`FAST`, unless the package lacks graphs for it, as those that optimum exported do."""
+    fast = sdonnx.Request(prompt="", **sdonnx.FAST)
+    needed = unet_graphs(fast.cache_interval, token_downsampling=fast.token_downsampling)
+    has_graphs = {each.name for each in needed} <= package.manifest.components["unet"].graphs.keys()
+    return sdonnx.FAST if has_graphs else {}

@@ -1,0 +1,143 @@
+"""What a job will need: resolved requests within the server's limits, and their memory, also while a job runs."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from sdonnx_runtime.execution.process_memory import available_memory, resident_memory
+from sdonnx_runtime.memory.budget import AUTO, MAX, MIN, Budget
+from sdonnx_runtime.memory.constants import FREE_SHARE, PROCESS_BYTES
+from sdonnx_runtime.memory.planner import ComponentPlan
+from sdonnx_runtime.resolved import ResolvedRequest
+
+import sdonnx
+from sdonnx.benchmark.worker import macs_per_second
+from sdonnx.server.jobs import Generation
+from sdonnx.server.library import Library
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """The memory of a job, in bytes for the whole process."""
+
+    resolved: ResolvedRequest
+    peak: int | None
+    """None if it can't be predicted, as of packages that sdonnx did not export."""
+    smallest: int | None
+    """The least memory with which the job can run."""
+    room: int | None
+    """What the server may use; None is no limit."""
+    components: tuple[ComponentPlan, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the server takes the job."""
+        return self.smallest is None or self.room is None or self.smallest <= self.room
+
+
+class Planner:
+    """Resolves requests and predicts their memory; in any thread, and nothing runs."""
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+        self.thread = ThreadPoolExecutor(1, "sdonnx planner")
+        """Where it is called: those who wait for it take no thread from interrupts and images."""
+        self._lock = threading.Lock()
+        self._idle_memory = resident_memory()
+        self._speed: float | None = None
+
+    def note_idle(self) -> None:
+        """Measure the memory of the process, in which no job runs now."""
+        self._idle_memory = resident_memory()
+
+    def check(self, generation: Generation) -> ResolvedRequest:
+        """Resolve a generation's request, and check the server's limits and its memory.
+
+        Raises:
+            RequestError: the model does not support the request, a limit is exceeded, or the memory is too little; the
+                message has the smallest that would do.
+        """
+        with self._lock:
+            pipeline, resolved = self._resolve(generation)
+            room, largest = self._room(), resolved.passes[-1]
+            enough = PROCESS_BYTES + pipeline.memory_upper_bound(largest.width * largest.height)
+            if room is None or self._idle_memory + enough <= room:
+                return resolved
+            least = pipeline.plan(resolved)
+        smallest = 0 if least is None else least.minimum_budget - self._job_memory()
+        if smallest > room:
+            raise sdonnx.RequestError(
+                f"this needs at least {smallest / 1e6:.0f} MB of memory; the server may use {room / 1e6:.0f} MB; "
+                "choose a smaller size"
+            )
+        return resolved
+
+    def forecast(self, generation: Generation) -> Forecast:
+        """Predict the memory of a generation.
+
+        Raises:
+            RequestError: the model does not support the request, or a limit is exceeded.
+        """
+        with self._lock:
+            pipeline, resolved = self._resolve(generation)
+            room, plan = self._room(), pipeline.plan(resolved)
+            used = self._job_memory()
+            if plan is None:
+                return Forecast(resolved=resolved, peak=None, smallest=None, room=room, components=())
+            smallest, limit = plan.minimum_budget, self.library.settings.memory
+            if limit != MIN and (room is None or smallest - used <= room):
+                plan = pipeline.plan(resolved, always=True, memory=MAX if room is None else room + used) or plan
+        components = tuple(replace(each, peak=each.peak - used) for each in plan.components)
+        return Forecast(
+            resolved=resolved, peak=plan.peak - used, smallest=smallest - used, room=room, components=components
+        )
+
+    def macs_per_second(self) -> float:
+        """The CPU's multiply-adds per second; measured once."""
+        with self._lock:
+            if self._speed is None:
+                graph = self.library.default.package.graph("unet")
+                self._speed = macs_per_second(graph, self.library.settings.threads)
+            return self._speed
+
+    def _resolve(self, generation: Generation) -> tuple[sdonnx.Pipeline, ResolvedRequest]:
+        settings, request = self.library.settings, generation.request
+        if type(request.num_images) is int and request.num_images > settings.max_images:
+            raise sdonnx.RequestError(
+                f"num_images is {request.num_images}; this server makes at most {settings.max_images}"
+            )
+        for name in ("prompt", "negative_prompt"):
+            check_prompt(name, getattr(request, name), settings.max_prompt)
+        pipeline = self.library.planner(generation.selection)
+        resolved = pipeline.resolve(request)
+        largest = resolved.passes[-1]
+        if largest.width * largest.height > settings.max_pixels:
+            raise sdonnx.RequestError(
+                f"{largest.width}x{largest.height} has more than this server's {settings.max_pixels} pixels; "
+                "choose a smaller size"
+            )
+        if resolved.steps > settings.max_steps:
+            raise sdonnx.RequestError(
+                f"{resolved.steps} steps are too many; this server takes at most {settings.max_steps}"
+            )
+        return pipeline, resolved
+
+    def _room(self) -> int | None:
+        """Bytes for the whole process once the job that runs has ended; None is no limit."""
+        limit = self.library.settings.memory
+        if limit in (MAX, MIN):
+            return None
+        if limit != AUTO:
+            return Budget(limit).device_limit
+        free = available_memory()
+        return None if free is None else resident_memory() + int(FREE_SHARE * free)
+
+    def _job_memory(self) -> int:
+        """Bytes that the job that runs will return."""
+        return max(0, resident_memory() - self._idle_memory)
+
+
+def check_prompt(name: str, prompt: object, most: int) -> None:
+    """Check that a prompt has at most so many characters; raises RequestError."""
+    if isinstance(prompt, str) and len(prompt) > most:
+        raise sdonnx.RequestError(f"{name} has {len(prompt)} characters; this server takes {most}")

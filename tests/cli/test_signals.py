@@ -23,14 +23,18 @@ except BaseException:
 """
 
 
-def loading(arguments, tmp_path, library, source, **options):
-    """Start the command line with a library that takes a minute to load, and wait until it does."""
+def loading(arguments, tmp_path, library, source, hang_up=signal.SIG_DFL):
+    """Start the command line with a library that takes a minute to load, and wait until it does.
+
+    ``hang_up`` is what SIGHUP does at its start, whatever it does in the tests' own process.
+    """
     (tmp_path / "libraries").mkdir()
     (tmp_path / "libraries" / f"{library}.py").write_text(source)
     paths = os.pathsep.join([str(tmp_path / "libraries"), os.environ.get("PYTHONPATH", "")])
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": {**os.environ, "PYTHONPATH": paths}}
     (tmp_path / "work").mkdir()
-    process = start_cli(*arguments, cwd=tmp_path / "work", start=subprocess.Popen, **pipes, **options)
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGHUP, hang_up)
+    process = start_cli(*arguments, cwd=tmp_path / "work", start=subprocess.Popen, **pipes)
     assert process.stdout.readline() == "loading\n", process.communicate()
     return process
 
@@ -67,10 +71,7 @@ def test_while_onnx_runtime_loads(name, tmp_path):
 def test_what_was_ignored_at_the_start_stays_so(tmp_path):
     """As nohup does, and a shell with Ctrl-C for what it runs in the background."""
 
-    def ignore():
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-    process = loading(["run", "a cat"], tmp_path, "typer", WAIT, preexec_fn=ignore)
+    process = loading(["run", "a cat"], tmp_path, "typer", WAIT, hang_up=signal.SIG_IGN)
     process.send_signal(signal.SIGHUP)
     time.sleep(0.3)
     assert process.poll() is None

@@ -1,4 +1,4 @@
-"""Measure `sdonnx serve`: what HTTP costs beside `pipe.generate`, how it bears load, how soon a job is cancelled.
+"""Measure `sdonnx serve`: the overhead of HTTP over `pipe.generate`, behaviour under load, latency of cancelling.
 
 python bench/server.py overhead -m pictogram --runs 20
 python bench/server.py overhead -m sd15-int8 --runs 5 --steps 4

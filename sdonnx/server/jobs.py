@@ -3,11 +3,13 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
+from itertools import chain
 from typing import Any, TypeVar
 
 from PIL import Image
@@ -19,6 +21,9 @@ from sdonnx.server.library import Selection
 
 _KEPT_STEPS = 100
 """Events of steps and previews that are kept of each job: those who read slowly miss older ones."""
+
+_REST = 0.1
+"""Seconds after a batch of events in which steps don't wake a follower: each batch takes time from the job."""
 
 R = TypeVar("R", bound=sdonnx.Request)
 
@@ -46,23 +51,30 @@ class Generation:
     selection: Selection
     preview_every: int = 1
     """Steps between previews; 0 makes none."""
+    partial_images: int = 0
+    """Previews of each image, at equal distances, that their events keep."""
+
+    def is_partial(self, step: sdonnx.Progress) -> bool:
+        """Whether the preview of this step is one of the ``partial_images``."""
+        parts = self.partial_images + 1
+        before, now = (each * parts // step.num_steps for each in (step.step, step.step + 1))
+        return before < now < parts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """A preview of a job, which costs nothing until somebody looks at it."""
+    """A preview of a job, which is not made until somebody looks at it."""
 
     number: int
     """Of the step, from 1, counted over all images of the job."""
-    image: Image.Image = field(repr=False)
-    """RGB, of the latents' size."""
+    step: sdonnx.Progress = field(repr=False)
     size: tuple[int, int]
     """Width and height in pixels of the image to be."""
 
     @cached_property
     def png(self) -> bytes:
         """As a PNG of this size."""
-        return encode_preview(self.image, self.size)
+        return encode_preview(self.step.preview(), self.size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +88,7 @@ class Event:
     data: dict[str, Any]
     """For JSON."""
     preview: Preview | None = field(default=None, repr=False)
-    """Of a ``preview``."""
+    """Of a ``preview`` that is one of the ``partial_images``."""
 
 
 class Job:
@@ -108,8 +120,10 @@ class Job:
         self.error: sdonnx.SdonnxError | None = None
         self._lock = threading.Lock()
         self._events: list[Event] = []
+        self._steps: deque[Event] = deque(maxlen=_KEPT_STEPS)
         self._published = 0
-        self._changed: set[asyncio.Event] = set()
+        self._followers: dict[asyncio.Event, bool] = {}
+        """What wakes each, and whether steps wake it too."""
         self._loop = asyncio.get_running_loop()
         self._stream: sdonnx.Stream | None = None
         self._is_cancelled = False
@@ -156,49 +170,50 @@ class Job:
         with self._lock:
             self._stream = None
 
-    def publish(self, kind: str, preview: Preview | None = None, **data: Any) -> None:
-        """Add an event, and wake those who follow the job; of many steps and previews the latest are kept."""
+    def publish(self, kind: str, **data: Any) -> None:
+        """Add an event, and wake those who follow the job."""
+        self._add(kind, data)
+        self._wake(is_step=False)
+
+    def _add(self, kind: str, data: dict[str, Any], preview: Preview | None = None) -> None:
+        """Add an event; of the many of steps and previews the latest are kept."""
         with self._lock:
             self._published += 1
-            self._events.append(Event(number=self._published, kind=kind, data=data, preview=preview))
-            if kind in _FREQUENT:
-                self._drop_steps(_KEPT_STEPS)
-        with suppress(RuntimeError):  # the loop has ended, and with it all who follow
-            self._loop.call_soon_threadsafe(self._wake)
+            event = Event(number=self._published, kind=kind, data=data, preview=preview)
+            (self._steps if kind in _FREQUENT else self._events).append(event)
 
-    def _drop_steps(self, keep: int) -> None:
-        """Drop the oldest events of steps and previews but so many."""
-        frequent = [each.number for each in self._events if each.kind in _FREQUENT]
-        if len(frequent) > keep:
-            dropped = set(frequent[: len(frequent) - keep])
-            self._events = [each for each in self._events if each.number not in dropped]
+    def _wake(self, *, is_step: bool) -> None:
+        with self._lock:
+            woken = [each for each, with_steps in self._followers.items() if with_steps or not is_step]
+        if woken:
+            with suppress(RuntimeError):  # the loop has ended, and with it all who follow
+                self._loop.call_soon_threadsafe(_set_all, woken)
 
     def begin(self) -> None:
         """Note that the worker took it."""
         self.started = time.time()
         self.publish("running", model=self.generation.selection.model)
 
-    def advance(self, step: sdonnx.Progress) -> None:
-        """Note a denoising step that is done."""
+    def advance(self, step: sdonnx.Progress, preview: Preview | None = None) -> None:
+        """Note a denoising step that is done, and its preview."""
         self.image, self.step, self.num_steps = step.image, step.step + 1, step.num_steps
         self.seconds_per_step = step.seconds
-        self.publish(
-            "step",
-            image=step.image,
-            num_images=step.num_images,
-            step=step.step + 1,
-            num_steps=step.num_steps,
-            seconds=round(step.seconds, 4),
-            eta=self.eta,
-        )
+        data = {
+            "image": step.image,
+            "num_images": step.num_images,
+            "step": step.step + 1,
+            "num_steps": step.num_steps,
+            "seconds": round(step.seconds, 4),
+            "eta": self.eta,
+        }
+        self._add("step", data)
+        if preview is not None:
+            self.preview = preview
+            self._add("preview", {"number": preview.number}, preview if self.generation.is_partial(step) else None)
+        self._wake(is_step=True)
         if step.image + 1 == step.num_images and step.step + 1 == step.num_steps:
             self.is_decoding = True
             self.publish("decoding")
-
-    def show(self, preview: Preview) -> None:
-        """Replace the preview."""
-        self.preview = preview
-        self.publish("preview", preview, number=preview.number)
 
     def finish(self, result: sdonnx.Result, files: Sequence[str]) -> None:
         """Note that its images are on disk."""
@@ -218,41 +233,77 @@ class Job:
         """Drop the preview and the events of the steps: it ended a while ago."""
         with self._lock:
             self.preview = None
-            self._drop_steps(0)
+            self._steps.clear()
 
-    async def events(self, after: int = 0) -> AsyncIterator[Event]:
-        """Follow the job's events, also those that have been, from the one after this number to the last."""
+    async def batches(self, after: int = 0, *, quiet: float | None = None) -> AsyncIterator[list[Event]]:
+        """Follow the job's events, also those that have been, from the one after this number to the last.
+
+        Steps come several at once if they are fast, other events without delay. After so many ``quiet`` seconds comes
+        an empty batch.
+        """
         changed = asyncio.Event()
-        self._changed.add(changed)
         try:
             while True:
                 changed.clear()
                 with self._lock:
-                    events = [each for each in self._events if each.number > after]
-                for event in events:
-                    after = event.number
-                    yield event
-                    if event.kind in _FINAL:
+                    batch = [each for each in chain(self._events, self._steps) if each.number > after]
+                    self._followers[changed] = not batch
+                if batch:
+                    batch.sort(key=lambda event: event.number)
+                    after = batch[-1].number
+                    yield batch
+                    if batch[-1].kind in _FINAL:
                         return
-                if not events:
-                    await changed.wait()
+                    await _is_set(changed, _REST)
+                elif not await _is_set(changed, quiet):
+                    yield []
         finally:
-            self._changed.discard(changed)
+            with self._lock:
+                self._followers.pop(changed, None)
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Follow the job's events one by one, as `batches` does."""
+        async for batch in self.batches():
+            for event in batch:
+                yield event
 
     async def wait(self) -> None:
         """Wait until it has ended."""
-        async for _ in self.events():
-            pass
+        changed = asyncio.Event()
+        with self._lock:
+            self._followers[changed] = False
+        try:
+            while not self.state.is_final:
+                await changed.wait()
+                changed.clear()
+        finally:
+            with self._lock:
+                del self._followers[changed]
 
-    def _wake(self) -> None:
-        for changed in self._changed:
-            changed.set()
+
+def _set_all(events: Iterable[asyncio.Event]) -> None:
+    for event in events:
+        event.set()
+
+
+async def _is_set(event: asyncio.Event, timeout: float | None) -> bool:
+    """Wait for an event, at most so many seconds."""
+    with suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(event.wait(), timeout)
+    return event.is_set()
 
 
 _FINAL = {state.value for state in State if state.is_final}
 
 _FREQUENT = ("step", "preview")
 """Kinds of events that come with each step."""
+
+
+def count_pixels(request: sdonnx.Request) -> int:
+    """Count the pixels of the images that a request has."""
+    images = [getattr(request, name) for name in IMAGE_FIELDS] + [each.image for each in request.controls]
+    return sum(each.width * each.height for each in images if each is not None)
+
 
 _NO_PIXELS = Image.new("1", (1, 1))
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import sdonnx
 from sdonnx.server.errors import NotFound, QueueFull, ShuttingDown
 from sdonnx.server.images import ImageStore, is_job_id
-from sdonnx.server.jobs import Generation, Job, Preview, State
+from sdonnx.server.jobs import Generation, Job, Preview, State, count_pixels
 from sdonnx.server.library import Library
 from sdonnx.server.planning import Planner
 
@@ -51,17 +51,18 @@ class JobQueue:
         Raises:
             RequestError: the model does not support the request, there is a job of this name, or the memory that the
                 server may use is too little; the message has the smallest that would do.
-            QueueFull: too many jobs wait.
+            QueueFull: too many jobs wait, or their images are too large.
             ShuttingDown: the server is about to end.
         """
-        self._check_room()
+        pixels = count_pixels(generation.request)
+        self._check_room(pixels)
         if job_id is not None:
             await asyncio.to_thread(self._check_id, job_id)
         loop = asyncio.get_running_loop()
         resolved = await loop.run_in_executor(self.planner.thread, self.planner.check, generation)
         job = Job(job_id or secrets.token_hex(8), generation, resolved.request)
         with self._condition:
-            self._check_room()
+            self._check_room(pixels)
             if job.id in self._jobs:
                 raise _id_is_taken(job.id)
             self._forget_old()
@@ -132,11 +133,17 @@ class JobQueue:
         if self._worker.is_alive():
             self._worker.join(timeout)
 
-    def _check_room(self) -> None:
+    def _check_room(self, pixels: int) -> None:
+        """Check that one more job may wait, which was given so many pixels."""
+        settings = self.library.settings
         if self._closing:
             raise ShuttingDown("the server is shutting down; try again later")
-        if len(self._waiting) >= self.library.settings.max_queued:
+        if len(self._waiting) >= settings.max_queued:
             raise QueueFull(f"{len(self._waiting)} jobs are waiting; try again later")
+        waiting = sum(count_pixels(job.request) for job in self._waiting)
+        if pixels and waiting and pixels + waiting > settings.max_queued_pixels:
+            most = settings.max_queued_pixels
+            raise QueueFull(f"the images of the jobs that wait may have {most} pixels together; try again later")
 
     def _check_id(self, job_id: str) -> None:
         """Check the id that a client gave a job."""
@@ -217,11 +224,11 @@ class JobQueue:
 def _follow(job: Job, stream: sdonnx.Stream) -> None:
     """Generate, and note each step."""
     size = job.request.width, job.request.height
-    every = job.generation.preview_every
+    generation, every = job.generation, job.generation.preview_every
     for number, step in enumerate(stream, 1):
-        job.advance(step)
-        if every and number % every == 0 and step.projection is not None:
-            job.show(Preview(number=number, image=step.preview(), size=size))
+        is_due = generation.is_partial(step) or (every > 0 and number % every == 0)
+        has_preview = is_due and step.projection is not None
+        job.advance(step, Preview(number=number, step=step, size=size) if has_preview else None)
 
 
 def _result(stream: sdonnx.Stream) -> sdonnx.Result | None:

@@ -32,6 +32,8 @@ class Settings:
     memory: str = "auto"
     max_queued: int = 32
     """Jobs that may wait."""
+    max_queued_pixels: int = 4 * 4096 * 4096
+    """Pixels of the images that those jobs were given, unless one alone has more; 3 to 4 bytes each."""
     max_body: int = 64 << 20
     """Bytes of a request's body."""
     max_pixels: int = 4096 * 4096

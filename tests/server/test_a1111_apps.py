@@ -111,7 +111,8 @@ def sillytavern(**changes):
     sent |= {"restore_faces": False, "enable_hr": False, "hr_upscaler": "Latent", "hr_scale": 1.5}
     sent |= {"denoising_strength": 0.7, "hr_second_pass_steps": 0, "seed": 3, "clip_skip": 1}
     sent |= {"override_settings": {"CLIP_stop_at_last_layers": 1}, "override_settings_restore_afterwards": True}
-    return {**sent, "save_images": True, "send_images": True, "do_not_save_grid": False, **changes}
+    sent |= {"hr_additional_modules": [], "save_images": True, "send_images": True}
+    return {**sent, "do_not_save_grid": False, "do_not_save_samples": False, **changes}
 
 
 def test_sillytavern(client, pipeline):

@@ -13,6 +13,7 @@ import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -78,6 +79,22 @@ def test_a_full_queue_says_when_to_come_back():
         assert finish(client, create(client))["state"] == "done"
 
 
+def test_images_of_waiting_jobs_are_bounded():
+    image = in_base64(Image.new("RGB", (64, 64), "white"))
+    with serving(max_queued_pixels=10_000) as (_, client):
+        running = create(client, **LONG)
+        wait_for_step(client, running)
+        waiting = [create(client, image=image, mask_image=image)]
+        reply = client.post("/api/jobs", json={"prompt": "a cat", **SIZE, "image": image})
+        assert (reply.status_code, int(reply.headers["retry-after"]) > 0) == (429, True)
+        assert "10000 pixels together" in reply.json()["detail"]
+        waiting.append(create(client))
+        client.delete(f"/api/jobs/{running}")
+        assert [finish(client, job)["state"] for job in waiting] == ["done", "done"]
+        large = in_base64(Image.new("RGB", (128, 128)))
+        assert finish(client, create(client, image=large))["state"] == "done", "nobody else waits"
+
+
 def test_a_job_that_cannot_fit_is_refused_with_the_smallest_memory_that_would_do():
     with serving(memory="1MB") as (_, client):
         reply = client.post("/api/jobs", json={"prompt": "a cat", **SIZE})
@@ -137,19 +154,70 @@ def test_ended_jobs_keep_no_pixels(server):
     assert re.findall(r"event: (\w+)", told) == ["queued", "running", "decoding", "done"]
 
 
-def test_events_of_many_steps_are_bounded(pipeline):
-    async def publish():
-        request = pipeline.resolve("a cat").request
-        job = Job("x", Generation(request=request, selection=Selection(model="pictogram")), request)
-        for number in range(1, 2001):
-            job.show(Preview(number=number, image=Image.new("RGB", (4, 4)), size=(8, 8)))
-        job.end(State.DONE)
-        return [event async for event in job.events()]
+def make_job(stream, **options):
+    return Job(
+        "x", Generation(request=stream.request, selection=Selection(model="pictogram"), **options), stream.request
+    )
 
-    events = asyncio.run(publish())
+
+def test_events_of_many_steps_are_bounded(pipeline):
+    stream = pipeline.stream("a cat", **SIZE)
+    step = replace(next(stream), num_steps=2001)
+
+    async def publish():
+        job = make_job(stream, partial_images=1)
+        for number in range(2000):
+            job.advance(replace(step, step=number), Preview(number=number + 1, step=step, size=(128, 128)))
+        job.end(State.DONE)
+        return job.preview, [event async for event in job.events()]
+
+    preview, events = asyncio.run(publish())
     assert len(events) <= 101
-    assert (events[-1].kind, events[-2].preview.number) == ("done", 2000)
-    assert Image.open(io.BytesIO(events[-2].preview.png)).size == (8, 8)
+    assert (events[-1].kind, events[-2].data["number"], preview.number) == ("done", 2000, 2000)
+    assert events[-2].preview is None, "only partial images are kept with their events"
+    assert Image.open(io.BytesIO(preview.png)).size == (128, 128)
+
+
+def test_fast_steps_come_together_and_other_events_at_once(pipeline):
+    stream = pipeline.stream("a cat", **SIZE)
+    step = replace(next(stream), num_steps=1001)
+
+    async def follow():
+        job = make_job(stream)
+        worker = asyncio.ensure_future(asyncio.to_thread(work, job))
+        batches = [(time.perf_counter(), batch) async for batch in job.batches()]
+        return batches, await worker
+
+    def work(job):
+        for number in range(100):
+            job.advance(replace(step, step=number))
+            time.sleep(0.005)
+        job.end(State.DONE)
+        return time.perf_counter()
+
+    batches, ended = asyncio.run(follow())
+    assert [event.number for _, batch in batches for event in batch] == list(range(1, 102))
+    assert 3 <= len(batches) < 25
+    assert batches[-1][0] - ended < 0.08, "the end waits for no batch"
+
+
+def test_a_quiet_job_gives_empty_batches(pipeline):
+    async def follow():
+        batches = make_job(pipeline.stream("a cat")).batches(quiet=0.01)
+        return [await anext(batches), await anext(batches)]
+
+    assert asyncio.run(follow()) == [[], []]
+
+
+def test_previews_are_made_only_for_those_who_look(server, monkeypatch):
+    made, preview = list[int](), sdonnx.Progress.preview
+    monkeypatch.setattr(sdonnx.Progress, "preview", lambda step: made.append(step.step) or preview(step))
+    _, client = server
+    job = create(client)
+    assert client.get(f"/api/jobs/{job}/events").text.count("event: preview") == 3
+    assert made == []
+    assert client.get(f"/api/jobs/{job}/preview").content == client.get(f"/api/jobs/{job}/preview").content
+    assert made == [2]
 
 
 def test_images_that_cannot_be_written_leave_their_latents(server, pipeline, monkeypatch):

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -94,23 +94,9 @@ async def follow(request: Request) -> Response:
     return StreamingResponse(_stream(job, int(last)), media_type="text/event-stream", headers=EVENT_HEADERS)
 
 
-async def _stream(job: Job, after: int) -> AsyncGenerator[str, None]:
-    events = aiter(job.events(after))
-    following = asyncio.ensure_future(anext(events))
-    try:
-        while True:
-            await asyncio.wait({following}, timeout=_KEEP_ALIVE)
-            if not following.done():
-                yield ": keep-alive\n\n"
-                continue
-            try:
-                event = following.result()
-            except StopAsyncIteration:
-                return
-            yield _event_text(job, event)
-            following = asyncio.ensure_future(anext(events))
-    finally:
-        following.cancel()
+async def _stream(job: Job, after: int) -> AsyncIterator[str]:
+    async for batch in job.batches(after, quiet=_KEEP_ALIVE):
+        yield "".join(_event_text(job, event) for event in batch) or ": keep-alive\n\n"
 
 
 def _event_text(job: Job, event: Event) -> str:

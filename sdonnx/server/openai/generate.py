@@ -53,6 +53,7 @@ async def _generate(
         generation = Generation(
             request=sdonnx.Request(**parameters.fields, **images, **speed),
             selection=Selection(model=model.name),
+            partial_images=parameters.partial_images,
         )
         job = await context.queue.submit(generation)
     if parameters.stream:

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 import sdonnx
 from sdonnx.server.context import Context
 from sdonnx.server.images import convert_png
-from sdonnx.server.jobs import Event, Job, Preview
+from sdonnx.server.jobs import Job, Preview
 from sdonnx.server.openai.errors import error_object
 from sdonnx.server.openai.fields import ImageParameters
 from sdonnx.server.openai.replies import check_done, describe, read_file, to_base64
@@ -51,7 +51,7 @@ class ImageStream(StreamingResponse):
             if event.kind == "step":
                 yield f": step {event.data['step']} of {event.data['num_steps']}\n\n"
                 partials = partials if event.data["step"] > 1 else 0
-            elif event.preview is not None and self._is_partial(event):
+            elif event.preview is not None:
                 data = await asyncio.to_thread(self._encode_preview, event.preview)
                 yield self._image("partial_image", data, partial_image_index=partials)
                 partials += 1
@@ -63,13 +63,6 @@ class ImageStream(StreamingResponse):
         except sdonnx.SdonnxError as error:
             yield _server_sent("error", error_object(error))
         yield "data: [DONE]\n\n"
-
-    def _is_partial(self, event: Event) -> bool:
-        """Whether a preview is one of the partial images, which are at equal distances."""
-        count, steps = self._parameters.partial_images, self._job.num_steps
-        done = (event.data["number"] - 1) % steps
-        before, now = (each * (count + 1) // steps for each in (done, done + 1))
-        return before < now <= count
 
     def _encode_preview(self, preview: Preview) -> bytes:
         return convert_png(preview.png, self._parameters.output_format, quality=self._parameters.output_compression)

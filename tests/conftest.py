@@ -14,11 +14,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx_ir
 import onnxruntime
 import pytest
 import random_checkpoint
 from filelock import FileLock
 from sdonnx_export.export import export
+from sdonnx_runtime.execution import arena
 from sdonnx_runtime.execution import staged_model as chain
 from sdonnx_runtime.text.tokenizer import Tokenizer
 from sdonnx_runtime.text.tokenizer_files import is_fast
@@ -50,6 +52,23 @@ def pytest_collection_finish():
     """Keep the garbage collector from looking in every test at what imports and collecting made."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 20, 50)  # a graph is many objects, hardly one of them in a cycle
+
+
+@pytest.fixture(autouse=True, scope="session")
+def equal_signatures_once():
+    """Read each ONNX operator's signature once: onnxscript reads it for every node that is written."""
+    read, known = onnx_ir.schemas.OpSignature.from_op_schema, {}
+
+    def get(schema):
+        key = schema.domain, schema.name, schema.since_version
+        if key not in known:
+            known[key] = read(schema)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_ir.schemas.OpSignature, "from_op_schema", get)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -67,6 +86,16 @@ def equal_tokenizers_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tokenizer, "open", get)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def kept_memory():
+    """What is freed stays with this process, and so does torch's code; `test_memory_plan` measures other processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arena, "set_malloc_thresholds", lambda **_: None)
+        for module, name in ((arena, "trim_heap"), (chain, "trim_heap"), (chain, "unmap_code")):
+            patch.setattr(module, name, lambda: None)
         yield
 
 

@@ -106,7 +106,7 @@ def test_values_that_are_not_finite_are_never_passed_on(unet):
 @pytest.mark.core
 def test_cancel_stops_inside_a_run(unet):
     session = Session(unet, threads=1)
-    work = feeds(batch=8, size=96)
+    work = feeds(batch=4, size=64)
     start = time.perf_counter()
     session.run(work)
     whole = time.perf_counter() - start

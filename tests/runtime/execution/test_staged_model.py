@@ -258,8 +258,9 @@ def compare_shapes(path, **sizes):
     }
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize(
+    ("family", "precision"), [*(("sd1", precision) for precision in PRECISIONS), ("sdxl", "fp32"), ("sdxl", "int8")]
+)
 def test_shapes_are_those_of_onnx_runtime(family, precision, made):
     package = Package.open(made(family, precision))
     for component, listed in package.manifest.components.items():

@@ -54,6 +54,10 @@ class Stream(Iterator[Progress]):
         """The request of ``latents``: without hires fix until the second pass has done its steps."""
         return self.request if self._sampled is None else self._sampled.request
 
+    def on_opening(self, call: Callable[[str | None], None]) -> None:
+        """Set a callback for the name of a component that is about to be opened, and for None once it is open."""
+        self._run.on_opening = call
+
     def before_decoding(self, call: Callable[[Array, CompleteRequest], None]) -> None:
         """Set a callback for ``latents`` and ``latents_request`` once every step is done."""
         self._on_sampled = call

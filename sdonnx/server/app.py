@@ -1,4 +1,4 @@
-"""All APIs as one Starlette application."""
+"""All APIs and the web page as one Starlette application."""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from sdonnx.server import static
 from sdonnx.server.a1111 import routes as a1111
 from sdonnx.server.context import Context
 from sdonnx.server.errors import HANDLERS, UnknownErrors
@@ -32,7 +33,8 @@ def create_app(settings: Settings) -> Starlette:
     """
     access = Access.of(settings)
     library, store = Library(settings), ImageStore(settings.output)
-    context = Context(settings=settings, library=library, store=store, queue=JobQueue(library, store))
+    queue = JobQueue(library, store)
+    context = Context(settings=settings, access=access, library=library, store=store, queue=queue)
 
     @asynccontextmanager
     async def run_worker(app: Starlette) -> AsyncGenerator[None, None]:
@@ -46,7 +48,7 @@ def create_app(settings: Settings) -> Starlette:
         Middleware(Guard, access=access),
         Middleware(BodyLimit, max_bytes=settings.max_body),
     ]
-    routes = [Route("/health", _health), *a1111.routes(), *openai.routes(), *native.routes()]
+    routes = [Route("/health", _health), *a1111.routes(), *openai.routes(), *native.routes(), *static.routes()]
     app = Starlette(routes=routes, middleware=middleware, exception_handlers=HANDLERS, lifespan=run_worker)
     app.state.context = context
     return app

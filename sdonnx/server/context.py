@@ -7,6 +7,7 @@ from starlette.requests import Request
 from sdonnx.server.images import ImageStore
 from sdonnx.server.library import Library
 from sdonnx.server.queue import JobQueue
+from sdonnx.server.security.access import Access
 from sdonnx.server.settings import Settings
 
 
@@ -15,6 +16,7 @@ class Context:
     """The parts of a server."""
 
     settings: Settings
+    access: Access
     library: Library
     store: ImageStore
     queue: JobQueue

@@ -10,11 +10,12 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 from sdonnx_runtime.arrays import Array
+from sdonnx_runtime.files.json_file import parse_json
 from sdonnx_runtime.images.preprocess import open_image
 from sdonnx_runtime.outputs.latents_file import save_latents
 from sdonnx_runtime.outputs.staging import remove_stale
@@ -104,6 +105,16 @@ class ImageStore:
             raise NotFound("this image was deleted") from None
         except OSError as error:
             raise sdonnx.SdonnxError(f"{name} can't be read: {error.strerror}") from None
+
+    def prompt(self, name: str) -> str | None:
+        """Read the prompt of an image; None if it has none, or can't be read."""
+        try:
+            with Image.open(self.folder / self.find(name).name, formats=("PNG",)) as image:
+                data = parse_json(str(image.info.get("sdonnx", "null")).encode())
+        except (NotFound, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return None
+        found = cast("dict[str, Any]", data).get("prompt") if isinstance(data, dict) else None
+        return found if isinstance(found, str) else None
 
     def delete(self, name: str) -> None:
         """Delete an image; raises NotFound."""
@@ -216,11 +227,16 @@ def encode_image(image: Image.Image, form: str, *, quality: int = 90, infotext: 
     return stream.getvalue()
 
 
-def convert_png(png: bytes, form: str, *, quality: int = 90) -> bytes:
-    """Convert a PNG file to one of FORMATS, with its infotext; arguments are those of `encode_image`."""
-    if form == "png":
+def convert_png(png: bytes, form: str, *, quality: int = 90, side: int | None = None) -> bytes:
+    """Convert a PNG file to one of FORMATS, with its infotext.
+
+    ``side`` makes it smaller: the longer side will have at most so many pixels. The others are as `encode_image`'s.
+    """
+    if form == "png" and side is None:
         return png
     with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+        if side is not None:
+            image.thumbnail((side, side))
         return encode_image(image, form, quality=quality, infotext=image.info.get("parameters"))
 
 

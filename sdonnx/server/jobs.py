@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -22,8 +22,11 @@ from sdonnx.server.library import Selection
 _KEPT_STEPS = 100
 """Events of steps and previews that are kept of each job: those who read slowly miss older ones."""
 
-_REST = 0.1
+REST = 0.1
 """Seconds after a batch of events in which steps don't wake a follower: each batch takes time from the job."""
+
+_SMOOTHING = 0.2
+"""The weight of the latest step in the seconds of a step, from which the time left is."""
 
 R = TypeVar("R", bound=sdonnx.Request)
 
@@ -84,7 +87,7 @@ class Event:
     number: int
     """From 1, in each job."""
     kind: str
-    """``queued``, ``running``, ``step``, ``preview``, ``decoding``, or a final state's name."""
+    """``queued``, ``running``, ``loading``, ``loaded``, ``step``, ``preview``, ``decoding`` or a final state."""
     data: dict[str, Any]
     """For JSON."""
     preview: Preview | None = field(default=None, repr=False)
@@ -94,7 +97,10 @@ class Event:
 class Job:
     """A generation that is queued, runs, or has ended."""
 
-    def __init__(self, job_id: str, generation: Generation, resolved: CompleteRequest) -> None:
+    def __init__(
+        self, job_id: str, generation: Generation, resolved: CompleteRequest,
+        on_event: "Callable[[Job, Event], None] | None" = None,
+    ) -> None:  # fmt: skip
         self.id = job_id
         self.generation = generation
         self.request = resolved
@@ -111,6 +117,8 @@ class Job:
         self.num_steps = 0
         """Steps of each image; 0 before the first."""
         self.seconds_per_step: float | None = None
+        self.loading: str | None = None
+        """The component that is being loaded."""
         self.is_decoding = False
         self.preview: Preview | None = None
         self.result: sdonnx.Result | None = None
@@ -118,6 +126,7 @@ class Job:
         self.files: tuple[str, ...] = ()
         """Names of the finished images in the `ImageStore`."""
         self.error: sdonnx.SdonnxError | None = None
+        self._on_event = on_event
         self._lock = threading.Lock()
         self._events: list[Event] = []
         self._steps: deque[Event] = deque(maxlen=_KEPT_STEPS)
@@ -180,7 +189,9 @@ class Job:
         with self._lock:
             self._published += 1
             event = Event(number=self._published, kind=kind, data=data, preview=preview)
-            (self._steps if kind in _FREQUENT else self._events).append(event)
+            (self._steps if kind in FREQUENT else self._events).append(event)
+        if self._on_event is not None:
+            self._on_event(self, event)
 
     def _wake(self, *, is_step: bool) -> None:
         with self._lock:
@@ -194,10 +205,19 @@ class Job:
         self.started = time.time()
         self.publish("running", model=self.generation.selection.model)
 
+    def load(self, component: str | None) -> None:
+        """Note which component is being loaded; None: it is."""
+        before, self.loading = self.loading, component
+        if component is None:
+            self.publish("loaded", component=before)
+        else:
+            self.publish("loading", component=component)
+
     def advance(self, step: sdonnx.Progress, preview: Preview | None = None) -> None:
         """Note a denoising step that is done, and its preview."""
         self.image, self.step, self.num_steps = step.image, step.step + 1, step.num_steps
-        self.seconds_per_step = step.seconds
+        before = self.seconds_per_step
+        self.seconds_per_step = step.seconds if before is None else before + _SMOOTHING * (step.seconds - before)
         data = {
             "image": step.image,
             "num_images": step.num_images,
@@ -205,6 +225,7 @@ class Job:
             "num_steps": step.num_steps,
             "seconds": round(step.seconds, 4),
             "eta": self.eta,
+            "progress": self.progress,
         }
         self._add("step", data)
         if preview is not None:
@@ -254,8 +275,8 @@ class Job:
                     yield batch
                     if batch[-1].kind in _FINAL:
                         return
-                    await _is_set(changed, _REST)
-                elif not await _is_set(changed, quiet):
+                    await wait_at_most(changed, REST)
+                elif not await wait_at_most(changed, quiet):
                     yield []
         finally:
             with self._lock:
@@ -286,7 +307,7 @@ def _set_all(events: Iterable[asyncio.Event]) -> None:
         event.set()
 
 
-async def _is_set(event: asyncio.Event, timeout: float | None) -> bool:
+async def wait_at_most(event: asyncio.Event, timeout: float | None) -> bool:
     """Wait for an event, at most so many seconds."""
     with suppress(asyncio.TimeoutError):
         await asyncio.wait_for(event.wait(), timeout)
@@ -295,7 +316,7 @@ async def _is_set(event: asyncio.Event, timeout: float | None) -> bool:
 
 _FINAL = {state.value for state in State if state.is_final}
 
-_FREQUENT = ("step", "preview")
+FREQUENT = ("step", "preview")
 """Kinds of events that come with each step."""
 
 

@@ -3,11 +3,13 @@
 import copy
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from sdonnx_runtime.denoising.step_cache import unet_graphs
 from sdonnx_runtime.memory.budget import Budget
 from sdonnx_runtime.packages.families import PackageKind
 from sdonnx_runtime.packages.package import Package
@@ -40,6 +42,17 @@ class ServedPackage:
     def title(self) -> str:
         """A1111's form: the name and the first ten digits of the digest."""
         return f"{self.name} [{self.digest[:10]}]"
+
+    @property
+    def fast(self) -> Mapping[str, Any]:
+        """What of `sdonnx.FAST` it has graphs for; packages that optimum exported have none."""
+        graphs, found = self.package.manifest.components["unet"].graphs, dict[str, Any]()
+        for name, value in sdonnx.FAST.items():
+            request = sdonnx.Request(prompt="", **{**found, name: value})
+            needed = unet_graphs(request.cache_interval, token_downsampling=request.token_downsampling)
+            if {each.name for each in needed} <= graphs.keys():
+                found[name] = value
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,10 +102,10 @@ class Planner:
 
     def _resolve(self, generation: Generation) -> tuple[sdonnx.Pipeline, ResolvedRequest]:
         settings, request = self.library.settings, generation.request
-        if type(request.num_images) is int and request.num_images > settings.max_images:
-            raise sdonnx.RequestError(
-                f"num_images is {request.num_images}; this server makes at most {settings.max_images}"
-            )
+        limits = {"num_images": settings.max_images, "num_inference_steps": settings.max_steps}
+        for name, most in limits.items():
+            if type(number := getattr(request, name)) is int and number > most:
+                raise sdonnx.RequestError(f"{name} is {number}; this server takes at most {most}")
         for name in ("prompt", "negative_prompt"):
             check_prompt(name, getattr(request, name), settings.max_prompt)
         pipeline = self.library.planner(generation.selection)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import sdonnx
 from sdonnx.server.errors import NotFound, QueueFull, ShuttingDown
+from sdonnx.server.feed import Feed
 from sdonnx.server.images import ImageStore, is_job_id
 from sdonnx.server.jobs import Generation, Job, Preview, State, count_pixels
 from sdonnx.server.library import Library
@@ -29,6 +30,8 @@ class JobQueue:
 
     def __init__(self, library: Library, store: ImageStore) -> None:
         self.library, self.store, self.planner = library, store, Planner(library)
+        self.feed = Feed()
+        """Tells what the jobs do."""
         self.current: Job | None = None
         """The job that runs."""
         self._jobs: dict[str, Job] = {}
@@ -60,7 +63,7 @@ class JobQueue:
             await asyncio.to_thread(self._check_id, job_id)
         loop = asyncio.get_running_loop()
         resolved = await loop.run_in_executor(self.planner.thread, self.planner.check, generation)
-        job = Job(job_id or secrets.token_hex(8), generation, resolved.request)
+        job = Job(job_id or secrets.token_hex(8), generation, resolved.request, self.feed.note)
         with self._condition:
             self._check_room(pixels)
             if job.id in self._jobs:
@@ -132,6 +135,7 @@ class JobQueue:
         self.shut_down()
         if self._worker.is_alive():
             self._worker.join(timeout)
+        self.feed.close()
 
     def _check_room(self, pixels: int) -> None:
         """Check that one more job may wait, which was given so many pixels."""
@@ -195,6 +199,7 @@ class JobQueue:
             return
         pipeline = self.library.open(job.generation.selection)
         stream = pipeline.stream(pipeline.resolve(job.request))
+        stream.on_opening(job.load)
         job.attach(stream)
         try:
             _follow(job, stream)

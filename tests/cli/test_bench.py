@@ -106,7 +106,7 @@ def allocate(megabytes):
 def test_a_mark_is_of_its_process_alone():
     ballast = np.ones(600_000_000, np.uint8)
     small, large = (measure.run_in_subprocess("memory", allocate, megabytes) for megabytes in (1, 300))
-    assert small < 300e6 < 600e6 < peak_memory()
+    assert small < 600e6 < peak_memory()
     assert large - small == pytest.approx(299e6, rel=0.05)
     assert ballast[-1] == 1
 

@@ -138,6 +138,19 @@ def test_stream_tells_of_each_step(pipe):
     assert set(result.timings.load) == set(result.timings.run) == {"text_encoder", "unet", "vae_decoder"}
 
 
+def test_stream_tells_which_component_it_opens(package, opened):
+    log, _, _ = opened
+    with sdonnx.load(package, memory="max") as pipeline:
+        for expected in (["text_encoder", None, "unet", None, "vae_decoder", None], []):
+            told, before = [], len(log)
+            stream = pipeline.stream("a cat", seed=3, **SMALL)
+            stream.on_opening(lambda name, told=told: told.append((name, len(log))))
+            for _ in stream:
+                pass
+            assert [name for name, _ in told] == expected
+            assert [count - before for _, count in told] == [0, 1, 1, 2, 2, 3][: len(told)]
+
+
 def test_leaving_the_loop_cancels_and_frees_the_pipeline(package, opened):
     _, alive, _ = opened
     pipeline = sdonnx.load(package)

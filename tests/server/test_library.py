@@ -1,6 +1,5 @@
 """The packages that a server offers, and how it changes from one to another."""
 
-import os
 import shutil
 
 import httpx
@@ -21,7 +20,7 @@ def folder(tmp_path_factory):
     """Two packages of the same name, one of another, and what is none."""
     root = tmp_path_factory.mktemp("models")
     for name in ("a/pictogram", "other"):
-        shutil.copytree(bundled()["pictogram"], root / name, copy_function=os.link)
+        shutil.copytree(bundled()["pictogram"], root / name)
     (root / "empty").mkdir()
     (root / "damaged").mkdir()
     (root / "damaged" / "sdonnx.json").write_text("{")
@@ -50,7 +49,7 @@ def test_no_path_is_ever_opened(folder, name):
 
 def test_folders_are_read_again(folder, tmp_path):
     library = Library(Settings(packages=(folder / "other",), model_folders=(tmp_path,)))
-    shutil.copytree(folder / "other", tmp_path / "new", copy_function=os.link)
+    shutil.copytree(folder / "other", tmp_path / "new")
     library.refresh()
     assert [each.name for each in library.models] == ["other", "new"]
     opened, planner = library.open(Selection(model="new")), library.planner(Selection(model="new"))
@@ -93,7 +92,7 @@ def test_models_change_at_run_time(folder, pipeline):
 def test_clients_learn_no_path_of_the_server(tmp_path):
     """Errors about files name them from the served folders on, in every API."""
     models, loras = tmp_path / "models", tmp_path / "loras"
-    shutil.copytree(bundled()["pictogram"], models / "broken", copy_function=os.link)
+    shutil.copytree(bundled()["pictogram"], models / "broken")
     loras.mkdir()
     (loras / "bad.safetensors").write_bytes(b"text")
     prompt = {"prompt": "a cat <lora:bad:1>"}
@@ -112,7 +111,7 @@ def test_clients_learn_no_path_of_the_server(tmp_path):
 
 def test_folders_may_hold_dangling_links_and_may_vanish(tmp_path):
     models, loras, embeddings = (tmp_path / name for name in ("models", "loras", "embeddings"))
-    shutil.copytree(bundled()["pictogram"], models / "pictogram", copy_function=os.link)
+    shutil.copytree(bundled()["pictogram"], models / "pictogram")
     for folder in (loras, embeddings):
         folder.mkdir()
         (folder / "gone.safetensors").symlink_to(tmp_path / "nowhere")

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import time
+from dataclasses import replace
 
 import httpx
 import numpy as np
@@ -112,7 +113,7 @@ def test_images_of_a_request_come_as_data_urls_or_bare_base64(client, pipeline):
         ({"seed": 1.5}, 400, "seed is 1.5"),
         ({"width": 65}, 400, "64 and 68"),
         ({"width": 8192, "height": 8192}, 400, "pixels"),
-        ({"num_inference_steps": 500}, 400, "500 steps"),
+        ({"num_inference_steps": 500}, 400, "num_inference_steps is 500"),
         ({"num_images": 500}, 400, "num_images is 500"),
         ({"preview_every": -1}, 400, "preview_every"),
         ({"prompt": "<lora:none:1>"}, 400, "none"),
@@ -132,6 +133,7 @@ def test_a_body_that_is_no_json_is_refused(client, body):
 
 
 def test_events_tell_every_step_and_can_be_resumed(client):
+    run(client, prompt="a cup", **SIZE)  # which loads the model
     job = run(client, prompt="a cup", **SIZE, preview_every=2)
     told = events(client, job["id"])
     kinds = [kind for _, kind, _ in told]
@@ -183,6 +185,18 @@ def test_images_are_listed_newest_first_in_pages(client):
     assert client.get("/api/images?count=0").status_code == 400
 
 
+def test_images_are_listed_with_their_prompts(client, server):
+    """Files that are damaged or have no parameters have none."""
+    made = run(client, prompt="a teapot", **SIZE)["images"][0]["name"]
+    damaged, plain = (server.context.store.folder / f"29990101-000000-other-{index}.png" for index in range(2))
+    damaged.write_bytes(b"no image")
+    Image.new("RGB", (8, 8)).save(plain)
+    found = {each["name"]: each["prompt"] for each in client.get("/api/images?count=500").json()["images"]}
+    damaged.unlink()
+    plain.unlink()
+    assert (found[made], found[damaged.name], found[plain.name]) == ("a teapot", None, None)
+
+
 def test_an_image_comes_in_three_formats_with_its_parameters(client):
     fields = {"prompt": "an “owl”", **SIZE, "seed": 9, "negative_prompt": "day"}
     job = run(client, **fields)
@@ -201,6 +215,22 @@ def test_an_image_comes_in_three_formats_with_its_parameters(client):
     for path in (url, f"{url}/info", "/api/images/..%2f..%2fetc%2fpasswd", "/api/images/sdonnx.json"):
         assert client.get(path).status_code == 404
     assert client.delete(url).status_code == 404
+
+
+@pytest.mark.parametrize("form", ["png", "jpeg", "webp"])
+def test_a_thumbnail_is_at_most_as_large_as_it_should_be(client, form):
+    job = run(client, prompt="a sun", **{**SIZE, "width": 96})
+    url = job["images"][0]["url"]
+
+    def size(side):
+        reply = client.get(f"{url}?format={form}&side={side}")
+        assert client.post("/api/info", content=reply.content).json()["fields"]["prompt"] == "a sun"
+        return Image.open(io.BytesIO(reply.content)).size
+
+    assert [size(side) for side in (48, 96, 320, 2048)] == [(48, 32), (96, 64), (96, 64), (96, 64)]
+    for side in ("15", "2049", "-1", "x", ""):
+        reply = client.get(f"{url}?side={side}")
+        assert (reply.status_code, "16 to 2048" in reply.json()["detail"]) == (400, True)
 
 
 def test_a_recipe_makes_the_same_image_again(client):
@@ -244,6 +274,46 @@ def test_models_say_what_they_can_do(client):
     assert client.get("/api/models").json()["models"][0]["loaded"]
 
 
+@pytest.mark.parametrize(
+    ("graphs", "fast"),
+    [
+        ({"plain"}, set()),
+        ({"plain", "caching", "cached"}, {"cache_interval"}),
+        ({"plain", "downsampled"}, {"token_downsampling"}),
+        ({"plain", "caching", "cached", "caching-downsampled", "cached-downsampled"}, set(sdonnx.FAST)),
+    ],
+)
+def test_a_model_can_do_what_of_the_fast_preset_it_has_graphs_for(server, graphs, fast):
+    served = server.context.library.default
+    manifest = served.package.manifest
+    unet = replace(manifest.components["unet"], graphs=dict.fromkeys(graphs, "model.onnx"))
+    manifest = replace(manifest, components={**manifest.components, "unet": unet})
+    assert replace(served, package=replace(served.package, manifest=manifest)).fast.keys() == fast
+
+
+def test_the_fast_preset_of_a_model_is_ready_for_a_job(client):
+    (model,) = client.get("/api/models").json()["models"]
+    assert model["fast"] == dict(sdonnx.FAST)
+    assert run(client, prompt="a key", **SIZE, **model["fast"])["request"].items() >= sdonnx.FAST.items()
+
+
+def test_fields_are_those_of_requests_and_limits_those_of_the_server(client, server):
+    reply = client.get("/api/fields").json()
+    fields, defaults = reply["fields"], sdonnx.Request(prompt="")
+    assert list(fields) == list(FIELDS)
+    for name, field in fields.items():
+        default = getattr(defaults, name)
+        assert field["default"] == (list(default) if isinstance(default, tuple) else default)
+        assert field["help"] == FIELDS[name].help
+    assert fields["strength"]["range"] == [0, 1]
+    assert fields["fit"]["choices"] == ["crop", "pad", "stretch"]
+    assert fields["variation"]["range"] is fields["prompt"]["range"] is fields["seed"]["choices"] is None
+    assert reply["limits"]["steps"] == server.context.settings.max_steps
+    for name, key in (("steps", "num_inference_steps"), ("images", "num_images")):
+        refused = client.post("/api/jobs", json={**SIZE, key: reply["limits"][name] + 1})
+        assert refused.status_code == 400
+
+
 def test_every_listed_sampler_and_schedule_is_taken(client, pipeline):
     samplers = client.get("/api/samplers").json()["samplers"]
     assert [each["name"] for each in samplers] == list(SAMPLERS)
@@ -260,12 +330,12 @@ def test_loras_and_embeddings_are_those_of_their_folders(client):
 
 def test_tokens_are_counted_as_the_text_encoder_reads_them(client):
     reply = client.post("/api/tokens", json={"prompt": "a (cat:1.2) <lora:ink:1><lora:no:1>"}).json()
-    assert (reply["count"], reply["chunks"]) == (2, [2])
+    assert (reply["count"], reply["chunks"], reply["texts"]) == (2, [2], ["a cat"])
     assert reply["loras"] == [{"name": "ink", "served": True}, {"name": "no", "served": False}]
     long = client.post("/api/tokens", json={"prompt": "cat " * (reply["length"] + 1)}).json()
-    assert long["chunks"] == [reply["length"], 1]
+    assert (long["chunks"], long["texts"]) == ([reply["length"], 1], [("cat " * reply["length"]).strip(), "cat"])
     broken = client.post("/api/tokens", json={"prompt": "cat BREAK dog"}).json()
-    assert broken["chunks"] == [1, 1]
+    assert (broken["chunks"], broken["texts"]) == ([1, 1], ["cat", "dog"])
 
 
 @pytest.mark.parametrize("path", ["/api/jobs", "/api/plan", "/api/tokens", "/sdapi/v1/txt2img"])

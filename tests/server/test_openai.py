@@ -164,7 +164,7 @@ def test_names_of_openai_stand_for_the_default(client, model):
         ({"extra_body": {"seed": -1}}, "seed", "seed is -1"),
         ({"extra_body": {"sampler": "eular"}}, "sampler", "there is no sampler 'eular'; did you mean euler"),
         ({"extra_body": {"strength": 0.5}}, "strength", "strength requires image"),
-        ({"extra_body": {"steps": 500}}, None, "this server takes at most 200"),
+        ({"extra_body": {"steps": 500}}, "steps", "this server takes at most 200"),
     ],
 )
 def test_bad_requests_name_the_parameter(client, changes, param, message):

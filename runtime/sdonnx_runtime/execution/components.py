@@ -71,6 +71,10 @@ class Components:
             )
         return self._models[key]
 
+    def is_open(self, name: str, variant: str = PLAIN) -> bool:
+        """Whether a component's variant is open."""
+        return (name, variant) in self._models
+
     def find(self, name: str) -> tuple[Package, str]:
         """The package of a component, and its name in there."""
         prefix, slash, component = name.rpartition("/")
@@ -137,6 +141,8 @@ class Runner:
     def __init__(self, components: Components, observer: Observer | None = None) -> None:
         self.components = components
         self._observer = observer
+        self.on_opening: Callable[[str | None], None] | None = None
+        """Is called with the name of a component before it is opened, and with None after that."""
         self._active: Model | None = None
         self._cancelled = False
         self._load: dict[str, float] = defaultdict(float)
@@ -145,7 +151,7 @@ class Runner:
     def __call__(self, name: str, feeds: Mapping[str, AnyArray], variant: str = PLAIN) -> dict[str, AnyArray]:
         """Run a component; returns its outputs by name. Raises as `Session`, `Session.run` and `check_outputs` do."""
         start = time.perf_counter()
-        model = self.components.model(name, variant)
+        model = self._open(name, variant)
         loaded = time.perf_counter()
         self._load[name] += loaded - start
         self._active = model
@@ -161,6 +167,15 @@ class Runner:
         if self._observer is not None:
             self._observer(name, variant, feeds, outputs, seconds)
         return outputs
+
+    def _open(self, name: str, variant: str) -> Model:
+        if self.on_opening is None or self.components.is_open(name, variant):
+            return self.components.model(name, variant)
+        self.on_opening(name)
+        try:
+            return self.components.model(name, variant)
+        finally:
+            self.on_opening(None)
 
     def cancel(self) -> None:
         """Stop the component that runs now, and all later runs; from any thread."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 from sdonnx_runtime.text.prompt_syntax import Fragment, Sections
 from sdonnx_runtime.text.tokenizer import Tokenizer
@@ -36,16 +37,43 @@ def split_into_chunks(tokenizer: Tokenizer, text: Sections) -> list[Chunk]:
     Raises:
         RequestError: as `Tokenizer.ids` does.
     """
-    sections = [_fill_chunks(tokenizer, section) for section in text]
-    if len(sections) > 1 and not sections[-1][0].ids:  # nothing follows the last BREAK
-        sections.pop()
+    sections = _fill_sections(tokenizer, text)
     return [pad_chunk(tokenizer, each.ids, each.weights) for section in sections for each in section]
+
+
+def chunk_texts(tokenizer: Tokenizer, text: Sections) -> list[str]:
+    """The part of a text in each chunk of `split_into_chunks`; a word in two is in the later one. Raises like that."""
+    texts = list[str]()
+    for section, chunks in zip(text, _fill_sections(tokenizer, text), strict=False):
+        whole = "".join(fragment.text for fragment in section)
+        first_tokens = accumulate((len(chunk.ids) for chunk in chunks[:-1]), initial=0)
+        begins = _indices_of(tokenizer, section, list(first_tokens))
+        texts += [whole[begin:end].strip() for begin, end in pairwise([*begins, len(whole)])]
+    return texts
 
 
 def truncate(tokenizer: Tokenizer, text: Sections) -> tuple[Chunk, str]:
     """Make one chunk of a verbatim text, and the rest that doesn't fit; raises like `split_into_chunks`."""
     ids, truncated = tokenizer.encode("".join(fragment.text for section in text for fragment in section))
     return Chunk(ids=ids, weights=(1.0,) * len(ids)), truncated
+
+
+def _fill_sections(tokenizer: Tokenizer, text: Sections) -> list[list[_ChunkBuilder]]:
+    sections = [_fill_chunks(tokenizer, section) for section in text]
+    if len(sections) > 1 and not sections[-1][0].ids:  # nothing follows the last BREAK
+        sections.pop()
+    return sections
+
+
+def _indices_of(tokenizer: Tokenizer, section: Sequence[Fragment], tokens: Sequence[int]) -> list[int]:
+    """The indices in a section's text of the words that have the tokens of these ascending indices."""
+    indices, first, index = list[int](), 0, 0
+    for fragment in section:
+        count = len(tokenizer.ids(fragment.text))
+        within = [token - first for token in tokens if first <= token < first + count]
+        indices += [index + each for each in tokenizer.word_starts(fragment.text, within)]
+        first, index = first + count, index + len(fragment.text)
+    return indices + [index] * (len(tokens) - len(indices))
 
 
 def _fill_chunks(tokenizer: Tokenizer, section: Sequence[Fragment]) -> list[_ChunkBuilder]:

@@ -108,16 +108,21 @@ class Tokenizer:
         """
         ids, room = self.ids(text), self.length - 2
         padded = (self.bos, *ids[:room], self.eos, *[self.pad] * (room - len(ids)))
-        return padded, text[self._word_start(text, room) :]
+        return padded, text[self.word_start(text, room) :]
 
-    def _word_start(self, text: str, token: int) -> int:
+    def word_start(self, text: str, token: int) -> int:
         """The index in the text of the word that has the token of this index; the text's end if there are fewer."""
+        return self.word_starts(text, [token])[0]
+
+    def word_starts(self, text: str, tokens: Sequence[int]) -> list[int]:
+        """`word_start` of several tokens, in ascending order."""
+        starts, known = list[int](), 0
         for begin, offset, ids in self._words(text):
-            token -= len(ids)
-            if token < 0:
-                rest = text[begin:]
-                return begin + bisect_right(range(len(rest) + 1), offset, key=lambda end: len(_clean(rest[:end]))) - 1
-        return len(text)
+            known += len(ids)
+            while len(starts) < len(tokens) and tokens[len(starts)] < known:
+                rest, ends = text[begin:], range(len(text) - begin + 1)
+                starts.append(begin + bisect_right(ends, offset, key=lambda end: len(_clean(rest[:end]))) - 1)
+        return starts + [len(text)] * (len(tokens) - len(starts))
 
     def _words(self, text: str) -> Iterator[Word]:
         begin = 0

@@ -77,7 +77,7 @@ def serve(
     threads: Threads = None,
     memory: Memory = "auto",
 ) -> None:
-    """Serve packages over HTTP: AUTOMATIC1111's API, OpenAI's images API, and sdonnx' own.
+    """Serve packages over HTTP: a page for browsers, AUTOMATIC1111's API, OpenAI's images API, and sdonnx' own.
 
     [dim]sdonnx serve[/dim]
     [dim]sdonnx serve -m sd15-onnx --models ~/packages --lora-dir ~/loras[/dim]
@@ -116,6 +116,7 @@ def serve(
     def print_url(url: str) -> None:
         if not model and not models:
             print_note(_BUNDLED)
-        print_note(f"sdonnx answers at {url} (A1111's API at {url}/sdapi/v1, OpenAI's at {url}/v1); Ctrl-C stops it")
+        print_note(f"sdonnx answers at {url} in a browser; Ctrl-C stops it")
+        print_note(f"A1111's API is at {url}/sdapi/v1, OpenAI's at {url}/v1")
 
     run_server(settings, print_url, SIGNALS.exit_at_once)  # a second signal does not wait

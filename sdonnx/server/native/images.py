@@ -9,15 +9,21 @@ from starlette.responses import JSONResponse, Response
 
 import sdonnx
 from sdonnx.server.context import context_of
+from sdonnx.server.feed import Message
 from sdonnx.server.images import FORMATS, MEDIA_TYPES, StoredImage, convert_png, read_image
 from sdonnx.server.native.recipes import read_recipe
 
 _MOST = 500
 """Images on a page."""
 
+_SIDES = 16, 2048
+"""Pixels of a thumbnail's longer side."""
+
 
 async def list_images(request: Request) -> Response:
-    """List images, the newest first: ``{"images": [image…], "next": name or null}``, an image as `image_json`.
+    """List images, the newest first: ``{"images": [image…], "next": name or null}``.
+
+    An image is as `image_json` has it, with its ``prompt`` (or null).
 
     ``?count=`` is how many (50, at most 500); ``?before=NAME`` goes on behind an image, for which ``next`` is made.
 
@@ -29,25 +35,29 @@ async def list_images(request: Request) -> Response:
     images = await asyncio.to_thread(context.store.latest, count + 1, before=before)
     page = images[:count]
     following = page[-1].name if len(images) > count else None
-    return JSONResponse({"images": [image_json(each) for each in page], "next": following})
+    prompts = await asyncio.to_thread(lambda: [context.store.prompt(each.name) for each in page])
+    listed = [{**image_json(each), "prompt": prompt} for each, prompt in zip(page, prompts, strict=True)]
+    return JSONResponse({"images": listed, "next": following})
 
 
 async def get(request: Request) -> Response:
     """Get an image: the PNG file, or ``?format=jpeg`` or ``webp`` with ``&quality=`` (0 to 100; 90).
 
-    All carry AUTOMATIC1111's parameters, in PNG's text or EXIF's UserComment.
+    ``?side=`` (16 to 2048) makes it smaller: its longer side has at most so many pixels. All carry AUTOMATIC1111's
+    parameters, in PNG's text or EXIF's UserComment.
 
     Raises:
         NotFound: there is no such image.
-        RequestError: there is no such format or quality.
+        RequestError: there is no such format, or quality or side are out of range.
     """
     context = context_of(request)
     form = request.query_params.get("format", "png")
     if form not in FORMATS:
         raise sdonnx.RequestError(f"format is '{form[:100]}'; choose {', '.join(FORMATS)}")
     quality = _number(request.query_params, "quality", 90, 0, 100)
+    side = _number(request.query_params, "side", 320, *_SIDES) if "side" in request.query_params else None
     data = await asyncio.to_thread(context.store.read, request.path_params["name"])
-    data = await asyncio.to_thread(convert_png, data, form, quality=quality)
+    data = await asyncio.to_thread(convert_png, data, form, quality=quality, side=side)
     headers = {"Cache-Control": "private, max-age=31536000, immutable"}
     return Response(data, media_type=MEDIA_TYPES[form], headers=headers)
 
@@ -66,7 +76,9 @@ async def info(request: Request) -> Response:
 async def delete(request: Request) -> Response:
     """Delete an image: 204 without a body. Raises NotFound."""
     context = context_of(request)
-    await asyncio.to_thread(context.store.delete, request.path_params["name"])
+    name = request.path_params["name"]
+    await asyncio.to_thread(context.store.delete, name)
+    context.queue.feed.tell(Message(kind="deleted", data={"name": name}))
     return Response(status_code=204)
 
 

@@ -19,7 +19,7 @@ from sdonnx.server.native.bodies import read_object
 from sdonnx.server.native.generations import KEYS, parse_generation
 from sdonnx.server.requests import EVENT_HEADERS
 
-_KEEP_ALIVE = 15.0
+KEEP_ALIVE = 15.0
 """Seconds between comments in a quiet stream of events, for proxies that close idle connections."""
 
 _CANCEL_SECONDS = 5.0
@@ -95,16 +95,17 @@ async def follow(request: Request) -> Response:
 
 
 async def _stream(job: Job, after: int) -> AsyncIterator[str]:
-    async for batch in job.batches(after, quiet=_KEEP_ALIVE):
+    async for batch in job.batches(after, quiet=KEEP_ALIVE):
         yield "".join(_event_text(job, event) for event in batch) or ": keep-alive\n\n"
 
 
 def _event_text(job: Job, event: Event) -> str:
-    data = {**event.data, "url": _preview_url(job, event.data["number"])} if event.kind == "preview" else event.data
+    data = {**event.data, "url": preview_url(job, event.data["number"])} if event.kind == "preview" else event.data
     return f"id: {event.number}\nevent: {event.kind}\ndata: {json.dumps(data)}\n\n"
 
 
-def _preview_url(job: Job, number: int) -> str:
+def preview_url(job: Job, number: int) -> str:
+    """The path of a job's preview, a new one for each step."""
     return f"/api/jobs/{job.id}/preview?number={number}"
 
 
@@ -137,8 +138,9 @@ def job_json(job: Job, context: Context) -> dict[str, Any]:
     Its keys: ``id``, ``state`` (queued, running, done, failed, cancelled), ``model``, ``position`` (1 is the next job;
     null if it does not wait), ``created``, ``started``, ``ended`` (seconds since 1970 or null), ``progress`` (0 to 1),
     ``eta`` (seconds or null), ``seconds_per_step``, ``image`` (from 0), ``num_images``, ``step`` (done ones),
-    ``num_steps``, ``decoding``, ``preview`` (a URL or null), ``images`` (as `image_links`), ``seeds``, ``error`` (text
-    or null), ``request`` (every field of `Request` but its images, with every choice made).
+    ``num_steps``, ``loading`` (the component that is being loaded, or null), ``decoding``, ``preview`` (a URL or null),
+    ``images`` (as `image_links`), ``seeds``, ``error`` (text or null), ``request`` (every field of `Request` but its
+    images, with every choice made).
     """
     waiting = context.queue.waiting
     return {
@@ -156,8 +158,9 @@ def job_json(job: Job, context: Context) -> dict[str, Any]:
         "num_images": job.request.num_images,
         "step": job.step,
         "num_steps": job.num_steps,
+        "loading": job.loading,
         "decoding": job.is_decoding and not job.state.is_final,
-        "preview": None if job.preview is None else _preview_url(job, job.preview.number),
+        "preview": None if job.preview is None else preview_url(job, job.preview.number),
         "images": image_links(job.files),
         "seeds": job.request.seeds,
         "error": None if job.error is None else str(job.error),

@@ -1,6 +1,7 @@
-"""What may be chosen: ``/api/models``, ``/api/samplers``, ``/api/schedules``, ``/api/loras``, ``/api/embeddings``."""
+"""What may be chosen: packages, fields, samplers, schedules, LoRAs, embeddings."""
 
 import asyncio
+import dataclasses
 from importlib.metadata import version
 from typing import Any
 
@@ -9,6 +10,7 @@ from sdonnx_runtime.denoising.control import describe_control
 from sdonnx_runtime.outputs.metadata import A1111_SCHEDULES
 from sdonnx_runtime.packages.concat import CONCAT
 from sdonnx_runtime.packages.manifest import Manifest
+from sdonnx_runtime.request import FIELDS
 from sdonnx_runtime.sampling.registry import A1111_NAMES, SAMPLERS
 from sdonnx_runtime.sampling.sigmas import SCHEDULES
 from starlette.requests import Request
@@ -24,13 +26,30 @@ async def models(request: Request) -> Response:
 
     A model has ``name``, ``title`` (the name with its digest), ``family``, ``default`` and ``loaded`` (booleans),
     ``defaults`` (width, height, num_inference_steps, guidance_scale, sampler, and enlarge, the factor by which the
-    command line saves its images larger), ``preview`` (whether it has them), ``multiple`` (of its sides, pixels),
-    ``tasks`` and ``requires`` (image fields). A VAE has ``name`` and ``title``, a control also ``kind`` and
-    ``description``.
+    command line saves its images larger), ``fast`` (fields of a job that trade quality for speed), ``preview`` (whether
+    it has them), ``multiple`` (of its sides, pixels), ``tasks`` and ``requires`` (image fields). A VAE has ``name`` and
+    ``title``, a control also ``kind`` and ``description``.
     """
     context = context_of(request)
     await asyncio.to_thread(context.library.refresh)
     return JSONResponse(await asyncio.to_thread(_describe_packages, context.library))
+
+
+async def fields(request: Request) -> Response:
+    """List a job's fields and this server's limits: ``{"fields": {name: field}, "limits"}``.
+
+    A field has ``help``, ``default``, ``range`` (``[low, high]`` of a number) and ``choices`` (of a text); each of them
+    may be null. The limits are ``steps``, ``images``, ``pixels``, ``prompt`` (characters) and ``body`` (bytes).
+    """
+    settings = context_of(request).settings
+    limits = {
+        "steps": settings.max_steps,
+        "images": settings.max_images,
+        "pixels": settings.max_pixels,
+        "prompt": settings.max_prompt,
+        "body": settings.max_body,
+    }
+    return JSONResponse({"fields": {name: _describe_field(name) for name in FIELDS}, "limits": limits})
 
 
 async def samplers(_: Request) -> Response:
@@ -91,11 +110,26 @@ def _describe_model(model: ServedPackage, library: Library) -> dict[str, Any]:
             "sampler": defaults.sampler,
             "enlarge": defaults.enlarge,
         },
+        "fast": dict(model.fast),
         "preview": manifest.latents.preview is not None,
         "multiple": manifest.latents.downscale,
         "tasks": _tasks(manifest),
         "requires": required,
     }
+
+
+def _describe_field(name: str) -> dict[str, Any]:
+    field, is_number = FIELDS[name], FIELDS[name].kind in (int, float) and not FIELDS[name].many
+    return {
+        "help": field.help,
+        "default": _DEFAULTS[name],
+        "range": field.ranges[0] if is_number and field.ranges else None,
+        "choices": field.choices or None,
+    }
+
+
+_DEFAULTS = {each.name: each.default for each in dataclasses.fields(sdonnx.Request)} | {"prompt": ""}
+"""A job without a prompt has an empty one."""
 
 
 def _tasks(manifest: Manifest) -> list[str]:

@@ -22,7 +22,7 @@ async def plan(request: Request) -> Response:
     The reply has ``width``, ``height`` (of the images), ``num_images``, ``num_steps`` (of each), ``memory`` (``peak``,
     ``smallest`` that would do, ``room`` that the server has, in bytes or null; ``fits``; ``components``, each with
     ``name`` and ``peak``), ``seconds`` (or null) and ``seconds_from``: ``measured`` from the latest job of the kind,
-    ``estimated`` from the model's operations, null.
+    ``estimated`` from the model's operations, null; ``estimated_seconds`` is that estimate in any case.
 
     Raises:
         RequestError, NotFound: as for a job, but not if the memory is too little.
@@ -39,7 +39,8 @@ def _plan(generation: Generation, queue: JobQueue) -> dict[str, Any]:
     resolved = forecast.resolved
     largest = resolved.passes[-1]
     measured = _measured_seconds(generation, forecast, queue)
-    seconds = _estimated_seconds(forecast, queue) if measured is None else measured
+    estimated = _estimated_seconds(forecast, queue)
+    seconds = estimated if measured is None else measured
     source = "measured" if measured is not None else "estimated"
     return {
         "width": largest.width,
@@ -54,6 +55,7 @@ def _plan(generation: Generation, queue: JobQueue) -> dict[str, Any]:
             "components": [{"name": each.component, "peak": each.peak} for each in forecast.components],
         },
         "seconds": seconds,
+        "estimated_seconds": estimated,
         "seconds_from": None if seconds is None else source,
     }
 

@@ -28,6 +28,8 @@ _NOT_FIELDS = (*IMAGE_FIELDS, "controls")
 async def info(request: Request) -> Response:
     """Read the parameters of an image: POST the file itself, or ``{"image": base64}`` as application/json.
 
+    ``{"infotext": text}`` reads AUTOMATIC1111's text alone; ``width`` and ``height`` are null then.
+
     The reply has ``width`` and ``height`` of the image, ``source`` (sdonnx, a1111, or null where there are no
     parameters), ``fields`` (of `Request`, ready for a job; those with their default are left out), ``model`` and
     ``vae`` (by their served names; null if they are not served), ``controls`` (as in the PNG's JSON, without images)
@@ -39,7 +41,10 @@ async def info(request: Request) -> Response:
     context = context_of(request)
     max_pixels = context.settings.max_pixels
     if request.headers.get("content-type", "").startswith("application/json"):
-        data = await read_object(request, ("image",))
+        data = await read_object(request, ("image", "infotext"))
+        if "infotext" in data:
+            text = take(data, "infotext", str, "")
+            return JSONResponse(await asyncio.to_thread(_describe, text, None, None, context.library))
         image = await asyncio.to_thread(decode_image, take(data, "image", str, ""), "image", max_pixels=max_pixels)
     else:
         image = await asyncio.to_thread(read_image, await request.body(), "the image", max_pixels=max_pixels)
@@ -48,8 +53,12 @@ async def info(request: Request) -> Response:
 
 def read_recipe(image: Image.Image, library: Library) -> dict[str, Any]:
     """Read the parameters of an image, as `info` replies."""
-    text = read_infotext(image)
-    recipe = _read_own(image.info.get("sdonnx"))
+    return _describe(read_infotext(image), _read_own(image.info.get("sdonnx")), image.size, library)
+
+
+def _describe(
+    text: str | None, recipe: dict[str, Any] | None, size: tuple[int, int] | None, library: Library
+) -> dict[str, Any]:
     family = library.default.package.manifest.family
     if recipe is None and text is not None:
         settings = parse_infotext(text)
@@ -59,7 +68,8 @@ def read_recipe(image: Image.Image, library: Library) -> dict[str, Any]:
     empty: dict[str, Any] = {"source": None, "fields": {}, "model": None, "vae": None, "controls": []}
     found: dict[str, Any] = recipe or empty
     found |= {"model": _served_name(found["model"], library.models), "vae": _served_name(found["vae"], library.vaes)}
-    return {"width": image.width, "height": image.height, **found, "infotext": text}
+    width, height = size or (None, None)
+    return {"width": width, "height": height, **found, "infotext": text}
 
 
 def _served_name(name: str | None, packages: Iterable[ServedPackage]) -> str | None:

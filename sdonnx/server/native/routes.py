@@ -2,12 +2,15 @@
 
 from starlette.routing import Route
 
-from sdonnx.server.native import images, jobs, listings, plans, recipes, tokens
+from sdonnx.server.native import events, images, jobs, listings, plans, recipes, sessions, tokens
 
 
 def routes() -> list[Route]:
     """The routes, each with its method."""
     return [
+        Route("/api/session", sessions.sign_in, methods=["POST"]),
+        Route("/api/session", sessions.sign_out, methods=["DELETE"]),
+        Route("/api/events", events.follow, methods=["GET"]),
         Route("/api/jobs", jobs.create, methods=["POST"]),
         Route("/api/jobs", jobs.list_jobs, methods=["GET"]),
         Route("/api/jobs/{id}", jobs.get, methods=["GET"]),
@@ -22,6 +25,7 @@ def routes() -> list[Route]:
         Route("/api/plan", plans.plan, methods=["POST"]),
         Route("/api/tokens", tokens.count, methods=["POST"]),
         Route("/api/models", listings.models, methods=["GET"]),
+        Route("/api/fields", listings.fields, methods=["GET"]),
         Route("/api/samplers", listings.samplers, methods=["GET"]),
         Route("/api/schedules", listings.schedules, methods=["GET"]),
         Route("/api/loras", listings.loras, methods=["GET"]),

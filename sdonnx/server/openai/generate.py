@@ -4,8 +4,6 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from sdonnx_runtime.denoising.step_cache import unet_graphs
-from sdonnx_runtime.packages.package import Package
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -49,7 +47,7 @@ async def _generate(
     context = context_of(request)
     model = find_model(context.library, parameters.model)
     with naming():
-        speed: Mapping[str, Any] = _fast_fields(model.package) if parameters.quality == "low" else {}
+        speed: Mapping[str, Any] = model.fast if parameters.quality == "low" else {}
         generation = Generation(
             request=sdonnx.Request(**parameters.fields, **images, **speed),
             selection=Selection(model=model.name),
@@ -60,11 +58,3 @@ async def _generate(
         return ImageStream(context, job, parameters, event)
     await wait_for(request, job)
     return JSONResponse(await asyncio.to_thread(images_reply, request, job, parameters))
-
-
-def _fast_fields(package: Package) -> Mapping[str, Any]:
-    """`FAST`, unless the package lacks graphs for it, as those that optimum exported do."""
-    fast = sdonnx.Request(prompt="", **sdonnx.FAST)
-    needed = unet_graphs(fast.cache_interval, token_downsampling=fast.token_downsampling)
-    has_graphs = {each.name for each in needed} <= package.manifest.components["unet"].graphs.keys()
-    return sdonnx.FAST if has_graphs else {}

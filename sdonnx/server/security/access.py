@@ -4,6 +4,7 @@ A page on the Internet can reach a server on its visitor's machine: by a host na
 rebinding), or by requests that a browser sends for it. So both Host and Origin are checked.
 """
 
+import asyncio
 import base64
 import binascii
 import hmac
@@ -11,7 +12,7 @@ import ipaddress
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from starlette.datastructures import Headers
 
@@ -19,7 +20,10 @@ import sdonnx
 from sdonnx.server.settings import LOOPBACK, Settings
 
 COOKIE = "sdonnx_token"
-"""The name of the cookie that may hold the token."""
+"""The name of the cookie that may hold the token, as it is or percent-encoded."""
+
+GUESS_SECONDS = 0.5
+"""How much longer the answer to a wrong token takes."""
 
 _AUTHORITY = re.compile(r"(?P<host>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:(?P<port>\d{1,5}))?", re.IGNORECASE | re.ASCII)
 _NAME = re.compile(r"[a-z0-9._-]+", re.ASCII)
@@ -72,12 +76,26 @@ class Access:
         """Whether a page of this origin, elsewhere, may use the server."""
         return origin.lower() in self.origins or ("*" in self.origins and origin != "null")
 
+    def is_token(self, given: str) -> bool:
+        """Whether a text is the token."""
+        return self.token is not None and hmac.compare_digest(given.encode("utf-8", "surrogatepass"), self.token)
+
     def allows_token(self, headers: Headers, *, is_foreign: bool = False) -> bool:
         """Whether a request has the token, or needs none; a cookie does not count of a foreign page."""
         if self.token is None:
             return True
         matches = [hmac.compare_digest(each, self.token) for each in _tokens(headers, with_cookies=not is_foreign)]
         return any(matches)
+
+
+async def delay_guesses() -> None:
+    """Wait before a wrong token is answered; others are not held up."""
+    await asyncio.sleep(GUESS_SECONDS)
+
+
+def gives_token(headers: Headers) -> bool:
+    """Whether a request has a token, be it right or wrong."""
+    return any(_tokens(headers, with_cookies=True))
 
 
 def is_loopback_host(host: str) -> bool:
@@ -148,6 +166,7 @@ def _tokens(headers: Headers, *, with_cookies: bool) -> Iterable[bytes]:
             name, _, given = cookie.strip().partition("=")
             if name == COOKIE:
                 yield given.strip('"').encode("latin-1")
+                yield unquote_to_bytes(given.encode("latin-1"))
 
 
 def _is_address(host: str) -> bool:

@@ -10,10 +10,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import sdonnx
 from sdonnx.server.errors import error_response
-from sdonnx.server.security.access import Access, is_same_origin, parse_authority
+from sdonnx.server.security.access import Access, delay_guesses, gives_token, is_same_origin, parse_authority
 
-OPEN_PATHS = ("/health", "/v1/images/files/")
-"""Beginnings of paths that require no token: those of files have random names."""
+OPEN_PATHS = ("/", "/health", "/api/session")
+"""Paths that require no token: the page has no secrets."""
+
+OPEN_FOLDERS = ("/page/", "/v1/images/files/")
+"""Beginnings of such paths: images' files have random names."""
 
 BODY_TIMEOUT = 120.0
 """Seconds in which a request's body has to come."""
@@ -80,9 +83,11 @@ class Guard:
             send = _with_cors(send, "*" if "*" in access.origins else origin)
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
                 refusal = _preflight(headers)
-        is_open = path.startswith(OPEN_PATHS)
+        is_open = path in OPEN_PATHS or path.startswith(OPEN_FOLDERS)
         if refusal is None and not is_open and not access.allows_token(headers, is_foreign=is_foreign):
-            refusal = _unauthorized(path)
+            if gives_token(headers):
+                await delay_guesses()
+            refusal = _unauthorized(path, headers)
         await (self._app if refusal is None else refusal)(scope, receive, send)
 
 
@@ -159,10 +164,14 @@ def _too_slow(scope: Scope) -> Response:
     return error_response(scope["path"], 408, "the body came too slowly; try again", {"Connection": "close"})
 
 
-def _unauthorized(path: str) -> Response:
-    scheme = 'Bearer realm="sdonnx"' if path.startswith("/v1/") else 'Basic realm="sdonnx", charset="UTF-8"'
+def _unauthorized(path: str, headers: Headers) -> Response:
+    """Ask for the token: browsers show a dialog of their own for Basic, which a page's scripts don't want."""
+    scheme = 'Basic realm="sdonnx", charset="UTF-8"'
+    if path.startswith(("/v1/", "/api/")):
+        scheme = 'Bearer realm="sdonnx"'
+    is_of_script = headers.get("sec-fetch-dest") == "empty"
     text = "this server requires its token, as Bearer token or as the password of Basic authentication"
-    return error_response(path, 401, text, {"WWW-Authenticate": scheme})
+    return error_response(path, 401, text, None if is_of_script else {"WWW-Authenticate": scheme})
 
 
 def _preflight(headers: Headers) -> Response:

@@ -5,7 +5,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from sdonnx_runtime.text.chunks import pad_chunk, split_into_chunks
+from sdonnx_runtime.text.chunks import chunk_texts, pad_chunk, split_into_chunks
 from sdonnx_runtime.text.prompt_schedule import StepPrompts, step_prompts
 from sdonnx_runtime.text.prompt_syntax import Fragment, LoraTag, parse_prompt, sections
 from sdonnx_runtime.text.tokenizer import Tokenizer
@@ -192,6 +192,33 @@ def test_a_chunk_has_75_tokens(tokenizer):
     for count, sizes in ((0, [0]), (1, [1]), (75, [75]), (76, [75, 1]), (151, [75, 75, 1])):
         assert spelled(tokenizer, "cat " * count) == [([cat] * size, [1.0] * size) for size in sizes]
     assert split_into_chunks(tokenizer, sections("")) == [pad_chunk(tokenizer)]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "",
+        "cat",
+        "a (cat:1.2), [dog] \\(in a box\\) " * 20,
+        "  Ünïcode, “quotes” and\n日本 " * 9,
+        "cat BREAK dog, " + "a bird " * 60 + "BREAK",
+        "cat, " * 60,
+    ],
+)
+def test_the_texts_of_chunks_have_their_tokens(tokenizer, prompt):
+    parts = chunk_texts(tokenizer, sections(prompt))
+    assert [tokenizer.ids(part) for part in parts] == [ids for ids, _ in spelled(tokenizer, prompt)]
+
+
+def test_the_texts_of_chunks_are_as_they_were_written(tokenizer):
+    prompt = "A Cat, " * 20 + "(NO:1.3)  Dog, " * 12
+    assert " ".join(chunk_texts(tokenizer, sections(prompt))) == ("A Cat, " * 20 + "NO  Dog, " * 12).strip()
+
+
+def test_a_word_in_two_chunks_is_in_the_text_of_the_later(tokenizer):
+    word = "q" * 30
+    assert len(tokenizer.ids(word)) > 5
+    assert chunk_texts(tokenizer, sections("cat " * 73 + word)) == [("cat " * 73).strip(), word]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import { NO_INPUTS, recallInputs } from "./store.js"
 /** @import {Recipe, StoredImage} from "./api.js" */
 
 const dialog = find("viewer", HTMLDialogElement)
-const picture = find("viewed", HTMLImageElement)
+const shown = find("viewed", HTMLImageElement)
 const link = find("viewed-link", HTMLAnchorElement)
 const actions = find("viewer-actions", HTMLDivElement)
 const failure = find("viewer-error", HTMLParagraphElement)
@@ -112,10 +112,10 @@ function show(image) {
   actions.inert = link.hidden = !image
   find("recipe", HTMLDListElement).replaceChildren()
   if (!image) return
-  link.href = picture.src = image.url
-  picture.alt = String(image.fields.prompt ?? "The image")
-  picture.width = image.width
-  picture.height = image.height
+  link.href = shown.src = image.url
+  shown.alt = String(image.fields.prompt ?? "The image")
+  shown.width = image.width
+  shown.height = image.height
   useImage.hidden = !takes("image")
   find("newer", HTMLButtonElement).disabled = !neighbour(-1)
   find("older", HTMLButtonElement).disabled = !neighbour(1)

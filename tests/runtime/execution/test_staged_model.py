@@ -21,6 +21,7 @@ from sdonnx_runtime.execution.strategy import ExecutionPlan, ExecutionStrategy
 from sdonnx_runtime.graphs import shape_inference as shapes
 from sdonnx_runtime.graphs import split_convs
 from sdonnx_runtime.graphs.partition import read_stages
+from sdonnx_runtime.memory.constants import MERGE_LINEAR
 from sdonnx_runtime.memory.estimates import merging_bytes
 from sdonnx_runtime.memory.planner import Plan
 from sdonnx_runtime.packages.package import Package
@@ -141,7 +142,9 @@ def test_merging_a_lora_takes_the_planned_memory(precision, layer, made, tmp_pat
         traced.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     planned = max(merging_bytes(stage, frozenset(changes))[1] for stage in stages)
-    assert 0.65 * planned < max(traced) < 1.1 * planned  # fp32 takes 2.3 of the 3.25 arrays: it is not converted
+    is_narrow = layer != "conv1" and precision in ("fp32", "fp16", "int8")  # they take an array less than the plan's
+    needed = planned * (1 - 1 / MERGE_LINEAR) if is_narrow else planned
+    assert 0.9 * needed < max(traced) < 1.1 * needed
 
 
 @pytest.mark.parametrize("adapted", [False, True])

@@ -103,7 +103,7 @@ def test_slow_headers(server, monkeypatch):
         b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"x: " + b"y" * (1 << 20) + b"\r\n\r\n",
         b"GET /missing HTTP/9.9\r\nHost: localhost\r\n\r\n",
         b"GET /\x00 HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        b"POST /missing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /missing HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     ],
 )

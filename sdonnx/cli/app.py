@@ -19,7 +19,7 @@ from sdonnx.cli.commands.plan import plan
 from sdonnx.cli.commands.run import run
 from sdonnx.cli.commands.sensitivity import sensitivity
 from sdonnx.cli.commands.serve import serve
-from sdonnx.cli.console import OUT_OF_MEMORY, err, log_handler, out
+from sdonnx.cli.console import OUT_OF_MEMORY, LogHandler, err, out
 from sdonnx.cli.signals import run_until_signal
 from sdonnx.cli.streams import OutputError, one_line, prepare_streams
 
@@ -57,7 +57,7 @@ def main() -> None:
     An error becomes one line on stderr and an exit code: 2 for usage, 1 for the rest, 128 plus its number for a signal.
     """
     prepare_streams()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[log_handler()])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[LogHandler()])
     try:
         run_until_signal(app, clean_up=delete_remaining)
     except sdonnx.RequestError as error:

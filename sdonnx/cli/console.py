@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.table import Table
@@ -43,9 +42,12 @@ err = _EscapingConsole(stderr=True, markup=False, emoji=False)
 OUT_OF_MEMORY = "out of memory; choose a smaller size"
 
 
-def log_handler() -> logging.Handler:
-    """Print the libraries' warnings on stderr."""
-    return RichHandler(console=err, show_time=False, show_path=False, markup=False)
+class LogHandler(logging.Handler):
+    """Prints log records on stderr, above a progress bar; a line is never wrapped."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record; its text is not measured, since rich remembers the words that it measured."""
+        err.out(f"{record.levelname:8} {self.format(record)}", highlight=False)
 
 
 @contextmanager

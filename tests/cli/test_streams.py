@@ -1,6 +1,7 @@
 """Output in any encoding, and to streams that are full, closed, or that nobody reads; names that control a terminal."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -8,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.cells import cached_cell_len
 from support.cli import run_cli, start_cli
 
+from sdonnx.cli import console
 from sdonnx.cli.streams import escape_controls, ignore_impossible_sizes, one_line
 
 on_linux = pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
@@ -117,6 +120,14 @@ def test_names_do_not_control_the_terminal(package, tmp_path):
         shown = ran.stdout + ran.stderr
         assert "\\x1b[31m" in shown
         assert not any(each in shown for each in ("\x1b", "\r", "\u202e", "\nerror: c"))
+
+
+def test_lines_of_a_log_are_not_wrapped_and_not_remembered(capsys, monkeypatch):
+    monkeypatch.setattr(console, "err", type(console.err)(stderr=True, width=40))
+    remembered, text = cached_cell_len.cache_info().currsize, "job 1b2c done after 1.3 s\x1b[31m " + "x" * 100
+    console.LogHandler().emit(logging.LogRecord("sdonnx", logging.WARNING, "", 0, text, (), None))
+    assert capsys.readouterr().err == f"WARNING  {escape_controls(text)}\n"
+    assert cached_cell_len.cache_info().currsize == remembered
 
 
 def test_sizes_that_no_terminal_has():

@@ -13,6 +13,8 @@ General layout:
     Request, Control, Lora, FAST  what to generate
     Stream, Progress              one generation, step by step
     Result, Timings, save_png     its images
+    make_grid                     all of them in one
+    load_upscaler, Upscaler       opens an upscaler's package, and enlarges images with it
     Plan, ComponentPlan           predicted memory and time
     SdonnxError                   the root of RequestError, PackageError, DeviceError and ExportError
 """

@@ -4,6 +4,7 @@ from sdonnx_runtime.adapters.lora import Lora
 from sdonnx_runtime.errors import DeviceError, ExportError, PackageError, RequestError, SdonnxError
 from sdonnx_runtime.execution.timings import Timings
 from sdonnx_runtime.generation import Progress
+from sdonnx_runtime.images.grid import make_grid
 from sdonnx_runtime.memory.planner import ComponentPlan, Plan
 from sdonnx_runtime.outputs.metadata import save_png
 from sdonnx_runtime.packages.package import Package
@@ -11,8 +12,9 @@ from sdonnx_runtime.pipeline import Pipeline
 from sdonnx_runtime.request import FAST, Control, Request
 from sdonnx_runtime.result import Result
 from sdonnx_runtime.stream import Stream
+from sdonnx_runtime.upscaler import Upscaler
 
-from sdonnx.loading import load
+from sdonnx.loading import load, load_upscaler
 
 __all__ = [
     "FAST",
@@ -32,6 +34,9 @@ __all__ = [
     "SdonnxError",
     "Stream",
     "Timings",
+    "Upscaler",
     "load",
+    "load_upscaler",
+    "make_grid",
     "save_png",
 ]

@@ -10,6 +10,7 @@ from sdonnx_runtime.memory.budget import AUTO
 from sdonnx_runtime.outputs.staging import remove_stale
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.pipeline import Pipeline
+from sdonnx_runtime.upscaler import Upscaler
 
 _HUB_FILES = ("*.json", "*.txt", "*.onnx", "*.onnx_data", "*.onnx.data")
 
@@ -27,6 +28,7 @@ def load(
     lora_folder: str | Path | None = None,
     embeddings: Sequence[Path | str | tuple[Path | str, str | None]] = (),
     controls: Sequence[str | Path] = (),
+    upscaler: str | Path | None = None,
 ) -> Pipeline:
     """Open a package as a `Pipeline`; its components are loaded when they are first used.
 
@@ -44,6 +46,7 @@ def load(
         embeddings: textual inversion files, each with a trigger word unless the file names one; see
             `Pipeline.set_embeddings`.
         controls: ControlNet and T2I-Adapter packages; a request has a `Control` for each.
+        upscaler: an upscaler package, which enlarges images between the passes of hires fix.
 
     Raises:
         PackageError: a package does not exist, is damaged, or does not fit the model.
@@ -60,10 +63,29 @@ def load(
         refiner=None if refiner is None else Package.open(find_model(refiner)),
         lora_folder=None if lora_folder is None else Path(lora_folder),
         controls=[Package.open(find_model(control)) for control in controls],
+        upscaler=None if upscaler is None else Package.open(find_model(upscaler)),
     )
     pipeline.set_loras(loras)
     pipeline.set_embeddings(embeddings)
     return pipeline
+
+
+def load_upscaler(
+    model: str | Path, *, device: str = "auto", threads: int | None = None, memory: str | int = AUTO
+) -> Upscaler:
+    """Open an upscaler's package as an `Upscaler`; the model is loaded for each image.
+
+    Args:
+        model: the directory of a package, or its Hub id.
+        device: auto (the fastest available), cuda, directml or cpu.
+        threads: CPU threads; None is the number of physical cores.
+        memory: memory limit of the process, as of `load`; tiles are as large as it allows.
+
+    Raises:
+        PackageError: the package does not exist, is damaged, or is of another kind.
+        RequestError: ``threads`` or ``memory`` is invalid.
+    """
+    return Upscaler(Package.open(find_model(model)), device=device, threads=threads, memory=memory)
 
 
 def find_model(model: str | Path) -> Path:

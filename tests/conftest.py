@@ -159,6 +159,16 @@ def control(checkpoint, export_once, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def upscaler(export_once, tmp_path_factory):
+    """An upscaler by 4, as a module of torch, and its package."""
+    from support.upscalers import compact  # with torch
+
+    directory = tmp_path_factory.mktemp("upscaler")
+    model = compact(directory / "sharp.safetensors", scale=4)
+    return model, export_once(directory / "sharp.safetensors", directory / "sharp-onnx")
+
+
+@pytest.fixture(scope="session")
 def opened(export_once, tmp_path_factory):
     """A pipeline of diffusers of those in PROMPTED, and our package of it, opened; made once."""
     from support import families

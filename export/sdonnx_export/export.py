@@ -78,7 +78,8 @@ def export(
         via: ``native`` (written graphs, no torch) or ``optimum`` (traced by optimum-onnx).
         calibration: what int8 takes its ranges from: full or fast (a trajectory for each of the prompts that come
             with sdonnx, or for the first of them), none (ranges are found while running, and fewer layers are int8),
-            or a file with one prompt per line. A VAE alone has no prompts: full and fast are images of random colors.
+            or a file with one prompt per line. A VAE alone and an upscaler have no prompts: full and fast are images
+            of random colors.
             A ControlNet or T2I-Adapter can't be calibrated without a model: its larger convolutions compute in
             float32.
         defaults: fields of `Defaults` that suit the model and that its configs don't have.
@@ -136,7 +137,7 @@ def _export_native(
 ) -> Manifest:
     """Write the components to ``directory``, after calibration where a layer is int8."""
     ranges = None
-    if "int8" in _layer_precisions(checkpoint, precision) and "vae" in checkpoint.parts:
+    if "int8" in _layer_precisions(checkpoint, precision) and checkpoint.parts.keys() & {"upscaler", "vae"}:
         parsed = Calibration.parse(calibration)
         ranges = _calibrate(checkpoint, precision, parsed, _calibration_cache(output), defaults, report)
     files = write_components(directory, checkpoint, partial(_build_graphs, checkpoint, precision, ranges), report)

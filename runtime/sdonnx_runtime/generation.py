@@ -11,6 +11,7 @@ from PIL import Image
 from sdonnx_runtime.adapters.merging import Adapters
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.denoising.control import ControlledUNet, component_prefix, make_control
+from sdonnx_runtime.denoising.decoding import decode
 from sdonnx_runtime.denoising.denoiser import Model, PerStepModel, inpaint_denoiser, predict_x0, refiner_handoff
 from sdonnx_runtime.denoising.init_image import (
     ConcatImages,
@@ -19,14 +20,13 @@ from sdonnx_runtime.denoising.init_image import (
     apply_overlay,
     concat_latents,
     encode_concat_images,
-    encode_image,
     encode_init_image,
-    resize_latents,
 )
 from sdonnx_runtime.denoising.step_cache import DeepCache, RunUNetGraph, unet_graphs
 from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.execution.components import REFINER, Runner
 from sdonnx_runtime.execution.strategy import ExecutionPlan
+from sdonnx_runtime.hires import upscale_images, upscale_latents
 from sdonnx_runtime.images.preprocess import to_images
 from sdonnx_runtime.packages.manifest import Manifest
 from sdonnx_runtime.packages.package import Package
@@ -94,13 +94,16 @@ class Models:
     """The packages and adapters of a generation, and what runs them."""
 
     run: Runner
-    """Runs the components of all packages; a refiner's have the prefix REFINER, a control's `component_prefix`."""
+    """Runs the components of all packages; a refiner's have the prefix REFINER, a control's `component_prefix`, an
+    upscaler's UPSCALER."""
     package: Package
     scheduler: SchedulerConfig
     """The package's."""
     refiner: Package | None = None
     """The package whose U-Net takes the last steps."""
     controls: Sequence[Package] = ()
+    upscaler: Package | None = None
+    """Enlarges images between the passes."""
     adapters: Adapters = field(default_factory=Adapters)
 
     @property
@@ -156,7 +159,10 @@ def generate_images(
         one_pass = replace(request, hires_scale=None, hires_strength=None, hires_steps=None, hires_upscaler=None)
         latents, seconds = np.empty(0, np.float32), list[float]()
         for index in range(len(resolved.passes)):
-            states = [init] * request.num_images if index == 0 else _upscale(models, resolved, index, latents)
+            if index == 0:
+                states: Sequence[InitImage | InitLatents | None] = [init] * request.num_images
+            else:
+                states = _second_states(models, resolved, index, latents)
             conditioning = PassConditioning(
                 texts={prefix: each[index] for prefix, each in encoded.items()}, concat=concats[index], init=init
             )
@@ -217,21 +223,17 @@ def _denoise_pass(
     return np.concatenate(all_latents)
 
 
-def _upscale(
+def _second_states(
     models: Models, resolved: ResolvedRequest, index: int, latents: Array
-) -> list[InitImage | InitLatents | None]:
+) -> Sequence[InitImage | InitLatents]:
     """Upscale the latents (N, C, h, w) of the first pass to the start of each image of the second."""
-    run, space, second = models.run, models.manifest.latents, resolved.passes[index]
-    if resolved.request.hires_upscaler == "latent":
-        height, width = second.latent_shape(space)[2:]
-        return [InitLatents(latents=resize_latents(each[None], height, width)) for each in latents]
+    second, upscaler = resolved.passes[index], resolved.request.hires_upscaler
+    if upscaler == "latent":
+        return upscale_latents(latents, second, models.manifest.latents)
     models.unload_base()
-    images = decode(run, models.manifest, latents)
-    run.components.unload("vae_decoder")
-    larger = [image.resize((second.width, second.height), Image.Resampling.LANCZOS) for image in images]
-    encoded = [InitImage(space=space, moments=encode_image(run, image), image=image) for image in larger]
-    run.components.unload("vae_encoder")
-    return [*encoded]
+    models.run.components.unload(f"{REFINER}unet")
+    package = models.upscaler if models.upscaler is not None and upscaler == models.upscaler.name else None
+    return upscale_images(models.run, models.manifest, latents, second, package)
 
 
 def _denoise_image(
@@ -337,11 +339,3 @@ def _make_denoiser(models: Models, resolved: ResolvedRequest, step_models: Seque
         model = refiner_handoff(model, refiner[0], resolved.refiner_timestep, models.unload_base)
     limit = None if sampler == "ddim" else clip_or_threshold_x0(scheduler, sampler)
     return predict_x0(model, scheduler.prediction_type, limit)
-
-
-def decode(run: Runner, manifest: Manifest, latents: Array) -> tuple[Image.Image, ...]:
-    """Decode latents, (N, C, h, w), one image after another."""
-    space = manifest.latents
-    unscaled = latents / np.float32(space.scaling_factor) + np.float32(space.shift_factor)
-    outputs = [run("vae_decoder", {"latent_sample": each[None]}) for each in unscaled]
-    return to_images(np.concatenate([values for each in outputs for values in each.values()]))

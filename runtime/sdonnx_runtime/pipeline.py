@@ -14,17 +14,20 @@ from sdonnx_runtime.adapters.adapter_set import AdapterSet
 from sdonnx_runtime.adapters.lora import AnyLora
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.denoising.control import check_control, component_prefix
+from sdonnx_runtime.denoising.decoding import decode
 from sdonnx_runtime.errors import PackageError, RequestError
-from sdonnx_runtime.execution.components import REFINER, Components, OpenModel, Runner
-from sdonnx_runtime.execution.cpu import usable_cpus
+from sdonnx_runtime.execution.components import REFINER, UPSCALER, Components, OpenModel, Runner
+from sdonnx_runtime.execution.cpu import check_threads
 from sdonnx_runtime.execution.staged_model import open_model
 from sdonnx_runtime.execution.strategy import ExecutionPlan
-from sdonnx_runtime.generation import Models, decode, generate_images
+from sdonnx_runtime.generation import Models, generate_images
+from sdonnx_runtime.images.preprocess import UPSCALERS
 from sdonnx_runtime.memory.budget import AUTO, MAX, Budget
 from sdonnx_runtime.memory.planner import Plan
 from sdonnx_runtime.memory.workload import decode_phase, memory_phases
 from sdonnx_runtime.packages.families import PackageKind
 from sdonnx_runtime.packages.package import Package
+from sdonnx_runtime.packages.upscaler_config import UpscalerConfig
 from sdonnx_runtime.request import Request
 from sdonnx_runtime.resolution import resolve_request
 from sdonnx_runtime.resolved import ResolvedRequest
@@ -37,11 +40,14 @@ _PIXEL = 8192
 """Bytes per pixel, more than the widest VAE needs."""
 
 
-def check_threads(threads: int | None) -> None:
-    """Raise RequestError if there are not that many CPUs: more threads than CPUs are slower."""
-    cpus = usable_cpus()
-    if threads is not None and (type(threads) is not int or not 1 <= threads <= cpus):
-        raise RequestError(f"threads is {threads!r}; give a whole number from 1 to {cpus}, the CPUs that can be used")
+_WITH = "give a whole package, and this one with"
+_OTHER_USES = {
+    PackageKind.VAE: f"{_WITH} --vae (or vae=)",
+    PackageKind.CONTROLNET: f"{_WITH} --control (or controls=)",
+    PackageKind.T2I_ADAPTER: f"{_WITH} --control (or controls=)",
+    PackageKind.UPSCALER: "it enlarges images: sdonnx upscale IMAGE -m PACKAGE (or sdonnx.load_upscaler)",
+}
+"""What a package of another kind is for."""
 
 
 class Pipeline:
@@ -59,6 +65,7 @@ class Pipeline:
         refiner: a package whose U-Net takes the last steps, such as SDXL's refiner.
         lora_folder: the folder of LoRAs that prompts name, as ``<lora:name:0.8>``.
         controls: packages of ControlNets and T2I-Adapters; each request has a `Control` for each.
+        upscaler: the package that enlarges images between the passes of hires fix.
         open_model: opens a graph, as `execution.staged_model.open_model`.
 
     Raises:
@@ -77,24 +84,27 @@ class Pipeline:
         refiner: Package | None = None,
         lora_folder: Path | None = None,
         controls: Sequence[Package] = (),
+        upscaler: Package | None = None,
         open_model: OpenModel = open_model,
     ) -> None:
         if package.kind is not PackageKind.MODEL:
-            option = "--vae (or vae=)" if package.kind is PackageKind.VAE else "--control (or controls=)"
-            raise PackageError(f"{package.root} is {package.title}; give a whole package, and this one with {option}")
+            raise PackageError(f"{package.root} is {package.title}; {_OTHER_USES[package.kind]}")
         if refiner is not None:
             check_refiner(package, refiner)
         for control in controls:
             check_control(package, control)
+        if upscaler is not None:
+            check_upscaler(upscaler)
         check_threads(threads)
         if lora_folder is not None and not lora_folder.is_dir():
             raise RequestError(f"lora_folder {lora_folder} is not a directory; give the folder of the LoRAs")
-        self.package, self.refiner, self.controls = package, refiner, tuple(controls)
+        self.package, self.refiner, self.controls, self.upscaler = package, refiner, tuple(controls), upscaler
         self._scheduler = SchedulerConfig.from_dict(package.manifest.scheduler)
         self._budget = Budget(memory)
         opened = partial(open_model, device=device, threads=threads)
         others = {component_prefix(index): control for index, control in enumerate(self.controls)}
         others |= {} if refiner is None else {REFINER: refiner}
+        others |= {} if upscaler is None else {UPSCALER: upscaler}
         self._preview_package = None if preview_vae is None else package.with_vae(preview_vae)
         decoder = package if self._preview_package is None else self._preview_package
         unplanned = self._budget.unplanned()
@@ -155,6 +165,7 @@ class Pipeline:
             random_seed=secrets.randbits(32),
             refiner=self.refiner,
             controls=self.controls,
+            upscaler=self.upscaler,
             lora_folder=self._lora_folder,
         )
         self._adapters.combine(resolved.loras)
@@ -183,6 +194,7 @@ class Pipeline:
             scheduler=self._scheduler,
             refiner=self.refiner,
             controls=self.controls,
+            upscaler=self.upscaler,
             adapters=self._adapters.combine(resolved.loras),
         )
         events = generate_images(models, resolved, None if plan is None else plan.execution)
@@ -209,6 +221,7 @@ class Pipeline:
             resolved,
             refiner=self.refiner,
             controls=self.controls,
+            upscaler=self.upscaler,
             adapters=self._adapters.combine(resolved.loras),
             preview=self._preview_package,
         )
@@ -219,9 +232,10 @@ class Pipeline:
 
     def memory_upper_bound(self, pixels: int) -> int:
         """Bytes that are certainly no less than an image of so many pixels needs, known without a plan."""
-        packages = (self.package, self.refiner, self._preview_package, *self.controls)
+        packages = (self.package, self.refiner, self._preview_package, self.upscaler, *self.controls)
         components = [part for each in packages if each is not None for part in each.manifest.components.values()]
-        return 4 * sum(file.size for part in components for file in part.files.values()) + _PIXEL * pixels
+        enlarged = 1 if self.upscaler is None else UpscalerConfig.read(self.upscaler.root).scale ** 2
+        return 4 * sum(file.size for part in components for file in part.files.values()) + _PIXEL * pixels * enlarged
 
     def decode(self, latents: Array) -> tuple[Image, ...]:
         """Decode latents, (N, C, h, w), as `Result.latents` has them.
@@ -256,6 +270,17 @@ class Pipeline:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def check_upscaler(upscaler: Package) -> None:
+    """Check that a package enlarges images, and has a name of its own; raises PackageError."""
+    if upscaler.kind is not PackageKind.UPSCALER:
+        raise PackageError(f"{upscaler.root} is {upscaler.title}, not an upscaler; give the package of one")
+    UpscalerConfig.read(upscaler.root)
+    if upscaler.name in UPSCALERS:
+        raise PackageError(
+            f"{upscaler.root} is named {upscaler.name}, as an upscaler of sdonnx is; export it as another"
+        )
 
 
 def check_refiner(package: Package, refiner: Package) -> None:

@@ -9,7 +9,7 @@ from PIL.Image import Image
 
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.field_spec import FieldSpec, field_specs, option, spec
-from sdonnx_runtime.images.preprocess import FITS, MAX_SIDE, UPSCALERS
+from sdonnx_runtime.images.preprocess import FITS, MAX_SIDE
 from sdonnx_runtime.sampling.registry import MAX_CHURN
 from sdonnx_runtime.sampling.schedule import MAX_SIGMA
 from sdonnx_runtime.sampling.scheduler_config import SPACINGS
@@ -200,10 +200,11 @@ class Request:
     hires_steps: int | None = option(None, "The second pass's steps.", (1, 1000), infotext="Hires steps", cli="--hires")
     """The steps that ``hires_strength`` is a fraction of; None is ``num_inference_steps``."""
     hires_upscaler: str | None = option(
-        None, "Upscaler for --hires: latent, or lanczos in pixel space (needs more memory).", choices=UPSCALERS,
-        infotext="Hires upscaler", cli="--hires-upscaler"
+        None, "Upscaler for --hires: latent; in pixel space (needs more memory) lanczos, or an upscaler package.",
+        infotext="Hires upscaler", cli="--hires-upscaler latent|lanczos|PACKAGE"
     )
-    """latent (bilinear), or lanczos, which decodes, resizes the pixels and encodes; None is latent."""
+    """latent (bilinear); lanczos, which decodes, resizes the pixels and encodes; or the name of the pipeline's
+    upscaler, which decodes, runs it, resizes to the size and encodes. None is that upscaler, or without one latent."""
     refiner_start: float | None = option(
         None, "Refiner package and where it takes over (0.8 = after 80 % of the timesteps).", (0, 1),
         infotext="Refiner switch at", cli="--refiner PACKAGE[:0.8]"

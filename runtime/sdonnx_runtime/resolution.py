@@ -32,6 +32,7 @@ def resolve_request(
     random_seed: int,
     refiner: Package | None = None,
     controls: Sequence[Package] = (),
+    upscaler: Package | None = None,
     lora_folder: Path | None = None,
 ) -> ResolvedRequest:
     """Check a request and make every choice it leaves open; nothing runs.
@@ -46,7 +47,12 @@ def resolve_request(
     manifest = package.manifest
     concat, multiple = manifest.conditions.concat, manifest.latents.downscale
     checked = check_request(
-        request, manifest, random_seed=random_seed, has_refiner=refiner is not None, num_controls=len(controls)
+        request,
+        manifest,
+        random_seed=random_seed,
+        has_refiner=refiner is not None,
+        num_controls=len(controls),
+        upscaler=None if upscaler is None else upscaler.name,
     )
     complete = _choose_sampler(checked, scheduler)
     sizes = _sizes(complete, multiple)

@@ -58,6 +58,10 @@ class Stream(Iterator[Progress]):
         """Set a callback for the name of a component that is about to be opened, and for None once it is open."""
         self._run.on_opening = call
 
+    def on_upscaling(self, call: Callable[[int, int], None]) -> None:
+        """Set a callback for the tiles that an upscaler has done between the passes, and for the number of all."""
+        self._run.on_upscaling = call
+
     def before_decoding(self, call: Callable[[Array, CompleteRequest], None]) -> None:
         """Set a callback for ``latents`` and ``latents_request`` once every step is done."""
         self._on_sampled = call

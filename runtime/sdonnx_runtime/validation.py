@@ -9,7 +9,7 @@ from PIL.Image import Image
 
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.field_spec import FieldSpec
-from sdonnx_runtime.images.preprocess import MAX_SIDE, check_image, suitable_size, to_mask
+from sdonnx_runtime.images.preprocess import MAX_SIDE, UPSCALERS, check_image, suitable_size, to_mask
 from sdonnx_runtime.packages.concat import CONCAT, ConcatConditioning
 from sdonnx_runtime.packages.manifest import Defaults, Manifest
 from sdonnx_runtime.request import CONTROL_FIELDS, FIELDS, MAX_SEED, Control, Request
@@ -84,9 +84,12 @@ def _check_tuple(name: str, value: object, spec: FieldSpec) -> None:
 
 
 def check_request(
-    request: Request, manifest: Manifest, *, random_seed: int, has_refiner: bool, num_controls: int
-) -> Request:
+    request: Request, manifest: Manifest, *, random_seed: int, has_refiner: bool, num_controls: int,
+    upscaler: str | None = None,
+) -> Request:  # fmt: skip
     """Check a request for a package and fill in every choice but a sampler that the package doesn't suggest.
+
+    ``upscaler`` is the name of the pipeline's.
 
     Raises:
         RequestError: a value is out of its range, or fields contradict each other or the package.
@@ -119,7 +122,7 @@ def check_request(
         interval: tuple[float, float] | None = getattr(request, name)
         if interval is not None and interval[0] >= interval[1]:
             raise RequestError(f"{name} is {interval!r}; give the lower number first")
-    return _check_hires(request)
+    return _check_hires(request, upscaler)
 
 
 def _fill(request: Request, **choices: Any) -> Request:
@@ -137,7 +140,7 @@ def check_size(name: str, value: int | None, multiple: int) -> None:
         )
 
 
-def _check_hires(request: Request) -> Request:
+def _check_hires(request: Request, upscaler: str | None) -> Request:
     """Fill in the second pass's strength and upscaler, where there is one."""
     if request.hires_scale is None:
         for name in ("hires_strength", "hires_upscaler", "hires_steps"):
@@ -148,7 +151,11 @@ def _check_hires(request: Request) -> Request:
         raise RequestError("hires_scale does not support mask_image; upscale the image before or after inpainting")
     if request.hires_steps is not None and (request.sigmas is not None or request.timesteps is not None):
         raise RequestError("hires_steps does not support sigmas or timesteps, which both passes use; leave it out")
-    return _fill(request, hires_strength=0.55, hires_upscaler="latent")
+    choices = UPSCALERS if upscaler is None else (*UPSCALERS, upscaler)
+    if request.hires_upscaler is not None and request.hires_upscaler not in choices:
+        other = "" if upscaler is not None else ", or load an upscaler with --hires-upscaler PACKAGE (upscaler=)"
+        raise RequestError(f"hires_upscaler is {request.hires_upscaler!r:.200}; choose {', '.join(choices)}{other}")
+    return _fill(request, hires_strength=0.55, hires_upscaler="latent" if upscaler is None else upscaler)
 
 
 def _check_concat(request: Request, concat: ConcatConditioning | None) -> Request:

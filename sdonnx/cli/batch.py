@@ -75,12 +75,12 @@ def generate_batch(
         for line in lines:
             try:
                 merged = {**fields, **parse_line(line, path)}
-                result, paths = generate(pipe, merged, number_outputs(outputs, path, line), margins)
+                generated = generate(pipe, merged, number_outputs(outputs, path, line), margins)
             except (sdonnx.SdonnxError, MemoryError) as error:
                 SIGNALS.raise_if_received()  # a library can turn an interrupt of its import into another error
                 report.fail(line, error)
             else:
-                report.finish(line, result_json(result, paths))
+                report.finish(line, result_json(*generated))
 
 
 class BatchReport:

@@ -110,10 +110,11 @@ def samplers_table() -> Table:
     return table
 
 
-def result_json(result: sdonnx.Result, paths: list[Path]) -> dict[str, Any]:
+def result_json(result: sdonnx.Result, paths: list[Path], grid: Path | None) -> dict[str, Any]:
     """Convert a result to JSON data."""
     return {
         "images": [{"path": str(path), "seed": seed} for path, seed in zip(paths, result.seeds, strict=True)],
+        "grid": None if grid is None else str(grid),
         "request": generation_parameters(result.request),
         "model": result.model,
         "vae": result.vae,
@@ -126,10 +127,11 @@ def result_json(result: sdonnx.Result, paths: list[Path]) -> dict[str, Any]:
 def strategy_text(planned: sdonnx.ComponentPlan) -> str:
     """Describe how a component is run."""
     how, resident = planned.strategy, len(planned.strategy.resident_stages)
-    is_staged = how.staged and planned.stages > 1 and how.vae_tile is None
+    is_staged = how.staged and planned.stages > 1 and how.tile is None
     words = [f"{planned.stages} stages" + (f", {resident} resident" if resident else "")] if is_staged else []
     words += ["batch split"] if how.split_batch else []
-    words += [f"VAE tiles {how.vae_tile}"] if how.vae_tile is not None else []
+    tiles = "tiles" if planned.component.endswith("upscaler") else "VAE tiles"
+    words += [f"{tiles} {how.tile}"] if how.tile is not None else []
     words += ["arena off"] if how.no_arena else []
     return "; ".join(words) or "whole"
 
@@ -151,9 +153,11 @@ def print_usage(result: sdonnx.Result) -> None:
 
 
 def print_results(report: Mapping[str, Any]) -> None:
-    """Print the path and the seed of each image of a `result_json`."""
+    """Print the path and the seed of each image of a `result_json`, and the path of their grid."""
     for image in report["images"]:
         print_note(f"{image['path']}  seed {image['seed']}")
+    if report["grid"] is not None:
+        print_note(report["grid"])
 
 
 def print_report(report: Mapping[str, Any], *, as_json: bool) -> None:

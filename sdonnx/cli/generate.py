@@ -13,7 +13,7 @@ from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.images.preprocess import check_image, outpaint_canvas, resize_to_fit, snap_mask_to_latents, to_mask
 from sdonnx_runtime.outputs.atomic import is_stream
 from sdonnx_runtime.outputs.latents_file import is_left_over, save_latents
-from sdonnx_runtime.outputs.metadata import save_preview
+from sdonnx_runtime.outputs.metadata import save_grid, save_preview
 from sdonnx_runtime.outputs.staging import lock_file
 from sdonnx_runtime.packages.manifest import Manifest
 from sdonnx_runtime.request import CompleteRequest
@@ -21,7 +21,7 @@ from sdonnx_runtime.resolved import ResolvedRequest
 
 import sdonnx
 from sdonnx.cli.console import print_plan, print_usage, progress
-from sdonnx.cli.parsing import check_outputs, output_paths
+from sdonnx.cli.parsing import check_outputs, grid_path, output_paths
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,8 @@ class OutputPaths:
     """A .png, overwritten at each step."""
     latents: Path | None = None
     """An .npz for the final latents."""
+    grid: bool = False
+    """Whether several images are also saved as one."""
     upscale: bool = True
     """Whether the images of very small models are saved larger, by the package's factor."""
     inputs: tuple[Path, ...] = ()
@@ -49,8 +51,8 @@ class OutputPaths:
 
 def generate(
     pipe: sdonnx.Pipeline, fields: dict[str, Any], outputs: OutputPaths, margins: Margins | None = None
-) -> tuple[sdonnx.Result, list[Path]]:
-    """Generate and save the images of a request.
+) -> tuple[sdonnx.Result, list[Path], Path | None]:
+    """Generate and save the images of a request; returns the result, the images' paths and the grid's.
 
     Args:
         pipe: the pipeline.
@@ -65,7 +67,9 @@ def generate(
     resolved = _resolve(pipe, fields, margins)
     overwrite = outputs.overwrite and outputs.images is not None
     paths = output_paths(outputs.images, resolved.request)
-    check_outputs(paths, outputs.preview, outputs.latents, inputs=outputs.inputs, overwrite=overwrite)
+    grid = grid_path(outputs.images, paths) if outputs.grid else None
+    written = [*paths, *([] if grid is None else [grid])]
+    check_outputs(written, outputs.preview, outputs.latents, inputs=outputs.inputs, overwrite=overwrite)
     recovery = _Recovery(outputs.latents, paths[0])
     stream = pipe.stream(resolved)
 
@@ -78,12 +82,13 @@ def generate(
         ]
 
     try:
-        return _generate(pipe, stream, outputs.preview, recovery, save_images)
+        result, paths = _generate(pipe, stream, outputs.preview, recovery, save_images)
     except sdonnx.SdonnxError:  # its message names the recovery file
         raise
     except BaseException:
         recovery.delete()
         raise
+    return result, paths, None if grid is None else save_grid(paths, grid, overwrite=overwrite)
 
 
 class _Recovery:
@@ -203,6 +208,7 @@ def _show_progress(stream: sdonnx.Stream, preview: Path | None, downscale: int) 
     """Run the stream with a progress bar, and save a preview after each step."""
     with progress("{task.description}", MofNCompleteColumn(), TextColumn("{task.fields[pace]}")) as bar:
         task = bar.add_task("encoding the prompt", total=None, pace="")
+        stream.on_upscaling(lambda done, total: bar.update(task, description=f"upscaling, tile {done} of {total},"))
         for done, step in enumerate(stream, 1):
             total = step.num_steps * step.num_images
             what = "decoding" if done == total else "denoising"

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -194,8 +194,14 @@ def output_paths(output: Path | None, request: Request) -> list[Path]:
     return [output.with_name(f"{output.stem}-{seed}{output.suffix}") for seed in seeds]
 
 
+def grid_path(output: Path | None, images: list[Path]) -> Path | None:
+    """Return the path of the grid of the images of `output_paths`; None for a single one, which has none."""
+    first = images[0] if output is None else output
+    return None if len(images) == 1 else first.with_name(f"{first.stem}-grid.png")
+
+
 def check_outputs(
-    images: list[Path],
+    images: Sequence[Path],
     preview: Path | None = None,
     latents: Path | None = None,
     *,

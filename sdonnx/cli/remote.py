@@ -16,7 +16,7 @@ from PIL.Image import Image
 from rich.progress import MofNCompleteColumn, Progress, TaskID, TextColumn
 from sdonnx_runtime.images.preprocess import open_image
 from sdonnx_runtime.outputs.atomic import write_file
-from sdonnx_runtime.outputs.metadata import enlarge_png
+from sdonnx_runtime.outputs.metadata import enlarge_png, save_grid
 from sdonnx_runtime.request import CONTROL_FIELDS, Request
 from sdonnx_runtime.validation import check_fields, check_names
 
@@ -25,7 +25,7 @@ from sdonnx.cli.batch import BatchReport, Line, batch_outputs, number_outputs, p
 from sdonnx.cli.console import print_note, print_report, progress
 from sdonnx.cli.generate import OutputPaths
 from sdonnx.cli.journal import Journal
-from sdonnx.cli.parsing import check_outputs, output_paths
+from sdonnx.cli.parsing import check_outputs, grid_path, output_paths
 from sdonnx.client.connection import ServerError, parse_address
 from sdonnx.client.pool import Advanced, Failed, Finished, Lost, Pool, Previewed
 from sdonnx.client.server import Event, Selection, Server
@@ -73,6 +73,7 @@ class RemoteRequest:
         self._packages, self._controls = pool.packages, pool.selection.controls
         self._seed = secrets.randbits(32)
         self._paths: list[Path] = []
+        self._grid: Path | None = None
         self._overwrite = outputs.overwrite and outputs.images is not None
         self._enlarge = 1
         self.digest = ""
@@ -97,7 +98,9 @@ class RemoteRequest:
         made_by = [body, self._enlarge, self._packages.titles]
         self.digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
         self._paths = output_paths(outputs.images, request)
-        check_outputs(self._paths, outputs.preview, inputs=outputs.inputs, overwrite=self._overwrite)
+        self._grid = grid_path(outputs.images, self._paths) if outputs.grid else None
+        written = [*self._paths, *([] if self._grid is None else [self._grid])]
+        check_outputs(written, outputs.preview, inputs=outputs.inputs, overwrite=self._overwrite)
         return {**body, "seed": request.seed}
 
     def save(self, finished: Finished) -> dict[str, Any]:
@@ -111,7 +114,8 @@ class RemoteRequest:
             raise ServerError(f"{finished.server} made {len(images)} images; expected {len(self._paths)}")
         paths = [self._save_image(png, path) for png, path in zip(images, self._paths, strict=True)]
         shown = [{"path": str(path), "seed": seed} for path, seed in zip(paths, answer["seeds"], strict=True)]
-        return {"images": shown, "request": answer["request"], **answer["result"]}
+        grid = None if self._grid is None else str(save_grid(paths, self._grid, overwrite=self._overwrite))
+        return {"images": shown, "grid": grid, "request": answer["request"], **answer["result"]}
 
     def _save_image(self, png: bytes, path: Path) -> Path:
         open_image(png, name="the server's image", formats=("PNG",))

@@ -41,6 +41,8 @@ class Selection:
     """None is the server's default."""
     vae: str | None = None
     controls: tuple[str, ...] = ()
+    upscaler: str | None = None
+    """Of hires fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ class Packages:
 
     model: str
     titles: tuple[str, ...]
-    """The names with digests of the weights: model, VAE, controls."""
+    """The names with digests of the weights: model, VAE, controls, upscaler."""
     enlarge: int
     """Factor by which the model's images are saved larger."""
     has_preview: bool
@@ -158,6 +160,8 @@ class Server:
             model = self._find(selection.model, "model", models)
         others = [] if selection.vae is None else [self._find(selection.vae, "VAE", answer["vaes"])]
         others += [self._find(name, "ControlNet or T2I-Adapter", answer["controls"]) for name in selection.controls]
+        if selection.upscaler is not None:
+            others.append(self._find(selection.upscaler, "upscaler", answer["upscalers"]))
         return Packages(
             model=str(model["name"]),
             titles=tuple(str(each["title"]) for each in (model, *others)),

@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.files.json_file import parse_json
 from sdonnx_runtime.images.preprocess import open_image
+from sdonnx_runtime.outputs.atomic import write_file
 from sdonnx_runtime.outputs.latents_file import save_latents
 from sdonnx_runtime.outputs.staging import remove_stale
 from sdonnx_runtime.request import CompleteRequest
@@ -77,6 +78,15 @@ class ImageStore:
             path = self.folder / f"{stamp}-{job}-{index}.png"
             with self._in_folder():
                 names.append(sdonnx.save_png(result, index, path, overwrite=False).name)
+        return names
+
+    def save_pngs(self, job: str, pngs: Sequence[bytes]) -> list[str]:
+        """Save images that are PNG files already, as `save` does."""
+        stamp, names = time.strftime(_STAMP), list[str]()
+        for index, png in enumerate(pngs):
+            path = self.folder / f"{stamp}-{job}-{index}.png"
+            with self._in_folder():
+                names.append(write_file(path, lambda stream, png=png: stream.write(png), overwrite=False).name)
         return names
 
     def save_latents(self, job: str, latents: Array, request: CompleteRequest, model: str) -> str:

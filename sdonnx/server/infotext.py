@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from PIL import ExifTags, Image
+from sdonnx_runtime.images.preprocess import UPSCALERS
 from sdonnx_runtime.outputs.metadata import A1111_SCHEDULES
 from sdonnx_runtime.packages.families import FAMILIES
 from sdonnx_runtime.request import FIELDS
@@ -101,12 +102,16 @@ def _hires(settings: Mapping[str, str], strength: float | None) -> dict[str, Any
         steps, share = second_pass_steps(steps, share)
     elif steps is not None and share > 0:
         share = _share(int(steps * share + 1e-3), steps)  # the text has six digits of it
-    upscaler = settings.get("Hires upscaler")
     return {
         "hires_steps": steps,
         "hires_strength": share,
-        "hires_upscaler": None if upscaler is None else upscaler.lower(),
+        "hires_upscaler": _upscaler(settings.get("Hires upscaler")),
     }
+
+
+def _upscaler(name: str | None) -> str | None:
+    """The name as `Request` has it: in lower case, unless it is a package's."""
+    return name.lower() if name is not None and name.lower() in UPSCALERS else name
 
 
 def _variation(settings: Mapping[str, str]) -> tuple[int, float] | None:

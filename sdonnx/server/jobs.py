@@ -1,23 +1,19 @@
-"""Jobs: one generation each, with its state and its events, which any thread may write and the event loop reads."""
+"""Jobs, with their state and their events, which any thread may write and the event loop reads."""
 
 import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from itertools import chain
-from typing import Any, TypeVar
-
-from PIL import Image
-from sdonnx_runtime.request import IMAGE_FIELDS, CompleteRequest
+from typing import Any
 
 import sdonnx
 from sdonnx.server.images import encode_preview
-from sdonnx.server.library import Selection
 
 _KEPT_STEPS = 100
 """Events of steps and previews that are kept of each job: those who read slowly miss older ones."""
@@ -27,8 +23,6 @@ REST = 0.1
 
 _SMOOTHING = 0.2
 """The weight of the latest step in the seconds of a step, from which the time left is."""
-
-R = TypeVar("R", bound=sdonnx.Request)
 
 
 class State(Enum):
@@ -44,24 +38,6 @@ class State(Enum):
     def is_final(self) -> bool:
         """Whether the job has ended."""
         return self not in (State.QUEUED, State.RUNNING)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """What a job generates."""
-
-    request: sdonnx.Request
-    selection: Selection
-    preview_every: int = 1
-    """Steps between previews; 0 makes none."""
-    partial_images: int = 0
-    """Previews of each image, at equal distances, that their events keep."""
-
-    def is_partial(self, step: sdonnx.Progress) -> bool:
-        """Whether the preview of this step is one of the ``partial_images``."""
-        parts = self.partial_images + 1
-        before, now = (each * parts // step.num_steps for each in (step.step, step.step + 1))
-        return before < now < parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,16 +71,23 @@ class Event:
 
 
 class Job:
-    """A generation that is queued, runs, or has ended."""
+    """Something that is queued, runs, or has ended."""
+
+    kind = "job"
+    """What it does, for clients."""
 
     def __init__(
-        self, job_id: str, generation: Generation, resolved: CompleteRequest,
+        self, job_id: str, *, model: str, num_images: int, size: tuple[int, int],
         on_event: "Callable[[Job, Event], None] | None" = None,
     ) -> None:  # fmt: skip
         self.id = job_id
-        self.generation = generation
-        self.request = resolved
-        """The request with every choice made, its seed included."""
+        self.model = model
+        """The served name of what makes the images."""
+        self.num_images = num_images
+        self.size = size
+        """Width and height of the images that it is to make, in pixels."""
+        self.given_pixels = 0
+        """Pixels of the images that it was given, as long as it has them."""
         self.state = State.QUEUED
         self.created = time.time()
         """Seconds since 1970, as ``started`` and ``ended``."""
@@ -121,8 +104,6 @@ class Job:
         """The component that is being loaded."""
         self.is_decoding = False
         self.preview: Preview | None = None
-        self.result: sdonnx.Result | None = None
-        """Without images, which are files."""
         self.files: tuple[str, ...] = ()
         """Names of the finished images in the `ImageStore`."""
         self.error: sdonnx.SdonnxError | None = None
@@ -134,7 +115,7 @@ class Job:
         self._followers: dict[asyncio.Event, bool] = {}
         """What wakes each, and whether steps wake it too."""
         self._loop = asyncio.get_running_loop()
-        self._stream: sdonnx.Stream | None = None
+        self._stop: Callable[[], None] | None = None
         self._is_cancelled = False
 
     @property
@@ -142,7 +123,7 @@ class Job:
         """The share of the steps that is done, 0 to 1."""
         if self.state is State.DONE:
             return 1.0
-        total = self.num_steps * self.request.num_images
+        total = self.num_steps * self.num_images
         return (self.image * self.num_steps + self.step) / total if total else 0.0
 
     @property
@@ -150,34 +131,34 @@ class Job:
         """Seconds until its steps are done; None while unknown."""
         if self.seconds_per_step is None or self.num_steps == 0:
             return None
-        left = self.num_steps * self.request.num_images * (1 - self.progress)
+        left = self.num_steps * self.num_images * (1 - self.progress)
         return self.seconds_per_step * left
 
     def cancel(self) -> None:
         """Stop it within the current step, or before it starts; from any thread, any number of times."""
         with self._lock:
             self._is_cancelled = True
-            stream = self._stream
-        if stream is not None:
-            stream.close()
+            stop = self._stop
+        if stop is not None:
+            stop()
 
     @property
     def is_cancelled(self) -> bool:
         """Whether somebody cancelled it, though it may not have stopped yet."""
         return self._is_cancelled
 
-    def attach(self, stream: sdonnx.Stream) -> None:
-        """Let `cancel` close this stream."""
+    def attach(self, stop: Callable[[], None]) -> None:
+        """Let `cancel` stop what runs now, with a call from any thread."""
         with self._lock:
-            self._stream = stream
+            self._stop = stop
             is_cancelled = self._is_cancelled
         if is_cancelled:
-            stream.close()
+            stop()
 
     def detach(self) -> None:
-        """Forget the stream, with all that it holds."""
+        """Forget what runs, with all that it holds."""
         with self._lock:
-            self._stream = None
+            self._stop = None
 
     def publish(self, kind: str, **data: Any) -> None:
         """Add an event, and wake those who follow the job."""
@@ -203,7 +184,7 @@ class Job:
     def begin(self) -> None:
         """Note that the worker took it."""
         self.started = time.time()
-        self.publish("running", model=self.generation.selection.model)
+        self.publish("running", model=self.model)
 
     def load(self, component: str | None) -> None:
         """Note which component is being loaded; None: it is."""
@@ -213,40 +194,33 @@ class Job:
         else:
             self.publish("loading", component=component)
 
-    def advance(self, step: sdonnx.Progress, preview: Preview | None = None) -> None:
-        """Note a denoising step that is done, and its preview."""
-        self.image, self.step, self.num_steps = step.image, step.step + 1, step.num_steps
+    def note_step(
+        self, *, image: int, step: int, num_steps: int, seconds: float,
+        preview: Preview | None = None, keeps_preview: bool = False,
+    ) -> None:  # fmt: skip
+        """Note a step of an image that is done, both from 0, and the seconds that it took."""
+        self.image, self.step, self.num_steps = image, step + 1, num_steps
         before = self.seconds_per_step
-        self.seconds_per_step = step.seconds if before is None else before + _SMOOTHING * (step.seconds - before)
+        self.seconds_per_step = seconds if before is None else before + _SMOOTHING * (seconds - before)
         data = {
-            "image": step.image,
-            "num_images": step.num_images,
-            "step": step.step + 1,
-            "num_steps": step.num_steps,
-            "seconds": round(step.seconds, 4),
+            "image": image,
+            "num_images": self.num_images,
+            "step": step + 1,
+            "num_steps": num_steps,
+            "seconds": round(seconds, 4),
             "eta": self.eta,
             "progress": self.progress,
         }
         self._add("step", data)
         if preview is not None:
             self.preview = preview
-            self._add("preview", {"number": preview.number}, preview if self.generation.is_partial(step) else None)
+            self._add("preview", {"number": preview.number}, preview if keeps_preview else None)
         self._wake(is_step=True)
-        if step.image + 1 == step.num_images and step.step + 1 == step.num_steps:
-            self.is_decoding = True
-            self.publish("decoding")
-
-    def finish(self, result: sdonnx.Result, files: Sequence[str]) -> None:
-        """Note that its images are on disk."""
-        latents, request = result.latents[:0].copy(), _forget_pixels(result.request)
-        self.result, self.files = replace(result, images=(), latents=latents, request=request), tuple(files)
-        self.end(State.DONE, images=list(files), seeds=list(result.seeds))
 
     def end(self, state: State, **data: Any) -> None:
-        """Enter a final state; the pixels that the request had are forgotten."""
+        """Enter a final state."""
         self.detach()
-        self.generation = replace(self.generation, request=_forget_pixels(self.generation.request))
-        self.request = _forget_pixels(self.request)
+        self.given_pixels = 0
         self.ended, self.state = time.time(), state
         self.publish(state.value, **data)
 
@@ -318,19 +292,3 @@ _FINAL = {state.value for state in State if state.is_final}
 
 FREQUENT = ("step", "preview")
 """Kinds of events that come with each step."""
-
-
-def count_pixels(request: sdonnx.Request) -> int:
-    """Count the pixels of the images that a request has."""
-    images = [getattr(request, name) for name in IMAGE_FIELDS] + [each.image for each in request.controls]
-    return sum(each.width * each.height for each in images if each is not None)
-
-
-_NO_PIXELS = Image.new("1", (1, 1))
-
-
-def _forget_pixels(request: R) -> R:
-    """Replace the images of a request by one of a single pixel: it still says which it had."""
-    images: dict[str, Any] = {name: _NO_PIXELS for name in IMAGE_FIELDS if getattr(request, name) is not None}
-    controls = tuple(replace(each, image=_NO_PIXELS) for each in request.controls)
-    return replace(request, **images, controls=controls)

@@ -11,6 +11,7 @@ from typing import Any
 
 from sdonnx_runtime.denoising.step_cache import unet_graphs
 from sdonnx_runtime.memory.budget import Budget
+from sdonnx_runtime.outputs.metadata import UPSCALER_SUFFIXES
 from sdonnx_runtime.packages.families import PackageKind
 from sdonnx_runtime.packages.package import Package
 
@@ -63,6 +64,8 @@ class Selection:
     vae: str | None = None
     refiner: str | None = None
     controls: tuple[str, ...] = ()
+    upscaler: str | None = None
+    """Of hires fix."""
 
 
 class Library:
@@ -80,6 +83,7 @@ class Library:
         self._planners: dict[Selection, sdonnx.Pipeline] = {}
         self._version = 0
         self._current: tuple[tuple[Selection, int], sdonnx.Pipeline] | None = None
+        self._upscaler: tuple[tuple[str, int], sdonnx.Upscaler] | None = None
         self._lock = threading.RLock()
         for path in settings.packages:
             Package.open(path)  # says what is wrong with one
@@ -127,6 +131,11 @@ class Library:
         return self._of_kind(PackageKind.CONTROLNET, PackageKind.T2I_ADAPTER)
 
     @property
+    def upscalers(self) -> list[ServedPackage]:
+        """The packages that enlarge images."""
+        return self._of_kind(PackageKind.UPSCALER)
+
+    @property
     def default(self) -> ServedPackage:
         """The model of requests that name none; raises NotFound if somebody deleted all."""
         if not (models := self.models):
@@ -146,6 +155,17 @@ class Library:
                 return each
         served = ", ".join(each.name for each in packages) or "none"
         raise NotFound(f"'{wanted[:200]}' is not served; there are: {served}")
+
+    def find_upscaler(self, name: str) -> ServedPackage:
+        """Find an upscaler, as `find` does, also by its checkpoint's name, as images' parameters have it."""
+        files = name, *(f"{name}{suffix}" for suffix in UPSCALER_SUFFIXES)
+        named = [each for each in self.upscalers if each.package.name in files]
+        try:
+            return self.find(name, self.upscalers)
+        except NotFound:
+            if not named:
+                raise
+            return named[0]
 
     def loras(self) -> list[Path]:
         """The LoRA files of the folder."""
@@ -167,6 +187,20 @@ class Library:
             self._current = key, self._make(selection, self.settings.memory)
         return self._current[1]
 
+    def upscaler(self, name: str) -> sdonnx.Upscaler:
+        """The upscaler of a served package; the one before is closed. For the worker alone; raises as `open` does."""
+        key = name, self._version
+        if self._upscaler is None or self._upscaler[0] != key:
+            if self._upscaler is not None:
+                self._upscaler[1].close()
+            self._upscaler = key, self.make_upscaler(name)
+        return self._upscaler[1]
+
+    def make_upscaler(self, name: str) -> sdonnx.Upscaler:
+        """An upscaler of a served package, which loads nothing yet; raises as `open` does."""
+        settings, package = self.settings, self.find_upscaler(name).package
+        return sdonnx.Upscaler(package, device=settings.device, threads=settings.threads, memory=settings.memory)
+
     @property
     def loaded(self) -> Selection | None:
         """The packages of the pipeline that generates."""
@@ -174,10 +208,13 @@ class Library:
         return None if current is None else current[0][0]
 
     def close(self) -> None:
-        """Close the pipeline that generates."""
+        """Close the pipeline that generates, and the upscaler."""
         if self._current is not None:
             current, self._current = self._current, None
             current[1].close()
+        if self._upscaler is not None:
+            upscaler, self._upscaler = self._upscaler, None
+            upscaler[1].close()
 
     def planner(self, selection: Selection) -> sdonnx.Pipeline:
         """A pipeline that resolves and plans requests, in any thread, and loads nothing.
@@ -204,6 +241,7 @@ class Library:
             refiner=None if selection.refiner is None else self.find(selection.refiner).package,
             lora_folder=settings.lora_folder,
             controls=[self.find(name, self.controls).package for name in selection.controls],
+            upscaler=None if selection.upscaler is None else self.find_upscaler(selection.upscaler).package,
         )
         pipeline.set_embeddings(self.fitting_embeddings(pipeline))
         return pipeline

@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from math import prod
 
 from sdonnx_runtime.execution.process_memory import available_memory, resident_memory
 from sdonnx_runtime.memory.budget import AUTO, MAX, MIN, Budget
@@ -12,8 +13,10 @@ from sdonnx_runtime.resolved import ResolvedRequest
 
 import sdonnx
 from sdonnx.benchmark.worker import macs_per_second
-from sdonnx.server.jobs import Generation
+from sdonnx.server.errors import TooLarge
+from sdonnx.server.generation import Generation
 from sdonnx.server.library import Library
+from sdonnx.server.upscaling import Upscaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +68,38 @@ class Planner:
                 return resolved
             least = pipeline.plan(resolved)
         smallest = 0 if least is None else least.minimum_budget - self._job_memory()
-        if smallest > room:
+        self._check_smallest(smallest, room)
+        return resolved
+
+    @staticmethod
+    def _check_smallest(smallest: int, room: int | None) -> None:
+        if room is not None and smallest > room:
             raise sdonnx.RequestError(
                 f"this needs at least {smallest / 1e6:.0f} MB of memory; the server may use {room / 1e6:.0f} MB; "
                 "choose a smaller size"
             )
-        return resolved
+
+    def check_upscaling(self, upscaling: Upscaling) -> None:
+        """Check the server's limits and the memory of an upscaling.
+
+        Raises:
+            NotFound: an upscaler is not served.
+            TooLarge: an image would have too many pixels, or all together.
+            RequestError: the memory is too little; the message has the smallest that would do.
+        """
+        most = self.library.settings.max_queued_pixels
+        for image in upscaling.images:
+            upscaling.check(image, self.library.settings.max_pixels)
+        if sum(prod(upscaling.size(image)) for image in upscaling.images) > most:
+            raise TooLarge(f"the images would have more than {most} pixels together; send fewer")
+        for name in upscaling.packages:
+            upscaler = self.library.make_upscaler(name)
+            with self._lock:
+                room, smallest = self._room(), 0
+                for size, factor in {(image.size, upscaling.factor(image)) for image in upscaling.images}:
+                    plan = upscaler.plan(size, scale=factor, always=True, memory=MIN)
+                    smallest = max(smallest, 0 if plan is None else plan.minimum_budget - self._job_memory())
+            self._check_smallest(smallest, room)
 
     def forecast(self, generation: Generation) -> Forecast:
         """Predict the memory of a generation.

@@ -6,20 +6,26 @@ import math
 import secrets
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import sdonnx
 from sdonnx.server.errors import NotFound, QueueFull, ShuttingDown
 from sdonnx.server.feed import Feed
+from sdonnx.server.generation import Generation, GenerationJob, count_pixels
 from sdonnx.server.images import ImageStore, is_job_id
-from sdonnx.server.jobs import Generation, Job, Preview, State, count_pixels
+from sdonnx.server.jobs import Job, Preview, State
 from sdonnx.server.library import Library
 from sdonnx.server.planning import Planner
+from sdonnx.server.upscaling import Upscaling, UpscalingJob
 
 logger = logging.getLogger(__name__)
 
 _REMEMBERED, _WITH_PREVIEW = 200, 10
 """The latest ended jobs that are known, their images stay on disk; those of them that have a preview and all events."""
+
+J = TypeVar("J", bound=Job)
+T = TypeVar("T")
 
 _LONGEST_RETRY = 60
 """Seconds; OpenAI's clients don't wait for more than 120."""
@@ -44,7 +50,7 @@ class JobQueue:
         """Start the worker."""
         self._worker.start()
 
-    async def submit(self, generation: Generation, job_id: str | None = None) -> Job:
+    async def submit(self, generation: Generation, job_id: str | None = None) -> GenerationJob:
         """Check a generation, plan its memory, and queue it.
 
         Args:
@@ -57,15 +63,32 @@ class JobQueue:
             QueueFull: too many jobs wait, or their images are too large.
             ShuttingDown: the server is about to end.
         """
-        pixels = count_pixels(generation.request)
+        resolved = await self._check(lambda: self.planner.check(generation), count_pixels(generation.request), job_id)
+        return self._append(GenerationJob(job_id or _new_id(), generation, resolved.request, self.feed.note))
+
+    async def upscale(self, upscaling: Upscaling) -> UpscalingJob:
+        """Check an upscaling, plan its memory, and queue it.
+
+        Raises:
+            RequestError: an upscaler is not served, or the memory that the server may use is too little.
+            TooLarge: an image would have too many pixels.
+            QueueFull, ShuttingDown: as `submit` does.
+        """
+        pixels = sum(each.width * each.height for each in upscaling.images)
+        await self._check(lambda: self.planner.check_upscaling(upscaling), pixels)
+        return self._append(UpscalingJob(_new_id(), upscaling, self.feed.note))
+
+    async def _check(self, check: Callable[[], T], pixels: int, job_id: str | None = None) -> T:
+        """Call a check of the planner where it belongs; before that, check that a job of so many pixels may wait."""
         self._check_room(pixels)
         if job_id is not None:
             await asyncio.to_thread(self._check_id, job_id)
-        loop = asyncio.get_running_loop()
-        resolved = await loop.run_in_executor(self.planner.thread, self.planner.check, generation)
-        job = Job(job_id or secrets.token_hex(8), generation, resolved.request, self.feed.note)
+        return await asyncio.get_running_loop().run_in_executor(self.planner.thread, check)
+
+    def _append(self, job: J) -> J:
+        """Let a job wait for its turn."""
         with self._condition:
-            self._check_room(pixels)
+            self._check_room(job.given_pixels)
             if job.id in self._jobs:
                 raise _id_is_taken(job.id)
             self._forget_old()
@@ -144,7 +167,7 @@ class JobQueue:
             raise ShuttingDown("the server is shutting down; try again later")
         if len(self._waiting) >= settings.max_queued:
             raise QueueFull(f"{len(self._waiting)} jobs are waiting; try again later")
-        waiting = sum(count_pixels(job.request) for job in self._waiting)
+        waiting = sum(job.given_pixels for job in self._waiting)
         if pixels and waiting and pixels + waiting > settings.max_queued_pixels:
             most = settings.max_queued_pixels
             raise QueueFull(f"the images of the jobs that wait may have {most} pixels together; try again later")
@@ -187,20 +210,33 @@ class JobQueue:
         self.library.close()
 
     def _log(self, job: Job) -> None:
-        request, seconds = job.request, (job.ended or 0) - (job.started or 0)
-        what = f"{job.generation.selection.model}, {request.num_images} x {request.width}x{request.height}"
-        prompt = f": {request.prompt!r}" if self.library.settings.log_prompts else ""
+        seconds = (job.ended or 0) - (job.started or 0)
+        what = f"{job.model}, {job.num_images} x {job.size[0]}x{job.size[1]}"
+        shows_prompt = self.library.settings.log_prompts
+        prompt = f": {job.request.prompt!r}" if isinstance(job, GenerationJob) and shows_prompt else ""
         logger.info("job %s %s after %.1f s (%s)%s", job.id, job.state.value, seconds, what, prompt)
 
     def _run(self, job: Job) -> None:
         job.begin()
         if job.is_cancelled:
             job.end(State.CANCELLED, step=0)
-            return
+        elif isinstance(job, UpscalingJob):
+            self._upscale(job)
+        elif isinstance(job, GenerationJob):
+            self._generate(job)
+
+    def _upscale(self, job: UpscalingJob) -> None:
+        pngs = job.run(self.library.upscaler)
+        if pngs is None:
+            job.end(State.CANCELLED, step=job.step)
+        else:
+            job.finish(self.store.save_pngs(job.id, pngs))
+
+    def _generate(self, job: GenerationJob) -> None:
         pipeline = self.library.open(job.generation.selection)
         stream = pipeline.stream(pipeline.resolve(job.request))
         stream.on_opening(job.load)
-        job.attach(stream)
+        job.attach(stream.close)
         try:
             _follow(job, stream)
             result = _result(stream)
@@ -214,7 +250,7 @@ class JobQueue:
         finally:
             stream.close()
 
-    def _save_latents(self, job: Job, stream: sdonnx.Stream) -> str:
+    def _save_latents(self, job: GenerationJob, stream: sdonnx.Stream) -> str:
         """Save what a failed job has denoised; the end of its error."""
         if stream.latents is None:
             return ""
@@ -226,14 +262,13 @@ class JobQueue:
         return f"; latents saved beside the images; resume with: sdonnx decode {name}"
 
 
-def _follow(job: Job, stream: sdonnx.Stream) -> None:
+def _follow(job: GenerationJob, stream: sdonnx.Stream) -> None:
     """Generate, and note each step."""
-    size = job.request.width, job.request.height
     generation, every = job.generation, job.generation.preview_every
     for number, step in enumerate(stream, 1):
         is_due = generation.is_partial(step) or (every > 0 and number % every == 0)
         has_preview = is_due and step.projection is not None
-        job.advance(step, Preview(number=number, step=step, size=size) if has_preview else None)
+        job.advance(step, Preview(number=number, step=step, size=job.size) if has_preview else None)
 
 
 def _result(stream: sdonnx.Stream) -> sdonnx.Result | None:
@@ -250,6 +285,10 @@ def _as_sdonnx_error(error: Exception) -> sdonnx.SdonnxError:
     if isinstance(error, MemoryError):
         return sdonnx.DeviceError("out of memory; choose a smaller size")
     return sdonnx.SdonnxError("the generation failed for an unknown reason; the server's log has it")
+
+
+def _new_id() -> str:
+    return secrets.token_hex(8)
 
 
 def _id_is_taken(job_id: str) -> sdonnx.RequestError:

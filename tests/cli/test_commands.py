@@ -119,6 +119,7 @@ def test_without_a_name_images_do_not_overwrite_one_another(package, tmp_path):
         (["run", "a cat", "-m", "PACKAGE", "--hires", "big"], 2, "such as 2x or 2x:0.4:12"),
         (["run", "a cat", "-m", "PACKAGE", "--hires", "2x:0.4:1.5"], 2, "such as 2x or 2x:0.4:12"),
         (["run", "a cat", "-m", "PACKAGE", "--hires-upscaler", "latent"], 2, "hires_upscaler requires hires_scale"),
+        (["run", "a cat", "-m", "PACKAGE", "--hires-upscaler", "PACKAGE"], 1, "not an upscaler"),
         (["run", "a cat", "-m", "PACKAGE", "--guidance", "nan"], 2, "guidance_scale is nan"),
         (["run", "a cat", "-m", "PACKAGE", "--sampler", "euler_a"], 2, "euler_ancestral"),
         (["run", "a cat", "-m", "PACKAGE", "--device", "cuda"], 1, "sdonnx[cuda]"),

@@ -49,6 +49,27 @@ def test_several_images_without_a_name(batch, tmp_path):
     assert images[2] in ran.stderr, "the names that were taken are told"
 
 
+@pytest.mark.parametrize("output", ["cat.png", None])
+def test_a_grid(output, tmp_path):
+    more = [] if output is None else ["-o", output]
+    for count in (1, 3):
+        assert run("a cat", "--count", count, "--grid", *more, cwd=tmp_path).returncode == 0
+    stem, first = ("cat", "cat-7.png") if output else ("sdonnx-7", "sdonnx-7-2.png")
+    assert {f"{stem}-grid.png", first, f"{stem}.png"} < set(names(tmp_path)), "a single image has none"
+    assert len(names(tmp_path)) == 5
+    with Image.open(tmp_path / f"{stem}-grid.png") as grid, Image.open(tmp_path / first) as image:
+        assert grid.size == (2 * image.width, 2 * image.height)
+        assert grid.text == image.text
+        assert grid.crop((0, 0, *image.size)).tobytes() == image.tobytes()
+
+
+def test_a_grid_replaces_no_input(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a-grid.png")
+    ran = run("a cat", "--count", 2, "--grid", "--image", "a-grid.png", "--strength", 1, "-o", "a.png", cwd=tmp_path)
+    assert (ran.returncode, "a-grid.png is an input" in ran.stderr) == (2, True), ran.stderr
+    assert names(tmp_path) == ["a-grid.png"]
+
+
 def test_decoding_without_a_name(tmp_path):
     run("a cat", "-o", "a.png", "--save-latents", "a.npz", cwd=tmp_path)
     for _ in range(2):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from PIL import Image
+from sdonnx_models import DEFAULT, bundled
 from support.remote import FAST, names, run, same_files, states
 from support.server import running_server
 
@@ -12,7 +13,7 @@ from support.server import running_server
     "options",
     [
         ["--seed", "7", "--no-enlarge", "-o", "o.png"],
-        ["--seed", "7", "--count", "2", "--variation", "3:0.2", "--sigmas", "9,3,0.5"],
+        ["--seed", "7", "--count", "2", "--variation", "3:0.2", "--sigmas", "9,3,0.5", "--grid"],
         ["--seed", "7", "--image", "../rgba.png", "--strength", "0.8", "--hires", "2x:0.5:2"],
         ["--seed", "7", "--image", "../cmyk.jpg", "--mask", "../mask.png", "--only-masked", "8"],
     ],
@@ -47,6 +48,20 @@ def test_controls_are_those_that_the_server_has(package, control, folders):
         for wrong in (["--control", "depth:../pose.png"], ["--control", "edges-onnx:../pose.png", "--vae", "taesd"]):
             ran = run("a cat", *wrong, *options, cwd=there)
             assert (ran.returncode, "serves no" in ran.stderr) == (1, True), ran.stderr
+
+
+def test_an_upscaler_is_one_that_the_server_has(upscaler, folders):
+    here, there = folders
+    options = [*FAST, "--seed", "1", "--hires", "1.5x:0.5:2", "--hires-upscaler"]
+    local = run("a cat", *options, upscaler[1], "--json", cwd=here)
+    assert json.loads(local.stdout)["request"]["hires_upscaler"] == "sharp.safetensors", local.stderr
+    with running_server(packages=(bundled()[DEFAULT], upscaler[1])) as other:
+        options = [*FAST, "--seed", "1", "--hires", "1.5x:0.5:2", "--server", other.url, "--hires-upscaler"]
+        remote = run("a cat", *options, "sharp-onnx", "--json", cwd=there)
+        assert json.loads(remote.stdout)["request"] == json.loads(local.stdout)["request"]
+        same_files(here, there)
+        ran = run("a cat", *options, "blurry", cwd=there)
+        assert (ran.returncode, "serves no upscaler 'blurry'" in ran.stderr) == (1, True), ran.stderr
 
 
 def test_an_image_that_is_not_enlarged_is_the_servers_file(server, tmp_path):

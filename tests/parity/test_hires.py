@@ -10,9 +10,10 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from PIL import Image
 from sd_parsers import ParserManager
 from sdonnx_runtime.denoising.init_image import resize_latents
-from sdonnx_runtime.errors import DeviceError, RequestError
+from sdonnx_runtime.errors import DeviceError, PackageError, RequestError
 from sdonnx_runtime.execution import staged_model as chain
 from sdonnx_runtime.outputs.latents_file import load_latents, save_latents
+from sdonnx_runtime.packages.upscaler_config import UpscalerConfig
 from sdonnx_runtime.sampling.registry import SAMPLERS
 from sdonnx_runtime.sampling.scheduler_config import CLASSES
 from support.ldm import VARIATIONS, tiny_pipeline
@@ -59,7 +60,9 @@ def theirs(pair, sampler, upscaler):
         latents = run(StableDiffusionPipeline, output_type="latent", **first)
         larger = torch.nn.functional.interpolate(latents, size=(LARGER[1] // 8, LARGER[0] // 8), **BILINEAR)
     else:
-        larger = run(StableDiffusionPipeline, **first)[0].resize(LARGER, Image.Resampling.LANCZOS)
+        image = run(StableDiffusionPipeline, **first)[0]
+        image = image if upscaler == "lanczos" else upscaler.upscale(image)
+        larger = image.resize(LARGER, Image.Resampling.LANCZOS)
     return run(StableDiffusionImg2ImgPipeline, image=larger, strength=0.6, num_inference_steps=8)[0]
 
 
@@ -73,6 +76,43 @@ def test_two_passes_equal_those_of_diffusers(pair, opened, sampler, upscaler):
     other = {"latent": "lanczos", "lanczos": "latent"}[upscaler]
     differing = opened.generate(PROMPT, sampler=sampler, hires_upscaler=other, **FIRST, **SECOND).images[0]
     assert psnr(differing, wanted) < 45, "the upscaler must count"
+
+
+@pytest.mark.parametrize("memory", ["max", "min"])
+def test_an_upscaler_between_the_passes(pair, upscaler, memory):
+    model, package = upscaler
+    wanted = theirs(pair, "euler", model)
+    with sdonnx.load(pair[1], upscaler=package, memory=memory) as pipe:
+        asked = {"sampler": "euler", **FIRST, **SECOND}
+        stream, tiles = pipe.stream(PROMPT, **asked), []
+        stream.on_upscaling(lambda *each: tiles.append(each))
+        *_, last = stream
+        assert (last.step, tiles) == (9, [(1, 1)])
+        made = stream.result
+        assert made.request.hires_upscaler == "sharp.safetensors"
+        assert psnr(made.images[0], wanted) >= 50
+        differing = pipe.generate(PROMPT, hires_upscaler="lanczos", **asked)
+        assert psnr(differing.images[0], wanted) < 45, "the upscaler must count"
+        planned = [each.component for each in pipe.plan(PROMPT, always=True, **asked).components]
+        assert planned.index("upscaler/upscaler") > planned.index("unet")
+        others = pipe.plan(PROMPT, always=True, hires_upscaler="latent", **asked).components
+        assert "upscaler/upscaler" not in [each.component for each in others]
+        with pytest.raises(RequestError, match="choose latent, lanczos, sharp.safetensors$"):
+            pipe.resolve(PROMPT, hires_upscaler="bicubic", **asked)
+
+
+def test_packages_that_are_no_upscalers(pair, opened):
+    with pytest.raises(PackageError, match="not an upscaler; give"):
+        sdonnx.load(pair[1], upscaler=pair[1])
+    with pytest.raises(RequestError, match="or load an upscaler with --hires-upscaler PACKAGE"):
+        opened.resolve(PROMPT, hires_upscaler="sharp", **SECOND)
+
+
+@pytest.mark.parametrize(
+    ("scale", "factor", "passes"), [(4, 1, 1), (4, 1.5, 1), (2, 2, 1), (2, 2.1, 2), (3, 9, 2), (2, 8, 3), (1, 3, 1)]
+)
+def test_an_upscaler_runs_as_often_as_it_takes(scale, factor, passes):
+    assert UpscalerConfig(architecture="", scale=scale, multiple=1, receptive_field=1).passes(factor) == passes
 
 
 @pytest.mark.parametrize("size", [(16, 16), (12, 9), (8, 13), (8, 9)])

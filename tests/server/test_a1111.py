@@ -14,6 +14,8 @@ from PIL import Image
 from support.images import disc, photograph
 from webuiapi import HiResUpscaler, WebUIApi
 
+import sdonnx
+
 SIZE = {"width": 64, "height": 64}
 SENT = {"prompt": "a red circle", "seed": 7, "steps": 2, "cfg_scale": 4, "sampler_name": "DPM++ 2M", **SIZE}
 WANTED = {"seed": 7, "num_inference_steps": 2, "guidance_scale": 4, "sampler": "dpmpp_2m", **SIZE}
@@ -262,6 +264,18 @@ def test_images_are_enlarged(api):
         api.extra_single_image(image, upscaler_1="R-ESRGAN 4x+")
     with pytest.raises(RuntimeError, match="413"):
         api.extra_single_image(image, upscaler_1="Lanczos", upscaling_resize=1e6)
+
+
+def test_a_grid_comes_first(api):
+    result = api.txt2img(**SENT, batch_size=3, save_images=True)
+    grid, *images = result.images
+    assert np.array_equal(pixels(grid), pixels(sdonnx.make_grid(images)))
+    assert (len(images), result.info["index_of_first_image"]) == (3, 1)
+    assert result.info["infotexts"] == [image.info["parameters"] for image in result.images]
+    assert result.info["infotexts"][0] == result.info["infotexts"][1]
+    without = api.txt2img(**SENT, batch_size=3, save_images=True, override_settings={"return_grid": False})
+    assert_same(without, images)
+    assert len(api.txt2img(**SENT, save_images=True).images) == 1
 
 
 def test_images_can_be_left_out(api):

@@ -27,7 +27,7 @@ NAMES = {
     "/api": [
         "prompt", "negative_prompt", "seed", "num_images", "num_inference_steps", "guidance_scale", "width", "height",
         "sampler", "schedule", "eta", "image", "strength", "mask_image", "fit", "controls", "variation", "hires_scale",
-        "clip_skip", "model", "vae", "preview_every", "text", "token",
+        "clip_skip", "model", "vae", "preview_every", "text", "token", "hires_upscaler", "upscaler", "scale",
     ],
     "": [
         "prompt", "negative_prompt", "seed", "subseed", "subseed_strength", "steps", "cfg_scale", "width", "height",
@@ -35,7 +35,7 @@ NAMES = {
         "hr_resize_x", "denoising_strength", "init_images", "mask", "mask_blur", "inpainting_fill", "inpaint_full_res",
         "override_settings", "alwayson_scripts", "script_name", "styles", "infotext", "force_task_id", "clip_skip",
         "image", "imageList", "upscaler_1", "upscaling_resize", "controlnet_images", "id_task", "id_live_preview",
-        "sd_model_checkpoint", "CLIP_stop_at_last_layers", "controlnet", "args",
+        "hr_upscaler", "save_images", "sd_model_checkpoint", "CLIP_stop_at_last_layers", "controlnet", "args",
     ],
 }  # fmt: skip
 """Keys of bodies, by the beginning of the path; the last ones are A1111's."""

@@ -25,8 +25,9 @@ from support.images import in_base64
 from support.server import running_server, server_process
 
 import sdonnx
+from sdonnx.server.generation import Generation, GenerationJob
 from sdonnx.server.images import ImageStore
-from sdonnx.server.jobs import Generation, Job, Preview, State
+from sdonnx.server.jobs import Preview, State
 from sdonnx.server.library import Selection
 
 SIZE = {"width": 64, "height": 64, "num_inference_steps": 3}
@@ -156,7 +157,7 @@ def test_ended_jobs_keep_no_pixels(server):
 
 
 def make_job(stream, **options):
-    return Job(
+    return GenerationJob(
         "x", Generation(request=stream.request, selection=Selection(model="pictogram"), **options), stream.request
     )
 

@@ -85,7 +85,8 @@ def _text_widths(unet: Part) -> str:
 
 
 def _refuse(checkpoint: Checkpoint, companions: Companions, name: str) -> None:
-    what = "a VAE" if "vae" in checkpoint.parts else "a ControlNet or a T2I-Adapter"
+    kinds = {"vae": "a VAE", "upscaler": "an upscaler"}
+    what = next((kind for part, kind in kinds.items() if part in checkpoint.parts), "a ControlNet or a T2I-Adapter")
     given = {
         "--vae": companions.vae is not None,
         "--base": companions.base is not None and BASE_MODEL not in checkpoint.stated,

@@ -26,6 +26,7 @@ from sdonnx_export.checkpoints.ldm.control import read_control
 from sdonnx_export.checkpoints.ldm.file_settings import SingleFile, read_original_config
 from sdonnx_export.checkpoints.ldm.keys import original_prefixes
 from sdonnx_export.checkpoints.ldm.relative_control import stored_relative
+from sdonnx_export.checkpoints.upscaler import read_upscaler
 from sdonnx_export.hub import download
 
 _SMALL_FILES = ("model_index.json", "config.json", "*/config.json", "scheduler/*.json", "tokenizer/*", "tokenizer_2/*")
@@ -54,7 +55,7 @@ _WEIGHT_FILES = (
 def open_checkpoint(source: str, *, revision: str | None = None, companions: Companions = ALONE) -> Checkpoint:
     """Open a diffusers directory, a Hub id, a single file in the original LDM layout, or a package of fp32 or fp16.
 
-    It is a whole checkpoint with the companions, or a ControlNet or T2I-Adapter.
+    It is a whole checkpoint with the companions, or a ControlNet, T2I-Adapter or upscaler.
 
     Raises:
         ExportError: it does not exist, is damaged, is not of a family that can be exported, or lacks a component.
@@ -81,6 +82,9 @@ def _open(source: str, revision: str | None, companions: Companions) -> Checkpoi
 
 def _open_single_file(path: Path, companions: Companions) -> Checkpoint:
     file = _read_single_file(path)
+    upscaler = read_upscaler(path, file.weights)
+    if upscaler is not None:
+        return single_part_checkpoint(path.name, None, {"upscaler": upscaler})
     control = read_control(path, file.weights, companions.base)
     if not control:
         return split_checkpoint(file, companions)

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 EXPORTABLE = (
-    "what can be exported is a whole checkpoint of Stable Diffusion 1, 2 or XL, or a ControlNet or T2I-Adapter for one"
+    "what can be exported is a whole checkpoint of Stable Diffusion 1, 2 or XL, a ControlNet or T2I-Adapter for one, "
+    "or an upscaler (RRDBNet, SRVGGNetCompact)"
 )
 
 _CONTROL_SIGNS = {
@@ -29,6 +30,9 @@ _SIGNS = {
         "a LoRA or a relative of it; give the checkpoint that it is for, and this file with --lora"
     ),
     r"(ip_adapter\.|image_proj\.|image_proj_model\.)": "an IP-Adapter; give the checkpoint that it extends",
+    r"params(_ema)?\.|layers\.\d+\.(residual_group|blocks\.\d+)\.|conv_after_body\.|block_1\.c1_r\.|feats\.\d+\.": (
+        "an upscaler of another architecture; give an RRDBNet (ESRGAN, Real-ESRGAN) or an SRVGGNetCompact"
+    ),
     r"(adapter\.)?body\.\d+\.": (
         "a T2I-Adapter of an unsupported kind, or a part of one; give a whole one, or the checkpoint that it controls"
     ),

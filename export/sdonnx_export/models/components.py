@@ -21,6 +21,7 @@ from sdonnx_export.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from sdonnx_export.models.tiny_vae import TinyVaeConfig, TinyVaeDecoder, TinyVaeEncoder
 from sdonnx_export.models.unet import UNet, residual_names
 from sdonnx_export.models.unet_config import UNetConfig
+from sdonnx_export.models.upscaler import RRDBNet, RRDBNetConfig, SRVGGNet, SRVGGNetConfig
 from sdonnx_export.models.vae import VaeConfig, VaeDecoder, VaeEncoder
 from sdonnx_export.operators.base import (
     CONTRIB,
@@ -111,6 +112,17 @@ def _adapter(config: Mapping[str, Any]) -> tuple[T2IAdapter, tuple[Port, ...]]:
     return T2IAdapter(parsed), (Port(name="control_image", dtype=_FLOAT, shape=shape),)
 
 
+UPSCALERS = {"RRDBNet": (RRDBNetConfig, RRDBNet), "SRVGGNetCompact": (SRVGGNetConfig, SRVGGNet)}
+"""BasicSR's class of an upscaler; its config and its module."""
+
+
+def _upscaler(config: Mapping[str, Any]) -> tuple[Module, tuple[Port, ...]]:
+    class_name = ConfigReader("upscaler", config).one_of("_class_name", tuple(UPSCALERS))
+    parser, module = UPSCALERS[class_name]
+    port = Port(name="image", dtype=_FLOAT, shape=("batch", 3, "height", "width"))
+    return module(parser.from_dict(config)), (port,)
+
+
 VAES = {
     "AutoencoderKL": (VaeConfig, VaeDecoder, VaeEncoder),
     "AutoencoderTiny": (TinyVaeConfig, TinyVaeDecoder, TinyVaeEncoder),
@@ -172,6 +184,7 @@ COMPONENTS = {
     ),
     "controlnet": ComponentSpec(part="controlnet", prefixes=(), module=_controlnet, outputs=()),
     "adapter": ComponentSpec(part="adapter", prefixes=(), module=_adapter, outputs=()),
+    "upscaler": ComponentSpec(part="upscaler", prefixes=(), module=_upscaler, outputs=("upscaled",)),
 }
 """Input and output names are those of optimum's exports, so that a package opens there."""
 
@@ -188,6 +201,11 @@ def layer_shapes(name: str, config: Mapping[str, Any]) -> dict[str, tuple[int, .
         ExportError: the config has a value without a written graph.
     """
     return _layers(COMPONENTS[name].module(config)[0])
+
+
+def parameter_names(name: str, config: Mapping[str, Any]) -> list[str]:
+    """Return the names of all weights of component ``name``, in the order of running; raises as `layer_shapes`."""
+    return [key for key, _ in COMPONENTS[name].module(config)[0].named_parameters()]
 
 
 def _layers(module: Module) -> dict[str, tuple[int, ...]]:

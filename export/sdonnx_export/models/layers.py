@@ -124,6 +124,13 @@ class Downsample(Module):
         return self.conv(op, x)
 
 
+def pixel_unshuffle(op: Operators, image: ir.Value, channels: int, factor: int) -> ir.Value:
+    """Turn squares of pixels into channels in torch's order: all of the first channel, then of the second."""
+    pixels = op.SpaceToDepth(image, blocksize=factor)  # channels vary fastest
+    split = op.Reshape(pixels, [0, factor**2, channels, -1])
+    return op.Reshape(op.Transpose(split, perm=[0, 2, 1, 3]), op.Shape(pixels))
+
+
 class Upsample(Module):
     """Nearest-neighbour upsampling, by 2 or to the size of the next skip connection, and a convolution."""
 

@@ -10,7 +10,7 @@ from onnxscript.nn import Module, ModuleList
 from sdonnx_runtime.denoising.control import adapter_levels
 
 from sdonnx_export.models.config_reader import ConfigReader
-from sdonnx_export.models.layers import Conv2d
+from sdonnx_export.models.layers import Conv2d, pixel_unshuffle
 from sdonnx_export.operators.base import Operators
 
 _TYPES = ("full_adapter", "full_adapter_xl", "light_adapter")
@@ -82,20 +82,13 @@ class _Body(Module):
 
     def forward(self, op: Operators, image: ir.Value) -> list[ir.Value]:
         op.begin_stage("adapter")
-        x = op.from_input(_pixel_unshuffle(op, image, self._config))
+        x = op.from_input(pixel_unshuffle(op, image, self._config.in_channels, self._config.downscale_factor))
         x = x if self.conv_in is None else self.conv_in(op, x)
         levels = []
         for block in self.body:
             x = block(op, x)
             levels.append(x)
         return levels
-
-
-def _pixel_unshuffle(op: Operators, image: ir.Value, config: T2IAdapterConfig) -> ir.Value:
-    """Turn squares of pixels into channels in torch's order: all of the first channel, then of the second."""
-    pixels = op.SpaceToDepth(image, blocksize=config.downscale_factor)  # channels vary fastest
-    split = op.Reshape(pixels, [0, config.downscale_factor**2, config.in_channels, -1])
-    return op.Reshape(op.Transpose(split, perm=[0, 2, 1, 3]), op.Shape(pixels))
 
 
 class _Block(Module):

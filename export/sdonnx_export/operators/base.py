@@ -261,6 +261,10 @@ class Operators(OpBuilder):
         """``x * Phi(x)``, exact (arXiv:1606.08415)."""
         return self.Gelu(x)
 
+    def prelu(self, x: ir.Value, slopes: Parameter) -> ir.Value:
+        """A feature map with what is below 0 multiplied by its channel's slope (C,), arXiv:1502.01852."""
+        return self.PRelu(x, self._per_channel(slopes))
+
     def geglu(self, x: ir.Value, weight: Parameter, bias: Parameter | None) -> ir.Value:
         """``a * gelu(b)`` of the two halves of ``x @ weight + bias`` (arXiv:2002.05202)."""
         hidden, gate = self.Split(self.linear(x, weight, bias), axis=-1, num_outputs=2, _outputs=2)

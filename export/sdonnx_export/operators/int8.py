@@ -110,6 +110,10 @@ class Int8Operators(Operators):
         """The shape of one value per channel of a feature map."""
         return [0, 1, 1, channels]
 
+    def _per_channel(self, vector: Parameter) -> ir.Value:
+        """(C,), which broadcasts over feature maps."""
+        return vector
+
     def _spatial_shape(self, x: ir.Value) -> ir.Value:
         """Height and width."""
         return self.Shape(x, start=1, end=3)

@@ -25,7 +25,10 @@ _BY_NAME: Mapping[str, Precision] = {precision: precision for precision in PRECI
 PrecisionLookup: TypeAlias = Callable[[str], Precision]
 """The precision of a layer by its weight's name."""
 
-_INPUTS_OUTPUTS = r"(^|\.)(conv_in|conv_out|quant_conv|post_quant_conv)\.|^(encoder|decoder)\.layers\.\d+\.weight"
+_INPUTS_OUTPUTS = (
+    r"(^|\.)(conv_in|conv_out|quant_conv|post_quant_conv|conv_first|conv_last)\.|^body\.0\.weight"
+    r"|^(encoder|decoder)\.layers\.\d+\.weight"
+)
 """The first and the last convolutions; of a tiny autoencoder also those that resize between its blocks."""
 
 _EXCEPTIONS: dict[Precision, tuple[tuple[str, Precision], ...]] = {

@@ -12,6 +12,7 @@ from sdonnx_runtime.graphs.partition import read_stages
 from sdonnx_runtime.packages.concat import CONCAT
 from sdonnx_runtime.packages.families import FAMILIES, PackageKind
 from sdonnx_runtime.packages.manifest import Manifest, read_json
+from sdonnx_runtime.packages.upscaler_config import UpscalerConfig
 from sdonnx_runtime.packages.variant import CACHED_FEATURES, PLAIN, VARIANT_NAMES
 from sdonnx_runtime.request import CompleteRequest
 from sdonnx_runtime.text.conditioning import make_conditioning
@@ -33,7 +34,7 @@ def verify(directory: Path, manifest: Manifest, report: Callable[[str, float], N
     channels, pixels = manifest.latents.channels, _LATENT_SIZE * manifest.latents.downscale
     image: AnyArray = np.zeros((1, 3, pixels, pixels), np.float32)
     latents: AnyArray = np.ones((1, channels, _LATENT_SIZE, _LATENT_SIZE), np.float32)
-    feeds: dict[str, AnyArray] = {"timestep": np.array(500, np.float32), "latent_sample": latents}
+    feeds: dict[str, AnyArray] = {"timestep": np.array(500, np.float32), "latent_sample": latents, "image": image}
 
     def run(component: str) -> dict[str, AnyArray]:
         report(f"checking {component}", 0.0)
@@ -52,6 +53,11 @@ def verify(directory: Path, manifest: Manifest, report: Callable[[str, float], N
         encoded = {encoder.component: run(encoder.component) for encoder in manifest.text_encoders}
         feeds.update(_unet_inputs(manifest, latents, encoded))
         _expect_shape("unet", _first(run("unet")), latents.shape)
+    if kind is PackageKind.UPSCALER:
+        config = UpscalerConfig.read(directory)
+        sides = [side * config.scale for side in image.shape[2:]]
+        _expect_shape("upscaler", _first(run("upscaler")), (1, 3, *sides))
+        return
     if kind.is_control:
         feeds.update(_control_inputs(read_json(directory / kind.value / "config.json")))
         run(kind.value)

@@ -40,6 +40,8 @@ _PROMPTS = Path(__file__).parents[1] / "data" / "calibration_prompts.txt"
 _STEPS = 8
 _GRIDS, _PIXELS = (4, 16, 64), 256
 """Colors on each side of the random images for a VAE, from low to high frequency; and their width and height."""
+_UPSCALED_PIXELS = 64
+"""Width and height of those for an upscaler."""
 _TAP, _INPUT = "range:", "input:"
 _MARK = "calibration.json"
 """What the directory of `calibrate` was made for; the file is made first and deleted last."""
@@ -141,6 +143,8 @@ def calibrate(
     run = Runner(Components(package, recorder.open_model, keep_loaded=False))
     if package.kind is PackageKind.VAE:
         _run_vae_on_color_images(run, package)
+    elif package.kind is PackageKind.UPSCALER:
+        _run_upscaler_on_color_images(run)
     else:
         _denoise_prompts(run, package, calibration)
     return recorder.ranges()
@@ -177,6 +181,13 @@ def _run_vae_on_color_images(run: Runner, package: Package) -> None:
         for image in smooth_color_images(_PIXELS, grid)[:2]:
             moments = encode_image(run, image)
             run("vae_decoder", {"latent_sample": moments[:, : package.manifest.latents.channels]})
+
+
+def _run_upscaler_on_color_images(run: Runner) -> None:
+    """Run an upscaler on random images from low to high frequency."""
+    for grid in _GRIDS:
+        for image in smooth_color_images(_UPSCALED_PIXELS, grid)[:2]:
+            run("upscaler", {"image": to_values(image) / 2 + 0.5})
 
 
 def load_recorded_inputs(component: str, work: Path) -> list[dict[str, AnyArray]]:

@@ -176,7 +176,7 @@ def encodes_images(manifest: Manifest, request: CompleteRequest) -> bool:
     """Whether a request runs the VAE encoder."""
     concat = manifest.conditions.concat
     repaints_all = concat is not None and CONCAT[concat].repaints_all
-    return repaints_all or request.image is not None or request.hires_upscaler == "lanczos"
+    return repaints_all or request.image is not None or request.hires_upscaler not in (None, "latent")
 
 
 def example_images(manifest: Manifest, image: Image.Image) -> dict[str, Image.Image]:

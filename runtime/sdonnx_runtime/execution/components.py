@@ -24,6 +24,9 @@ from sdonnx_runtime.packages.variant import PLAIN, TILED
 REFINER = "refiner/"
 """The prefix of the names of a refiner's components."""
 
+UPSCALER = "upscaler/"
+"""That of an upscaler's."""
+
 Observer: TypeAlias = Callable[[str, str, Mapping[str, AnyArray], Mapping[str, AnyArray], float], None]
 """Receives each run of a component: its name and variant, inputs and outputs, and the seconds that it took."""
 
@@ -59,8 +62,8 @@ class Components:
         """A component's variant, opened if it is not."""
         key = name, variant
         if key not in self._models:
-            (package, component), strategy = self.find(name), self._strategy(name)
-            if strategy.vae_tile is not None and TILED in package.manifest.components[component].graphs:
+            (package, component), strategy = self.find(name), self.strategy(name)
+            if strategy.tile is not None and TILED in package.manifest.components[component].graphs:
                 variant = TILED
             self._models[key] = self._open_model(
                 package.graph(component, variant),
@@ -80,14 +83,15 @@ class Components:
         prefix, slash, component = name.rpartition("/")
         return self._extra_packages.get(prefix + slash, self._package), component
 
-    def _strategy(self, name: str) -> ExecutionStrategy:
+    def strategy(self, name: str) -> ExecutionStrategy:
+        """How a component is run."""
         strategy = self._plan.strategies.get(name, self._plan.default)
         return strategy if self._use_arena else replace(strategy, no_arena=True)
 
     def _tile_size(self, component: str, strategy: ExecutionStrategy) -> int | None:
         """The side of a tile in pixels of the component's input; None if it runs on the whole image."""
         pixels = {"vae_decoder": 1, "vae_encoder": self._package.manifest.latents.downscale}.get(component)
-        return None if strategy.vae_tile is None or pixels is None else strategy.vae_tile * pixels
+        return None if strategy.tile is None or pixels is None else strategy.tile * pixels
 
     def unload(self, name: str) -> None:
         """Unload a component, unless components are kept loaded."""
@@ -109,10 +113,10 @@ class Components:
             if deltas is not None:
                 self._close(_changed_keys(deltas, self._deltas))
                 self._deltas = deltas
-            before = {name: self._strategy(name) for name, _ in self._models}
+            before = {name: self.strategy(name) for name, _ in self._models}
             self._plan = self._unplanned if plan is None else plan
             self._use_arena = PROCESS_MEMORY.configure(self._plan)
-            self._close(_changed_keys({name: self._strategy(name) for name in before}, before))
+            self._close(_changed_keys({name: self.strategy(name) for name in before}, before))
             yield
         finally:
             for name, _ in list(self._models):
@@ -143,6 +147,8 @@ class Runner:
         self._observer = observer
         self.on_opening: Callable[[str | None], None] | None = None
         """Is called with the name of a component before it is opened, and with None after that."""
+        self.on_upscaling: Callable[[int, int], None] | None = None
+        """Is called between the passes of hires fix with the upscaler's tiles that are done, and all of them."""
         self._active: Model | None = None
         self._cancelled = False
         self._load: dict[str, float] = defaultdict(float)

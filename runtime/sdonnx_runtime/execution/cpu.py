@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.execution.control_groups import cgroup_cpus
 
 _EXACT_INT8 = {"amx_int8", "avx512_vnni", "avx512vnni", "avx_vnni", "avxvnni"}
@@ -24,6 +25,13 @@ def usable_cpus() -> int:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = read_for_platform({"linux": lambda: str(cgroup_cpus())})
     return max(1, cpus if quota in ("", "inf") else min(cpus, math.ceil(float(quota))))
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise RequestError if there are not that many CPUs: more threads than CPUs are slower."""
+    cpus = usable_cpus()
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= cpus):
+        raise RequestError(f"threads is {threads!r}; give a whole number from 1 to {cpus}, the CPUs that can be used")
 
 
 def cpu_features() -> set[str]:

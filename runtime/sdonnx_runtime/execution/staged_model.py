@@ -162,7 +162,7 @@ def open_model(
 ) -> Model:
     """Open a graph with merged adapters; without stages it runs as one session.
 
-    ``tile_size``, in pixels of the graph's input, replaces the strategy's ``vae_tile``; ``options`` are of `Session`.
+    ``tile_size``, in pixels of the graph's input, replaces the strategy's ``tile``; ``options`` are of `Session`.
     Raises RequestError if a delta is of another size than its weight, and what `Session` does; in stages, when it runs.
     """
     cut, no_arena = strategy.staged, strategy.no_arena

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 VAE_TILES = (64, 48, 32, 24)
 """Sides of VAE tiles to choose from, in latent pixels."""
 
+UPSCALER_TILES = (512, 384, 256, 192, 128)
+"""Sides of an upscaler's tiles to choose from, in pixels of its input, what they overlap included."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutionStrategy:
@@ -19,11 +22,12 @@ class ExecutionStrategy:
     """The stages that stay open once they are: the names of their graphs' files, and their indices."""
     no_arena: bool = False
     """Take each buffer from the system and return it at once, instead of from the arena that sessions share."""
-    vae_tile: int | None = None
-    """The side of the VAE's tiles, in latent pixels; None decodes or encodes the image whole."""
+    tile: int | None = None
+    """The side of tiles: of a VAE in latent pixels, where None runs it on the whole image; of an upscaler in pixels of
+    its input, where None is the largest of UPSCALER_TILES."""
 
 
-MIN_MEMORY = ExecutionStrategy(split_batch=True, staged=True, no_arena=True, vae_tile=VAE_TILES[-1])
+MIN_MEMORY = ExecutionStrategy(split_batch=True, staged=True, no_arena=True, tile=VAE_TILES[-1])
 """The least memory for graphs that can't be planned for, and the most time."""
 
 

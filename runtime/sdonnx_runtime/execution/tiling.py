@@ -1,6 +1,7 @@
-"""Run a VAE in overlapping tiles that are blended: as diffusers does, or with the norms of the whole image."""
+"""Overlapping tiles: of a VAE, blended as diffusers does or with the norms of the whole image; of what has no norms."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, product
 from typing import TypeAlias
@@ -97,6 +98,34 @@ def tile_offsets(size: int, side: int, *, normed: bool) -> range:
     """
     shared = side // OVERLAP
     return range(0, max(size - shared, 1) if normed else size, side - shared)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A tile along one axis, in pixels of the input."""
+
+    start: int
+    stop: int
+    keep: tuple[int, int]
+    """The part of it that nothing else makes."""
+
+
+def spans_with_margins(size: int, side: int, margin: int, multiple: int = 1) -> list[Span]:
+    """Split an axis of ``size`` pixels into tiles of equal length that overlap.
+
+    What is kept of a tile lies ``margin`` pixels or more from its ends, unless these are the image's. ``size`` and
+    ``margin`` are multiples of ``multiple``, and so are all positions; tiles are no longer than ``side``.
+    """
+    if size <= side:
+        return [Span(start=0, stop=size, keep=(0, size))]
+    count = -(-(size - 2 * margin) // (side // multiple * multiple - 2 * margin))
+    step = -(-(size - 2 * margin) // (count * multiple)) * multiple
+    starts = [min(index * step, size - step - 2 * margin) for index in range(count)]
+    borders = [0, *(start + margin for start in starts[1:]), size]
+    kept = pairwise(borders)
+    return [
+        Span(start=start, stop=start + step + 2 * margin, keep=keep) for start, keep in zip(starts, kept, strict=True)
+    ]
 
 
 def _blend(before: Array, tile: Array, shared: int, *, axis: int) -> None:

@@ -178,9 +178,15 @@ def _pool(inputs: Sequence[TensorInfo], steps: Sequence[int], channels: int = 1)
     return count, depth * channels, *(size // step for size, step in zip(sizes, steps, strict=True))
 
 
+def _depth_to_space(shape: Sequence[int], side: int) -> tuple[int, ...]:
+    count, depth, height, width = shape
+    return count, depth // side**2, height * side, width * side
+
+
 _RULES: Mapping[str, Rule] = {
     **dict.fromkeys(
-        ("Cos", "DequantizeLinear", "Gelu", "InstanceNormalization", "LayerNormalization", "MultiHeadAttention",
+        ("Cos", "DequantizeLinear", "Gelu", "InstanceNormalization", "LayerNormalization", "LeakyRelu",
+         "MultiHeadAttention", "PRelu",
          "QuantizeLinear", "QuickGelu", "Relu", "Sin", "Sqrt", "Tanh"), _same_as_input,
     ),
     **dict.fromkeys(("Add", "Div", "Equal", "Mul", "Sub"), _elementwise),
@@ -190,6 +196,7 @@ _RULES: Mapping[str, Rule] = {
     "AveragePool": lambda inputs, attributes: _pool(inputs, attributes["strides"]),
     "Cast": lambda inputs, attributes: [TensorInfo(inputs[0].shape, ITEMSIZES[attributes["to"]])],
     "Concat": _concat,
+    "DepthToSpace": lambda inputs, attributes: _depth_to_space(inputs[0].shape, attributes["blocksize"]),
     "DynamicQuantizeLinear": lambda inputs, _: [TensorInfo(inputs[0].shape, 1), TensorInfo(()), TensorInfo((), 1)],
     "Gather": _gather,
     "GatherND": _gather_nd,

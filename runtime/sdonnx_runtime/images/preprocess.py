@@ -21,7 +21,7 @@ changes the aspect ratio.
 """
 
 UPSCALERS = ("latent", "lanczos")
-"""How hires fix upscales: the latents, bilinearly, or the pixels."""
+"""How hires fix upscales without an upscaler package: the latents, bilinearly, or the pixels."""
 
 MAX_SIDE = 16384
 """The maximum width and height, in pixels."""
@@ -175,6 +175,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     plain = flatten_alpha(_to_srgb(image)).copy()
     plain.info = {}
     return plain
+
+
+def split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Return an image's colors, RGB as of `to_rgb` but without a background, and its transparency, L, if it has any."""
+    if not image.has_transparency_data or image.mode.startswith("I;16"):
+        return to_rgb(image), None
+    layer = _to_srgb(image).convert("RGBA")
+    return layer.convert("RGB"), layer.getchannel("A")
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sdonnx_runtime.adapters.merging import parameter_of
 from sdonnx_runtime.errors import PackageError
-from sdonnx_runtime.execution.tiling import tile_offsets
+from sdonnx_runtime.execution.tiling import spans_with_margins, tile_offsets
 from sdonnx_runtime.graphs.initializers import INT4
 from sdonnx_runtime.graphs.partition import Stage, read_stages
 from sdonnx_runtime.graphs.shape_inference import TensorInfo, unsupported_graphs
@@ -26,6 +26,10 @@ class Graph:
     inputs: tuple[tuple[str, TensorInfo], ...]
     tile_size: int | None = None
     """The side of its tiles, in pixels of its input; None runs it on the whole image."""
+    margin: int | None = None
+    """What tiles overlap on each side, where each runs alone through the whole graph; None is a VAE's tiles."""
+    multiple: int = 1
+    """What the sides of such tiles are multiples of."""
     adapted: frozenset[str] = frozenset()
     """The weights and biases that adapters change."""
 
@@ -71,7 +75,8 @@ def estimate_stages(graph: Graph, cut: bool, split_batch: bool = False) -> tuple
 
 @lru_cache(maxsize=64)
 def _cached_estimates(graph: Graph, cut: bool, split_batch: bool, _modified: int) -> tuple[StageEstimate, ...]:
-    whole, values, estimates = read_stages(graph.path, cut=cut), dict(graph.inputs), list[StageEstimate]()
+    whole, estimates = read_stages(graph.path, cut=cut), list[StageEstimate]()
+    values, tiles = _one_tile(graph)
     splits = split_batch and whole.batch_independent
     count = max((values[name].shape[0] for name in whole.batch_axes), default=1) if splits else 1
     if count > 1:
@@ -81,8 +86,8 @@ def _cached_estimates(graph: Graph, cut: bool, split_batch: bool, _modified: int
     alive = set(values)
     for index, stage in enumerate(whole.stages):
         live = count * sum(values[name].nbytes for name in alive)
-        inputs, runs = {name: values[name] for name in stage.inputs}, float(count)
-        if graph.tile_size is not None and (NORM_STATS in inputs or len(whole.stages) == 1):
+        inputs, runs = {name: values[name] for name in stage.inputs}, float(count * tiles)
+        if graph.tile_size is not None and graph.margin is None and (NORM_STATS in inputs or len(whole.stages) == 1):
             taken, runs = _tiled_footprint(stage, inputs, graph.tile_size)
         else:
             taken = footprint(stage, inputs)
@@ -95,6 +100,17 @@ def _cached_estimates(graph: Graph, cut: bool, split_batch: bool, _modified: int
         values |= taken.outputs
         alive = {name for name in {*alive, *stage.outputs} if last_use.get(name, -1) > index}
     return tuple(estimates)
+
+
+def _one_tile(graph: Graph) -> tuple[dict[str, TensorInfo], int]:
+    """The inputs of a graph, for one tile where it has a margin; and how many of these there are."""
+    values, side, margin = dict(graph.inputs), graph.tile_size, graph.margin
+    if side is None or margin is None:
+        return values, 1
+    ((name, image),) = values.items()
+    spans = [spans_with_margins(size, side, margin, graph.multiple) for size in image.shape[2:]]
+    sides = (each[0].stop - each[0].start for each in spans)
+    return {name: replace(image, shape=(*image.shape[:2], *sides))}, prod(len(each) for each in spans)
 
 
 def merging_bytes(stage: Stage, parameters: frozenset[str]) -> tuple[int, int]:

@@ -20,7 +20,7 @@ _SHAPE_ELEMENTS = 64
 
 _VIEWS = ("Reshape", "Unsqueeze")
 """Operators whose output is their input's buffer."""
-_MAY_RUN_IN_PLACE = ("Add", "Cast", "Cos", "Div", "Mul", "Relu", "Sin", "Sqrt", "Sub", "Tanh")
+_MAY_RUN_IN_PLACE = ("Add", "Cast", "Cos", "Div", "LeakyRelu", "Mul", "Relu", "Sin", "Sqrt", "Sub", "Tanh")
 """Operators whose output may take the buffer of an input of its size that no later node reads."""
 
 _MATMULS = ("DynamicQuantizeLinear", "MatMul", "MatMulIntegerToFloat")

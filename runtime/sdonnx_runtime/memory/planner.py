@@ -19,6 +19,8 @@ class LoadedComponent:
     """The graph that runs on tiles instead, of a VAE."""
     pixels_per_latent: int = 1
     """Pixels of that graph's input per latent pixel, along a side."""
+    tile_sides: tuple[int, ...] = VAE_TILES
+    """Sides of its tiles to choose from."""
     extra_bytes: int = 0
     """Bytes outside its models meanwhile, such as images."""
 
@@ -92,12 +94,19 @@ def make_plan(phases: Sequence[MemoryPhase], budget: float, base: int, arena_reg
 
 def _candidates(phase: MemoryPhase) -> list[ExecutionStrategy]:
     """The strategies for the components of a phase, fastest first."""
+    if phase[0].tiled is not None and phase[0].tiled.margin is not None:
+        ways = ((False, False), (True, False), (True, True))
+        return [
+            ExecutionStrategy(staged=staged, no_arena=no_arena, tile=tile)
+            for tile in phase[0].tile_sides
+            for staged, no_arena in ways
+        ]
     if all(loaded.tiled is not None for loaded in phase):
         whole = [ExecutionStrategy(), ExecutionStrategy(staged=True, no_arena=True)]
         return whole + [
-            ExecutionStrategy(staged=True, no_arena=no_arena, vae_tile=tile)
+            ExecutionStrategy(staged=True, no_arena=no_arena, tile=tile)
             for no_arena in (False, True)
-            for tile in VAE_TILES
+            for tile in phase[0].tile_sides
         ]
     return [
         ExecutionStrategy(split_batch=split_batch, staged=staged, no_arena=no_arena)
@@ -113,7 +122,7 @@ def _peak(runs: Sequence["_PlannedRun"]) -> int:
 
 def _choose_resident_stages(runs: Sequence["_PlannedRun"], room: float) -> None:
     """Let as many stages stay open as there is room for, the largest first."""
-    reopening = (run for run in runs if run.reopens and run.strategy.vae_tile is None)
+    reopening = (run for run in runs if run.reopens and not run.runs_once)
     stages = ((run, stage) for run in reopening for stage in run.stages)
     for run, stage in sorted(stages, key=lambda each: -each[1].footprint.weights):
         run.resident.add(stage)
@@ -126,12 +135,13 @@ class _PlannedRun:
 
     def __init__(self, loaded: LoadedComponent, strategy: ExecutionStrategy, arena_region: int | None) -> None:
         self._loaded, self._arena_region, graphs = loaded, arena_region, loaded.graphs
-        if strategy.vae_tile is not None and loaded.tiled is not None:
-            graphs = (replace(loaded.tiled, tile_size=strategy.vae_tile * loaded.pixels_per_latent),)
+        if strategy.tile is not None and loaded.tiled is not None:
+            graphs = (replace(loaded.tiled, tile_size=strategy.tile * loaded.pixels_per_latent),)
         estimates = [estimate_stages(graph, strategy.staged, strategy.split_batch) for graph in graphs]
+        self.runs_once = strategy.tile is not None and graphs[0].margin is None
         self.reopens = strategy.staged and any(len(each) > 1 for each in estimates)
         self.stages = [stage for each in estimates for stage in each]
-        splits = strategy.split_batch and strategy.vae_tile is None and any(stage.runs > 1 for stage in self.stages)
+        splits = strategy.split_batch and strategy.tile is None and any(stage.runs > 1 for stage in self.stages)
         self.strategy = replace(strategy, split_batch=splits)
         self.resident = set[StageEstimate]()
 

@@ -10,7 +10,8 @@ from sdonnx_runtime.adapters.merging import Adapters
 from sdonnx_runtime.denoising.control import component_prefix, residual_names
 from sdonnx_runtime.denoising.init_image import encodes_images
 from sdonnx_runtime.denoising.step_cache import unet_graphs
-from sdonnx_runtime.execution.components import REFINER
+from sdonnx_runtime.execution.components import REFINER, UPSCALER
+from sdonnx_runtime.execution.strategy import UPSCALER_TILES
 from sdonnx_runtime.graphs.partition import read_stages
 from sdonnx_runtime.graphs.shape_inference import ITEMSIZES, TensorInfo, UnsupportedGraph, unsupported_graphs
 from sdonnx_runtime.memory.estimates import Graph, graph_outputs
@@ -18,6 +19,7 @@ from sdonnx_runtime.memory.planner import LoadedComponent, MemoryPhase, make_pla
 from sdonnx_runtime.packages.concat import CONCAT
 from sdonnx_runtime.packages.families import FAMILIES
 from sdonnx_runtime.packages.package import Package
+from sdonnx_runtime.packages.upscaler_config import UpscalerConfig
 from sdonnx_runtime.packages.variant import TILED
 from sdonnx_runtime.request import CompleteRequest
 from sdonnx_runtime.resolved import Pass, ResolvedRequest
@@ -26,11 +28,14 @@ from sdonnx_runtime.text.conditioning import encoder_texts
 _IMAGE_COPIES = 6
 """How many copies of an image exist, in float32, while it is assembled from tiles and converted to bytes."""
 
+_BYTE_COPIES = 3
+"""How many copies of an image exist, in bytes, while an upscaler's tiles are joined, and resized."""
+
 
 @unsupported_graphs()
 def memory_phases(
     package: Package, resolved: ResolvedRequest, *, refiner: Package | None = None, controls: Sequence[Package] = (),
-    adapters: Adapters | None = None, preview: Package | None = None,
+    upscaler: Package | None = None, adapters: Adapters | None = None, preview: Package | None = None,
 ) -> list[MemoryPhase]:  # fmt: skip
     """List what is open at a time, in the order of running.
 
@@ -39,6 +44,7 @@ def memory_phases(
         resolved: the request; its largest pass counts.
         refiner: the package whose U-Net takes the last steps.
         controls: packages of ControlNet and T2I-Adapter models.
+        upscaler: the package that enlarges images between the passes.
         adapters: of the package.
         preview: the package whose VAE decodes previews, and stays open.
 
@@ -65,6 +71,8 @@ def memory_phases(
             sizes["pooled"] = 0 if encoder.pooled is None else outputs[encoder.pooled].shape[1]
         sizes["ids"] = FAMILIES[model.manifest.family].time_ids
         phases.append(_unet_phase(prefix, model, controls if prefix == "" else (), request, largest, sizes, applied))
+    if upscaler is not None and request.hires_upscaler == upscaler.name:
+        phases.append(_between_passes(upscaler, resolved.passes[0], largest, request.num_images))
     if encodes_images(manifest, request):
         height, width = largest.height, largest.width
         phases.append([_vae(package, "vae_encoder", height, width, scale=space.downscale, pixels=height * width)])
@@ -79,6 +87,44 @@ def decode_phase(package: Package, height: int, width: int, num_images: int) -> 
     """The phase of a package's VAE decoder for latents of a size in latent pixels; raises as `memory_phases` does."""
     pixels = height * width * package.manifest.latents.downscale**2 * num_images
     return [_vae(package, "vae_decoder", height, width, scale=1, pixels=pixels)]
+
+
+def _between_passes(upscaler: Package, first: Pass, second: Pass, num_images: int) -> MemoryPhase:
+    """The upscaler between two passes: its last run on an image, which is the largest."""
+    config = UpscalerConfig.read(upscaler.root)
+    passes = config.passes(max(second.width / first.width, second.height / first.height))
+    before = config.scale ** (passes - 1)
+    return upscaler_phase(
+        upscaler, first.width * before, first.height * before, component=f"{UPSCALER}upscaler", num_images=num_images
+    )
+
+
+def upscaler_phase(
+    package: Package, width: int, height: int, *, component: str = "upscaler", num_images: int = 1
+) -> MemoryPhase:
+    """The phase of an upscaler for images of a size in pixels; raises as `memory_phases` does.
+
+    Args:
+        package: the upscaler's.
+        width: of what it enlarges.
+        height: of what it enlarges.
+        component: its name in the plan.
+        num_images: how many there are at a time.
+    """
+    config = UpscalerConfig.read(package.root)
+    sizes = {"batch": 1} | {
+        axis: -(-side // config.multiple) * config.multiple for axis, side in {"width": width, "height": height}.items()
+    }
+    graph = replace(_graph(package.graph("upscaler"), sizes), margin=config.margin, multiple=config.multiple)
+    pixels = width * height * (num_images * config.scale**2 + 2)
+    loaded = LoadedComponent(
+        component=component,
+        graphs=(graph,),
+        tiled=graph,
+        tile_sides=UPSCALER_TILES,
+        extra_bytes=3 * _BYTE_COPIES * pixels,
+    )
+    return [loaded]
 
 
 def _vae(package: Package, component: str, height: int, width: int, *, scale: int, pixels: int) -> LoadedComponent:

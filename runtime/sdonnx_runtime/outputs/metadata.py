@@ -10,10 +10,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sdonnx_runtime.adapters.lora import Lora
+from sdonnx_runtime.images.grid import make_grid
+from sdonnx_runtime.images.preprocess import UPSCALERS, open_image
 from sdonnx_runtime.outputs.atomic import write_file
 from sdonnx_runtime.request import FIELDS, CompleteRequest, generation_parameters
 from sdonnx_runtime.result import Result
 from sdonnx_runtime.sampling.registry import A1111_NAMES
+
+_TEXT_CHUNKS = ("parameters", "sdonnx")
+"""A1111's infotext, and JSON."""
 
 
 def parameters_text(
@@ -61,6 +66,17 @@ def _quote(name: str) -> str:
     return json.dumps(name, ensure_ascii=False) if set(name) & set(',:"\n') else name
 
 
+UPSCALER_SUFFIXES = (".pth", ".safetensors")
+"""Ends of the names of upscalers' files, which AUTOMATIC1111 leaves out."""
+
+
+def _upscaler_name(upscaler: str) -> str:
+    if upscaler in UPSCALERS:
+        return upscaler.capitalize()
+    suffix = next((each for each in UPSCALER_SUFFIXES if upscaler.endswith(each)), "")
+    return _quote(upscaler.removesuffix(suffix))
+
+
 def _settings(request: CompleteRequest) -> dict[str, Any]:
     """Values by field, else by infotext name; None, also for AUTOMATIC1111's defaults, is left out."""
     seed, strength = request.variation or (None, None)
@@ -82,7 +98,7 @@ def _settings(request: CompleteRequest) -> dict[str, Any]:
         "strength": request.hires_strength if request.strength is None else request.strength,
         "hires_scale": request.hires_scale,
         "hires_steps": request.hires_steps or request.num_inference_steps if hires else None,
-        "hires_upscaler": None if request.hires_upscaler is None else request.hires_upscaler.capitalize(),
+        "hires_upscaler": None if request.hires_upscaler is None else _upscaler_name(request.hires_upscaler),
         "mask_blur": request.mask_blur if masked else None,
         "Inpaint area": None if padding is None else "Only masked",
         "padding_mask_crop": padding,
@@ -125,14 +141,56 @@ def save_png(result: Result, index: int, path: Path, *, enlarge: int = 1, overwr
     return write_file(path, lambda stream: image.save(stream, format="PNG", pnginfo=info), overwrite=overwrite)
 
 
+def save_upscaled(
+    image: Image.Image, path: Path, source: Image.Image, *, scale: float, model: str, overwrite: bool = True
+) -> Path:
+    """Write an upscaled image as PNG, with the text chunks of `save_png` that its source has.
+
+    A chunk ``postprocessing`` says what was done, as A1111's. The file appears whole or not at all. Without
+    ``overwrite``, an existing file stays and a number is appended to the name. Returns the path.
+
+    Raises:
+        SdonnxError: the file can't be written.
+    """
+    png = encode_upscaled(image, source, scale=scale, model=model)
+    return write_file(path, lambda stream: stream.write(png), overwrite=overwrite)
+
+
+def encode_upscaled(image: Image.Image, source: Image.Image, *, scale: float, model: str) -> bytes:
+    """Encode an upscaled image as the content of a file of `save_upscaled`."""
+    info, content = _copy_texts(source), io.BytesIO()
+    info.add_text("postprocessing", f"Postprocess upscale by: {scale:g}, Postprocess upscaler: {_quote(model)}")
+    image.save(content, format="PNG", pnginfo=info)
+    return content.getvalue()
+
+
 def enlarge_png(png: bytes, factor: int) -> bytes:
     """Upscale the content of a file of `save_png`, which becomes what it would be with ``enlarge``."""
-    info, content = PngInfo(), io.BytesIO()
+    content = io.BytesIO()
     with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
-        for key in ("parameters", "sdonnx"):
-            info.add_text(key, str(image.info[key]))
-        _enlarge(image, factor).save(content, format="PNG", pnginfo=info)
+        _enlarge(image, factor).save(content, format="PNG", pnginfo=_copy_texts(image))
     return content.getvalue()
+
+
+def save_grid(paths: Sequence[Path], path: Path, *, overwrite: bool = True) -> Path:
+    """Write the grid of files of `save_png` as PNG, with the texts of the first; returns its path.
+
+    Raises:
+        RequestError: as `make_grid` does.
+        SdonnxError: the file can't be written.
+    """
+    images = [open_image(each, formats=("PNG",)) for each in paths]
+    grid, info = make_grid(images), _copy_texts(images[0])
+    return write_file(path, lambda stream: grid.save(stream, format="PNG", pnginfo=info), overwrite=overwrite)
+
+
+def _copy_texts(image: Image.Image) -> PngInfo:
+    """The texts of `save_png` that an image has."""
+    info = PngInfo()
+    for key in _TEXT_CHUNKS:
+        if isinstance(text := image.info.get(key), str):
+            info.add_text(key, text)
+    return info
 
 
 def _enlarge(image: Image.Image, factor: int) -> Image.Image:

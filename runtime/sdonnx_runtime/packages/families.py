@@ -15,11 +15,18 @@ class PackageKind(Enum):
     CONTROLNET = "controlnet"
     T2I_ADAPTER = "adapter"
     """These two control the U-Net of a model; their one component has the kind's value as its name."""
+    UPSCALER = "upscaler"
+    """Enlarges images; so has its."""
 
     @property
     def is_control(self) -> bool:
         """Whether it is a ControlNet or a T2I-Adapter."""
         return self in (PackageKind.CONTROLNET, PackageKind.T2I_ADAPTER)
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether it works on latents, or makes them."""
+        return self in (PackageKind.MODEL, PackageKind.VAE)
 
 
 REQUIRED_COMPONENTS: Mapping[PackageKind, tuple[str, ...]] = {
@@ -27,11 +34,13 @@ REQUIRED_COMPONENTS: Mapping[PackageKind, tuple[str, ...]] = {
     PackageKind.VAE: ("vae_decoder",),
     PackageKind.CONTROLNET: ("controlnet",),
     PackageKind.T2I_ADAPTER: ("adapter",),
+    PackageKind.UPSCALER: ("upscaler",),
 }
 """The components of each kind, the one that tells it first; a model also has the text encoders of its manifest."""
 
 COMPONENT_NAMES = (
     "text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "controlnet", "adapter",
+    "upscaler",
 )  # fmt: skip
 """Every component of a package, of any kind."""
 
@@ -80,5 +89,6 @@ FAMILIES: Mapping[str, Family] = {
     "vae": Family(title="a VAE", kind=PackageKind.VAE, text_encoders=()),
     "controlnet": Family(title="a ControlNet", kind=PackageKind.CONTROLNET, text_encoders=()),
     "adapter": Family(title="a T2I-Adapter", kind=PackageKind.T2I_ADAPTER, text_encoders=()),
+    "upscaler": Family(title="an upscaler", kind=PackageKind.UPSCALER, text_encoders=()),
 }
 """What this version runs, by its name in manifests."""

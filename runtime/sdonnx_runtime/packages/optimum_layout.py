@@ -75,13 +75,13 @@ def infer_manifest(root: Path, *, source: Source) -> Manifest:
     components = {name: _component(root, name) for name in COMPONENT_NAMES if (root / name).is_dir()}
     kinds = (kind for kind, (main, *_) in REQUIRED_COMPONENTS.items() if main in components)
     kind = next(kinds, PackageKind.VAE)
-    control = Latents(channels=4, downscale=8, scaling_factor=1.0)
+    unused = Latents(channels=4, downscale=8, scaling_factor=1.0)
     manifest = Manifest(
         family=kind.value,
         target="generic",
         defaults=Defaults(size=512),
         scheduler={},
-        latents=control if kind.is_control else _latents(root),
+        latents=_latents(root) if kind.has_latents else unused,
         text_encoders=(),
         components=components,
         source=source,

@@ -73,7 +73,8 @@ class Package:
             PackageError: the other has no VAE, or one for other latents.
         """
         if "vae_decoder" not in other.manifest.components:
-            raise PackageError(f"{other.root} is {other.title}; give a package with a VAE, and this one with --control")
+            more = ", and this one with --control" if other.kind.is_control else ""
+            raise PackageError(f"{other.root} is {other.title}; give a package with a VAE{more}")
         own, new = self.manifest.latents, other.manifest.latents
         if (own.channels, own.downscale) != (new.channels, new.downscale):
             raise PackageError(

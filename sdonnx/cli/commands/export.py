@@ -12,13 +12,15 @@ from sdonnx.cli.console import print_note, progress
 from sdonnx.cli.parsing import parse_lora
 from sdonnx.loading import find_source
 
+_RUN = 'sdonnx run "a photograph of a cat"'
 _USE = {
-    PackageKind.MODEL: "-m {}",
-    PackageKind.VAE: "-m PACKAGE --vae {}",
-    PackageKind.CONTROLNET: "-m PACKAGE --control {}:IMAGE.png",
-    PackageKind.T2I_ADAPTER: "-m PACKAGE --control {}:IMAGE.png",
+    PackageKind.MODEL: f"{_RUN} -m {{}}",
+    PackageKind.VAE: f"{_RUN} -m PACKAGE --vae {{}}",
+    PackageKind.CONTROLNET: f"{_RUN} -m PACKAGE --control {{}}:IMAGE.png",
+    PackageKind.T2I_ADAPTER: f"{_RUN} -m PACKAGE --control {{}}:IMAGE.png",
+    PackageKind.UPSCALER: "sdonnx upscale IMAGE.png -m {}",
 }
-"""The options that use an exported package in `sdonnx run`, by kind."""
+"""The command that uses an exported package, by kind."""
 
 Via: TypeAlias = Literal["native", "optimum"]
 Prediction: TypeAlias = Literal["epsilon", "v_prediction", "sample"]
@@ -29,8 +31,8 @@ def export(
         str | None,
         typer.Argument(
             metavar="SRC",
-            help="A diffusers directory, a .safetensors or .ckpt file, a Hub id, or a name from [b]sdonnx models[/b]. "
-            "If left out, with --vae: exports that VAE alone.",
+            help="A diffusers directory, a .safetensors, .ckpt or .pth file, a Hub id, or a name from "
+            "[b]sdonnx models[/b]. If left out, with --vae: exports that VAE alone.",
             show_default=False,
         ),
     ] = None,
@@ -104,8 +106,7 @@ def export(
             force=force,
             report=lambda what, done: bar.update(task, description=what, completed=done),
         )
-    options = _USE[sdonnx.Package.open(directory).kind].format(directory)
-    print_note(f"""{directory} is ready: sdonnx run "a photograph of a cat" {options}""")
+    print_note(f"{directory} is ready: {_USE[sdonnx.Package.open(directory).kind].format(directory)}")
 
 
 def companion(source: str | None) -> str | None:

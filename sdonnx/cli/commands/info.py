@@ -9,6 +9,7 @@ from rich.text import Text
 from sdonnx_models import bundled, recipes
 from sdonnx_runtime.denoising.control import describe_control
 from sdonnx_runtime.packages.families import PackageKind
+from sdonnx_runtime.packages.upscaler_config import UpscalerConfig
 
 import sdonnx
 from sdonnx.benchmark.cpu import cpu_name, instruction_set
@@ -41,7 +42,7 @@ def info(
         prediction = manifest.scheduler.get("prediction_type", "epsilon")
         table.add_row("scheduler", f"{manifest.scheduler.get('_class_name')}, {prediction} prediction")
     latents = manifest.latents
-    if not opened.kind.is_control:
+    if opened.kind.has_latents:
         table.add_row("latents", f"{latents.channels} channels, {latents.downscale}x downscale")
     for name, component in manifest.components.items():
         megabytes = sum(file.size for file in component.files.values()) / 1e6
@@ -64,6 +65,9 @@ def _usage(package: sdonnx.Package) -> tuple[str, str]:
         return "controls", f"{describe_control(package)}; use it with --control"
     if package.kind is PackageKind.VAE:
         return "VAE", "for other packages; use it with --vae"
+    if package.kind is PackageKind.UPSCALER:
+        config = UpscalerConfig.read(package.root)
+        return "upscales", f"{config.scale}x ({config.architecture}); use it with sdonnx upscale"
     return "generates", tasks(package.manifest)
 
 

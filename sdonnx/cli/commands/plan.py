@@ -5,12 +5,16 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from sdonnx_runtime.packages.families import PackageKind
 
 import sdonnx
 from sdonnx.benchmark.worker import macs_per_second
 from sdonnx.cli.console import out, print_json, strategy_text
 from sdonnx.cli.options import Memory, Threads, Vae, parse_request, request_option
 from sdonnx.loading import find_model
+
+_UPSCALED = {"width": 512, "height": 512}
+"""The image that an upscaler is planned for unless there is a --size."""
 
 
 def plan(
@@ -27,11 +31,21 @@ def plan(
 
     [dim]sdonnx plan sd15-onnx --size 512x512 --memory 600MB[/dim]
     """
-    fields = parse_request({"size": size, "guidance": guidance, "cache_interval": cache_interval})
-    with sdonnx.load(find_model(package), vae=vae, memory=memory, device="cpu", threads=threads) as pipe:
-        resolved = pipe.resolve("", **fields)
-        request, memory_plan = resolved.request, pipe.plan(resolved, always=True)
-        speed = macs_per_second(pipe.package.graph("unet"), threads)
+    opened = sdonnx.Package.open(find_model(package))
+    options = {"size": size, "guidance": guidance, "cache_interval": cache_interval}
+    if opened.kind is PackageKind.UPSCALER:
+        if any(each is not None for each in (guidance, cache_interval, vae)):
+            raise sdonnx.RequestError(f"{opened.root} is an upscaler; of the request's options it has --size alone")
+        sides = {**_UPSCALED, **parse_request({"size": size})}
+        width, height, component = sides["width"], sides["height"], "upscaler"
+        with sdonnx.Upscaler(opened, memory=memory, device="cpu", threads=threads) as upscaler:
+            memory_plan = upscaler.plan((width, height), always=True)
+    else:
+        with sdonnx.load(opened.root, vae=vae, memory=memory, device="cpu", threads=threads) as pipe:
+            resolved = pipe.resolve("", **parse_request(options))
+            memory_plan, component = pipe.plan(resolved, always=True), "unet"
+            width, height = resolved.request.width, resolved.request.height
+    speed = macs_per_second(opened.graph(component), threads)
     assert memory_plan is not None  # noqa: S101 — for the type checker
     rows = [(planned, planned.macs / speed + planned.overhead_seconds) for planned in memory_plan.components]
     if as_json:
@@ -49,7 +63,7 @@ def plan(
         table.add_row(planned.component, strategy_text(planned), f"{planned.peak / 1e6:,.0f} MB", f"{seconds:.2g} s")
     out.print(table, highlight=False, soft_wrap=True)
     out.print(
-        f"\n{request.width}x{request.height}: peak {memory_plan.peak / 1e6:,.0f} MB (predicted, Python included); "
+        f"\n{width}x{height}: peak {memory_plan.peak / 1e6:,.0f} MB (predicted, Python included); "
         f"possible from {memory_plan.minimum_budget / 1e6:,.0f} MB. Times are estimates.",
         highlight=False,
         soft_wrap=True,

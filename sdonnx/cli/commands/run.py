@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 from sdonnx_models import DEFAULT
 from sdonnx_runtime.images.canny import canny
-from sdonnx_runtime.images.preprocess import flatten_alpha, open_image
+from sdonnx_runtime.images.preprocess import UPSCALERS, flatten_alpha, open_image
 from sdonnx_runtime.request import FIELDS, IMAGE_TO_IMAGE, SPEED
 
 import sdonnx
@@ -54,8 +54,12 @@ def run(
     enlarge: Annotated[
         bool, typer.Option("--enlarge/--no-enlarge", help="Save the output of very small models upscaled.")
     ] = True,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="Also save several images as one, in rows and columns: OUT-grid.png.")
+    ] = False,
     vae: Vae = None,
     refiner: Annotated[str | None, request_option("refiner_start")] = None,
+    hires_upscaler: Annotated[str | None, request_option("hires_upscaler")] = None,
     control: Annotated[list[str] | None, request_option("controls")] = None,
     control_preprocessor: Annotated[
         Literal["canny"] | None,
@@ -155,6 +159,8 @@ def run(
         **refiner_fields,
         "controls": tuple(images),
     }
+    values |= {} if hires_upscaler is None else {"hires_upscaler": hires_upscaler}
+    upscaler = None if hires_upscaler in UPSCALERS else hires_upscaler
     margins = None if outpaint is None else parse_margins(outpaint)
     lines = None if batch_file is None else read_batch(batch_file)
     if (prompt is None) == (lines is None):
@@ -162,12 +168,16 @@ def run(
     if preview_vae is not None and preview is None:
         raise sdonnx.RequestError("--preview-vae requires --preview")
     inputs = (*(path for _, path, _ in controls), *(each for each in options.values() if isinstance(each, Path)))
-    outputs = OutputPaths(images=output, preview=preview, latents=save_latents, upscale=enlarge, inputs=inputs)
+    outputs = OutputPaths(
+        images=output, grid=grid, preview=preview, latents=save_latents, upscale=enlarge, inputs=inputs
+    )
     fields = {**values, "prompt": decode_argument(prompt or "")}
     if server is not None:
         from sdonnx.cli.remote import Selection, connect, run_remotely
 
-        selection = Selection(model=model, vae=vae, controls=tuple(package for package, _, _ in controls))
+        selection = Selection(
+            model=model, vae=vae, controls=tuple(package for package, _, _ in controls), upscaler=upscaler
+        )
         pool = connect(context, server, token, selection, previews=preview is not None)
         run_remotely(pool, fields, outputs, batch_file, lines, as_json=as_json)
         return
@@ -181,7 +191,10 @@ def run(
         refiner=refiner_package,
         lora_folder=lora_dir,
         controls=[package for package, _, _ in controls],
+        upscaler=None if upscaler is None else find_model(upscaler),
     ) as pipe:
+        if pipe.upscaler is not None:
+            fields["hires_upscaler"] = values["hires_upscaler"] = pipe.upscaler.name
         pipe.set_loras([parse_lora(each) for each in lora or []], ignore_unmatched=lora_ignore_unmatched)
         pipe.set_embeddings([parse_embedding(each) for each in embedding or []])
         if preview is not None and preview_vae is None and pipe.package.manifest.latents.preview is None:

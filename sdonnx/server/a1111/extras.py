@@ -2,7 +2,9 @@
 
 import asyncio
 import base64
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import replace
+from html import escape
 from typing import Any, cast
 
 from PIL import Image
@@ -14,17 +16,16 @@ import sdonnx
 from sdonnx.server.a1111.controlnet import detect
 from sdonnx.server.a1111.errors import AsciiJson, Unprocessable, error_object
 from sdonnx.server.a1111.fields import Detect, Extras, PngInfo, parse_body, read_form
+from sdonnx.server.a1111.listings import upscaler_names
 from sdonnx.server.context import context_of
-from sdonnx.server.errors import TooLarge
+from sdonnx.server.errors import NotFound, ShuttingDown, TooLarge
 from sdonnx.server.images import decode_image, encode_image
 from sdonnx.server.infotext import parse_infotext, read_infotext
-
-_FILTERS: Mapping[str, Image.Resampling | None] = {
-    "none": None,
-    "lanczos": Image.Resampling.LANCZOS,
-    "nearest": Image.Resampling.NEAREST,
-}
-"""Pillow's filters of the upscalers; None leaves the image as it is."""
+from sdonnx.server.jobs import State
+from sdonnx.server.library import Library
+from sdonnx.server.requests import wait_for
+from sdonnx.server.settings import Settings
+from sdonnx.server.upscaling import FILTERS, Upscaling
 
 _MAX_TEXT = 100_000
 """Characters of an image's text that are parsed."""
@@ -32,22 +33,20 @@ _MAX_TEXT = 100_000
 
 async def extra_single_image(request: Request) -> Response:
     """``POST /extra-single-image``."""
-    form, max_pixels = read_form(Extras, parse_body(await request.body())), _max_pixels(request)
-    image = await asyncio.to_thread(_upscale, form, form.image, max_pixels)
+    form = read_form(Extras, parse_body(await request.body()))
+    (image,) = await _upscale(request, form, [form.image])
     return AsciiJson({"html_info": _describe(form), "image": image})
 
 
 async def extra_batch_images(request: Request) -> Response:
     """``POST /extra-batch-images``."""
-    form, max_pixels = read_form(Extras, parse_body(await request.body())), _max_pixels(request)
+    form = read_form(Extras, parse_body(await request.body()))
     if not (entries := form.imageList or form.image_list):
         raise Unprocessable("there is no image; give imageList", fields={"imageList": "field required"})
     if len(entries) > (limit := context_of(request).settings.max_images):
         raise sdonnx.RequestError(f"{len(entries)} images are too many; give up to {limit}")
-    images: list[str] = []
-    for entry in entries:
-        named = cast("dict[str, Any]", entry) if isinstance(entry, dict) else {}
-        images.append(await asyncio.to_thread(_upscale, form, named.get("data") or named.get("image"), max_pixels))
+    named = [cast("dict[str, Any]", entry) if isinstance(entry, dict) else {} for entry in entries]
+    images = await _upscale(request, form, [each.get("data") or each.get("image") for each in named])
     return AsciiJson({"html_info": _describe(form), "images": images})
 
 
@@ -71,45 +70,93 @@ async def detect_controls(request: Request) -> Response:
     return AsciiJson(await asyncio.to_thread(detect, form, context_of(request).settings))
 
 
+async def _upscale(request: Request, form: Extras, encoded: Sequence[Any]) -> list[str]:
+    """Upscale images, as a job if it takes a package; from base64 to PNG in base64."""
+    context = context_of(request)
+    upscaling = _read_upscaling(form, context.library)
+    if upscaling is None or not upscaling.packages:
+        return [await asyncio.to_thread(_resize, upscaling, each, context.settings.max_pixels) for each in encoded]
+    job = await context.queue.upscale(await asyncio.to_thread(_with_images, upscaling, encoded, context.settings))
+    await wait_for(request, job)
+    if job.error is not None:
+        raise job.error
+    if job.state is State.CANCELLED:
+        closing = context.queue.is_closing
+        raise (
+            ShuttingDown("the server is shutting down; try again later")
+            if closing
+            else sdonnx.RequestError("the upscaling was interrupted; send the request again")
+        )
+    return await asyncio.to_thread(lambda: [_to_base64(context.store.read(name)) for name in job.files])
+
+
+def _read_upscaling(form: Extras, library: Library) -> Upscaling | None:
+    """How a form's images are upscaled; None leaves them as they are."""
+    if form.gfpgan_visibility or form.codeformer_visibility:
+        raise sdonnx.RequestError("gfpgan_visibility and codeformer_visibility are not supported; give 0")
+    share = min(form.extras_upscaler_2_visibility, 1.0)
+    first = _find_upscaler(form.upscaler_1, library)
+    second = _find_upscaler(form.upscaler_2, library) if share > 0 else None
+    if first is None:
+        return None
+    return Upscaling(
+        upscaler=first,
+        second=second,
+        share=share,
+        scale=form.upscaling_resize,
+        box=(form.upscaling_resize_w, form.upscaling_resize_h) if form.resize_mode == 1 else None,
+        crop=form.upscaling_crop,
+    )
+
+
+def _find_upscaler(name: str, library: Library) -> str | None:
+    """A key of FILTERS, or a package's served name; None for AUTOMATIC1111's ``None``."""
+    if name.lower() in ("none", *FILTERS):
+        return None if name.lower() == "none" else name.lower()
+    try:
+        return library.find_upscaler(name).name
+    except NotFound:
+        *others, last = upscaler_names(library)
+        raise sdonnx.RequestError(f"there is no upscaler {name[:80]!r}; choose {', '.join(others)} or {last}") from None
+
+
+def _with_images(upscaling: Upscaling, encoded: Sequence[Any], settings: Settings) -> Upscaling:
+    images, texts, pixels = list[Image.Image](), list[str | None](), 0
+    for each in encoded:
+        image, text = _decode(each, settings.max_pixels)
+        images.append(image)
+        texts.append(text)
+        pixels += image.width * image.height
+        if pixels > settings.max_queued_pixels:
+            raise TooLarge(f"the images have more than {settings.max_queued_pixels} pixels together; send fewer")
+    return replace(upscaling, images=tuple(images), infotexts=tuple(texts))
+
+
+def _resize(upscaling: Upscaling | None, encoded: Any, max_pixels: int) -> str:
+    """Upscale an image without a package."""
+    image, text = _decode(encoded, max_pixels)
+    if upscaling is not None:
+        upscaling.check(image, max_pixels)
+        image = upscaling.run(image)
+    return _to_base64(encode_image(image, "png", infotext=text))
+
+
+def _decode(encoded: Any, max_pixels: int) -> tuple[Image.Image, str | None]:
+    """Decode an image to RGB or RGBA, and read its infotext."""
+    if not isinstance(encoded, str):
+        raise Unprocessable("an image is not a text; give it in base64")
+    image = decode_image(encoded, "image", max_pixels=max_pixels)
+    return image if image.mode in ("RGB", "RGBA") else to_rgb(image), read_infotext(image)
+
+
+def _to_base64(png: bytes) -> str:
+    return base64.b64encode(png).decode()
+
+
 def _max_pixels(request: Request) -> int:
     return context_of(request).settings.max_pixels
 
 
-def _upscale(form: Extras, encoded: Any, max_pixels: int) -> str:
-    if form.gfpgan_visibility or form.codeformer_visibility:
-        raise sdonnx.RequestError("gfpgan_visibility and codeformer_visibility are not supported; give 0")
-    if not isinstance(encoded, str):
-        raise Unprocessable("an image is not a text; give it in base64")
-    image = decode_image(encoded, "image", max_pixels=max_pixels)
-    text, pixels = read_infotext(image), image if image.mode in ("RGB", "RGBA") else to_rgb(image)
-    upscaled = _resize(form, form.upscaler_1, pixels, max_pixels)
-    if form.extras_upscaler_2_visibility > 0 and upscaled is not pixels:
-        other = _resize(form, form.upscaler_2, pixels, max_pixels)
-        share = min(form.extras_upscaler_2_visibility, 1.0)
-        upscaled = upscaled if other is pixels else Image.blend(upscaled, other, share)
-    return base64.b64encode(encode_image(upscaled, "png", infotext=text)).decode()
-
-
-def _resize(form: Extras, upscaler: str, image: Image.Image, max_pixels: int) -> Image.Image:
-    """Resize an image as the form says; the same image if its upscaler is ``None``."""
-    if upscaler.lower() not in _FILTERS:
-        raise sdonnx.RequestError(f"there is no upscaler {upscaler[:80]!r}; choose None, Lanczos or Nearest")
-    resampling = _FILTERS[upscaler.lower()]
-    if resampling is None:
-        return image
-    box = (form.upscaling_resize_w, form.upscaling_resize_h) if form.resize_mode == 1 else None
-    if box is not None and min(box) < 1:
-        raise sdonnx.RequestError(f"{box[0]}x{box[1]} has no pixels; give a width and a height of 1 or more")
-    scale = form.upscaling_resize if box is None else max(box[0] / image.width, box[1] / image.height)
-    if not 0 < scale * max(image.size) <= max_pixels or scale**2 * image.width * image.height > max_pixels:
-        raise TooLarge(f"the image would have more than {max_pixels} pixels, or none; choose another size")
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    upscaled = image.resize(size, resampling)
-    if box is None or not form.upscaling_crop:
-        return upscaled
-    left, top = (upscaled.width - box[0]) // 2, (upscaled.height - box[1]) // 2
-    return upscaled.crop((left, top, left + box[0], top + box[1]))
-
-
 def _describe(form: Extras) -> str:
-    return f"<p>Upscaler: {form.upscaler_1.capitalize()}</p>"
+    name = form.upscaler_1
+    return f"<p>Upscaler: {name.capitalize() if name.lower() in ('none', *FILTERS) else escape(name)}</p>"

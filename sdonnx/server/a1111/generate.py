@@ -7,6 +7,8 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from sdonnx_runtime.images.grid import make_grid
+from sdonnx_runtime.images.preprocess import open_image
 from sdonnx_runtime.outputs.metadata import A1111_SCHEDULES, infotext
 from sdonnx_runtime.request import CompleteRequest
 from sdonnx_runtime.sampling.registry import A1111_NAMES
@@ -20,8 +22,9 @@ from sdonnx.server.a1111.options import FORMATS, current_options, set_options
 from sdonnx.server.a1111.prepare import Prepared, prepare
 from sdonnx.server.context import context_of
 from sdonnx.server.errors import ShuttingDown, http_status
-from sdonnx.server.images import ImageStore, convert_png
-from sdonnx.server.jobs import Generation, Job, State
+from sdonnx.server.generation import Generation, GenerationJob
+from sdonnx.server.images import convert_png, encode_image
+from sdonnx.server.jobs import State
 from sdonnx.server.library import ServedPackage
 from sdonnx.server.queue import JobQueue
 from sdonnx.server.requests import wait_for
@@ -55,7 +58,7 @@ async def _generate(request: Request, kind: type[Generate]) -> Response:
     if job.state is State.CANCELLED and queue.is_closing:
         raise ShuttingDown("the server is shutting down; try again later")
     headers = {NOTE: "; ".join(prepared.notes)} if prepared.notes else None
-    return await asyncio.to_thread(lambda: AsciiJson(_reply(queue.store, prepared, form, job), headers=headers))
+    return await asyncio.to_thread(lambda: AsciiJson(_reply(queue, prepared, form, job), headers=headers))
 
 
 async def _read_form(request: Request, kind: type[Generate]) -> Generate:
@@ -64,7 +67,7 @@ async def _read_form(request: Request, kind: type[Generate]) -> Generate:
     return read_form(kind, await asyncio.to_thread(parse_body, body))
 
 
-async def _submit(queue: JobQueue, generation: Generation, job_id: str | None) -> Job:
+async def _submit(queue: JobQueue, generation: Generation, job_id: str | None) -> GenerationJob:
     """Queue a job; packages that don't fit each other are the client's choice."""
     try:
         return await queue.submit(generation, job_id)
@@ -74,20 +77,26 @@ async def _submit(queue: JobQueue, generation: Generation, job_id: str | None) -
         raise sdonnx.RequestError(with_their_name(str(error))) from None
 
 
-def _reply(store: ImageStore, prepared: Prepared, form: Generate, job: Job) -> dict[str, Any]:
+def _reply(queue: JobQueue, prepared: Prepared, form: Generate, job: GenerationJob) -> dict[str, Any]:
     """The images, none of a job that was interrupted; the fields of the request; and what was generated."""
     result, file_format = job.result, FORMATS[prepared.options.samples_format]
     texts = [] if result is None else [infotext(result, index) for index in range(job.request.num_images)]
-    images = [_encode(store, name, file_format) for name in job.files]
-    info = json.dumps(_info(prepared, form, job, texts))
-    return {"images": images if form.send_images else [], "parameters": form.values, "info": info}
+    files = [queue.store.read(name) for name in job.files]
+    images = [convert_png(png, file_format) for png in files]
+    info = _info(prepared, form, job, texts)
+    if form.save_images and prepared.options.return_grid and len(files) > 1:
+        try:
+            grid = make_grid([open_image(png) for png in files], max_pixels=queue.library.settings.max_pixels)
+        except sdonnx.RequestError as error:
+            info["comments"] = "\n".join([*filter(None, [info["comments"]]), str(error)])
+        else:
+            images.insert(0, encode_image(grid, file_format, infotext=texts[0]))
+            info |= {"infotexts": [texts[0], *texts], "index_of_first_image": 1}
+    encoded = [base64.b64encode(each).decode() for each in images if form.send_images]
+    return {"images": encoded, "parameters": form.values, "info": json.dumps(info)}
 
 
-def _encode(store: ImageStore, name: str, form: str) -> str:
-    return base64.b64encode(convert_png(store.read(name), form)).decode()
-
-
-def _info(prepared: Prepared, form: Generate, job: Job, texts: list[str]) -> dict[str, Any]:
+def _info(prepared: Prepared, form: Generate, job: GenerationJob, texts: list[str]) -> dict[str, Any]:
     """What was generated, with AUTOMATIC1111's names."""
     request, package = job.request, prepared.package
     count, seeds = request.num_images, list(request.seeds)

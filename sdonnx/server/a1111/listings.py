@@ -7,6 +7,7 @@ from typing import Any
 from sdonnx_runtime.adapters.textual_inversion import read_embedding
 from sdonnx_runtime.execution.process_memory import available_memory, resident_memory
 from sdonnx_runtime.files.safetensors import open_safetensors
+from sdonnx_runtime.packages.upscaler_config import UpscalerConfig
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -18,8 +19,8 @@ from sdonnx.server.a1111.samplers import samplers, schedulers
 from sdonnx.server.context import context_of
 from sdonnx.server.library import Library, Selection
 
-UPSCALERS = ("None", "Lanczos", "Nearest")
-"""Upscalers of images; ``None`` comes first, where SillyTavern looks for it."""
+_FILTERS = ("None", "Lanczos", "Nearest")
+"""Upscalers that are no packages; ``None`` comes first, where SillyTavern looks for it."""
 
 _SCRIPTS = ["controlnet", "controlnet m2m"]
 """webuiapi forgets the last call's ControlNet only where ``controlnet m2m`` is listed."""
@@ -74,6 +75,29 @@ async def embeddings(request: Request) -> Response:
     return AsciiJson(await asyncio.to_thread(_embeddings, library, model))
 
 
+async def upscalers(request: Request) -> Response:
+    """``GET /upscalers``: of images, in extras and in hires fix."""
+    packages = {each.name: each.package for each in _library(request).upscalers}
+    scales = {name: UpscalerConfig.read(package.root).scale for name, package in packages.items()}
+    return AsciiJson(
+        [
+            {
+                "name": name,
+                "model_name": packages[name].name if name in packages else None,
+                "model_path": None,
+                "model_url": None,
+                "scale": float(scales.get(name, 4)),
+            }
+            for name in upscaler_names(_library(request))
+        ]
+    )
+
+
+def upscaler_names(library: Library) -> list[str]:
+    """The names of upscalers of images."""
+    return [*_FILTERS, *(each.name for each in library.upscalers)]
+
+
 async def memory(_: Request) -> Response:
     """``GET /memory``, in bytes."""
     free, used = available_memory() or 0, resident_memory()
@@ -104,10 +128,6 @@ SCRIPT_INFO: Any = [
 ]
 
 CONTROL_MODULES: Any = {"module_list": list(MODULES)}
-
-UPSCALER_LIST: Any = [
-    {"name": name, "model_name": None, "model_path": None, "model_url": None, "scale": 4.0} for name in UPSCALERS
-]
 
 SAMPLERS: Any = samplers()
 

@@ -31,6 +31,8 @@ class Options:
     preview_every: int = 1
     """Steps between previews; 0 makes none."""
     clip_skip: int = 1
+    return_grid: bool = True
+    """Whether replies with ``save_images`` begin with a grid of several images."""
 
     def package(self, library: Library) -> ServedPackage:
         """The model."""
@@ -74,6 +76,7 @@ async def get_options(request: Request) -> Response:
         "show_progress_every_n_steps": options.preview_every,
         "live_previews_enable": options.preview_every > 0,
         "CLIP_stop_at_last_layers": options.clip_skip,
+        "return_grid": options.return_grid,
     }
     return AsciiJson(values)
 
@@ -111,6 +114,12 @@ def _clip_skip(value: Any, _: Library) -> dict[str, Any]:
     return {"clip_skip": _whole("CLIP_stop_at_last_layers", value)}
 
 
+def _return_grid(value: Any, _: Library) -> dict[str, Any]:
+    if not isinstance(value, bool):
+        raise Unprocessable(f"return_grid is {value!r:.80}; give true or false")
+    return {"return_grid": value}
+
+
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise Unprocessable(f"{name} is {value!r:.80}; give a text")
@@ -129,4 +138,5 @@ _SETTINGS: Mapping[str, Callable[[Any, Library], dict[str, Any]]] = {
     "samples_format": _format,
     "show_progress_every_n_steps": _preview_every,
     "CLIP_stop_at_last_layers": _clip_skip,
+    "return_grid": _return_grid,
 }

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from PIL import Image, ImageOps
-from sdonnx_runtime.images.preprocess import MAX_SIDE
+from sdonnx_runtime.images.preprocess import MAX_SIDE, UPSCALERS
 from sdonnx_runtime.packages.concat import CONCAT
 from sdonnx_runtime.packages.manifest import Manifest
 from sdonnx_runtime.packages.package import Package
@@ -20,9 +20,9 @@ from sdonnx.server.a1111.fields import Generate, ImageToImage, TextToImage
 from sdonnx.server.a1111.options import Options
 from sdonnx.server.a1111.samplers import find_sampler, find_scheduler, own_sampler
 from sdonnx.server.errors import NotFound
+from sdonnx.server.generation import Generation
 from sdonnx.server.images import decode_image
 from sdonnx.server.infotext import infotext_fields, parse_infotext, second_pass_steps
-from sdonnx.server.jobs import Generation
 from sdonnx.server.library import Library, Selection, ServedPackage
 
 _FITS = {0: "stretch", 1: "crop", 2: "pad", 3: "stretch"}
@@ -77,9 +77,18 @@ def prepare(library: Library, options: Options, form: Generate) -> Prepared:
     if not settings.as_asked:
         fields, lowered = cap_distilled(manifest, fields)
         notes = [with_their_name(each) for each in lowered]
+    upscaler = _upscaler(fields.get("hires_upscaler"), library)
+    if upscaler is not None:
+        fields["hires_upscaler"] = upscaler.package.name
     generation = Generation(
         request=sdonnx.Request(**fields),
-        selection=Selection(model=served.name, vae=options.vae, refiner=refiner, controls=controls.names),
+        selection=Selection(
+            model=served.name,
+            vae=options.vae,
+            refiner=refiner,
+            controls=controls.names,
+            upscaler=None if upscaler is None else upscaler.name,
+        ),
         preview_every=options.preview_every,
     )
     return Prepared(
@@ -203,9 +212,8 @@ def _hires(form: TextToImage, replayed: Mapping[str, Any], manifest: Manifest) -
     if not form.enable_hr:
         return dict.fromkeys(_OF_HIRES)
     _refuse_hires(form)
-    upscaler = _UPSCALERS.get((form.hr_upscaler or "latent").lower())
-    if upscaler is None:
-        raise sdonnx.RequestError(f"hr_upscaler is {form.hr_upscaler!r:.80}; choose Latent, Lanczos or None")
+    upscaler = form.hr_upscaler or "latent"
+    upscaler = _UPSCALERS.get(upscaler.lower(), upscaler)
     size, scale = _hires_size(form, replayed, manifest)
     count = form.hr_second_pass_steps or replayed.get("num_inference_steps") or manifest.defaults.num_inference_steps
     steps, strength = second_pass_steps(min(count, 1000), form.denoising_strength)
@@ -319,6 +327,17 @@ def _target(fields: Mapping[str, Any], package: Package, max_pixels: int) -> Tar
         is_crop=fields.get("padding_mask_crop") is not None,
         max_pixels=max_pixels,
     )
+
+
+def _upscaler(name: str | None, library: Library) -> ServedPackage | None:
+    """The upscaler package of hires fix; None where there is no such pass, or it takes none."""
+    if name is None or name in UPSCALERS:
+        return None
+    try:
+        return library.find_upscaler(name)
+    except NotFound:
+        served = "".join(f"{each.name}, " for each in library.upscalers)
+        raise sdonnx.RequestError(f"hr_upscaler is {name!r:.80}; choose {served}Latent, Lanczos or None") from None
 
 
 def _refiner(form: Generate, library: Library) -> tuple[str | None, float | None]:

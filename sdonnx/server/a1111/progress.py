@@ -43,7 +43,7 @@ def _state(job: Job | None) -> dict[str, Any]:
     return state | {
         "interrupted": job.is_cancelled,
         "job": job.id,
-        "job_count": job.request.num_images if job.num_steps else -1,  # as a job begins
+        "job_count": job.num_images if job.num_steps else -1,  # as a job begins
         "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(job.created)),
         "job_no": job.image,
         "sampling_step": job.step,
@@ -60,7 +60,7 @@ async def interrupt(request: Request) -> Response:
 async def skip(request: Request) -> Response:
     """``POST /skip``: go on to the next image, which is that of the next job unless the running one has more."""
     queue = _queue(request)
-    if (job := queue.current) is not None and job.request.num_images == 1:
+    if (job := queue.current) is not None and job.num_images == 1:
         await asyncio.to_thread(queue.cancel, job)
     return AsciiJson(None)
 

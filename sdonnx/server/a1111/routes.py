@@ -28,7 +28,7 @@ _GET: Mapping[str, Handler] = {
     "/sdapi/v1/sd-models": listings.sd_models,
     "/sdapi/v1/sd-modules": listings.sd_modules,
     "/sdapi/v1/sd-vae": listings.sd_vaes,
-    "/sdapi/v1/upscalers": constant(listings.UPSCALER_LIST),
+    "/sdapi/v1/upscalers": listings.upscalers,
     "/internal/pending-tasks": progress.pending_tasks,
     "/controlnet/control_types": listings.control_type_list,
     "/controlnet/model_list": listings.control_models,

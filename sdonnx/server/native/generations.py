@@ -7,11 +7,12 @@ from typing import Any, cast
 from PIL.Image import Image
 from sdonnx_runtime.field_spec import FieldSpec
 from sdonnx_runtime.images.canny import canny
+from sdonnx_runtime.images.preprocess import UPSCALERS
 from sdonnx_runtime.request import CONTROL_FIELDS, FIELDS
 
 import sdonnx
+from sdonnx.server.generation import Generation
 from sdonnx.server.images import decode_image
-from sdonnx.server.jobs import Generation
 from sdonnx.server.library import Library, Selection
 from sdonnx.server.native.bodies import check_keys, take
 
@@ -39,6 +40,8 @@ def parse_generation(data: Mapping[str, Any], library: Library) -> Generation:
     selection = _select(data, controls, library)
     fields: dict[str, Any] = {"prompt": ""}
     fields |= {name: _parse_value(name, FIELDS[name], data[name], max_pixels) for name in data if name in FIELDS}
+    if selection.upscaler is not None:
+        fields["hires_upscaler"] = library.find_upscaler(selection.upscaler).package.name
     fields["controls"] = tuple(_parse_control(each, index, max_pixels) for index, each in enumerate(controls))
     preview_every = take(data, "preview_every", int, 1)
     if preview_every < 0:
@@ -49,10 +52,12 @@ def parse_generation(data: Mapping[str, Any], library: Library) -> Generation:
 def _select(data: Mapping[str, Any], controls: list[dict[str, Any]], library: Library) -> Selection:
     model, vae = take(data, "model", str, library.default.name), take(data, "vae", str, "")
     packages = [take(each, "package", str, "") for each in controls]
+    upscaler = take(data, "hires_upscaler", str, "latent")
     return Selection(
         model=library.find(model).name,
         vae=library.find(vae, library.vaes).name if vae else None,
         controls=tuple(library.find(each, library.controls).name for each in packages),
+        upscaler=None if upscaler in UPSCALERS else library.find_upscaler(upscaler).name,
     )
 
 

@@ -2,11 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
+from sdonnx_runtime.packages.upscaler_config import UpscalerConfig
 from sdonnx_runtime.request import generation_parameters
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -14,10 +15,14 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 import sdonnx
 from sdonnx.server.context import Context, context_of
 from sdonnx.server.errors import NotFound
+from sdonnx.server.generation import GenerationJob
+from sdonnx.server.images import decode_image
+from sdonnx.server.infotext import read_infotext
 from sdonnx.server.jobs import Event, Job
-from sdonnx.server.native.bodies import read_object
+from sdonnx.server.native.bodies import read_object, take
 from sdonnx.server.native.generations import KEYS, parse_generation
 from sdonnx.server.requests import EVENT_HEADERS
+from sdonnx.server.upscaling import Upscaling
 
 KEEP_ALIVE = 15.0
 """Seconds between comments in a quiet stream of events, for proxies that close idle connections."""
@@ -37,6 +42,29 @@ async def create(request: Request) -> Response:
     generation = await asyncio.to_thread(parse_generation, data, context.library)
     job = await context.queue.submit(generation)
     return JSONResponse(job_json(job, context), 202, {"Location": f"/api/jobs/{job.id}"})
+
+
+async def upscale(request: Request) -> Response:
+    """Queue an upscaling: POST ``{"image", "upscaler", "scale"}``; 202 with the job, as `job_json` has it.
+
+    The upscaler is a name of ``/api/models``, its own factor is the default ``scale``.
+
+    Raises:
+        RequestError, NotFound, QueueFull, ShuttingDown: as `JobQueue.upscale` does; or the image can't be decoded.
+    """
+    context = context_of(request)
+    data = await read_object(request, ("image", "upscaler", "scale"))
+    job = await context.queue.upscale(await asyncio.to_thread(_parse_upscaling, data, context))
+    return JSONResponse(job_json(job, context), 202, {"Location": f"/api/jobs/{job.id}"})
+
+
+def _parse_upscaling(data: Mapping[str, Any], context: Context) -> Upscaling:
+    served = context.library.find_upscaler(take(data, "upscaler", str, ""))
+    scale: object = data.get("scale", UpscalerConfig.read(served.package.root).scale)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise sdonnx.RequestError(f"scale is {scale!r:.100}; give a number")
+    image = decode_image(take(data, "image", str, ""), "image", max_pixels=context.settings.max_pixels)
+    return Upscaling(images=(image,), infotexts=(read_infotext(image),), upscaler=served.name, scale=scale)
 
 
 async def list_jobs(request: Request) -> Response:
@@ -114,7 +142,8 @@ async def _describe(request: Request) -> dict[str, Any]:
     job_id: str = request.path_params["id"]
     with suppress(NotFound):
         job = context.queue.find(job_id)
-        return {**job_json(job, context), "result": None if job.result is None else _result_json(job.result)}
+        result = job.result if isinstance(job, GenerationJob) else None
+        return {**job_json(job, context), "result": None if result is None else _result_json(result)}
     stored = await asyncio.to_thread(context.store.of_job, job_id)
     if not stored:
         raise NotFound("there is no such job")
@@ -139,14 +168,15 @@ def job_json(job: Job, context: Context) -> dict[str, Any]:
     null if it does not wait), ``created``, ``started``, ``ended`` (seconds since 1970 or null), ``progress`` (0 to 1),
     ``eta`` (seconds or null), ``seconds_per_step``, ``image`` (from 0), ``num_images``, ``step`` (done ones),
     ``num_steps``, ``loading`` (the component that is being loaded, or null), ``decoding``, ``preview`` (a URL or null),
-    ``images`` (as `image_links`), ``seeds``, ``error`` (text or null), ``request`` (every field of `Request` but its
-    images, with every choice made).
+    ``images`` (as `image_links`), ``seeds``, ``error`` (text or null), ``kind`` (generation or upscaling), ``request``
+    (every field of `Request` but its images, with every choice made; of an upscaling its ``width`` and ``height``).
     """
     waiting = context.queue.waiting
     return {
         "id": job.id,
         "state": job.state.value,
-        "model": job.generation.selection.model,
+        "kind": job.kind,
+        "model": job.model,
         "position": waiting.index(job) + 1 if job in waiting else None,
         "created": job.created,
         "started": job.started,
@@ -155,14 +185,20 @@ def job_json(job: Job, context: Context) -> dict[str, Any]:
         "eta": job.eta,
         "seconds_per_step": job.seconds_per_step,
         "image": job.image,
-        "num_images": job.request.num_images,
+        "num_images": job.num_images,
         "step": job.step,
         "num_steps": job.num_steps,
         "loading": job.loading,
         "decoding": job.is_decoding and not job.state.is_final,
         "preview": None if job.preview is None else preview_url(job, job.preview.number),
         "images": image_links(job.files),
-        "seeds": job.request.seeds,
+        "seeds": job.request.seeds if isinstance(job, GenerationJob) else [],
         "error": None if job.error is None else str(job.error),
-        "request": generation_parameters(job.request),
+        "request": _request_json(job),
     }
+
+
+def _request_json(job: Job) -> dict[str, Any]:
+    if isinstance(job, GenerationJob):
+        return generation_parameters(job.request)
+    return {"width": job.size[0], "height": job.size[1]}

@@ -7,9 +7,11 @@ from typing import Any
 
 from sdonnx_runtime.adapters.textual_inversion import read_embedding
 from sdonnx_runtime.denoising.control import describe_control
+from sdonnx_runtime.images.preprocess import UPSCALERS
 from sdonnx_runtime.outputs.metadata import A1111_SCHEDULES
 from sdonnx_runtime.packages.concat import CONCAT
 from sdonnx_runtime.packages.manifest import Manifest
+from sdonnx_runtime.packages.upscaler_config import UpscalerConfig
 from sdonnx_runtime.request import FIELDS
 from sdonnx_runtime.sampling.registry import A1111_NAMES, SAMPLERS
 from sdonnx_runtime.sampling.sigmas import SCHEDULES
@@ -22,13 +24,14 @@ from sdonnx.server.library import Library, ServedPackage
 
 
 async def models(request: Request) -> Response:
-    """List the packages after reading the folders again: ``{"version", "models": [model…], "vaes", "controls"}``.
+    """List the packages after reading the folders again: ``{"version", "models": [model…], "vaes", "controls",
+    "upscalers"}``.
 
     A model has ``name``, ``title`` (the name with its digest), ``family``, ``default`` and ``loaded`` (booleans),
     ``defaults`` (width, height, num_inference_steps, guidance_scale, sampler, and enlarge, the factor by which the
     command line saves its images larger), ``fast`` (fields of a job that trade quality for speed), ``preview`` (whether
     it has them), ``multiple`` (of its sides, pixels), ``tasks`` and ``requires`` (image fields). A VAE has ``name`` and
-    ``title``, a control also ``kind`` and ``description``.
+    ``title``, a control also ``kind`` and ``description``, an upscaler also ``scale``.
     """
     context = context_of(request)
     await asyncio.to_thread(context.library.refresh)
@@ -49,7 +52,10 @@ async def fields(request: Request) -> Response:
         "prompt": settings.max_prompt,
         "body": settings.max_body,
     }
-    return JSONResponse({"fields": {name: _describe_field(name) for name in FIELDS}, "limits": limits})
+    described = {name: _describe_field(name) for name in FIELDS}
+    upscalers = [each.name for each in context_of(request).library.upscalers]
+    described["hires_upscaler"]["choices"] = [*UPSCALERS, *upscalers]
+    return JSONResponse({"fields": described, "limits": limits})
 
 
 async def samplers(_: Request) -> Response:
@@ -88,6 +94,10 @@ def _describe_packages(library: Library) -> dict[str, Any]:
                 "description": describe_control(each.package),
             }
             for each in library.controls
+        ],
+        "upscalers": [
+            {"name": each.name, "title": each.title, "scale": UpscalerConfig.read(each.package.root).scale}
+            for each in library.upscalers
         ],
     }
 

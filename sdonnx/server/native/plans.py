@@ -5,11 +5,13 @@ import statistics
 from typing import Any
 
 from sdonnx_runtime.request import CompleteRequest, uses_guidance
+from sdonnx_runtime.upscaling import COMPONENT
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from sdonnx.server.context import context_of
-from sdonnx.server.jobs import Generation, Job, State
+from sdonnx.server.generation import Generation, GenerationJob
+from sdonnx.server.jobs import State
 from sdonnx.server.native.bodies import read_object
 from sdonnx.server.native.generations import KEYS, parse_generation
 from sdonnx.server.planning import Forecast
@@ -63,7 +65,7 @@ def _plan(generation: Generation, queue: JobQueue) -> dict[str, Any]:
 def _measured_seconds(generation: Generation, forecast: Forecast, queue: JobQueue) -> float | None:
     """Seconds by the latest job of the same model, sizes and cost of a step; None if there is none."""
     request = forecast.resolved.request
-    for job in reversed(queue.jobs):
+    for job in (each for each in reversed(queue.jobs) if isinstance(each, GenerationJob)):
         is_alike = job.generation.selection == generation.selection and _cost(job.request) == _cost(request)
         if is_alike and (times := _times(job)) is not None:
             per_step, others = times
@@ -78,7 +80,7 @@ def _cost(request: CompleteRequest) -> tuple[object, ...]:
     return (*sizes, *speed, request.image is None, request.padding_mask_crop)
 
 
-def _times(job: Job) -> tuple[float, float] | None:
+def _times(job: GenerationJob) -> tuple[float, float] | None:
     """Seconds of a step of a finished job, and of everything else together."""
     if job.state is not State.DONE or job.result is None or job.started is None or job.ended is None:
         return None
@@ -96,7 +98,7 @@ def _estimated_seconds(forecast: Forecast, queue: JobQueue) -> float | None:
     request, speed = forecast.resolved.request, queue.planner.macs_per_second()
     seconds = {each.component: each.macs / speed + each.overhead_seconds for each in forecast.components}
     steps = forecast.resolved.steps * request.num_images
-    per_image = ("vae_decoder",)
+    per_image = ("vae_decoder", COMPONENT)
     each_step = ("unet", "controlnet", "adapter")
     runs = {name: steps for name in seconds if name.rpartition("/")[2] in each_step}
     runs |= dict.fromkeys(per_image, request.num_images)

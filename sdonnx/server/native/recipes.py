@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from PIL import Image
 from sdonnx_runtime.files.json_file import parse_json
+from sdonnx_runtime.images.preprocess import UPSCALERS
 from sdonnx_runtime.request import FIELDS, IMAGE_FIELDS
 from sdonnx_runtime.validation import check_fields
 from starlette.requests import Request
@@ -14,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 import sdonnx
 from sdonnx.server.context import context_of
+from sdonnx.server.errors import NotFound
 from sdonnx.server.images import decode_image, read_image
 from sdonnx.server.infotext import infotext_fields, parse_infotext, read_infotext
 from sdonnx.server.library import Library, ServedPackage
@@ -68,8 +70,20 @@ def _describe(
     empty: dict[str, Any] = {"source": None, "fields": {}, "model": None, "vae": None, "controls": []}
     found: dict[str, Any] = recipe or empty
     found |= {"model": _served_name(found["model"], library.models), "vae": _served_name(found["vae"], library.vaes)}
+    found["fields"] = _with_served_upscaler(found["fields"], library)
     width, height = size or (None, None)
     return {"width": width, "height": height, **found, "infotext": text}
+
+
+def _with_served_upscaler(fields: dict[str, Any], library: Library) -> dict[str, Any]:
+    """The fields with the served name of the upscaler, or without it if it is not served."""
+    name = fields.get("hires_upscaler")
+    if name is None or name in UPSCALERS:
+        return fields
+    try:
+        return {**fields, "hires_upscaler": library.find_upscaler(name).name}
+    except NotFound:
+        return {key: each for key, each in fields.items() if key != "hires_upscaler"}
 
 
 def _served_name(name: str | None, packages: Iterable[ServedPackage]) -> str | None:

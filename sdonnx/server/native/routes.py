@@ -17,6 +17,7 @@ def routes() -> list[Route]:
         Route("/api/jobs/{id}", jobs.cancel, methods=["DELETE"]),
         Route("/api/jobs/{id}/events", jobs.follow, methods=["GET"]),
         Route("/api/jobs/{id}/preview", jobs.preview, methods=["GET"]),
+        Route("/api/upscale", jobs.upscale, methods=["POST"]),
         Route("/api/images", images.list_images, methods=["GET"]),
         Route("/api/images/{name}", images.get, methods=["GET"]),
         Route("/api/images/{name}", images.delete, methods=["DELETE"]),

@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 import sdonnx
 from sdonnx.server.context import context_of
-from sdonnx.server.jobs import Generation
+from sdonnx.server.generation import Generation
 from sdonnx.server.library import Selection
 from sdonnx.server.openai.fields import ImageParameters, naming, parse_body, read_parameters
 from sdonnx.server.openai.models import find_model

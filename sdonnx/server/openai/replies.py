@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from sdonnx.server.context import Context, context_of
 from sdonnx.server.errors import NotFound, ShuttingDown
+from sdonnx.server.generation import GenerationJob
 from sdonnx.server.images import FORMATS, MEDIA_TYPES, convert_png
 from sdonnx.server.jobs import Job, State
 from sdonnx.server.openai.errors import ApiError
@@ -41,7 +42,7 @@ def check_done(context: Context, job: Job) -> None:
         raise ApiError("the job was cancelled; send the request again", code="cancelled", status=409)
 
 
-def images_reply(request: Request, job: Job, parameters: ImageParameters) -> dict[str, Any]:
+def images_reply(request: Request, job: GenerationJob, parameters: ImageParameters) -> dict[str, Any]:
     """The reply to a request whose job has ended; raises as `check_done` does."""
     context = context_of(request)
     check_done(context, job)
@@ -52,7 +53,7 @@ def images_reply(request: Request, job: Job, parameters: ImageParameters) -> dic
     return {"created": int(job.ended or job.created), "data": data, **describe(job, parameters)}
 
 
-def describe(job: Job, parameters: ImageParameters) -> dict[str, Any]:
+def describe(job: GenerationJob, parameters: ImageParameters) -> dict[str, Any]:
     """What replies and events say of all images of a job."""
     return {
         "background": "opaque",

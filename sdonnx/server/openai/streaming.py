@@ -11,8 +11,9 @@ from starlette.types import Receive, Scope, Send
 
 import sdonnx
 from sdonnx.server.context import Context
+from sdonnx.server.generation import GenerationJob
 from sdonnx.server.images import convert_png
-from sdonnx.server.jobs import Job, Preview
+from sdonnx.server.jobs import Preview
 from sdonnx.server.openai.errors import error_object
 from sdonnx.server.openai.fields import ImageParameters
 from sdonnx.server.openai.replies import check_done, describe, read_file, to_base64
@@ -34,7 +35,7 @@ class ImageStream(StreamingResponse):
     of each step, so that neither clients nor proxies give up during a long one.
     """
 
-    def __init__(self, context: Context, job: Job, parameters: ImageParameters, event: str) -> None:
+    def __init__(self, context: Context, job: GenerationJob, parameters: ImageParameters, event: str) -> None:
         super().__init__(self._events(), media_type="text/event-stream", headers=EVENT_HEADERS)
         self._context, self._job, self._parameters, self._event = context, job, parameters, event
 

@@ -6,7 +6,7 @@
  * @typedef {{name: string, url: string}} ImageLink
  * @typedef {{name: string, url: string, job: string, index: number, created: string, prompt?: string | null}} StoredImage
  * @typedef {{
- *   id: string, state: "queued" | "running" | "done" | "failed" | "cancelled", model: string,
+ *   id: string, state: "queued" | "running" | "done" | "failed" | "cancelled", model: string, kind: "generation" | "upscaling",
  *   position: number | null, progress: number, eta: number | null, seconds_per_step: number | null,
  *   image: number, num_images: number, step: number, num_steps: number, loading: string | null, decoding: boolean,
  *   preview: string | null, images: ImageLink[], seeds: (number | string)[], error: string | null, request: Fields,

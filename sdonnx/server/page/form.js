@@ -13,6 +13,7 @@ const ASPECTS = { Square: [1, 1], "Portrait 3:4": [3, 4], "Portrait 2:3": [2, 3]
   "Landscape 4:3": [4, 3], "Landscape 3:2": [3, 2], "Landscape 16:9": [16, 9] }
 
 const HIRES_SCALE = 2
+const LATENT = "latent" // what hires fix upscales by default
 const RANDOM = "-1" // as a seed in AUTOMATIC1111
 const MASK_PADDING = 32
 const LARGE_MULTIPLE = 64
@@ -83,6 +84,7 @@ function numbers(value) {
  */
 export function setRequest(fields, names) {
   const rest = { ...fields }
+  if (rest.hires_upscaler === LATENT) delete rest.hires_upscaler
   for (const control of named()) if (assign(control, rest[control.name])) delete rest[control.name]
   if (names.model && models.some((each) => each.name === names.model)) model.value = names.model
   vae.value = names.vae ?? ""
@@ -127,6 +129,7 @@ export function setField(name, value) {
 function changed() {
   if (models.length === 0) return
   showExtras()
+  showUpscaler()
   showSize()
   const range = find("strength-range", HTMLInputElement)
   const strength = find("strength", HTMLInputElement)
@@ -149,6 +152,10 @@ function restore() {
   hires.dataset.scale = String(kept.hires || HIRES_SCALE)
   onlyMasked.checked = Boolean(kept.onlyMasked)
   onlyMasked.dataset.padding = String(kept.onlyMasked || MASK_PADDING)
+}
+
+function showUpscaler() {
+  find("hires-upscaler-field", HTMLDivElement).hidden = !hires.checked
 }
 
 function showExtras() {
@@ -211,9 +218,9 @@ function adaptToModel() {
 
 /**
  * Fill the lists, and restore what the browser kept.
- * @param {{models: Model[], vaes: Titled[], samplers: Titled[], schedules: Titled[]}} lists
+ * @param {{models: Model[], vaes: Titled[], upscalers: Titled[], samplers: Titled[], schedules: Titled[]}} lists
  */
-export function fillForm({ models: served, vaes, samplers, schedules }) {
+export function fillForm({ models: served, vaes, upscalers, samplers, schedules }) {
   models = served
   const options = (/** @type {Titled[]} */ items) => items.map((each) => new Option(each.title, each.name))
   model.replaceChildren(...served.map((each) => new Option(each.name, each.name)))
@@ -222,11 +229,14 @@ export function fillForm({ models: served, vaes, samplers, schedules }) {
   model.value = served.some((each) => each.name === kept) ? kept : byDefault.name
   vae.replaceChildren(new Option("The model's", ""), ...options(vaes))
   find("vae-field", HTMLDivElement).hidden = vaes.length === 0
+  find("hires_upscaler", HTMLSelectElement).replaceChildren(new Option("Latent", ""), new Option("Lanczos", "lanczos"),
+    ...upscalers.map((each) => new Option(each.name, each.name)))
   find("sampler", HTMLSelectElement).replaceChildren(new Option("The model's", ""), ...options(samplers))
   find("schedule", HTMLSelectElement).replaceChildren(new Option("The model's", ""), ...options(schedules))
   restore()
   adaptToModel()
   showExtras()
+  showUpscaler()
   showSize()
 }
 

@@ -91,13 +91,14 @@ function showQueue() {
   const entry = (/** @type {Job} */ job, /** @type {number} */ index) => {
     const cancel = button("Cancel job", () => void attempt(find("queue-error", HTMLParagraphElement), () => cancelJob(job.id)))
     const { prompt, width, height } = job.request
-    cancel.ariaDescription = String(prompt)
+    const what = job.kind === "upscaling" ? "Upscaling" : String(prompt || "No prompt")
+    cancel.ariaDescription = what
     const size = `${job.num_images > 1 ? `${job.num_images} × ` : ""}${width} × ${height}, ${job.model}`
     const state = job.state === "running" ? "Running" : index === 0 ? "Next" : `${index} before it`
     const text = make("p", {}, make("strong", { textContent: isMine(job.id) ? "Yours" : "Another's" }),
       ` · ${state} · ${size}`)
     const progress = make("progress", { max: 1, value: job.progress, ariaLabel: "Progress", hidden: job.state !== "running" })
-    const item = make("li", {}, text, make("p", { className: "prompt", textContent: String(prompt || "No prompt") }), progress, cancel)
+    const item = make("li", {}, text, make("p", { className: "prompt", textContent: what }), progress, cancel)
     item.dataset.job = job.id
     return item
   }

@@ -81,10 +81,10 @@ function welcome() {
 }
 
 async function start() {
-  const { models, vaes } = await api("/api/models")
+  const { models, vaes, upscalers } = await api("/api/models")
   const [{ samplers }, { schedules }, { loras }, { embeddings }, { fields, limits }] = await Promise.all(
     ["samplers", "schedules", "loras", "embeddings", "fields"].map((name) => api(`/api/${name}`)))
-  fillForm({ models, vaes, samplers, schedules })
+  fillForm({ models, vaes, upscalers, samplers, schedules })
   describeFields(fields, limits)
   offerAdapters(loras, embeddings)
   welcome()

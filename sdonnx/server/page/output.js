@@ -93,9 +93,12 @@ function showPosition(job) {
   announce(ahead === 0 ? "Starting" : `Waiting for ${ahead === 1 ? "another job" : `${ahead} other jobs`}`)
 }
 
+/** What is done with a component once it is loaded. @type {Record<string, string>} */
+const LOADED = { vae_decoder: "Decoding", "upscaler/upscaler": "Upscaling" }
+
 /** @param {string} component */
 function loading(component) {
-  return `Loading ${component.replaceAll("_", " ").replace("unet", "U-Net").replace("vae", "VAE")}`
+  return `Loading ${component.replace("upscaler/", "").replaceAll("_", " ").replace("unet", "U-Net").replace("vae", "VAE")}`
 }
 
 /**
@@ -256,7 +259,7 @@ jobs.addEventListener("queue", showOwn)
 /** @type {Record<string, (detail: any) => unknown>} */
 const handlers = {
   loading: ({ component }) => announce(loading(component)),
-  loaded: ({ component }) => (status.textContent = component === "vae_decoder" ? "Decoding" : "Starting"),
+  loaded: ({ component }) => (status.textContent = LOADED[component] ?? "Starting"),
   step: showStep,
   preview: ({ url }) => showPreview(url),
   decoding: () => announce("Decoding"),

@@ -47,7 +47,7 @@ def test_minimal_memory_is_for_every_package(opened):
 
 def test_a_tile_is_in_latent_pixels_in_a_plan_and_in_the_inputs_where_a_graph_is_opened(opened):
     package, components, calls = opened
-    found = components(ExecutionPlan(default=ExecutionStrategy(vae_tile=32), device_limit=10**9))
+    found = components(ExecutionPlan(default=ExecutionStrategy(tile=32), device_limit=10**9))
     for name in ("vae_decoder", "vae_encoder", "unet"):
         found.model(name)
     sizes = [32, 32 * package.manifest.latents.downscale, None]

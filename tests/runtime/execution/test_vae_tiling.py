@@ -50,7 +50,7 @@ def test_tiles_equal_those_of_diffusers(size, small):
 
 def in_tiles(package, name, image, tile):
     """Output of a component for an image in tiles of ``tile`` latent pixels; None is one tile."""
-    plan = ExecutionPlan(strategies={name: ExecutionStrategy(staged=tile is not None, vae_tile=tile)})
+    plan = ExecutionPlan(strategies={name: ExecutionStrategy(staged=tile is not None, tile=tile)})
     components = Components(package, partial(open_model, device="cpu"), keep_loaded=False, unplanned=plan)
     feeds = {"latent_sample" if name == "vae_decoder" else "sample": image}
     return next(iter(Runner(components)(name, feeds).values()))

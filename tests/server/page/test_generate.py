@@ -5,6 +5,7 @@ import re
 import httpx
 import numpy as np
 from playwright.sync_api import expect
+from sdonnx_models import DEFAULT, bundled
 from support.browser import open_tab
 from support.page import (
     LONG,
@@ -195,6 +196,22 @@ def test_hires_fix_and_fast_are_switches(page, server):
     assert job.body["hires_scale"] > 1
     assert job.body["cache_interval"] == 3
     assert saved(server, job).shape[0] > 64
+
+
+def test_hires_fix_with_another_upscaler(visits, serve, upscaler):
+    other = serve(packages=(bundled()[DEFAULT], upscaler[1]))
+    page = visits(other.url)
+    page.wait_for_selector("body.ready")
+    choice = page.get_by_role("combobox", name="Upscaler")
+    expect(choice).to_be_hidden()
+    page.get_by_role("checkbox", name="Hires fix").check()
+    assert choice.locator("option").all_inner_texts() == ["Latent", "Lanczos", "sharp-onnx"]
+    assert "hires_upscaler" not in make(page, "a fox", Steps=2).body
+    choice.select_option("sharp-onnx")
+    job = make(page, "a fox", Steps=2)
+    assert job.body["hires_upscaler"] == "sharp-onnx"
+    page.reload()
+    expect(choice).to_have_value("sharp-onnx")
 
 
 def test_what_is_typed_while_the_page_loads_stays(server, visits):

@@ -21,7 +21,7 @@ from sdonnx_runtime.sampling.scheduler_config import PREDICTION_TYPES
 
 from sdonnx_export.checkpoint_model import Checkpoint, Report
 from sdonnx_export.checkpoints.fuse_lora import fuse_loras
-from sdonnx_export.checkpoints.open import check_pipeline, open_source
+from sdonnx_export.checkpoints.open import NOTHING, check_pipeline, open_source
 from sdonnx_export.models.components import COMPONENTS, build, components_in, has_norms, layer_shapes
 from sdonnx_export.models.unet import cache_stage
 from sdonnx_export.models.unet_config import UNetConfig
@@ -52,6 +52,8 @@ def export(
     *,
     precision: str | MixedPrecision = "fp32",
     vae: str | None = None,
+    unet: str | None = None,
+    text_encoders: Sequence[str] = (),
     base: str | None = None,
     prediction_type: str | None = None,
     revision: str | None = None,
@@ -65,12 +67,16 @@ def export(
     """Turn a checkpoint into a package and return its directory.
 
     Args:
-        source: a diffusers directory, a Hub id, a single ``.safetensors`` or ``.ckpt`` file, or a package of fp32 or
-            fp16; None exports ``vae`` alone.
+        source: a diffusers directory, a Hub id, a single ``.safetensors``, ``.ckpt`` or ``.gguf`` file, or a package of
+            fp32 or fp16; None composes a model of ``unet`` and the others or, without it, exports ``vae`` alone.
         output: the package's directory; None is the source's name with ``-onnx`` in the working directory.
         precision: fp32; fp16, int8-weights or int4 for smaller weights (the arithmetic stays float32); int8 computes
             in 8 bits; mixed:FILE, or a `MixedPrecision`, chooses for each layer.
         vae: where to take the VAE from instead of ``source``; also a VAE's own directory, Hub id or package.
+        unet: where to take the U-Net from instead of ``source``, with its scheduler and settings; also a file or
+            directory of a U-Net alone.
+        text_encoders: where to take text encoders from instead of ``source``; also a file or directory of one alone.
+            Of SDXL's two, the width tells which one it is.
         base: a checkpoint or package that lends the components which ``source`` lacks, such as text encoders; or the
             model that a ControlNet in ``source`` is stored relative to (a difference, a Control-LoRA).
         prediction_type: epsilon, v_prediction or sample, whatever the source says.
@@ -96,26 +102,38 @@ def export(
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise RequestError(f"prediction type '{prediction_type}' is unknown; choose {', '.join(PREDICTION_TYPES)}")
     spec = parse_precision(precision) if isinstance(precision, str) else precision
-    name = vae if source is None else source
+    name = next((each for each in (source, unet, vae) if each is not None), None)
     if name is None:
-        raise RequestError("there is nothing to export; give SRC, or --vae SRC alone for a package of a VAE")
-    if source is None and calibration not in _BUILT_IN_CALIBRATIONS:
+        raise RequestError(NOTHING)
+    if source is None and unet is None and calibration not in _BUILT_IN_CALIBRATIONS:
         raise RequestError("a VAE alone has no prompts to calibrate on; leave out --calibration, or give none")
     output = default_output(name) if output is None else output
     mix = precision.removeprefix("mixed:") if isinstance(precision, str) else None
     prompts = None if calibration in _BUILT_IN_CALIBRATIONS else calibration
-    files = (source, vae, base, prompts, mix, *(lora.path for lora in loras))
+    files = (source, vae, unet, *text_encoders, base, prompts, mix, *(lora.path for lora in loras))
     with replace_package(output, sources=[each for each in files if each is not None], force=force) as directory:
         if via == "native":
-            opened = open_source(source, vae, revision, report, base=base, prediction_type=prediction_type)
+            opened = open_source(
+                source,
+                vae,
+                revision,
+                report,
+                base=base,
+                unet=unet,
+                text_encoders=text_encoders,
+                prediction_type=prediction_type,
+            )
             checkpoint = fuse_loras(opened, loras)
             if source is not None and "unet" not in checkpoint.parts and calibration not in _BUILT_IN_CALIBRATIONS:
                 raise ExportError(f"{name} has no U-Net to calibrate on prompts; leave out --calibration")
             defaults = {**checkpoint.defaults, **defaults}
             manifest = _export_native(checkpoint, directory, output, spec, calibration, defaults, report)
         elif via == "optimum":
-            if loras or base is not None or prediction_type is not None:
-                raise ExportError("--via optimum does not support --lora, --base and --prediction-type; leave them out")
+            if loras or text_encoders or any(each is not None for each in (base, unet, prediction_type)):
+                raise ExportError(
+                    "--via optimum does not support --lora, --base, --unet, --text-encoder and --prediction-type; "
+                    "leave them out"
+                )
             manifest = _export_optimum(source, directory, spec, vae, revision, report)
         else:
             raise ExportError(f"via '{via}' is unknown; choose native or optimum")

@@ -10,27 +10,12 @@ from sdonnx_export.checkpoints.open import open_checkpoint, open_source
 from sdonnx_export.export import export
 from sdonnx_runtime.errors import ExportError, RequestError
 from support import families
+from support.checkpoints import assert_same, open_with
 from support.cli import run_cli
 from support.single_files import without_config
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 V = "v_prediction"
-
-
-def open_with(source, **companions):
-    return open_source(str(source), companions.pop("vae", None), None, lambda *_: None, **companions)
-
-
-def assert_same(found, expected):
-    """Everything that goes into a package."""
-    for field in ("source", "scheduler", "tokenizers", "settings", "defaults", "stated"):
-        assert getattr(found, field) == getattr(expected, field), field
-    assert set(found.parts) == set(expected.parts)
-    for name, part in expected.parts.items():
-        assert found.parts[name].config == part.config
-        assert set(found.parts[name].weights) == set(part.weights)
-        for key, weight in part.weights.items():
-            np.testing.assert_array_equal(found.parts[name].weights[key].read(), weight.read(), err_msg=key)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +118,9 @@ def test_a_directory_that_lacks_a_component(family, gone, tmp_path):
         assert set(found.parts[name].weights) == set(part.weights)
     assert found.scheduler == expected.scheduler
     assert found.tokenizers.keys() == expected.tokenizers.keys()
-    with pytest.raises(ExportError, match="lacks a VAE; .*--vae|lacks (a|one) text encoder; .*--base|is missing"):
+    with pytest.raises(
+        ExportError, match="lacks a VAE; .*--vae|lacks (a|one) text encoder; .*--text-encoder|is missing"
+    ):
         open_checkpoint(str(source))
 
 
@@ -236,7 +223,9 @@ def test_nothing_is_written_without_what_is_missing(whole, tmp_path):
     source, vae = whole("bk-sdm")
     save_file(unet_of(source, ""), tmp_path / "unet.safetensors")
     for options in ({}, {"vae": vae}):
-        with pytest.raises(ExportError, match="lacks .*a text encoder; give a whole checkpoint .* --base SRC"):
+        with pytest.raises(
+            ExportError, match="lacks .*a text encoder; give .*--text-encoder SRC, or a whole checkpoint .* --base SRC"
+        ):
             export(str(tmp_path / "unet.safetensors"), tmp_path / "out", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["unet.safetensors"]
 

@@ -1,19 +1,18 @@
-"""The VAE, base model and prediction type given in addition to a source, which fill in what it lacks."""
+"""What is given in addition to a source: VAE, text encoders, base model, prediction type."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sdonnx_runtime.errors import ExportError
 
 from sdonnx_export.checkpoint_model import Checkpoint, Part
+from sdonnx_export.checkpoints.text_encoders import TextEncoder, assign, reads_pooled_text, text_width
 
 MISSING = Part(config={}, weights={})
 """A component that a source lacks. Its config may have what is known of it nevertheless."""
 
 BASE_MODEL = "base model"
 """What a ControlNet's `stated` has, if it is stored relative to one."""
-
-_NO_PARTS: Mapping[str, Part] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +21,8 @@ class Companions:
 
     vae: Part | None = None
     """Replaces the source's VAE."""
+    text_encoders: Sequence[TextEncoder] = ()
+    """Replace the source's; each is the one that the U-Net has of its width."""
     base: Checkpoint | None = None
     """Lends the components that the source lacks, and the U-Net that a ControlNet is stored relative to."""
     prediction_type: str | None = None
@@ -41,22 +42,64 @@ def complete(checkpoint: Checkpoint, companions: Companions, name: str) -> Check
     if "unet" not in checkpoint.parts:
         _refuse(checkpoint, companions, name)
         return checkpoint
-    base = companions.base
-    lent, tokenizers = (_NO_PARTS, {}) if base is None else (base.parts, base.tokenizers)
-    if base is not None and not all(own.weights for own in checkpoint.parts.values()):
-        check_base(checkpoint.parts["unet"], base)
-    parts = {
-        part: own if own.weights or part == "unet" else lent.get(part, own) for part, own in checkpoint.parts.items()
-    }
+    checkpoint = lend(checkpoint, companions.base)
+    parts, tokenizers = dict(checkpoint.parts), dict(checkpoint.tokenizers)
+    given = assign(companions.text_encoders, parts["unet"].weights) if parts["unet"].weights else {}
+    for part, encoder in given.items():
+        parts[part] = encoder.read(part)
+        tokenizers[part.replace("text_encoder", "tokenizer")] = encoder.find_tokenizer(parts[part])
     if companions.vae is not None:
         parts["vae"] = _with_scaling_factor(companions.vae, checkpoint.parts["vae"])
     missing = [part for part, found in parts.items() if not found.weights]
     if missing:
         raise _missing_error(missing, list(parts), name)
-    tokenizers = {**tokenizers, **checkpoint.tokenizers}
+    if given:
+        _check_text_encoders(parts)
     needed = [part.replace("text_encoder", "tokenizer") for part in parts if part.startswith("text_encoder")]
     completed = replace(checkpoint, parts=parts, tokenizers={each: tokenizers[each] for each in needed})
     return _with_prediction_type(completed, companions.prediction_type)
+
+
+def lend(checkpoint: Checkpoint, base: Checkpoint | None) -> Checkpoint:
+    """Return a checkpoint with the components and tokenizers of a base model that it lacks.
+
+    Raises:
+        ExportError: the base model is of another family.
+    """
+    if base is None:
+        return checkpoint
+    if not all(own.weights for own in checkpoint.parts.values()):
+        check_base(checkpoint.parts["unet"], base)
+    parts = {
+        part: own if own.weights or part == "unet" else base.parts.get(part, own)
+        for part, own in checkpoint.parts.items()
+    }
+    return replace(checkpoint, parts=parts, tokenizers={**base.tokenizers, **checkpoint.tokenizers})
+
+
+def _check_text_encoders(parts: Mapping[str, Part]) -> None:
+    """Check that the text encoders are together as wide as the text that the U-Net reads.
+
+    Raises:
+        ExportError: they aren't.
+    """
+    unet = parts["unet"]
+    texts = [part.config for name, part in parts.items() if name.startswith("text_encoder")]
+    widths, expected = [config.get("hidden_size", 0) for config in texts], text_width(unet.weights)
+    if sum(widths) != expected:
+        what = "text encoder has" if len(widths) == 1 else "text encoders have"
+        raise ExportError(
+            f"the {what} {' + '.join(map(str, widths))} channels, the U-Net reads text of {expected}; "
+            "give the text encoder of its family with --text-encoder"
+        )
+    if reads_pooled_text(unet.weights):
+        projected, width = texts[-1].get("projection_dim", 0), unet.config.get("addition_time_embed_dim", 0)
+        ids = unet.config.get("projection_class_embeddings_input_dim", 0) - projected
+        if width < 1 or ids < 1 or ids % width:
+            raise ExportError(
+                f"the second text encoder has a projection to {projected} channels, which isn't that of the U-Net; "
+                "give the text encoder of its family with --text-encoder"
+            )
 
 
 def missing_vae(scaling_factor: float | None) -> Part:
@@ -89,6 +132,7 @@ def _refuse(checkpoint: Checkpoint, companions: Companions, name: str) -> None:
     what = next((kind for part, kind in kinds.items() if part in checkpoint.parts), "a ControlNet or a T2I-Adapter")
     given = {
         "--vae": companions.vae is not None,
+        "--text-encoder": bool(companions.text_encoders),
         "--base": companions.base is not None and BASE_MODEL not in checkpoint.stated,
         "--prediction-type": companions.prediction_type is not None,
     }
@@ -103,12 +147,15 @@ def _missing_error(missing: list[str], parts: list[str], name: str) -> ExportErr
     listed = [what for part, what in {"unet": "a U-Net", "vae": "a VAE"}.items() if part in missing]
     if lacking:
         listed.append("a text encoder" if len(lacking) == len(texts) else "one text encoder")
+    options = [
+        f"{option} SRC"
+        for option, is_missing in {"--vae": "vae" in missing, "--text-encoder": lacking}.items()
+        if is_missing
+    ]
     if "unet" in missing:
-        remedy = "download it again"
-    elif missing == ["vae"]:
-        remedy = "give one with --vae SRC, or a whole checkpoint of its family with --base SRC"
+        remedy = "download it again, or give one with --unet SRC"
     else:
-        remedy = "give a whole checkpoint of its family with --base SRC, which lends what is missing"
+        remedy = f"give {' and '.join(options)}, or a whole checkpoint of its family with --base SRC"
     return ExportError(f"{name} lacks {' and '.join(listed)}; {remedy}")
 
 

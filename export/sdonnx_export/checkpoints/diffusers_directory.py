@@ -16,6 +16,7 @@ from sdonnx_export.checkpoints.companions import ALONE, MISSING, Companions, mis
 from sdonnx_export.checkpoints.few_steps import few_steps
 from sdonnx_export.checkpoints.files import canonical_key, is_used_key, open_file
 from sdonnx_export.checkpoints.ldm.checkpoint import unet_checkpoint
+from sdonnx_export.checkpoints.text_encoders import assign
 from sdonnx_export.models.components import VAES
 
 PARTS = {
@@ -53,12 +54,15 @@ def read_directory(root: Path, name: str, revision: str | None, companions: Comp
 
 def _read_pipeline(root: Path, name: str, revision: str | None, companions: Companions) -> Checkpoint:
     index, base = read_model_index(root, name), companions.base
+    unet = _read_part_if_present(root, "unet")
+    given = assign(companions.text_encoders, unet.weights)
     texts = [part for part in PARTS if part not in ("unet", "vae") and _is_component(index.get(part))]
-    if not texts:
-        texts = ["text_encoder"] if base is None else [part for part in base.parts if part.startswith("text_encoder")]
-    parts = {part: _read_part_if_present(root, part) for part in PARTS if part in (*texts, "unet")}
-    parts["vae"] = _read_own_vae(root, index, companions)
-    tokenizers = {part.replace("text_encoder", "tokenizer"): part for part in texts if parts[part].weights}
+    if not texts and base is not None:
+        texts = [part for part in base.parts if part.startswith("text_encoder")]
+    texts = texts or [*given] or ["text_encoder"]
+    parts = {part: MISSING if part in given else _read_part_if_present(root, part) for part in PARTS if part in texts}
+    parts |= {"unet": unet, "vae": _read_own_vae(root, index, companions)}
+    tokenizers = [part.replace("text_encoder", "tokenizer") for part in texts if parts[part].weights]
     for tokenizer in tokenizers:
         if base is None and not (root / tokenizer).is_dir():
             raise ExportError(f"{root / tokenizer} is missing; {_DOWNLOAD_AGAIN}")

@@ -11,11 +11,12 @@ from sdonnx_runtime.files.tensor_file import TensorFile
 from sdonnx_runtime.files.tensors import open_tensors
 
 from sdonnx_export.checkpoint_model import Weight
+from sdonnx_export.checkpoints.gguf.reader import is_gguf, open_gguf
 from sdonnx_export.checkpoints.scaled_weights import apply_scales
 
 
 def open_file(path: Path) -> dict[str, Weight]:
-    """Open all tensors of a ``.safetensors`` file, or of torch's ``.ckpt``, ``.pt`` or ``.bin``.
+    """Open all tensors of a ``.safetensors`` file, of torch's ``.ckpt``, ``.pt`` or ``.bin``, or of a GGUF file.
 
     Each is read from the file on demand. ``global_step`` of a checkpoint of PyTorch Lightning is a weight, too.
 
@@ -34,11 +35,13 @@ def open_file(path: Path) -> dict[str, Weight]:
 
 
 def read_metadata(path: Path) -> Mapping[str, str]:
-    """Read the ``__metadata__`` of a file that `open_file` opens, or what a pickled one has besides its tensors."""
+    """Read the ``__metadata__`` of a file that `open_file` opens, or what others have besides their tensors."""
     return _open(path).metadata
 
 
 def _open(path: Path) -> TensorFile:
+    if is_gguf(path):
+        return open_gguf(path)
     try:
         return open_tensors(path)
     except RequestError as error:
@@ -61,7 +64,7 @@ def is_used_key(name: str, part: str) -> bool:
     Old transformers stored position ids among the weights, and whole CLIP models have more components. Only
     ``text_encoder_2`` uses the text projection.
     """
-    unused = _UNUSED_CLIP if part == "text_encoder_2" else (*_UNUSED_CLIP, "text_projection.")
+    unused = _UNUSED_CLIP if part == "text_encoder_2" else (*_UNUSED_CLIP, "text_projection")
     return not name.endswith("position_ids") and not name.startswith(unused)
 
 
@@ -81,6 +84,7 @@ _RENAMED = {
     r"(mid_block\.attentions\.\d+)\.value\.": r"\1.to_v.",
     r"(mid_block\.attentions\.\d+)\.proj_attn\.": r"\1.to_out.0.",
     r"^clip\.text_model\.": "text_model.",
+    r"^text_model\.text_projection$": "text_projection",
     r"^(embeddings\.|encoder\.layers\.\d+\.(?:self_attn|mlp|layer_norm)|final_layer_norm\.)": r"text_model.\1",
 }
 """Pattern of an old key, and its replacement."""

@@ -1,6 +1,6 @@
 """Open a checkpoint in any published layout: a diffusers directory, a Hub id, a single file, a package."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from sdonnx_runtime.errors import ExportError
 from sdonnx_runtime.packages.manifest import MANIFEST
 
 from sdonnx_export.checkpoint_model import Checkpoint, Part, Report
-from sdonnx_export.checkpoints.companions import ALONE, BASE_MODEL, MISSING, Companions, complete
+from sdonnx_export.checkpoints.companions import ALONE, BASE_MODEL, MISSING, Companions, complete, lend
 from sdonnx_export.checkpoints.diffusers_directory import (
     alone_in,
     part_directories,
@@ -26,13 +26,28 @@ from sdonnx_export.checkpoints.ldm.control import read_control
 from sdonnx_export.checkpoints.ldm.file_settings import SingleFile, read_original_config
 from sdonnx_export.checkpoints.ldm.keys import original_prefixes
 from sdonnx_export.checkpoints.ldm.relative_control import stored_relative
+from sdonnx_export.checkpoints.text_encoders import (
+    FIRST,
+    SECOND,
+    TextEncoder,
+    text_encoder,
+    text_encoders_of_checkpoint,
+    text_encoders_of_file,
+)
 from sdonnx_export.checkpoints.upscaler import read_upscaler
 from sdonnx_export.hub import download
+
+NOTHING = (
+    "there is nothing to export; give SRC, or --unet SRC with the other parts, "
+    "or --vae SRC alone for a package of a VAE"
+)
+"""The message of an export without a source."""
 
 _SMALL_FILES = ("model_index.json", "config.json", "*/config.json", "scheduler/*.json", "tokenizer/*", "tokenizer_2/*")
 _WEIGHT_FILES = (
     (
         "*/model.safetensors",
+        "model.safetensors",
         "*/diffusion_pytorch_model.safetensors",
         "diffusion_pytorch_model.safetensors",
         "*.safetensors.index.json",
@@ -42,6 +57,7 @@ _WEIGHT_FILES = (
     ("*/*.safetensors",),
     (
         "*/pytorch_model.bin",
+        "pytorch_model.bin",
         "*/diffusion_pytorch_model.bin",
         "diffusion_pytorch_model.bin",
         "*.bin.index.json",
@@ -49,7 +65,7 @@ _WEIGHT_FILES = (
     ),
     ("*/*.bin",),
 )
-"""Patterns in order of preference; a VAE's own repository has no directories."""
+"""Patterns in order of preference; the own repository of a VAE or a text encoder has no directories."""
 
 
 def open_checkpoint(source: str, *, revision: str | None = None, companions: Companions = ALONE) -> Checkpoint:
@@ -162,6 +178,38 @@ def check_pipeline(source: str, revision: str | None) -> None:
     read_model_index(root, source, expected="a diffusers directory or a Hub id")
 
 
+def open_text_encoders(source: str) -> list[TextEncoder]:
+    """Open the text encoders of anything that `open_checkpoint` opens, or one in a directory or a file of its own.
+
+    Raises:
+        ExportError: as `open_checkpoint`, or there is none.
+    """
+    path = Path(source)
+    if path.is_file():
+        return text_encoders_of_file(source, original_prefixes(open_file(path)))
+    if (path / MANIFEST).is_file():
+        return text_encoders_of_checkpoint(source, open_package(path))
+    root = path if path.is_dir() else _download_checkpoint(source, None, _text_encoder_directories)
+    found = _text_encoder_directories(root)
+    parts = {name: read_part(directory, SECOND) for name, directory in found.items()}
+    tokenizers = {name: root / name.replace("text_encoder", "tokenizer") for name in found}
+    return [
+        text_encoder(
+            source,
+            found[name] / "config.json",
+            part.weights,
+            part.config,
+            tokenizers[name] if tokenizers[name].is_dir() else None,
+        )
+        for name, part in parts.items()
+    ]
+
+
+def _text_encoder_directories(root: Path) -> dict[str, Path]:
+    """Return the directories of a pipeline's text encoders, or that of one alone."""
+    return {part: root / part for part in (FIRST, SECOND) if (root / part).is_dir()} or {FIRST: root}
+
+
 def open_source(
     source: str | None,
     vae: str | None,
@@ -169,25 +217,52 @@ def open_source(
     report: Report,
     *,
     base: str | None = None,
+    unet: str | None = None,
+    text_encoders: Sequence[str] = (),
     prediction_type: str | None = None,
 ) -> Checkpoint:
     """Open a checkpoint with its companions, or a VAE alone; arguments and errors are those of `export`."""
     report("reading the checkpoint", 0.0)
-    if source is None:
-        if vae is None or base is not None or prediction_type is not None:
-            raise ExportError("there is nothing to export; give SRC, or --vae SRC alone for a package of a VAE")
+    if source is None and unet is None:
+        if vae is None or base is not None or text_encoders or prediction_type is not None:
+            raise ExportError(NOTHING)
         return open_vae_alone(vae, revision=revision)
+    lender = None if base is None else _open_base(base)
+    if unet is not None and source is not None:
+        lender = lend(_open_base(source, revision), lender)
     companions = Companions(
         vae=None if vae is None else open_vae(vae),
-        base=None if base is None else _open_base(base),
+        text_encoders=[encoder for each in text_encoders for encoder in open_text_encoders(each)],
+        base=lender,
         prediction_type=prediction_type,
     )
-    return open_checkpoint(source, revision=revision, companions=companions)
+    if unet is None:
+        assert source is not None  # noqa: S101 — for the type checker
+        return open_checkpoint(source, revision=revision, companions=companions)
+    opened = complete(_open_unet(unet, None if source is not None else revision, companions), companions, unet)
+    if lender is None or source is None:
+        return opened
+    stated = {"U-Net": f"from {opened.source}", **opened.stated}
+    return replace(opened, source=lender.source, revision=lender.revision, stated=stated)
 
 
-def _open_base(source: str) -> Checkpoint:
+def _open_unet(source: str, revision: str | None, companions: Companions) -> Checkpoint:
+    """Open a checkpoint of which only the U-Net, its scheduler and its settings count."""
+    opened = _open(source, revision, companions)
+    if not opened.parts.get("unet", MISSING).weights:
+        raise ExportError(f"{source} has no U-Net; give a checkpoint, a package or a file with one")
+    scaling = {
+        key: value
+        for key, value in opened.parts.get("vae", MISSING).config.items()
+        if key in ("_class_name", "scaling_factor")
+    }
+    empty = {name: replace(MISSING, config=scaling if name == "vae" else {}) for name in opened.parts}
+    return replace(opened, parts={**empty, "unet": opened.parts["unet"]}, tokenizers={})
+
+
+def _open_base(source: str, revision: str | None = None) -> Checkpoint:
     """Open the checkpoint that lends what a source lacks; it may lack something itself."""
-    base = _open(source, None, ALONE)
+    base = _open(source, revision, ALONE)
     if not base.parts.get("unet", MISSING).weights:
         raise ExportError(f"{source} has no U-Net; give a checkpoint of Stable Diffusion with --base")
     return base

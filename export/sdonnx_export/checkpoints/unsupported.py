@@ -58,7 +58,9 @@ _PARTS = {
     r"(unet\.)?(down_blocks|mid_block|up_blocks)\.": (
         "a part of a U-Net; give a whole U-Net, and with --base the checkpoint that it was made from"
     ),
-    r".*(text_model\.encoder|transformer\.resblocks)\.": "a text encoder alone; give the whole checkpoint",
+    r".*(text_model\.encoder|transformer\.resblocks)\.": (
+        "a text encoder alone; give it with --text-encoder, and a checkpoint or a U-Net as the source"
+    ),
 }
 """Signs of a single component, for files without a U-Net in the original layout."""
 

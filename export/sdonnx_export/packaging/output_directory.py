@@ -14,7 +14,7 @@ from sdonnx_runtime.outputs.staging import open_staging, remove_stale, replace_d
 from sdonnx_runtime.packages.manifest import MANIFEST
 
 _INDEX = "model_index.json"
-_WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+_WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".gguf", ".pt", ".pth")
 _FOLDERS = ("scheduler", "tokenizer", "tokenizer_2")
 _SMALL_FILES = (".json", ".txt")
 """Suffixes of a package's files in the folders of its components and in these, besides those that it lists."""

@@ -11,7 +11,7 @@ _MAGIC: tuple[tuple[bytes | tuple[bytes, ...], str, str], ...] = (
      "run 'git lfs pull' in its directory, or download the file itself"),
     (b"/annex/objects/", "a git-annex pointer, not the file that it stands for",
      "run 'git annex get' in its directory, or download the file itself"),
-    (b"GGUF", "a GGUF file", "give the model as .safetensors"),
+    (b"GGUF", "a GGUF file", "only sdonnx export reads these: give a .safetensors file here"),
     (b"GGML", "a GGML file", "give the model as .safetensors"),
     (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", _UNPACK),
     (b"Rar!\x1a\x07", "a RAR archive", _UNPACK),

@@ -31,7 +31,7 @@ def export(
         str | None,
         typer.Argument(
             metavar="SRC",
-            help="A diffusers directory, a .safetensors, .ckpt or .pth file, a Hub id, or a name from "
+            help="A diffusers directory, a .safetensors, .ckpt, .pth or .gguf file, a Hub id, or a name from "
             "[b]sdonnx models[/b]. If left out, with --vae: exports that VAE alone.",
             show_default=False,
         ),
@@ -58,6 +58,14 @@ def export(
     vae: Annotated[
         str | None,
         typer.Option(metavar="SRC", help="Take the VAE from here: like SRC, or a VAE-only checkpoint."),
+    ] = None,
+    text_encoder: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SRC", help="Take a text encoder from here: like SRC, or one alone. Repeatable."),
+    ] = None,
+    unet: Annotated[
+        str | None,
+        typer.Option(metavar="SRC", help="Take the U-Net from here: like SRC, or a U-Net-only file. SRC is optional."),
     ] = None,
     base: Annotated[
         str | None,
@@ -96,6 +104,8 @@ def export(
             Path(f"{recipe.name}-onnx") if output is None and recipe is not None else output,
             precision=precision,
             vae=companion(vae) or (None if recipe is None else recipe.vae),
+            unet=companion(unet),
+            text_encoders=[find_source(each)[0] for each in text_encoder or []],
             base=companion(base),
             prediction_type=prediction_type,
             revision=revision,

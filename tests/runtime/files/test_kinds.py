@@ -73,7 +73,10 @@ KINDS = {
     "gzip": (gzip.compress(b"x"), "is a gzip archive; unpack it"),
     "7z": (b"7z\xbc\xaf\x27\x1c\0\4", "is a 7-Zip archive; unpack it"),
     "rar": (b"Rar!\x1a\x07\x01\0", "is a RAR archive; unpack it"),
-    "GGUF": (b"GGUF\3\0\0\0" + bytes(16), "is a GGUF file; give the model as .safetensors"),
+    "GGUF": (
+        b"GGUF\3\0\0\0" + bytes(16),
+        "is a GGUF file; only sdonnx export reads these: give a .safetensors file here",
+    ),
     "PNG": (_png(), "is a PNG image; give the file of the model"),
     "NumPy": (_npy(), "is a NumPy array"),
     "HDF5": (b"\x89HDF\r\n\x1a\n", "is an HDF5 file"),

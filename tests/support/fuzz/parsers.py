@@ -27,6 +27,7 @@ def _tensors(name: str) -> Callable[[Path], Target]:
 
 PARSERS: Mapping[str, Callable[[Path], Target]] = {
     "safetensors": _tensors("safetensors"),
+    "gguf": _tensors("gguf"),
     "pickle": _tensors("pickle"),
     "embedding": _tensors("embedding"),
     "lora": _tensors("lora"),

@@ -1,4 +1,4 @@
-"""Fuzzed parsers of tensor files: safetensors and pickles of checkpoints, embeddings, LoRA."""
+"""Fuzzed parsers of tensor files: safetensors, GGUF and pickles of checkpoints, embeddings, LoRA."""
 
 import json
 import struct
@@ -18,6 +18,7 @@ from sdonnx_runtime.adapters.merging import load_adapters, merge_lora
 from sdonnx_runtime.adapters.textual_inversion import TextualInversions, read_embedding
 from sdonnx_runtime.packages.package import Package
 
+from support import gguf_files
 from support.fuzz.campaign import Target
 from support.fuzz.mutators import mutate_bytes, mutate_safetensors, mutate_zip
 from support.paths import ROOT
@@ -34,6 +35,16 @@ def safetensors(folder: Path) -> Target:
     tensors |= {"scalar": torch.tensor(1.0), "empty": torch.zeros(0, 4), "conv": torch.randn(2, 3, 1, 1)}
     seeds = [save(tensors), save(tensors, {"format": "pt", "modelspec.architecture": "stable-diffusion-v1"})]
     return Target(seeds=seeds, mutate=mutate_safetensors, read=lambda data: _read_all(folder / "t.safetensors", data))
+
+
+def gguf(folder: Path) -> Target:
+    """A GGUF checkpoint, all of its tensors read."""
+    kinds = gguf_files.TYPES
+    tensors = {kind: (gguf_files.quantize(np.ones((2, 256), np.float32), kind), kind) for kind in kinds}
+    path, shapes = folder / "t.gguf", dict.fromkeys(kinds[::2], (64, 2, 2, 2))
+    cpp = gguf_files.write(path, tensors).read_bytes()
+    comfy = gguf_files.write(path, tensors, architecture="sdxl", original_shapes=shapes).read_bytes()
+    return Target(seeds=[cpp, comfy], mutate=mutate_bytes, read=lambda data: _read_all(path, data))
 
 
 def pickle(folder: Path) -> Target:

@@ -26,6 +26,7 @@ from sdonnx_export.checkpoints.ldm.layouts import (
     UNET,
     VAE,
     Layout,
+    layout_of,
     layout_of_base,
     layout_of_file,
 )
@@ -33,6 +34,7 @@ from sdonnx_export.checkpoints.ldm.pipeline_config import find_tokenizer, pipeli
 from sdonnx_export.checkpoints.ldm.text_encoder import read_clip, read_open_clip
 from sdonnx_export.checkpoints.ldm.unet import read_unet
 from sdonnx_export.checkpoints.ldm.vae import read_vae
+from sdonnx_export.checkpoints.text_encoders import FIRST, SECOND, assign, reads_pooled_text, text_width
 from sdonnx_export.checkpoints.unsupported import EXPORTABLE, unsupported_files
 
 _TEXT_ENCODERS = tuple(prefix for layout in LAYOUTS for prefix in layout.text_encoders.values())
@@ -61,9 +63,9 @@ def split_checkpoint(file: SingleFile, companions: Companions = ALONE) -> Checkp
 def unet_checkpoint(name: str, unet: Part, companions: Companions) -> Checkpoint:
     """Return the checkpoint of a U-Net that is saved alone, as diffusers does; the base model lends the rest."""
     file = SingleFile(path=Path(name), weights=unet.weights)
-    if companions.base is None:
+    layout = _layout_of_companions(unet.weights, companions)
+    if layout is None:
         return _incomplete(name, {"unet": unet, "vae": MISSING, "text_encoder": MISSING})
-    layout = layout_of_base(companions.base)
     vae = missing_vae(layout.family.scaling_factor)
     parts = {"unet": unet, "vae": vae, **dict.fromkeys(layout.text_encoders, MISSING)}
     return replace(_assemble(layout, file, parts, companions), source=name)
@@ -164,7 +166,17 @@ def _find_layout(file: SingleFile, companions: Companions) -> Layout | None:
     if unknown:
         listed = ", ".join(unknown[:3])
         raise ExportError(f"{path} has {len(unknown)} unexpected keys ({listed}); {EXPORTABLE}")
-    return layout if layout is not None or companions.base is None else layout_of_base(companions.base)
+    return layout or _layout_of_companions(with_prefix(weights, UNET), companions)
+
+
+def _layout_of_companions(unet: Weights, companions: Companions) -> Layout | None:
+    """Return the layout of the family with a U-Net and what is given in addition; None if that has no text encoder."""
+    given = assign(companions.text_encoders, unet)
+    if not given:
+        return None if companions.base is None else layout_of_base(companions.base)
+    if not reads_pooled_text(unet):
+        return layout_of("sd2" if given[FIRST].is_open_clip else "sd1")
+    return layout_of("sdxl-refiner" if SECOND in given and given[SECOND].width == text_width(unet) else "sdxl")
 
 
 def _split(layout: Layout, file: SingleFile, companions: Companions) -> dict[str, Part]:
@@ -174,7 +186,7 @@ def _split(layout: Layout, file: SingleFile, companions: Companions) -> dict[str
     if not unet:
         raise ExportError(f"{file.path} lacks a U-Net; {EXPORTABLE}")
     parts = {
-        "unet": read_unet(unet, original, heads=family.attention_heads),
+        "unet": read_unet(unet, original, heads=family.attention_heads, is_linear=layout.is_linear),
         "vae": read_vae(vae, factor) if vae and companions.vae is None else missing_vae(factor),
     }
     for name, prefix in layout.text_encoders.items():
@@ -182,7 +194,7 @@ def _split(layout: Layout, file: SingleFile, companions: Companions) -> dict[str
         parts[name] = (
             _read_text_encoder(prefix, text_encoder, projected=family.time_ids > 0) if text_encoder else MISSING
         )
-    parts["unet"] = _with_conditioning(layout, parts, companions.base)
+    parts["unet"] = _with_conditioning(layout, parts, companions)
     return parts
 
 
@@ -190,19 +202,22 @@ def _read_text_encoder(prefix: str, weights: Weights, *, projected: bool) -> Par
     return read_open_clip(weights, projected=projected) if prefix.endswith(".model.") else read_clip(weights)
 
 
-def _with_conditioning(layout: Layout, parts: Mapping[str, Part], base: Checkpoint | None) -> Part:
+def _with_conditioning(layout: Layout, parts: Mapping[str, Part], companions: Companions) -> Part:
     """Return the U-Net, for SDXL with the config's keys for pooled text and time ids.
 
     The text encoders tell the width of the pooled text.
     """
-    unet, family = parts["unet"], layout.family
-    if base is not None and not all(parts[name].weights for name in layout.text_encoders):
+    unet, family, base = parts["unet"], layout.family, companions.base
+    given = assign(companions.text_encoders, unet.weights)
+    if base is not None and not all(parts[name].weights or name in given for name in layout.text_encoders):
         check_base(unet, base)
     if family.time_ids:
-        own = parts["text_encoder_2"]
-        second = own if own.weights or base is None else base.parts["text_encoder_2"]
+        lent = parts[SECOND] if base is None or parts[SECOND].weights else base.parts[SECOND]
+        second = given[SECOND].read(SECOND) if SECOND in given else lent
+        if not second.weights:
+            return unet
         return _with_sdxl_conditioning(unet, second.config["projection_dim"], family.time_ids)
-    if "add_embedding.linear_1.weight" in unet.weights:
+    if reads_pooled_text(unet.weights):
         raise ExportError("unexpected key 'label_emb': not a U-Net of Stable Diffusion 1 or 2")
     return unet
 

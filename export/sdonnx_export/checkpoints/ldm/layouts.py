@@ -31,6 +31,8 @@ class Layout:
     """diffusers' class for each number of input channels of the U-Net."""
     settings: Mapping[str, Any]
     """Arguments of that class."""
+    is_linear: bool = True
+    """Whether the projections of the U-Net's transformers are linear layers; before, they were convolutions."""
     reads_image_size: bool = False
     """Whether ``image_size`` of the original config is the sample size; in later families it has no meaning."""
     name_of_512: str | None = None
@@ -54,6 +56,7 @@ LAYOUTS = (
         text_encoders={"text_encoder": "cond_stage_model.transformer."},
         pipelines=_SD_PIPELINES,
         settings={},
+        is_linear=False,
         reads_image_size=True,
         lcm_pipeline=_LCM_PIPELINE,
     ),
@@ -81,6 +84,11 @@ LAYOUTS = (
         settings={"requires_aesthetics_score": True, _EMPTY: False},
     ),
 )
+
+
+def layout_of(family: str) -> Layout:
+    """Return the layout of a family by its key in FAMILIES."""
+    return next(layout for layout in LAYOUTS if layout.family is FAMILIES[family])
 
 
 def layout_of_file(weights: Weights) -> Layout | None:

@@ -24,9 +24,10 @@ def read_open_clip(weights: Weights, *, projected: bool) -> Part:
     Stable Diffusion 2 applies the final norm to the output of the last layer but one. Files written from diffusers'
     weights lack the last layer and the projection already.
     """
+    weights = {canonical_key(name): weight for name, weight in weights.items()}
     layers = count(weights, rf"{_LAYERS}(\d+)\.")
     if not projected and ("text_projection" in weights or layers == _OPEN_CLIP_H):
-        last = f"transformer.resblocks.{layers - 1}."
+        last = tuple(f"{each}.{layers - 1}." for each in ("transformer.resblocks", "text_model.encoder.layers"))
         weights = {name: weight for name, weight in weights.items() if not name.startswith(last)}
     renamed: dict[str, Weight] = {}
     for name, weight in weights.items():
@@ -47,7 +48,7 @@ def read_open_clip(weights: Weights, *, projected: bool) -> Part:
     return Part(config=config, weights=renamed)
 
 
-_LAYERS = r"transformer\.resblocks\."
+_LAYERS = r"(?:transformer\.resblocks|text_model\.encoder\.layers)\."
 
 _OPEN_CLIP = (
     (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
@@ -56,6 +57,7 @@ _OPEN_CLIP = (
     (rf"^{_LAYERS}", "text_model.encoder.layers."),
     (r"\.ln_([12])\.", r".layer_norm\1."),
     (r"\.attn\.", ".self_attn."),
+    (r"\.in_proj\.", ".in_proj_"),
     (r"\.mlp\.c_fc\.", ".mlp.fc1."),
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
 )

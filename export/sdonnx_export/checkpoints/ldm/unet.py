@@ -7,23 +7,28 @@ from typing import Any
 from sdonnx_runtime.errors import ExportError
 
 from sdonnx_export.checkpoint_model import Part, Weight
-from sdonnx_export.checkpoints.ldm.keys import Weights, apply_renames, count
+from sdonnx_export.checkpoints.ldm.keys import Weights, apply_renames, as_linear, count
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+_PROJECTIONS = (".proj_in.weight", ".proj_out.weight")
 
-def read_unet(weights: Weights, original: Mapping[str, Any], *, heads: int | None) -> Part:
+
+def read_unet(weights: Weights, original: Mapping[str, Any], *, heads: int | None, is_linear: bool = False) -> Part:
     """Read a U-Net with LDM's keys or diffusers'.
 
     Args:
         weights: by key, without the U-Net's prefix.
         original: the original config, flattened.
         heads: attention heads on each level, unless the original config has them; None is one for every 64 channels.
+        is_linear: whether transformers' projections are linear layers. stable-diffusion.cpp stores all as convolutions.
 
     Raises:
         ExportError: a key is unexpected, or the cross-attention is of several kinds.
     """
     renamed = dict(weights) if "conv_in.weight" in weights else rename_keys(weights)
+    if is_linear:
+        renamed = {n: as_linear(w) if n.endswith(_PROJECTIONS) else w for n, w in renamed.items()}
     shapes = {name: weight.shape for name, weight in renamed.items()}
     return Part(config=_config(shapes, original, heads), weights=renamed)
 

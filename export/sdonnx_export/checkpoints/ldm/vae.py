@@ -1,11 +1,10 @@
 """Read the VAE of the original single-file layout, or of a file of its own, under diffusers' keys."""
 
 import re
-from dataclasses import replace
 
 from sdonnx_export.checkpoint_model import Part, Weight
 from sdonnx_export.checkpoints.files import canonical_key
-from sdonnx_export.checkpoints.ldm.keys import Weights, apply_renames, count
+from sdonnx_export.checkpoints.ldm.keys import Weights, apply_renames, as_linear, count
 
 
 def read_vae(weights: Weights, scaling_factor: float | None) -> Part:
@@ -15,7 +14,7 @@ def read_vae(weights: Weights, scaling_factor: float | None) -> Part:
     for name, weight in weights.items():
         name = re.sub(r"^decoder\.up\.(\d+)", lambda match: f"decoder.up_blocks.{levels - 1 - int(match[1])}", name)
         name = canonical_key(apply_renames(name, _NAMES))
-        renamed[name] = _as_linear(weight) if re.search(r"attentions\.0\.to_.*weight", name) else weight
+        renamed[name] = as_linear(weight) if re.search(r"attentions\.0\.to_.*weight", name) else weight
     shapes = {name: weight.shape for name, weight in renamed.items()}
     config = {
         "_class_name": "AutoencoderKL",
@@ -47,10 +46,3 @@ _NAMES = (
     (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
     (r"(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
 )
-
-
-def _as_linear(weight: Weight) -> Weight:
-    """Return the weight of a 1x1 convolution as a linear layer's."""
-    if len(weight.shape) == 2:
-        return weight
-    return replace(weight, shape=weight.shape[:2], read=lambda: weight.read().reshape(weight.shape[:2]))

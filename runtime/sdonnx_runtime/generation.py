@@ -147,7 +147,7 @@ def generate_images(
         PackageError, DeviceError: as `Runner` does.
     """
     run, request = models.run, resolved.request
-    with run.components.exclusive(models.adapters.deltas, plan):
+    with run.components.exclusive(models.adapters.deltas, plan, request.tiling or ""):
         sizes = [(each.width, each.height) for each in resolved.passes]
         encoded = {
             prefix: encode_prompts(package, prefix, run, request, resolved.prompts, models.adapters.embeddings, sizes)
@@ -227,13 +227,14 @@ def _second_states(
     models: Models, resolved: ResolvedRequest, index: int, latents: Array
 ) -> Sequence[InitImage | InitLatents]:
     """Upscale the latents (N, C, h, w) of the first pass to the start of each image of the second."""
-    second, upscaler = resolved.passes[index], resolved.request.hires_upscaler
+    request, second = resolved.request, resolved.passes[index]
+    upscaler, circular = request.hires_upscaler, request.tiling or ""
     if upscaler == "latent":
-        return upscale_latents(latents, second, models.manifest.latents)
+        return upscale_latents(latents, second, models.manifest.latents, circular)
     models.unload_base()
     models.run.components.unload(f"{REFINER}unet")
     package = models.upscaler if models.upscaler is not None and upscaler == models.upscaler.name else None
-    return upscale_images(models.run, models.manifest, latents, second, package)
+    return upscale_images(models.run, models.manifest, latents, second, package, circular)
 
 
 def _denoise_image(

@@ -28,7 +28,7 @@ from sdonnx_runtime.memory.workload import decode_phase, memory_phases
 from sdonnx_runtime.packages.families import PackageKind
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.packages.upscaler_config import UpscalerConfig
-from sdonnx_runtime.request import Request
+from sdonnx_runtime.request import TILINGS, Request
 from sdonnx_runtime.resolution import resolve_request
 from sdonnx_runtime.resolved import ResolvedRequest
 from sdonnx_runtime.result import Result
@@ -198,7 +198,7 @@ class Pipeline:
             adapters=self._adapters.combine(resolved.loras),
         )
         events = generate_images(models, resolved, None if plan is None else plan.execution)
-        return Stream(resolved.request, events, models.run, self._previewer(), plan)
+        return Stream(resolved.request, events, models.run, self._previewer(resolved.request.tiling), plan)
 
     def plan(
         self, request: Request | str | ResolvedRequest, *, always: bool = False, memory: str | int | None = None,
@@ -237,28 +237,39 @@ class Pipeline:
         enlarged = 1 if self.upscaler is None else UpscalerConfig.read(self.upscaler.root).scale ** 2
         return 4 * sum(file.size for part in components for file in part.files.values()) + _PIXEL * pixels * enlarged
 
-    def decode(self, latents: Array) -> tuple[Image, ...]:
-        """Decode latents, (N, C, h, w), as `Result.latents` has them.
+    def decode(self, latents: Array, *, tiling: str | None = None) -> tuple[Image, ...]:
+        """Decode latents, (N, C, h, w), as `Result.latents` has them; ``tiling`` as `Request.tiling`.
 
         Raises:
-            RequestError: they are not latents of the package.
+            RequestError: they are not latents of the package, or there is no such ``tiling``.
             PackageError, DeviceError: as `generate` does.
         """
         space = self.package.manifest.latents
+        if tiling not in (None, *TILINGS):
+            raise RequestError(f"tiling is {tiling!r}; choose {', '.join(TILINGS)}")
         if latents.ndim != 4 or latents.shape[1] != space.channels or 0 in latents.shape:
             raise RequestError(f"the latents are {latents.shape}; {self.package.name} has (N, {space.channels}, h, w)")
         if not np.isfinite(latents).all():
             raise RequestError("the latents are not finite; give those of a Result")
         count, _, height, width = latents.shape
         enough = self.memory_upper_bound(height * width * space.downscale**2)
-        plan = self._budget.plan(lambda: [decode_phase(self.package, height, width, count)], enough, self.package.name)
-        with self._components.exclusive(plan=None if plan is None else plan.execution):
+        plan = self._budget.plan(
+            lambda: [decode_phase(self.package, height, width, count, tiling)], enough, self.package.name
+        )
+        with self._components.exclusive(plan=None if plan is None else plan.execution, circular=tiling or ""):
             return decode(Runner(self._components), self.package.manifest, latents)
 
-    def _previewer(self) -> Callable[[Array], Image] | None:
+    def _previewer(self, tiling: str | None) -> Callable[[Array], Image] | None:
         """Make a decoder of latents, (1, C, h, w), with the preview's VAE."""
         package, components = self._preview_package, self._preview_components
-        return None if package is None else lambda latents: decode(Runner(components), package.manifest, latents)[0]
+        if package is None:
+            return None
+
+        def preview(latents: Array) -> Image:
+            components.pad_circularly(tiling or "")
+            return decode(Runner(components), package.manifest, latents)[0]
+
+        return preview
 
     def close(self) -> None:
         """Unload every component."""

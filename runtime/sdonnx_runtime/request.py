@@ -28,6 +28,9 @@ WEIGHTINGS = ("a1111", "comfy", "compel")
 """How the weight of a word is applied, by the program that does so."""
 
 _SIDES = ((1, MAX_SIDE), (1, MAX_SIDE))
+TILINGS = ("x", "y", "xy")
+"""The axes along which an image tiles: to the right, downwards, or both."""
+
 IMAGE_TO_IMAGE, _SAMPLING, SPEED = "Image to image, inpainting and control", "Sampling", "Speed/quality trade-offs"
 """Panels of the command line's help."""
 
@@ -73,6 +76,11 @@ class Request:
     """A multiple of the package's `Latents.downscale`. With an ``image`` None is its `suitable_size`."""
     height: int | None = option(None, "Height in pixels.", (1, MAX_SIDE), cli="--size")
     """As ``width``; with an ``image`` both are None or neither."""
+    tiling: str | None = option(
+        None, "Seamless tiling: the right edge continues at the left (x), the bottom at the top (y), or both (xy).",
+        choices=TILINGS, infotext="Tiling", cli="--tiling"
+    )
+    """Convolutions of U-Net, VAE and controls pad with the opposite border instead of zeros."""
     num_inference_steps: int | None = option(
         None, "Denoising steps. Default: the model's own.", (1, 1000), infotext="Steps", cli="--steps N"
     )

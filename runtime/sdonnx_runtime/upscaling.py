@@ -13,7 +13,7 @@ from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.execution.components import UPSCALER, Runner
 from sdonnx_runtime.execution.strategy import UPSCALER_TILES
 from sdonnx_runtime.execution.tiling import Span, spans_with_margins
-from sdonnx_runtime.packages.upscaler_config import UpscalerConfig
+from sdonnx_runtime.packages.upscaler_config import UpscalerConfig, margins, padded_size
 
 COMPONENT = f"{UPSCALER}upscaler"
 """An upscaler's component in a pipeline."""
@@ -31,6 +31,7 @@ def upscale_rgb(
     image: Image.Image,
     *,
     component: str = COMPONENT,
+    circular: str = "",
     on_tile: OnTile | None = None,
 ) -> Image.Image:
     """Upscale an RGB image by the model's factor.
@@ -43,6 +44,7 @@ def upscale_rgb(
         config: the upscaler's.
         image: of any size.
         component: its name.
+        circular: the axes, x, y or xy, along which the image goes on at its opposite border.
         on_tile: is called after each tile with the number of those that are done, and of all.
 
     Raises:
@@ -51,23 +53,27 @@ def upscale_rgb(
     """
     scale, (width, height) = config.scale, image.size
     check_result_size(width * scale, height * scale)
-    more = [(0, -side % config.multiple) for side in (height, width)]
-    pixels = np.pad(np.asarray(image), [*more, (0, 0)], mode="reflect")  # (H, W, 3)
-    rows, columns = _spans(run, config, image.size, component)
+    top, left = margins(config, circular)
+    around = np.pad(np.asarray(image), [(top, top), (left, left), (0, 0)], mode="wrap")
+    more = [(0, -side % config.multiple) for side in around.shape[:2]]
+    pixels = np.pad(around, [*more, (0, 0)], mode="reflect")  # (H, W, 3)
+    rows, columns = _spans(run, config, image.size, component, circular)
     result = np.empty((pixels.shape[0] * scale, pixels.shape[1] * scale, 3), np.uint8)
     for done, (row, column) in enumerate(product(rows, columns), 1):
         tile = pixels[row.start : row.stop, column.start : column.stop]
         upscaled = _run_tile(run, component, tile, scale)  # (3, scale h, scale w)
-        (top, rows_of_image), (left, columns_of_image) = (_places(span, scale) for span in (row, column))
-        result[rows_of_image, columns_of_image] = _to_bytes(upscaled[:, top, left])
+        (kept_rows, rows_of_image), (kept_columns, columns_of_image) = (_places(span, scale) for span in (row, column))
+        result[rows_of_image, columns_of_image] = _to_bytes(upscaled[:, kept_rows, kept_columns])
         if on_tile is not None:
             on_tile(done, len(rows) * len(columns))
-    return Image.fromarray(result[: height * scale, : width * scale])
+    return Image.fromarray(result[top * scale :, left * scale :][: height * scale, : width * scale])
 
 
-def count_tiles(run: Runner, config: UpscalerConfig, size: tuple[int, int], *, component: str = COMPONENT) -> int:
+def count_tiles(
+    run: Runner, config: UpscalerConfig, size: tuple[int, int], *, component: str = COMPONENT, circular: str = ""
+) -> int:
     """Count the tiles of `upscale_rgb` for an image of (width, height)."""
-    return prod(len(spans) for spans in _spans(run, config, size, component))
+    return prod(len(spans) for spans in _spans(run, config, size, component, circular))
 
 
 def check_result_size(width: int, height: int) -> None:
@@ -79,11 +85,13 @@ def check_result_size(width: int, height: int) -> None:
         )
 
 
-def _spans(run: Runner, config: UpscalerConfig, size: tuple[int, int], component: str) -> tuple[list[Span], list[Span]]:
+def _spans(
+    run: Runner, config: UpscalerConfig, size: tuple[int, int], component: str, circular: str
+) -> tuple[list[Span], list[Span]]:
     """The tiles' rows and columns for an image of (width, height)."""
     side = run.components.strategy(component).tile or UPSCALER_TILES[0]
-    width, height = (-(-each // config.multiple) * config.multiple for each in size)
-    rows, columns = (spans_with_margins(each, side, config.margin, config.multiple) for each in (height, width))
+    padded = padded_size(config, size, circular)
+    rows, columns = (spans_with_margins(each, side, config.margin, config.multiple) for each in padded)
     return rows, columns
 
 

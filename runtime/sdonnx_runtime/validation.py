@@ -209,6 +209,8 @@ def _check_images(request: Request, multiple: int, defaults: Defaults, *, edits:
             raise RequestError("padding_mask_crop requires mask_image")
         if not request.paste:
             raise RequestError("padding_mask_crop requires paste; leave it on")
+        if request.tiling is not None:
+            raise RequestError("padding_mask_crop does not support tiling, since a crop does not tile; leave one out")
     elif request.width is None:
         width, height = suitable_size(image, area=defaults.area, multiple=multiple)
         request = replace(request, width=width, height=height)

@@ -9,10 +9,13 @@ from PIL import ExifTags, Image
 from sdonnx_runtime.images.preprocess import UPSCALERS
 from sdonnx_runtime.outputs.metadata import A1111_SCHEDULES
 from sdonnx_runtime.packages.families import FAMILIES
-from sdonnx_runtime.request import FIELDS
+from sdonnx_runtime.request import FIELDS, TILINGS
 
 _SETTING = re.compile(r'(\w[\w /-]{0,100}): *("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
 _SIZE = re.compile(r"(\d{1,9})x(\d{1,9})", re.ASCII)
+
+_TILINGS = {**{axes: axes for axes in TILINGS}, "True": "xy"}
+"""Values of Tiling; True is AUTOMATIC1111's."""
 
 _MIN_SETTINGS = 3
 """A last line with fewer belongs to the prompt."""
@@ -59,6 +62,7 @@ def infotext_fields(text: str, *, family: str) -> dict[str, Any]:
     fields |= {side: _convert(side, settings.get(key, "")) for side, key in (("width", "Size-1"), ("height", "Size-2"))}
     fields["schedule"] = find_schedule(settings.get("Schedule type", ""), family)
     fields["variation"] = _variation(settings)
+    fields["tiling"] = _TILINGS.get(settings.get("Tiling", ""))
     fields["clip_skip"] = None if fields.get("clip_skip") == 1 else fields.get("clip_skip")
     if settings.get("Emphasis") == "None":
         fields["prompt_syntax"] = "plain"

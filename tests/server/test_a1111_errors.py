@@ -104,7 +104,7 @@ def test_images_that_are_refused(server, sent, status, text):
 @pytest.mark.parametrize(
     "sent",
     [
-        {"restore_faces": True, "tiling": True},
+        {"restore_faces": True},
         {"alwayson_scripts": {"ADetailer": {"args": [False]}, "animatediff": {"args": []}}},
         {
             "steps": "1",
@@ -124,7 +124,7 @@ def test_values_that_are_not(server, sent):
     reply = post(server, "txt2img", json={**SMALL, **sent})
     assert reply.status_code == 200, reply.text
     comments = json.loads(reply.json()["info"])["comments"]
-    assert ("tiling is not supported" in comments) == ("tiling" in sent)
+    assert ("restore_faces is not supported" in comments) == ("restore_faces" in sent)
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"steps": NaN}', b'{"steps": 1e999}', b"\xff", b"[" * 100_000])

@@ -13,6 +13,7 @@ from sdonnx_runtime.images.preprocess import (
     bicubic,
     blur_mask_inward,
     latent_mask,
+    resize,
     resize_to_fit,
     to_depth,
     to_mask,
@@ -200,10 +201,13 @@ def apply_overlay(image: Image.Image, init: InitImage, request: CompleteRequest)
     return Image.composite(image, original, blur_mask_inward(mask, request.mask_blur))
 
 
-def resize_latents(latents: Array, height: int, width: int) -> Array:
-    """(1, C, h, w) to (1, C, height, width), neither smaller: bilinear, as torch's interpolate."""
+def resize_latents(latents: Array, height: int, width: int, circular: str = "") -> Array:
+    """(1, C, h, w) to (1, C, height, width), neither smaller: bilinear, as torch's interpolate.
+
+    Along the axes ``circular``, x, y or xy, latents go on at the opposite border.
+    """
     channels = [
-        np.asarray(Image.fromarray(channel).resize((width, height), Image.Resampling.BILINEAR))
+        np.asarray(resize(Image.fromarray(channel), (width, height), Image.Resampling.BILINEAR, circular))
         for channel in latents[0].astype(np.float32)
     ]
     return np.stack(channels)[None]

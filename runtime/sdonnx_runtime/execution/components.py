@@ -27,6 +27,9 @@ REFINER = "refiner/"
 UPSCALER = "upscaler/"
 """That of an upscaler's."""
 
+CIRCULAR = ("unet", "controlnet", "adapter", "vae_decoder", "vae_encoder")
+"""The components that pad circularly where images tile seamlessly; an upscaler gets images that go on around them."""
+
 Observer: TypeAlias = Callable[[str, str, Mapping[str, AnyArray], Mapping[str, AnyArray], float], None]
 """Receives each run of a component: its name and variant, inputs and outputs, and the seconds that it took."""
 
@@ -56,7 +59,7 @@ class Components:
         self._models: dict[tuple[str, str], Model] = {}
         self._deltas: Mapping[str, LayerDeltas] = {}
         self._unplanned = self._plan = unplanned
-        self._use_arena = True
+        self._use_arena, self._circular = True, ""
 
     def model(self, name: str, variant: str = PLAIN) -> Model:
         """A component's variant, opened if it is not."""
@@ -85,7 +88,9 @@ class Components:
 
     def strategy(self, name: str) -> ExecutionStrategy:
         """How a component is run."""
-        strategy = self._plan.strategies.get(name, self._plan.default)
+        strategy, (_, component) = self._plan.strategies.get(name, self._plan.default), self.find(name)
+        if self._circular and component in CIRCULAR:
+            strategy = replace(strategy, circular=self._circular)
         return strategy if self._use_arena else replace(strategy, no_arena=True)
 
     def _tile_size(self, component: str, strategy: ExecutionStrategy) -> int | None:
@@ -100,12 +105,13 @@ class Components:
 
     @contextmanager
     def exclusive(
-        self, deltas: Mapping[str, LayerDeltas] | None = None, plan: ExecutionPlan | None = None
+        self, deltas: Mapping[str, LayerDeltas] | None = None, plan: ExecutionPlan | None = None, circular: str = ""
     ) -> Generator[None, None, None]:
         """Reserve the components for one generation, after which they are unloaded, unless ``keep_loaded`` is set.
 
         ``deltas`` are the changes by adapters from now on, by component; None leaves them as they are. ``plan`` is how
-        components run; None is the ``unplanned`` one. Raises RequestError if another generation is under way.
+        components run; None is the ``unplanned`` one. ``circular`` are the axes along which images tile, x, y or xy.
+        Raises RequestError if another generation is under way.
         """
         if not self._busy.acquire(blocking=False):
             raise RequestError("this pipeline is generating another image; finish or close that stream first")
@@ -113,15 +119,26 @@ class Components:
             if deltas is not None:
                 self._close(_changed_keys(deltas, self._deltas))
                 self._deltas = deltas
-            before = {name: self.strategy(name) for name, _ in self._models}
-            self._plan = self._unplanned if plan is None else plan
-            self._use_arena = PROCESS_MEMORY.configure(self._plan)
-            self._close(_changed_keys({name: self.strategy(name) for name in before}, before))
+            with self._close_changed():
+                self._plan, self._circular = self._unplanned if plan is None else plan, circular
+                self._use_arena = PROCESS_MEMORY.configure(self._plan)
             yield
         finally:
             for name, _ in list(self._models):
                 self.unload(name)
             self._busy.release()
+
+    def pad_circularly(self, axes: str) -> None:
+        """Have images tile along x, y or xy from now on, or along no axis; of components that no generation runs."""
+        with self._close_changed():
+            self._circular = axes
+
+    @contextmanager
+    def _close_changed(self) -> Generator[None, None, None]:
+        """Unload the components whose strategies change meanwhile."""
+        before = {name: self.strategy(name) for name, _ in self._models}
+        yield
+        self._close(_changed_keys({name: self.strategy(name) for name in before}, before))
 
     def close(self) -> None:
         """Unload every component."""

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from sdonnx_runtime.adapters.merging import LayerDeltas, merge_lora, merge_weights
 from sdonnx_runtime.arrays import AnyArray
+from sdonnx_runtime.execution.ort import has_wrap
 from sdonnx_runtime.execution.process_memory import trim_heap, unmap_code
 from sdonnx_runtime.execution.session import Cancelled, Session, broadcast_batch, missing_input
 from sdonnx_runtime.execution.strategy import ExecutionStrategy
@@ -57,15 +59,16 @@ class StagedModel(_CancellableModel):
         resident_stages: the indices of stages that stay open once they are.
         split_batch: runs each stage for one batch entry after another, where the graph is `batch_independent`.
         tile_size: the side of a tile, for stages that have norm statistics as inputs, in pixels of their input.
+        circular: the axes along which tiles go on at the image's opposite border.
         **options: of `Session`.
     """
 
     def __init__(
         self, path: Path, graph: PartitionedGraph, deltas: LayerDeltas, *, resident_stages: Collection[int] = (),
-        split_batch: bool = False, tile_size: int | None = None, **options: Any,
+        split_batch: bool = False, tile_size: int | None = None, circular: str = "", **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.path, self._tile_size = path, tile_size
+        self.path, self._tile_size, self._circular = path, tile_size, circular
         self._split_batch = split_batch and graph.batch_independent
         self._resident, self._open = resident_stages, dict[int, Session]()
         self._graph, self._deltas, self._options = graph, deltas, options
@@ -132,7 +135,9 @@ class StagedModel(_CancellableModel):
             return self._run_active(values)
         (image,) = {*inputs} - {NORM_STATS, USE_NORM_STATS}
         stats_shape = tuple(int(size) for size in self._graph.inputs[NORM_STATS].shape[1:])
-        return run_tiled_with_global_norms(self._run_active, {image: values[image]}, self._tile_size, stats_shape)
+        return run_tiled_with_global_norms(
+            self._run_active, {image: values[image]}, self._tile_size, stats_shape, circular=self._circular
+        )
 
     def _open_stage(self, stage: Stage) -> Session:
         weights = merge_weights(self.path, stage.weights, self._deltas)
@@ -145,14 +150,14 @@ class StagedModel(_CancellableModel):
 class TiledModel(_CancellableModel):
     """Runs a session of one input and one output in tiles of a side in pixels of its input; group norms see a tile."""
 
-    def __init__(self, session: Session, tile_size: int) -> None:
+    def __init__(self, session: Session, tile_size: int, circular: str = "") -> None:
         super().__init__()
-        self._active, self._tile_size = session, tile_size
+        self._active, self._tile_size, self._circular = session, tile_size, circular
 
     def run(self, feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
         """As `Session.run`."""
         try:
-            return run_tiled(self._run_active, feeds, self._tile_size)
+            return run_tiled(self._run_active, feeds, self._tile_size, circular=self._circular)
         finally:
             self._cancelled = False
 
@@ -165,17 +170,21 @@ def open_model(
     ``tile_size``, in pixels of the graph's input, replaces the strategy's ``tile``; ``options`` are of `Session`.
     Raises RequestError if a delta is of another size than its weight, and what `Session` does; in stages, when it runs.
     """
-    cut, no_arena = strategy.staged, strategy.no_arena
-    graph = read_stages(path, cut=cut) if cut or strategy.split_batch else None
+    cut, no_arena, circular = strategy.staged, strategy.no_arena, strategy.circular
+    read = partial(read_stages, path)
+    if circular:
+        read = partial(read, circular=circular, has_wrap=has_wrap(options.get("device", "auto")))
+    graph = read(cut=cut) if cut or strategy.split_batch else None
     if graph is not None and (len(graph.stages) > 1 or not cut):
         resident = {index for name, index in strategy.resident_stages if name == path.name} if cut else {0}
         options |= {"split_batch": strategy.split_batch, "tile_size": tile_size, "no_arena": no_arena}
-        return StagedModel(path, graph, deltas, resident_stages=resident, **options)
-    session = Session(path, weights=merge_lora(path, deltas), no_arena=no_arena, **options)
+        return StagedModel(path, graph, deltas, resident_stages=resident, circular=circular, **options)
+    model = read(cut=False).stages[0].model if circular else None
+    session = Session(path, model=model, weights=merge_lora(path, deltas), no_arena=no_arena, **options)
     if deltas:
         trim_heap()
     unmap_code()
-    return session if tile_size is None else TiledModel(session, tile_size)
+    return session if tile_size is None else TiledModel(session, tile_size, circular)
 
 
 def _prefetch(stage: Stage) -> None:

@@ -25,6 +25,8 @@ class ExecutionStrategy:
     tile: int | None = None
     """The side of tiles: of a VAE in latent pixels, where None runs it on the whole image; of an upscaler in pixels of
     its input, where None is the largest of UPSCALER_TILES."""
+    circular: str = ""
+    """The axes of images, x, y or xy, along which convolutions pad with the opposite border; empty pads with zeros."""
 
 
 MIN_MEMORY = ExecutionStrategy(split_batch=True, staged=True, no_arena=True, tile=VAE_TILES[-1])

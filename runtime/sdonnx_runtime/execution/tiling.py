@@ -1,6 +1,6 @@
 """Overlapping tiles: of a VAE, blended as diffusers does or with the norms of the whole image; of what has no norms."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, product
@@ -18,7 +18,9 @@ Run: TypeAlias = Callable[[Mapping[str, AnyArray]], Mapping[str, AnyArray]]
 """Runs a component: inputs to outputs."""
 
 
-def run_tiled(run: Run, feeds: Mapping[str, AnyArray], side: int, *, normed: bool = False) -> dict[str, Array]:
+def run_tiled(
+    run: Run, feeds: Mapping[str, AnyArray], side: int, *, normed: bool = False, circular: str = ""
+) -> dict[str, Array]:
     """Run a component of one input and one output on an image (N, C, H, W), tile by tile.
 
     Overlaps are blended linearly, first with the tile above, then with the one to the left. Group norms see one tile,
@@ -29,12 +31,28 @@ def run_tiled(run: Run, feeds: Mapping[str, AnyArray], side: int, *, normed: boo
         feeds: the one input.
         side: of a tile, in pixels of the input, a multiple of OVERLAP; an image no larger is one tile.
         normed: lets tiles end where the image does, see `tile_offsets`.
+        circular: the axes, x, y or xy, along which the image goes on at its opposite border: the last tile is blended
+            with the first one, too.
     """
     ((name, image),) = feeds.items()
-    height, width = image.shape[2:]
-    if height <= side and width <= side:
+    if max(image.shape[2:]) <= side:
         return dict(run(feeds))
-    step, output = side - side // OVERLAP, ""
+    sizes = tiled_sizes(image.shape[2:], side, circular)
+    rings = {axis: image.shape[axis] for axis, size in zip((2, 3), sizes, strict=True) if size > image.shape[axis]}
+    for axis in rings:
+        image = np.concatenate([image, np.take(image, range(side // OVERLAP), axis)], axis)
+    ((output, joined),) = _run_grid(run, {name: image}, side, normed=normed).items()
+    for axis, size in rings.items():
+        end = joined.shape[axis] * size // image.shape[axis]
+        ring = np.take(joined, range(end), axis)
+        _blend(joined, ring, joined.shape[axis] - end, axis=axis)
+        joined = ring
+    return {output: joined}
+
+
+def _run_grid(run: Run, feeds: Mapping[str, AnyArray], side: int, *, normed: bool) -> dict[str, Array]:
+    ((name, image),) = feeds.items()
+    (height, width), step, output = image.shape[2:], side - side // OVERLAP, ""
     rows: list[list[Array]] = []
     for top in tile_offsets(height, side, normed=normed):
         lefts = tile_offsets(width, side, normed=normed)
@@ -57,7 +75,7 @@ def run_tiled(run: Run, feeds: Mapping[str, AnyArray], side: int, *, normed: boo
 
 
 def run_tiled_with_global_norms(
-    run: Run, feeds: Mapping[str, AnyArray], side: int, stats_shape: tuple[int, ...]
+    run: Run, feeds: Mapping[str, AnyArray], side: int, stats_shape: tuple[int, ...], *, circular: str = ""
 ) -> dict[str, Array]:
     """Like `run_tiled`, but group norms see nearly the whole image.
 
@@ -88,7 +106,7 @@ def run_tiled_with_global_norms(
     if height <= side and width <= side:
         return decode(feeds, None)
     first = measure(None)
-    return run_tiled(partial(decode, stats=(first + measure(first)) / 2), feeds, side, normed=True)
+    return run_tiled(partial(decode, stats=(first + measure(first)) / 2), feeds, side, normed=True, circular=circular)
 
 
 def tile_offsets(size: int, side: int, *, normed: bool) -> range:
@@ -125,6 +143,14 @@ def spans_with_margins(size: int, side: int, margin: int, multiple: int = 1) -> 
     kept = pairwise(borders)
     return [
         Span(start=start, stop=start + step + 2 * margin, keep=keep) for start, keep in zip(starts, kept, strict=True)
+    ]
+
+
+def tiled_sizes(sizes: Sequence[int], side: int, circular: str) -> list[int]:
+    """How much of an image of some height and width tiles cover: along circular axes more, to be blended with."""
+    return [
+        size + side // OVERLAP if size > side and axis in circular else size
+        for axis, size in zip("yx", sizes, strict=True)
     ]
 
 

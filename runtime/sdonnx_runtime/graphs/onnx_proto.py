@@ -18,10 +18,12 @@ T = TypeVar("T")
 Field: TypeAlias = "tuple[int, int | str | bytes | memoryview]"
 """A field's number and its value: an integer, a text, or the bytes of an array or another message."""
 
-_IR_VERSION, _PRODUCER_NAME, _GRAPH, _OPSET_IMPORT, _OPSET_VERSION = 1, 2, 7, 8, 2  # ModelProto, OperatorSetIdProto
+_IR_VERSION, _PRODUCER_NAME, _GRAPH, _OPSET_IMPORT = 1, 2, 7, 8  # ModelProto
+_OPSET_DOMAIN, _OPSET_VERSION = 1, 2  # OperatorSetIdProto
 _NODE, _GRAPH_NAME, _INITIALIZER, _INPUT, _OUTPUT, _VALUE_INFO = 1, 2, 5, 11, 12, 13  # GraphProto
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _OP_TYPE, _ATTRIBUTE, _METADATA = 1, 2, 3, 4, 5, 9  # NodeProto
-_ATTRIBUTE_NAME, _FLOAT, _INT, _INTS, _ATTRIBUTE_TYPE, _TYPE_INT = 1, 2, 3, 8, 20, 2  # AttributeProto
+_ATTRIBUTE_NAME, _FLOAT, _INT, _TEXT, _INTS, _ATTRIBUTE_TYPE = 1, 2, 3, 4, 8, 20  # AttributeProto
+_TYPE_INT, _TYPE_TEXT, _TYPE_INTS = 2, 3, 7  # AttributeProto.AttributeType
 _DIMS, _DATA_TYPE, _TENSOR_NAME, _RAW_DATA, _EXTERNAL_DATA = 1, 2, 8, 9, 13  # TensorProto
 _VALUE_NAME, _TYPE = 1, 2  # ValueInfoProto
 _TENSOR_TYPE, _ELEMENT_TYPE, _SHAPE, _DIM, _DIM_VALUE = 1, 1, 2, 1, 1  # TypeProto
@@ -75,6 +77,15 @@ class Node:
         encoded = _encode(*((_NODE_INPUT, each) for each in inputs), (_NODE_OUTPUT, output), *kept)
         return replace(self, encoded=memoryview(encoded), inputs=tuple(inputs), outputs=(output,))
 
+    def with_attribute(self, name: str, value: "Sequence[int]") -> "Node":
+        """The same operator with another value of an attribute."""
+        kept = [
+            (number, each)
+            for number, each in fields(self.encoded)
+            if number != _ATTRIBUTE or isinstance(each, int) or _texts(_group(each)[_ATTRIBUTE_NAME]) != (name,)
+        ]
+        return replace(self, encoded=memoryview(_encode(*kept, _encode_attribute(name, value))))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ValueInfo:
@@ -107,6 +118,12 @@ class Model:
     outputs: Mapping[str, memoryview]
     value_info: Mapping[str, memoryview]
     """Of values between nodes."""
+
+    @property
+    def opset(self) -> int:
+        """The version of ONNX's own operators; 0 if it says none."""
+        imports = map(_group, _bytes(_group(self.data)[_OPSET_IMPORT]))
+        return next((_integer(each[_OPSET_VERSION]) for each in imports if not any(_texts(each[_OPSET_DOMAIN]))), 0)
 
     def encode_part(
         self, name: str, nodes: Iterable[Node], weights: Iterable[memoryview], inputs: Iterable[str],
@@ -150,12 +167,14 @@ def package_errors(path: Path) -> Generator[None, None, None]:
         raise PackageError(f"{path} can't be read ({error.strerror}); run 'sdonnx export' again") from None
 
 
-def concat_node(inputs: Sequence[str], output: str, *, axis: int, stage: str) -> Node:
-    """A Concat in a stage."""
-    attribute = _encode((_ATTRIBUTE_NAME, b"axis"), (_INT, axis), (_ATTRIBUTE_TYPE, _TYPE_INT))
+def make_node(
+    op: str, inputs: Sequence[str], output: str, *, stage: str, **attributes: int | str | Sequence[int]
+) -> Node:  # fmt: skip
+    """An operator of ONNX's own in a stage."""
     ends = [*((_NODE_INPUT, each) for each in inputs), (_NODE_OUTPUT, output)]
+    encoded = [_encode_attribute(name, value) for name, value in attributes.items()]
     metadata = _encode_entries(_METADATA, {"stage": stage})
-    return _decode_node(memoryview(_encode(*ends, (_OP_TYPE, b"Concat"), (_ATTRIBUTE, attribute), *metadata)))
+    return _decode_node(memoryview(_encode(*ends, (_OP_TYPE, op), *encoded, *metadata)))
 
 
 def single_node_model(op: str, inputs: int, *sizes: int) -> bytes:
@@ -232,6 +251,16 @@ def _decode_entries(values: "Iterable[int | memoryview]") -> dict[str, str]:
     return {each.get(_KEY, ""): each.get(_VALUE, "") for each in entries}
 
 
+def _encode_attribute(name: str, value: "int | str | Sequence[int]") -> Field:
+    if isinstance(value, int):
+        content: list[Field] = [(_INT, value), (_ATTRIBUTE_TYPE, _TYPE_INT)]
+    elif isinstance(value, str):
+        content = [(_TEXT, value), (_ATTRIBUTE_TYPE, _TYPE_TEXT)]
+    else:
+        content = [*((_INTS, each) for each in value), (_ATTRIBUTE_TYPE, _TYPE_INTS)]
+    return _ATTRIBUTE, _encode((_ATTRIBUTE_NAME, name), *content)
+
+
 def _encode_entries(number: int, entries: Mapping[str, str]) -> list[Field]:
     return [(number, _encode((_KEY, key), (_VALUE, value))) for key, value in entries.items()]
 
@@ -269,6 +298,7 @@ def _encode(*message: Field) -> bytes:
 
 
 def _encode_varint(value: int) -> bytes:
+    value &= (1 << 64) - 1  # two's complement
     digits = [value >> shift & 127 for shift in range(0, max(value.bit_length(), 1), 7)]
     return bytes([*(digit | 128 for digit in digits[:-1]), digits[-1]])
 

@@ -1,11 +1,12 @@
 """Partition a graph into stages along the marks in its nodes' metadata: each can be opened and run alone."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from sdonnx_runtime.errors import PackageError
+from sdonnx_runtime.graphs.circular_padding import pad_circularly
 from sdonnx_runtime.graphs.initializers import Initializer
 from sdonnx_runtime.graphs.onnx_proto import Model, Node, Tensor, ValueInfo, decode_model, package_errors
 from sdonnx_runtime.graphs.split_convs import ConvSplitter
@@ -58,15 +59,19 @@ class PartitionedGraph:
         return not any(b"DequantizeLinear" in stage.model or b"MatMulInteger" in stage.model for stage in self.stages)
 
 
-def read_stages(path: Path, *, cut: bool = True) -> PartitionedGraph:
-    """Read an ``.onnx`` file as stages with split convolutions; without ``cut``, as one stage, unchanged.
+def read_stages(path: Path, *, cut: bool = True, circular: str = "", has_wrap: bool = True) -> PartitionedGraph:
+    """Read an ``.onnx`` file as stages with split convolutions; without ``cut``, as one stage, with whole ones.
 
+    Convolutions pad circularly along the axes ``circular``, for ``has_wrap`` see `pad_circularly`.
     Raises PackageError if it is damaged or missing, or doesn't describe the values between stages.
     """
     with package_errors(path):
         model = decode_model(memoryview(path.read_bytes()))
         _check_weights(path, model)
-        return _partition(path, model, cut)
+        nodes: Iterable[Node] = model.nodes
+        if circular:
+            nodes = pad_circularly(nodes, circular, opset=model.opset, has_wrap=has_wrap)
+        return _partition(path, model, nodes, cut)
 
 
 def _check_weights(path: Path, model: Model) -> None:
@@ -76,9 +81,9 @@ def _check_weights(path: Path, model: Model) -> None:
             raise PackageError(f"{weight.file} is missing or cut at '{weight.name}'; run 'sdonnx export' again")
 
 
-def _partition(path: Path, model: Model, cut: bool) -> PartitionedGraph:
+def _partition(path: Path, model: Model, nodes: Iterable[Node], cut: bool) -> PartitionedGraph:
     tensors = dict(model.initializers)
-    nodes = ConvSplitter(tensors).split(model.nodes) if cut else model.nodes
+    nodes = ConvSplitter(tensors).split(nodes) if cut else nodes
     pieces = [(name, list(each)) for name, each in groupby(nodes, key=lambda node: node.stage if cut else "")]
     last_use = {value: index for index, (_, piece) in enumerate(pieces) for node in piece for value in node.inputs}
     last_use |= dict.fromkeys(model.outputs, len(pieces))

@@ -150,6 +150,12 @@ def _slice(inputs: Sequence[TensorInfo], _attributes: Mapping[str, Any]) -> tupl
     return tuple(shape)
 
 
+def _pad(inputs: Sequence[TensorInfo], _attributes: Mapping[str, Any]) -> tuple[int, ...]:
+    shape, pads = inputs[0].shape, _ints(inputs[1])
+    befores, afters = pads[: len(shape)], pads[len(shape) :]
+    return tuple(size + before + after for size, before, after in zip(shape, befores, afters, strict=True))
+
+
 def _resize(inputs: Sequence[TensorInfo], _attributes: Mapping[str, Any]) -> tuple[int, ...]:
     if len(inputs) > 3:
         return tuple(_ints(inputs[3]))
@@ -200,6 +206,7 @@ _RULES: Mapping[str, Rule] = {
     "DynamicQuantizeLinear": lambda inputs, _: [TensorInfo(inputs[0].shape, 1), TensorInfo(()), TensorInfo((), 1)],
     "Gather": _gather,
     "GatherND": _gather_nd,
+    "Pad": _pad,
     "Reshape": _reshape,
     "Resize": _resize,
     "Shape": lambda inputs, attributes: [
@@ -219,6 +226,7 @@ _OUTPUT_ITEMSIZES: Mapping[str, float] = {
 }  # fmt: skip
 
 _COMPUTED: Mapping[str, Callable[[Sequence[AnyArray], Mapping[str, Any]], AnyArray]] = {
+    "Constant": lambda _inputs, attributes: np.array(attributes["value_ints"], np.int64),
     "Concat": lambda inputs, attributes: np.concatenate(inputs, axis=attributes["axis"]),
     "Div": lambda inputs, _attributes: inputs[0] // inputs[1],
 }

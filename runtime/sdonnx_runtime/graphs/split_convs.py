@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from math import ceil, prod
 
-from sdonnx_runtime.graphs.onnx_proto import Node, Tensor, concat_node
+from sdonnx_runtime.graphs.onnx_proto import Node, Tensor, make_node
 
 LIMIT = 1 << 26
 """The largest conv weight that isn't split, in bytes of float32."""
@@ -42,7 +42,7 @@ class ConvSplitter:
             outputs = _part_names(node.outputs[0], bounds)
             for *inputs, output in zip(*parts, outputs, strict=True):
                 yield node.rewire([x, *inputs], output)
-            yield concat_node(outputs, node.outputs[0], axis=1, stage=node.stage)
+            yield make_node("Concat", outputs, node.outputs[0], axis=1, stage=node.stage)
 
     def _bounds(self, name: str) -> list[int]:
         """The first output channel of each part, and their number; empty where the weight isn't to be split."""

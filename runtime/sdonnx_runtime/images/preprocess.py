@@ -303,6 +303,24 @@ def blur_mask_inward(mask: Image.Image, pixels: int) -> Image.Image:
     return Image.fromarray((total[1:-1, 1:-1] / (pixels + 1)).round().astype(np.uint8))
 
 
+_SUPPORT = 3
+"""The most pixels to either side that a pixel is made of where an image is not reduced: Lanczos'."""
+
+
+def resize(image: Image.Image, size: tuple[int, int], filter_: Image.Resampling, circular: str = "") -> Image.Image:
+    """Resize an image to (width, height); along x, y or xy, ``circular``, it goes on at the opposite border."""
+    if not circular:
+        return image.resize(size, filter_)
+    pixels = np.asarray(image)
+    left, top = (
+        math.ceil(_SUPPORT * max(1, before / after)) if axis in circular else 0
+        for axis, before, after in zip("xy", image.size, size, strict=True)
+    )
+    around = [(top, top), (left, left), *[(0, 0)] * (pixels.ndim - 2)]
+    box = (left, top, left + image.width, top + image.height)
+    return Image.fromarray(np.pad(pixels, around, mode="wrap")).resize(size, filter_, box)
+
+
 def to_images(values: Array) -> tuple[Image.Image, ...]:
     """Convert (N, 3, H, W) to RGB images; values outside of -1 to 1 are clipped."""
     scaled = np.clip(values / 2 + 0.5, 0.0, 1.0).transpose(0, 2, 3, 1)  # (N, H, W, 3)

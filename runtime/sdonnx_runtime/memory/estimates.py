@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sdonnx_runtime.adapters.merging import parameter_of
 from sdonnx_runtime.errors import PackageError
-from sdonnx_runtime.execution.tiling import spans_with_margins, tile_offsets
+from sdonnx_runtime.execution.tiling import spans_with_margins, tile_offsets, tiled_sizes
 from sdonnx_runtime.graphs.initializers import INT4
 from sdonnx_runtime.graphs.partition import Stage, read_stages
 from sdonnx_runtime.graphs.shape_inference import TensorInfo, unsupported_graphs
@@ -32,6 +32,8 @@ class Graph:
     """What the sides of such tiles are multiples of."""
     adapted: frozenset[str] = frozenset()
     """The weights and biases that adapters change."""
+    circular: str = ""
+    """The axes along which its convolutions pad circularly."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,7 +77,7 @@ def estimate_stages(graph: Graph, cut: bool, split_batch: bool = False) -> tuple
 
 @lru_cache(maxsize=64)
 def _cached_estimates(graph: Graph, cut: bool, split_batch: bool, _modified: int) -> tuple[StageEstimate, ...]:
-    whole, estimates = read_stages(graph.path, cut=cut), list[StageEstimate]()
+    whole, estimates = read_stages(graph.path, cut=cut, circular=graph.circular), list[StageEstimate]()
     values, tiles = _one_tile(graph)
     splits = split_batch and whole.batch_independent
     count = max((values[name].shape[0] for name in whole.batch_axes), default=1) if splits else 1
@@ -88,7 +90,7 @@ def _cached_estimates(graph: Graph, cut: bool, split_batch: bool, _modified: int
         live = count * sum(values[name].nbytes for name in alive)
         inputs, runs = {name: values[name] for name in stage.inputs}, float(count * tiles)
         if graph.tile_size is not None and graph.margin is None and (NORM_STATS in inputs or len(whole.stages) == 1):
-            taken, runs = _tiled_footprint(stage, inputs, graph.tile_size)
+            taken, runs = _tiled_footprint(stage, inputs, graph.tile_size, graph.circular)
         else:
             taken = footprint(stage, inputs)
         live += (count - 1) * sum(value.nbytes for value in taken.outputs.values())  # of earlier batch entries
@@ -130,7 +132,9 @@ def merging_bytes(stage: Stage, parameters: frozenset[str]) -> tuple[int, int]:
     return merged, peak
 
 
-def _tiled_footprint(stage: Stage, inputs: Mapping[str, TensorInfo], tile_size: int) -> tuple[Footprint, float]:
+def _tiled_footprint(
+    stage: Stage, inputs: Mapping[str, TensorInfo], tile_size: int, circular: str
+) -> tuple[Footprint, float]:
     """The footprint of a stage for a tile, with the outputs of all tiles, and how often it runs."""
     ((name, image),) = [(name, value) for name, value in inputs.items() if len(value.shape) == 4]
     whole, normed = image.shape[2:], NORM_STATS in inputs
@@ -144,7 +148,8 @@ def _tiled_footprint(stage: Stage, inputs: Mapping[str, TensorInfo], tile_size: 
         if len(value.shape) == 4
     }
     pixels = prod(
-        sum(min(tile_size, size - offset) for offset in tile_offsets(size, tile_size, normed=normed)) for size in whole
+        sum(min(tile_size, size - offset) for offset in tile_offsets(size, tile_size, normed=normed))
+        for size in tiled_sizes(whole, tile_size, circular)
     )
     pixels += 2 * prod(whole) if normed and tile != whole else 0  # to measure norm statistics
     return replace(taken, outputs={**taken.outputs, **outputs}), pixels / prod(tile)

@@ -10,7 +10,7 @@ from sdonnx_runtime.adapters.merging import Adapters
 from sdonnx_runtime.denoising.control import component_prefix, residual_names
 from sdonnx_runtime.denoising.init_image import encodes_images
 from sdonnx_runtime.denoising.step_cache import unet_graphs
-from sdonnx_runtime.execution.components import REFINER, UPSCALER
+from sdonnx_runtime.execution.components import CIRCULAR, REFINER, UPSCALER
 from sdonnx_runtime.execution.strategy import UPSCALER_TILES
 from sdonnx_runtime.graphs.partition import read_stages
 from sdonnx_runtime.graphs.shape_inference import ITEMSIZES, TensorInfo, UnsupportedGraph, unsupported_graphs
@@ -19,7 +19,7 @@ from sdonnx_runtime.memory.planner import LoadedComponent, MemoryPhase, make_pla
 from sdonnx_runtime.packages.concat import CONCAT
 from sdonnx_runtime.packages.families import FAMILIES
 from sdonnx_runtime.packages.package import Package
-from sdonnx_runtime.packages.upscaler_config import UpscalerConfig
+from sdonnx_runtime.packages.upscaler_config import UpscalerConfig, padded_size
 from sdonnx_runtime.packages.variant import TILED
 from sdonnx_runtime.request import CompleteRequest
 from sdonnx_runtime.resolved import Pass, ResolvedRequest
@@ -72,31 +72,48 @@ def memory_phases(
         sizes["ids"] = FAMILIES[model.manifest.family].time_ids
         phases.append(_unet_phase(prefix, model, controls if prefix == "" else (), request, largest, sizes, applied))
     if upscaler is not None and request.hires_upscaler == upscaler.name:
-        phases.append(_between_passes(upscaler, resolved.passes[0], largest, request.num_images))
+        phases.append(_between_passes(upscaler, resolved.passes[0], largest, request))
     if encodes_images(manifest, request):
         height, width = largest.height, largest.width
         phases.append([_vae(package, "vae_encoder", height, width, scale=space.downscale, pixels=height * width)])
     phases.append(decode_phase(package, *latent_size, request.num_images))
+    phases = [_pad_circularly(phase, request.tiling) for phase in phases]
     if preview is None:
         return phases
-    peak = make_plan([decode_phase(preview, *latent_size, 1)], inf, 0).peak
+    peak = make_plan([decode_phase(preview, *latent_size, 1, request.tiling)], inf, 0).peak
     return [[replace(first, extra_bytes=first.extra_bytes + peak), *others] for first, *others in phases]
 
 
-def decode_phase(package: Package, height: int, width: int, num_images: int) -> MemoryPhase:
+def decode_phase(
+    package: Package, height: int, width: int, num_images: int, tiling: str | None = None
+) -> MemoryPhase:  # fmt: skip
     """The phase of a package's VAE decoder for latents of a size in latent pixels; raises as `memory_phases` does."""
     pixels = height * width * package.manifest.latents.downscale**2 * num_images
-    return [_vae(package, "vae_decoder", height, width, scale=1, pixels=pixels)]
+    return _pad_circularly([_vae(package, "vae_decoder", height, width, scale=1, pixels=pixels)], tiling)
 
 
-def _between_passes(upscaler: Package, first: Pass, second: Pass, num_images: int) -> MemoryPhase:
+def _pad_circularly(phase: MemoryPhase, tiling: str | None) -> MemoryPhase:
+    """The phase with graphs whose convolutions pad circularly along the axes ``tiling``, where they do."""
+
+    def pad(graph: Graph) -> Graph:
+        return replace(graph, circular=tiling or "")
+
+    return [
+        replace(each, graphs=tuple(map(pad, each.graphs)), tiled=None if each.tiled is None else pad(each.tiled))
+        if each.component.rpartition("/")[2] in CIRCULAR
+        else each
+        for each in phase
+    ]
+
+
+def _between_passes(upscaler: Package, first: Pass, second: Pass, request: CompleteRequest) -> MemoryPhase:
     """The upscaler between two passes: its last run on an image, which is the largest."""
     config = UpscalerConfig.read(upscaler.root)
     passes = config.passes(max(second.width / first.width, second.height / first.height))
     before = config.scale ** (passes - 1)
-    return upscaler_phase(
-        upscaler, first.width * before, first.height * before, component=f"{UPSCALER}upscaler", num_images=num_images
-    )
+    height, width = padded_size(config, (first.width * before, first.height * before), request.tiling or "")
+    component, num_images = f"{UPSCALER}upscaler", request.num_images
+    return upscaler_phase(upscaler, width, height, component=component, num_images=num_images)
 
 
 def upscaler_phase(
@@ -112,9 +129,7 @@ def upscaler_phase(
         num_images: how many there are at a time.
     """
     config = UpscalerConfig.read(package.root)
-    sizes = {"batch": 1} | {
-        axis: -(-side // config.multiple) * config.multiple for axis, side in {"width": width, "height": height}.items()
-    }
+    sizes = dict(zip(("batch", "height", "width"), (1, *padded_size(config, (width, height))), strict=True))
     graph = replace(_graph(package.graph("upscaler"), sizes), margin=config.margin, multiple=config.multiple)
     pixels = width * height * (num_images * config.scale**2 + 2)
     loaded = LoadedComponent(

@@ -90,6 +90,7 @@ def _settings(request: CompleteRequest) -> dict[str, Any]:
         "image_guidance_scale": request.image_guidance_scale,
         "seed": request.seed,
         "width": f"{request.width}x{request.height}",
+        "tiling": "True" if request.tiling == "xy" else request.tiling,
         "clip_skip": request.clip_skip,
         "Emphasis": "None" if request.prompt_syntax == "plain" else None,
         "weighting": None if request.weighting == "a1111" else request.weighting,

@@ -58,3 +58,16 @@ def _integer(path: Path, key: str, value: Any, low: int, high: int) -> int:
     if type(value) is not int or not low <= value <= high:
         raise PackageError(f"{path}: '{key}' is {value!r}; expected a whole number of {low} to {high}; export again")
     return value
+
+
+def margins(config: UpscalerConfig, circular: str) -> tuple[int, int]:
+    """How many pixels of the opposite border an image gets above and to the left, where it tiles along x, y or xy."""
+    top, left = (config.margin if axis in circular else 0 for axis in "yx")
+    return top, left
+
+
+def padded_size(config: UpscalerConfig, size: tuple[int, int], circular: str = "") -> tuple[int, int]:
+    """The height and width that the model is run on, for an image of (width, height)."""
+    sides = (side + 2 * margin for side, margin in zip(size[::-1], margins(config, circular), strict=True))
+    height, width = (-(-side // config.multiple) * config.multiple for side in sides)
+    return height, width

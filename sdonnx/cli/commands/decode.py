@@ -52,7 +52,7 @@ def decode(
             raise sdonnx.RequestError(f"the latents were made by the model '{name}'; give its package with -m")
         if pipe.package.name != name:
             logger.warning("the latents were made by '%s', but are decoded by '%s'", name, pipe.package.name)
-        images, separate_vae = pipe.decode(sampled), pipe.package.vae
+        images, separate_vae = pipe.decode(sampled, tiling=request.tiling), pipe.package.vae
     result = sdonnx.Result(
         images=images,
         seeds=request.seeds,

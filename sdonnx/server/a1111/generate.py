@@ -151,5 +151,6 @@ def _extra_parameters(request: CompleteRequest) -> dict[str, Any]:
         "Hires upscale": request.hires_scale,
         "Hires steps": request.hires_steps if request.hires_scale is not None else None,
         "Hires upscaler": request.hires_upscaler,
+        "Tiling": True if request.tiling == "xy" else request.tiling,
     }
     return {name: each for name, each in named.items() if each is not None}

@@ -33,6 +33,8 @@ class Options:
     clip_skip: int = 1
     return_grid: bool = True
     """Whether replies with ``save_images`` begin with a grid of several images."""
+    tiling: bool = False
+    """Whether images tile seamlessly, both to the right and downwards."""
 
     def package(self, library: Library) -> ServedPackage:
         """The model."""
@@ -77,6 +79,7 @@ async def get_options(request: Request) -> Response:
         "live_previews_enable": options.preview_every > 0,
         "CLIP_stop_at_last_layers": options.clip_skip,
         "return_grid": options.return_grid,
+        "tiling": options.tiling,
     }
     return AsciiJson(values)
 
@@ -120,6 +123,12 @@ def _return_grid(value: Any, _: Library) -> dict[str, Any]:
     return {"return_grid": value}
 
 
+def _tiling(value: Any, _: Library) -> dict[str, Any]:
+    if not isinstance(value, bool):
+        raise Unprocessable(f"tiling is {value!r:.80}; give true or false")
+    return {"tiling": value}
+
+
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise Unprocessable(f"{name} is {value!r:.80}; give a text")
@@ -139,4 +148,5 @@ _SETTINGS: Mapping[str, Callable[[Any, Library], dict[str, Any]]] = {
     "show_progress_every_n_steps": _preview_every,
     "CLIP_stop_at_last_layers": _clip_skip,
     "return_grid": _return_grid,
+    "tiling": _tiling,
 }

@@ -72,7 +72,7 @@ def prepare(library: Library, options: Options, form: Generate) -> Prepared:
     controls = _scripts(form, library, _target(fields, served.package, settings.max_pixels))
     fields |= {"controls": controls.controls, "control_guess": controls.guess}
     refiner, fields["refiner_start"] = _refiner(form, library)
-    comments += [f"{name} is not supported" for name in ("restore_faces", "tiling") if getattr(form, name)]
+    comments += ["restore_faces is not supported"] if form.restore_faces else []
     notes: list[str] = []
     if not settings.as_asked:
         fields, lowered = cap_distilled(manifest, fields)
@@ -108,8 +108,16 @@ def _fields(
         found = _image(form, manifest, max_pixels, comments)
         kept = {ours for ours, theirs in _OF_IMAGES.items() if ours in fields and theirs not in form.given}
         absent = _OF_HIRES if "mask_image" in found else (*_OF_HIRES, *_OF_MASKS)
-        return _without(fields, absent) | _without(found, kept)
+        return _tile_whole(_without(fields, absent) | _without(found, kept), comments)
     return fields
+
+
+def _tile_whole(fields: dict[str, Any], comments: list[str]) -> dict[str, Any]:
+    """Leave tiling out where a crop is inpainted, which is their default for masks."""
+    if fields.get("tiling") is None or fields.get("padding_mask_crop") is None:
+        return fields
+    comments.append("tiling is not supported with inpaint_full_res")
+    return _without(fields, ("tiling",))
 
 
 _OF_IMAGES = {
@@ -153,6 +161,9 @@ def _common(form: Generate, options: Options) -> dict[str, Any]:
     if "subseed_strength" in form.given:
         seed = secrets.randbits(32) if form.subseed < 0 else form.subseed
         fields["variation"] = (seed, form.subseed_strength) if form.subseed_strength > 0 else None
+    if "tiling" in form.given or options.tiling:
+        tiles = form.tiling if "tiling" in form.given else True
+        fields["tiling"] = "xy" if tiles else None
     skip = form.clip_skip or options.clip_skip
     if skip > 1:  # 1 is AUTOMATIC1111's name of the model's own
         fields["clip_skip"] = skip

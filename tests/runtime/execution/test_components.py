@@ -74,3 +74,20 @@ def test_an_observer_sees_every_run(opened):
     assert (name, variant, seconds >= 0) == ("unet", "plain", True)
     assert feeds["x"] is x
     assert given is outputs
+
+
+def test_what_pads_otherwise_is_opened_again(opened):
+    """Convolutions of all but text encoders, where an image tiles and the next one doesn't."""
+    package, _, calls = opened
+
+    def open_model(path, _deltas, strategy, **_options):
+        calls.append((path.parent.name, strategy.circular))
+        return Doubler()
+
+    found = Components(package, open_model, keep_loaded=True)
+    for axes in ("", "xy", "xy", ""):
+        with found.exclusive(circular=axes):
+            for name in ("text_encoder", "unet", "vae_decoder"):
+                found.model(name)
+    pads = [("unet", ""), ("vae_decoder", ""), ("unet", "xy"), ("vae_decoder", "xy"), ("unet", ""), ("vae_decoder", "")]
+    assert calls == [("text_encoder", ""), *pads]

@@ -86,6 +86,8 @@ def test_the_bundled_model_too():
         {**sdonnx.FAST, "num_inference_steps": 4},
         {"image": photograph(), "strength": 0.7},
         {"guidance_scale": 1},
+        {"tiling": "xy"},
+        {"tiling": "x", "image": photograph(), "strength": 0.7, **sdonnx.FAST},
         {"num_images": 2, "guidance_interval": (1.0, 5.0), "num_inference_steps": 4},
     ],
     ids=lambda changes: "+".join(changes),
@@ -232,9 +234,11 @@ SIZES = {"batch": 2, "states": 1, "height": 16, "width": 24, "tokens": 77, "pool
 SIZES |= {"image_height": 128, "image_width": 192}
 
 
-def compare_shapes(path, **sizes):
+def compare_shapes(path, *, circular="", has_wrap=True, **sizes):
     """Of every value in a graph, against ONNX Runtime's."""
-    model = onnx.load(path)
+    (stage,) = read_stages(path, cut=False, circular=circular, has_wrap=has_wrap).stages
+    model = onnx.load_from_string(stage.model)
+    onnx.load_external_data_for_model(model, str(path.parent))
     del model.graph.value_info[:]
     known = {each.name for each in model.graph.output}
     names = dict.fromkeys(name for node in model.graph.node for name in node.output if name not in known)
@@ -248,7 +252,6 @@ def compare_shapes(path, **sizes):
         shape = [size if isinstance(size, int) else {**free, **sizes}[size] for size in port.shape]
         feeds[port.name] = np.ones(shape, np.int64 if port.type == "tensor(int64)" else np.float32)
     given = dict(zip((each.name for each in session.get_outputs()), session.run(None, feeds), strict=True))
-    (stage,) = read_stages(path, cut=False).stages
     values = {name: shapes.TensorInfo.of(each) for name, each in feeds.items()}
     for name, weight in stage.weights.items():
         inside = weight.read() if not weight.external else None
@@ -270,6 +273,14 @@ def test_shapes_are_those_of_onnx_runtime(family, precision, made):
         for variant in listed.graphs:
             if not variant.startswith("cached"):
                 compare_shapes(package.graph(component, variant))
+
+
+@pytest.mark.parametrize("has_wrap", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_shapes_with_circular_padding(precision, has_wrap, made):
+    package = Package.open(made("sd1", precision))
+    for component in ("unet", "vae_decoder"):
+        compare_shapes(package.graph(component), circular="xy", has_wrap=has_wrap)
 
 
 @pytest.mark.parametrize("make", [controlnet, adapter, tiny_vae])

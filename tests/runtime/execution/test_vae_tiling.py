@@ -48,10 +48,11 @@ def test_tiles_equal_those_of_diffusers(size, small):
     assert np.abs(decoded - plain).max() > 0.01
 
 
-def in_tiles(package, name, image, tile):
+def in_tiles(package, name, image, tile, circular=""):
     """Output of a component for an image in tiles of ``tile`` latent pixels; None is one tile."""
     plan = ExecutionPlan(strategies={name: ExecutionStrategy(staged=tile is not None, tile=tile)})
     components = Components(package, partial(open_model, device="cpu"), keep_loaded=False, unplanned=plan)
+    components.pad_circularly(circular)
     feeds = {"latent_sample" if name == "vae_decoder" else "sample": image}
     return next(iter(Runner(components)(name, feeds).values()))
 
@@ -115,3 +116,39 @@ def test_a_small_image_is_one_tile():
     latents = np.random.default_rng(3).standard_normal((1, 4, 16, 16), np.float32)
     whole, tiled = (in_tiles(package, "vae_decoder", latents, tile) for tile in (None, 24))
     np.testing.assert_allclose(tiled, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("tile", [None, 24])
+def test_a_shifted_image_is_the_image_shifted_where_it_tiles(tile):
+    """What leaves on the right comes in on the left, also where tiles end; elsewhere it has another border there."""
+    package, image = Package.open(bundled()["pictogram"]), canvas(2)[..., :64, :160]
+
+    def there_and_back(image, axes):
+        latents = in_tiles(package, "vae_encoder", image, tile, axes)[:, :4]
+        return in_tiles(package, "vae_decoder", latents, tile, axes)
+
+    def at_the_border(axes):
+        pair = there_and_back(image, axes), np.roll(there_and_back(np.roll(image, 64, 3), axes), -64, 3)
+        return decibels(*(each[..., [0, 1, 2, 3, -4, -3, -2, -1]] for each in pair))
+
+    assert at_the_border("x") > (100 if tile is None else 40)
+    assert at_the_border("y") < 28
+
+
+def test_tiles_that_tile_are_within_40_db_of_the_whole():
+    package, image = Package.open(bundled()["pictogram"]), np.roll(canvas(4)[..., :192, :160], 30, (2, 3))
+    latents = in_tiles(package, "vae_encoder", image, None, "xy")[:, :4]
+    whole = in_tiles(package, "vae_decoder", latents, None, "xy")
+    assert decibels(in_tiles(package, "vae_decoder", latents, 32, "xy"), whole) > 40
+    encoded = in_tiles(package, "vae_encoder", image, 32, "xy")[:, :4]
+    assert decibels(in_tiles(package, "vae_decoder", encoded, None, "xy"), whole) > 40
+
+
+def test_a_small_image_that_tiles_is_one_tile():
+    package = Package.open(bundled()["pictogram"])
+    latents = np.random.default_rng(3).standard_normal((1, 4, 16, 20), np.float32)
+    whole, tiled, plain = (
+        in_tiles(package, "vae_decoder", latents, tile, axes) for tile, axes in ((None, "xy"), (24, "xy"), (24, ""))
+    )
+    np.testing.assert_allclose(tiled, whole, atol=1e-5)
+    assert np.abs(plain - whole).max() > 0.1

@@ -26,6 +26,8 @@ def load(
     refiner: str | Path | None = None,
     loras: Sequence[AnyLora] = (),
     lora_folder: str | Path | None = None,
+    wildcard_folder: str | Path | None = None,
+    styles: str | Path | None = None,
     embeddings: Sequence[Path | str | tuple[Path | str, str | None]] = (),
     controls: Sequence[str | Path] = (),
     upscaler: str | Path | None = None,
@@ -43,6 +45,8 @@ def load(
         refiner: a package whose U-Net takes the last steps, such as SDXL's refiner.
         loras: LoRA files, each with a scale unless it is 1; see `Pipeline.set_loras`.
         lora_folder: the folder for ``<lora:name:0.8>`` in prompts.
+        wildcard_folder: the folder for ``__name__`` in prompts: text files with one choice on each line.
+        styles: AUTOMATIC1111's ``styles.csv``; requests name its styles.
         embeddings: textual inversion files, each with a trigger word unless the file names one; see
             `Pipeline.set_embeddings`.
         controls: ControlNet and T2I-Adapter packages; a request has a `Control` for each.
@@ -50,8 +54,8 @@ def load(
 
     Raises:
         PackageError: a package does not exist, is damaged, or does not fit the model.
-        RequestError: ``threads`` or ``memory`` is invalid, or a LoRA or textual inversion file is damaged or made for
-            another model.
+        RequestError: ``threads``, ``memory``, ``styles`` or a folder is invalid, or a LoRA or textual inversion file is
+            damaged or made for another model.
     """
     package = Package.open(find_model(model))
     pipeline = Pipeline(
@@ -62,6 +66,8 @@ def load(
         memory=memory,
         refiner=None if refiner is None else Package.open(find_model(refiner)),
         lora_folder=None if lora_folder is None else Path(lora_folder),
+        wildcard_folder=None if wildcard_folder is None else Path(wildcard_folder),
+        styles=None if styles is None else Path(styles),
         controls=[Package.open(find_model(control)) for control in controls],
         upscaler=None if upscaler is None else Package.open(find_model(upscaler)),
     )

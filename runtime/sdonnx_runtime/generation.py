@@ -38,6 +38,7 @@ from sdonnx_runtime.sampling.registry import SAMPLERS
 from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig, clip_or_threshold_x0
 from sdonnx_runtime.sampling.types import Denoise, NoiseSource, Schedule
 from sdonnx_runtime.text.encoding import Conditioning, encode_prompts
+from sdonnx_runtime.text.prompt_schedule import PromptSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +128,10 @@ class Models:
 class PassConditioning:
     """What the models are conditioned on in one pass."""
 
-    texts: Mapping[str, Conditioning]
-    """By the prefix of a U-Net's components."""
+    index: int
+    """Which pass, from 0."""
+    texts: Mapping[str, Mapping[PromptSchedule, Sequence[Conditioning]]]
+    """Of each pass, by the prefix of a U-Net's components and the prompts of an image."""
     concat: ConcatImages | None
     """Of the package's U-Net."""
     init: InitImage | None
@@ -163,10 +166,8 @@ def generate_images(
                 states: Sequence[InitImage | InitLatents | None] = [init] * request.num_images
             else:
                 states = _second_states(models, resolved, index, latents)
-            conditioning = PassConditioning(
-                texts={prefix: each[index] for prefix, each in encoded.items()}, concat=concats[index], init=init
-            )
-            latents = yield from _denoise_pass(models, resolved, index, conditioning, states, seconds)
+            conditioning = PassConditioning(index=index, texts=encoded, concat=concats[index], init=init)
+            latents = yield from _denoise_pass(models, resolved, conditioning, states, seconds)
             last = index == len(resolved.passes) - 1
             if last:
                 models.unload_base()
@@ -199,13 +200,12 @@ def run_to_end(events: Generator[Progress | SampledLatents, None, Result]) -> Re
 def _denoise_pass(
     models: Models,
     resolved: ResolvedRequest,
-    index: int,
     conditioning: PassConditioning,
     initial_states: Sequence[InitImage | InitLatents | None],
     seconds: list[float],
 ) -> Generator[Progress, None, Array]:
     """Denoise all images of a pass to latents (num_images, C, h, w); adds the seconds of each step to ``seconds``."""
-    previous_steps = sum(each.steps for each in resolved.passes[:index])
+    previous_steps = sum(each.steps for each in resolved.passes[: conditioning.index])
     all_latents = list[Array]()
     for image, initial in enumerate(initial_states):
         own = resolved.request.for_image(image)
@@ -214,7 +214,7 @@ def _denoise_pass(
             noise = interpolate_noise(noise, Noise(own.variation[0]), own.variation[1])
         original = initial.init_latents(noise) if isinstance(initial, InitImage) else initial
         latents = None if original is None else original.latents  # the result where strength 0 leaves no step
-        steps = _denoise_image(models, resolved, resolved.passes[index], image, noise, conditioning, original)
+        steps = _denoise_image(models, resolved, image, noise, conditioning, original)
         for progress in steps:
             latents = progress.latents
             seconds.append(progress.seconds)
@@ -240,21 +240,23 @@ def _second_states(
 def _denoise_image(
     models: Models,
     resolved: ResolvedRequest,
-    pass_: Pass,
     image: int,
     noise: NoiseSource,
     conditioning: PassConditioning,
     original: InitLatents | None,
 ) -> Iterator[Progress]:
     """Denoise one image in one pass: x (1, C, h, w) from its initial state to the latents of the last progress."""
-    request, schedule = resolved.request, pass_.schedule
+    request, index, prompts = resolved.request, conditioning.index, resolved.prompts[image]
+    pass_, schedule = resolved.passes[index], resolved.passes[index].schedule
     preview = models.manifest.latents.preview
     unit_noise = noise(pass_.latent_shape(models.manifest.latents))
     concat = concat_latents(models.manifest, request, conditioning.concat, noise)
     controlled = _controlled_unet(models, request, pass_, conditioning.init)
     unets = {prefix: _cached_unet(models, request, prefix, controlled) for prefix in models.denoisers}
     per_step_models = [
-        PerStepModel(unet, conditioning.texts[prefix], pass_.prompts, concat, resolved.prompts.weights, request)
+        PerStepModel(
+            unet, conditioning.texts[prefix][prompts][index], prompts.passes[index], concat, prompts.weights, request
+        )
         for prefix, unet in unets.items()
     ]
     denoise = _make_denoiser(models, resolved, per_step_models)

@@ -1,7 +1,7 @@
 """The pipeline: what `sdonnx.load` returns."""
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,9 @@ from sdonnx_runtime.execution.components import REFINER, UPSCALER, Components, O
 from sdonnx_runtime.execution.cpu import check_threads
 from sdonnx_runtime.execution.staged_model import open_model
 from sdonnx_runtime.execution.strategy import ExecutionPlan
-from sdonnx_runtime.generation import Models, generate_images
+from sdonnx_runtime.generation import Models
 from sdonnx_runtime.images.preprocess import UPSCALERS
+from sdonnx_runtime.lora_groups import LoraGroup, generate_groups
 from sdonnx_runtime.memory.budget import AUTO, MAX, Budget
 from sdonnx_runtime.memory.planner import Plan
 from sdonnx_runtime.memory.workload import decode_phase, memory_phases
@@ -34,6 +35,7 @@ from sdonnx_runtime.resolved import ResolvedRequest
 from sdonnx_runtime.result import Result
 from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig
 from sdonnx_runtime.stream import Stream
+from sdonnx_runtime.text.styles import read_styles
 from sdonnx_runtime.validation import check_names
 
 _PIXEL = 8192
@@ -64,12 +66,14 @@ class Pipeline:
             returns large buffers at once, in the whole process. On CUDA a size limits the device's memory.
         refiner: a package whose U-Net takes the last steps, such as SDXL's refiner.
         lora_folder: the folder of LoRAs that prompts name, as ``<lora:name:0.8>``.
+        wildcard_folder: the folder of wildcard files that prompts name, as ``__name__``.
+        styles: AUTOMATIC1111's ``styles.csv``, whose styles requests name.
         controls: packages of ControlNets and T2I-Adapters; each request has a `Control` for each.
         upscaler: the package that enlarges images between the passes of hires fix.
         open_model: opens a graph, as `execution.staged_model.open_model`.
 
     Raises:
-        RequestError: ``threads``, ``memory`` or ``lora_folder`` is not valid.
+        RequestError: ``threads``, ``memory``, ``styles`` or a folder is not valid.
         PackageError: a package is of another kind or family, or its scheduler is not supported.
     """
 
@@ -83,6 +87,8 @@ class Pipeline:
         memory: str | int = AUTO,
         refiner: Package | None = None,
         lora_folder: Path | None = None,
+        wildcard_folder: Path | None = None,
+        styles: Path | None = None,
         controls: Sequence[Package] = (),
         upscaler: Package | None = None,
         open_model: OpenModel = open_model,
@@ -96,8 +102,11 @@ class Pipeline:
         if upscaler is not None:
             check_upscaler(upscaler)
         check_threads(threads)
-        if lora_folder is not None and not lora_folder.is_dir():
-            raise RequestError(f"lora_folder {lora_folder} is not a directory; give the folder of the LoRAs")
+        for name, folder in {"lora_folder": lora_folder, "wildcard_folder": wildcard_folder}.items():
+            if folder is not None and not folder.is_dir():
+                raise RequestError(f"{name} {folder} is not a directory; give the folder of the {_FOLDERS[name]}")
+        if styles is not None:
+            read_styles(styles)
         self.package, self.refiner, self.controls, self.upscaler = package, refiner, tuple(controls), upscaler
         self._scheduler = SchedulerConfig.from_dict(package.manifest.scheduler)
         self._budget = Budget(memory)
@@ -115,6 +124,7 @@ class Pipeline:
             decoder, opened, keep_loaded=True, unplanned=ExecutionPlan(device_limit=unplanned.device_limit)
         )
         self._adapters, self._lora_folder = AdapterSet(package, refiner), lora_folder
+        self._wildcard_folder, self._styles = wildcard_folder, styles
 
     def set_loras(self, loras: Sequence[AnyLora], *, ignore_unmatched: bool = False) -> None:
         """Replace the LoRAs, which are merged in memory whenever a component is opened.
@@ -167,8 +177,11 @@ class Pipeline:
             controls=self.controls,
             upscaler=self.upscaler,
             lora_folder=self._lora_folder,
+            wildcard_folder=self._wildcard_folder,
+            styles=self._styles,
         )
-        self._adapters.combine(resolved.loras)
+        for loras in dict.fromkeys(resolved.loras):
+            self._adapters.combine(loras)
         return resolved
 
     def generate(self, request: Request | str | ResolvedRequest, **changes: Any) -> Result:
@@ -187,18 +200,22 @@ class Pipeline:
     def stream(self, request: Request | str | ResolvedRequest, **changes: Any) -> Stream:
         """Like `generate`, step by step: iterate for progress, stop iterating to cancel, then take ``result``."""
         resolved = self.resolve(request, **changes)
-        plan = self.plan(resolved)
-        models = Models(
-            run=Runner(self._components),
-            package=self.package,
-            scheduler=self._scheduler,
-            refiner=self.refiner,
-            controls=self.controls,
-            upscaler=self.upscaler,
-            adapters=self._adapters.combine(resolved.loras),
-        )
-        events = generate_images(models, resolved, None if plan is None else plan.execution)
-        return Stream(resolved.request, events, models.run, self._previewer(resolved.request.tiling), plan)
+        run, groups = Runner(self._components), list[LoraGroup]()
+        plans = [(part, self._plan_group(part)) for part in resolved.split_by_loras()]
+        for part, plan in plans:
+            models = Models(
+                run=run,
+                package=self.package,
+                scheduler=self._scheduler,
+                refiner=self.refiner,
+                controls=self.controls,
+                upscaler=self.upscaler,
+                adapters=self._adapters.combine(part.loras[0]),
+            )
+            groups.append(LoraGroup(models=models, resolved=part, plan=None if plan is None else plan.execution))
+        events = generate_groups(resolved.request, groups)
+        previewer, plan = self._previewer(resolved.request.tiling), _largest(plan for _, plan in plans)
+        return Stream(resolved.request, events, run, previewer, plan)
 
     def plan(
         self, request: Request | str | ResolvedRequest, *, always: bool = False, memory: str | int | None = None,
@@ -215,6 +232,12 @@ class Pipeline:
             PackageError: the package is damaged.
         """
         resolved = self.resolve(request, **changes)
+        return _largest(self._plan_group(each, always=always, memory=memory) for each in resolved.split_by_loras())
+
+    def _plan_group(
+        self, resolved: ResolvedRequest, *, always: bool = False, memory: str | int | None = None
+    ) -> Plan | None:
+        """Plan the memory of images with the same LoRAs, as `plan` does."""
         phases = partial(
             memory_phases,
             self.package,
@@ -222,7 +245,7 @@ class Pipeline:
             refiner=self.refiner,
             controls=self.controls,
             upscaler=self.upscaler,
-            adapters=self._adapters.combine(resolved.loras),
+            adapters=self._adapters.combine(resolved.loras[0]),
             preview=self._preview_package,
         )
         largest = resolved.passes[-1]
@@ -281,6 +304,14 @@ class Pipeline:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+_FOLDERS = {"lora_folder": "LoRAs", "wildcard_folder": "wildcard files"}
+
+
+def _largest(plans: Iterable[Plan | None]) -> Plan | None:
+    """The plan with the largest peak; None if there is none."""
+    return max((plan for plan in plans if plan is not None), key=lambda plan: plan.peak, default=None)
 
 
 def check_upscaler(upscaler: Package) -> None:

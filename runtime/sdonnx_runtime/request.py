@@ -69,6 +69,8 @@ class Request:
         infotext="Clip skip", cli="--clip-skip N", panel="Prompts"
     )
     """As AUTOMATIC1111 counts: 1 more than diffusers' ``clip_skip``, for SDXL 2 more."""
+    styles: tuple[str, ...] = option((), "Style of the --styles file. Repeatable.", cli="--style NAME", panel="Prompts")
+    """They are merged with the prompts, in this order."""
     width: int | None = option(
         None, "Size in pixels; Stable Diffusion requires multiples of 8. Default: the model's own.", (1, MAX_SIDE),
         infotext="Size", cli="--size WxH"
@@ -253,6 +255,14 @@ def uses_guidance(request: Request) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """A prompt and its negative one."""
+
+    prompt: str
+    negative_prompt: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompleteRequest(Request):
     """A request with every choice made: what is saved with an image."""
 
@@ -262,6 +272,15 @@ class CompleteRequest(Request):
     guidance_scale: float = field()
     seed: int = field()
     sampler: str = field()
+    drawn: tuple[Prompts, ...] = ()
+    """The prompts of each image, where the request's own are templates that its seed draws from; otherwise empty."""
+    template: Prompts | None = None
+    """Of one image's request, what its prompts were drawn from."""
+
+    @property
+    def prompts(self) -> tuple[Prompts, ...]:
+        """The prompts of each image."""
+        return self.drawn or (Prompts(prompt=self.prompt, negative_prompt=self.negative_prompt),) * self.num_images
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -270,9 +289,20 @@ class CompleteRequest(Request):
         return (self.seed,) * count if self.variation is not None else tuple(range(self.seed, self.seed + count))
 
     def for_image(self, index: int) -> "CompleteRequest":
-        """The request that makes one of the images alone."""
-        variation = None if self.variation is None else (self.variation[0] + index, self.variation[1])
-        return replace(self, seed=self.seeds[index], num_images=1, variation=variation)
+        """The request that makes one of the images alone, with its own prompts."""
+        alone = self.for_images(index, 1)
+        if not alone.drawn:
+            return alone
+        template = Prompts(prompt=self.prompt, negative_prompt=self.negative_prompt)
+        (own,) = alone.drawn
+        texts = {"prompt": own.prompt, "negative_prompt": own.negative_prompt}
+        return replace(alone, **texts, drawn=(), template=template)
+
+    def for_images(self, first: int, count: int) -> "CompleteRequest":
+        """The request that makes so many of the images, from the ``first``."""
+        variation = None if self.variation is None else (self.variation[0] + first, self.variation[1])
+        drawn = self.drawn[first : first + count]
+        return replace(self, seed=self.seeds[first], num_images=count, variation=variation, drawn=drawn)
 
 
 REQUIRED = ("width", "height", "num_inference_steps", "guidance_scale", "seed", "sampler")

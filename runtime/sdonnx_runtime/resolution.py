@@ -14,13 +14,15 @@ from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.packages.concat import CONCAT
 from sdonnx_runtime.packages.manifest import Manifest
 from sdonnx_runtime.packages.package import Package
-from sdonnx_runtime.request import CompleteRequest, Request, complete_request
+from sdonnx_runtime.request import CompleteRequest, Prompts, Request, complete_request
 from sdonnx_runtime.resolved import Pass, ResolvedRequest
 from sdonnx_runtime.sampling.registry import num_sampler_steps, resolve_sampler, sampler_options
 from sdonnx_runtime.sampling.schedule import make_schedule
 from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig, default_sampler
 from sdonnx_runtime.sampling.types import Schedule
 from sdonnx_runtime.text.prompt_schedule import schedule_prompts
+from sdonnx_runtime.text.styles import apply_styles, find_styles
+from sdonnx_runtime.text.wildcards import draw_texts
 from sdonnx_runtime.validation import check_request, check_size
 
 
@@ -34,11 +36,13 @@ def resolve_request(
     controls: Sequence[Package] = (),
     upscaler: Package | None = None,
     lora_folder: Path | None = None,
+    wildcard_folder: Path | None = None,
+    styles: Path | None = None,
 ) -> ResolvedRequest:
     """Check a request and make every choice it leaves open; nothing runs.
 
     ``scheduler`` is the package's; ``random_seed`` is for a request without a seed; ``lora_folder`` has the LoRAs that
-    prompts name.
+    prompts name, ``wildcard_folder`` the files of their wildcards; ``styles`` is the file of styles.
 
     Raises:
         RequestError: a value is out of range, or the package does not support it.
@@ -54,7 +58,7 @@ def resolve_request(
         num_controls=len(controls),
         upscaler=None if upscaler is None else upscaler.name,
     )
-    complete = _choose_sampler(checked, scheduler)
+    complete = _draw_prompts(_choose_sampler(_apply_styles(checked, styles), scheduler), wildcard_folder)
     sizes = _sizes(complete, multiple)
     for width, height in sizes:
         check_sizes(controls, width, height)
@@ -63,8 +67,15 @@ def resolve_request(
         scheduler, complete.sampler, eta=complete.eta, s_churn=complete.s_churn, s_noise=complete.s_noise
     )
     steps = [complete.num_inference_steps, complete.hires_steps or complete.num_inference_steps][: len(sizes)]
-    prompts = schedule_prompts(complete.prompt, complete.negative_prompt, complete.prompt_syntax, steps)
-    if concat is not None and CONCAT[concat].edits and len(prompts.weights) > 1:
+    prompts = {
+        each: schedule_prompts(each.prompt, each.negative_prompt, complete.prompt_syntax, steps)
+        for each in dict.fromkeys(complete.prompts)
+    }
+    loras = {
+        each: tuple(find_lora(lora_folder, tag.name, tag.unet_weight, tag.text_encoder_weight) for tag in parsed.loras)
+        for each, parsed in prompts.items()
+    }
+    if concat is not None and CONCAT[concat].edits and any(len(each.weights) > 1 for each in prompts.values()):
         raise RequestError(f"{concat} models do not support AND in the prompt; give one text")
     start = complete.refiner_start
     resolved = ResolvedRequest(
@@ -76,21 +87,33 @@ def resolve_request(
                 strength=strength,
                 schedule=schedule,
                 steps=num_sampler_steps(complete.sampler, schedule, options),
-                prompts=texts,
             )
-            for (width, height), strength, schedule, texts in zip(
-                sizes, (complete.strength, complete.hires_strength), schedules, prompts.passes, strict=False
+            for (width, height), strength, schedule in zip(
+                sizes, (complete.strength, complete.hires_strength), schedules, strict=False
             )
         ),
-        prompts=prompts,
-        loras=tuple(
-            find_lora(lora_folder, tag.name, tag.unet_weight, tag.text_encoder_weight) for tag in prompts.loras
-        ),
+        prompts=tuple(prompts[each] for each in complete.prompts),
+        loras=tuple(loras[each] for each in complete.prompts),
         sampler_options=options,
         refiner_timestep=None if start is None else round(scheduler.num_train_timesteps * (1 - start)),
     )
     _check_components(complete, package, refiner, controls)
     return resolved
+
+
+def _apply_styles(request: Request, path: Path | None) -> Request:
+    """Merge the prompts with those of the styles."""
+    styles = find_styles(path, request.styles)
+    prompt = apply_styles(request.prompt, (each.prompt for each in styles))
+    negative = apply_styles(request.negative_prompt, (each.negative_prompt for each in styles))
+    return replace(request, prompt=prompt, negative_prompt=negative, styles=())
+
+
+def _draw_prompts(request: CompleteRequest, folder: Path | None) -> CompleteRequest:
+    """Draw the prompts of each image by its seed, if they are templates."""
+    texts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+    drawn = draw_texts(texts, request.prompt_syntax, folder, request.seeds)
+    return replace(request, drawn=tuple(Prompts(**drawn[seed]) for seed in request.seeds)) if drawn else request
 
 
 def _choose_sampler(request: Request, scheduler: SchedulerConfig) -> CompleteRequest:

@@ -7,7 +7,7 @@ from PIL.Image import Image
 from sdonnx_runtime.adapters.lora import Lora
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.execution.timings import Timings
-from sdonnx_runtime.request import CompleteRequest
+from sdonnx_runtime.request import CompleteRequest, Prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,3 +33,8 @@ class Result:
     """The LoRAs that were set; not those that the prompts name."""
     controls: tuple[str, ...] = ()
     """Names of the packages of ControlNets and T2I-Adapters."""
+
+    @property
+    def prompts(self) -> tuple[Prompts, ...]:
+        """The prompts of each image, with alternatives and wildcards drawn."""
+        return self.request.prompts

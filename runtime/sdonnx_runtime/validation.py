@@ -24,10 +24,12 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def check_fields(request: Request) -> Request:
-    """Check each field by its `FieldSpec`, or raise RequestError; returns sigmas and timesteps as tuples of floats."""
+    """Check each field by its `FieldSpec`, or raise RequestError; returns it with tuples where it has lists."""
     for name, spec in FIELDS.items():
         if spec.kind is float and spec.many and getattr(request, name) is not None:
             request = replace(request, **{name: parse_numbers(name, getattr(request, name))})
+        elif spec.kind is str and spec.many:
+            request = replace(request, **{name: _parse_texts(name, getattr(request, name))})
         else:
             _check_value(name, getattr(request, name), spec)
     for index, control in enumerate(request.controls):
@@ -66,6 +68,15 @@ def _check_text(name: str, value: object, choices: tuple[str, ...]) -> None:
         value.encode()
     except UnicodeEncodeError:  # bytes that were no UTF-8 on the command line, say
         raise RequestError(f"{name} is {value!r:.80}, which is not valid Unicode; give UTF-8") from None
+
+
+def _parse_texts(name: str, value: object) -> tuple[Any, ...]:
+    if not isinstance(value, (tuple, list)):
+        raise RequestError(f"{name} is {value!r:.100}; give a list of texts")
+    texts = tuple(cast("list[object]", value))
+    for index, text in enumerate(texts):
+        _check_text(f"{name}[{index}]", text, ())
+    return texts
 
 
 def _check_number(name: str, value: object, kind: type, low: float, high: float) -> None:

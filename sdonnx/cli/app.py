@@ -19,6 +19,7 @@ from sdonnx.cli.commands.plan import plan
 from sdonnx.cli.commands.run import run
 from sdonnx.cli.commands.sensitivity import sensitivity
 from sdonnx.cli.commands.serve import serve
+from sdonnx.cli.commands.tokens import tokens
 from sdonnx.cli.commands.upscale import upscale
 from sdonnx.cli.console import OUT_OF_MEMORY, LogHandler, err, out
 from sdonnx.cli.signals import run_until_signal
@@ -48,7 +49,7 @@ def options(
     """Options of the program itself."""
 
 
-for command in (run, serve, export, upscale, decode, models, samplers, info, plan, bench, sensitivity):
+for command in (run, serve, export, upscale, decode, models, samplers, info, tokens, plan, bench, sensitivity):
     app.command()(command)
 
 

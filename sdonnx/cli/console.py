@@ -112,8 +112,9 @@ def samplers_table() -> Table:
 
 def result_json(result: sdonnx.Result, paths: list[Path], grid: Path | None) -> dict[str, Any]:
     """Convert a result to JSON data."""
+    images = zip(paths, result.seeds, result.prompts, strict=True)
     return {
-        "images": [{"path": str(path), "seed": seed} for path, seed in zip(paths, result.seeds, strict=True)],
+        "images": [{"path": str(path), "seed": seed, **asdict(prompts)} for path, seed, prompts in images],
         "grid": None if grid is None else str(grid),
         "request": generation_parameters(result.request),
         "model": result.model,

@@ -39,6 +39,8 @@ _LOCAL_OPTIONS = {
     "outpaint": "enlarge the image and its mask first, then give both",
     "lora": "put the file into the server's --lora-dir and <lora:NAME:0.8> into the prompt",
     "lora_dir": "the server has its own",
+    "wildcards": "the server has its own",
+    "styles": "the server has its own",
     "lora_ignore_unmatched": "it requires --lora",
     "embedding": "put the file into the server's --embedding-dir and its trigger word into the prompt",
     "save_latents": "servers keep no latents",
@@ -113,7 +115,8 @@ class RemoteRequest:
         if len(images) != len(self._paths):
             raise ServerError(f"{finished.server} made {len(images)} images; expected {len(self._paths)}")
         paths = [self._save_image(png, path) for png, path in zip(images, self._paths, strict=True)]
-        shown = [{"path": str(path), "seed": seed} for path, seed in zip(paths, answer["seeds"], strict=True)]
+        made = zip(paths, answer["seeds"], answer["prompts"], strict=True)
+        shown = [{"path": str(path), "seed": seed, **prompts} for path, seed, prompts in made]
         grid = None if self._grid is None else str(save_grid(paths, self._grid, overwrite=self._overwrite))
         return {"images": shown, "grid": grid, "request": answer["request"], **answer["result"]}
 

@@ -14,6 +14,7 @@ from sdonnx_runtime.memory.budget import Budget
 from sdonnx_runtime.outputs.metadata import UPSCALER_SUFFIXES
 from sdonnx_runtime.packages.families import PackageKind
 from sdonnx_runtime.packages.package import Package
+from sdonnx_runtime.text.styles import Style, read_styles
 
 import sdonnx
 from sdonnx.server.errors import NotFound
@@ -175,6 +176,10 @@ class Library:
         """The textual inversion files of the folder."""
         return list(_files(self.settings.embedding_folder, _EMBEDDING_SUFFIXES))
 
+    def styles(self) -> list[Style]:
+        """The styles of the file; raises RequestError if it can't be read any more."""
+        return [] if self.settings.styles is None else list(read_styles(self.settings.styles).values())
+
     def open(self, selection: Selection) -> sdonnx.Pipeline:
         """The pipeline that generates with these packages; the one before is closed. For the worker alone.
 
@@ -240,6 +245,8 @@ class Library:
             memory=memory,
             refiner=None if selection.refiner is None else self.find(selection.refiner).package,
             lora_folder=settings.lora_folder,
+            wildcard_folder=settings.wildcard_folder,
+            styles=settings.styles,
             controls=[self.find(name, self.controls).package for name in selection.controls],
             upscaler=None if selection.upscaler is None else self.find_upscaler(selection.upscaler).package,
         )
@@ -272,7 +279,9 @@ class Library:
     def _folders(self) -> list[Path]:
         """The absolute paths of all folders that the settings name, inner ones first."""
         settings = self.settings
-        named = (settings.lora_folder, settings.embedding_folder, settings.output)
+        named = (
+            settings.lora_folder, settings.embedding_folder, settings.wildcard_folder, settings.styles, settings.output
+        )  # fmt: skip
         found = [each for each in (*settings.packages, *settings.model_folders, *named) if each is not None]
         paths = {path for each in found for path in (each, each.absolute(), each.resolve())}
         return sorted((each for each in paths if each.is_absolute() and each.name), key=lambda each: -len(str(each)))

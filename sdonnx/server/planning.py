@@ -2,7 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
 
 from sdonnx_runtime.execution.process_memory import available_memory, resident_memory
@@ -139,6 +139,9 @@ class Planner:
             check_prompt(name, getattr(request, name), settings.max_prompt)
         pipeline = self.library.planner(generation.selection)
         resolved = pipeline.resolve(request)
+        for prompts in dict.fromkeys(resolved.request.prompts):
+            for name, prompt in asdict(prompts).items():
+                check_prompt(name, prompt, settings.max_prompt)
         largest = resolved.passes[-1]
         if largest.width * largest.height > settings.max_pixels:
             raise sdonnx.RequestError(

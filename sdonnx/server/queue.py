@@ -234,7 +234,9 @@ class JobQueue:
 
     def _generate(self, job: GenerationJob) -> None:
         pipeline = self.library.open(job.generation.selection)
-        stream = pipeline.stream(pipeline.resolve(job.request))
+        resolved = pipeline.resolve(job.request)
+        job.request = resolved.request  # whose prompts are drawn again, from files that may have changed
+        stream = pipeline.stream(resolved)
         stream.on_opening(job.load)
         job.attach(stream.close)
         try:

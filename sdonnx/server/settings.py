@@ -27,6 +27,9 @@ class Settings:
     """Origins of pages that may use the server from a browser, such as ``https://lite.koboldai.net``."""
     lora_folder: Path | None = None
     embedding_folder: Path | None = None
+    wildcard_folder: Path | None = None
+    styles: Path | None = None
+    """AUTOMATIC1111's styles.csv; read again on each request that names a style."""
     device: str = "auto"
     threads: int | None = None
     memory: str = "auto"

@@ -56,7 +56,10 @@ def memory_phases(
     request, largest, manifest = resolved.request, resolved.passes[-1], package.manifest
     space, concat = manifest.latents, manifest.conditions.concat
     batch = max(
-        sum(map(len, encoder_texts(manifest, request, step))) for each in resolved.passes for step in each.prompts
+        sum(map(len, encoder_texts(manifest, request, step)))
+        for schedule in dict.fromkeys(resolved.prompts)
+        for each in schedule.passes
+        for step in each
     )
     latent_size = largest.height // space.downscale, largest.width // space.downscale
     states = batch if concat is not None and CONCAT[concat].edits else 1
@@ -129,7 +132,8 @@ def upscaler_phase(
         num_images: how many there are at a time.
     """
     config = UpscalerConfig.read(package.root)
-    sizes = dict(zip(("batch", "height", "width"), (1, *padded_size(config, (width, height))), strict=True))
+    padded_height, padded_width = padded_size(config, (width, height))
+    sizes = {"batch": 1, "height": padded_height, "width": padded_width}
     graph = replace(_graph(package.graph("upscaler"), sizes), margin=config.margin, multiple=config.multiple)
     pixels = width * height * (num_images * config.scale**2 + 2)
     loaded = LoadedComponent(

@@ -4,6 +4,7 @@ import json
 import tokenize
 import zipfile
 import zlib
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from sdonnx_runtime.files.arrays_file import read_arrays
 from sdonnx_runtime.files.kinds import describe_file
 from sdonnx_runtime.outputs.atomic import write_file
 from sdonnx_runtime.outputs.staging import lock_file
-from sdonnx_runtime.request import CompleteRequest, Request, complete_request, generation_parameters
+from sdonnx_runtime.request import CompleteRequest, Prompts, Request, complete_request, generation_parameters
 from sdonnx_runtime.sampling.registry import resolve_sampler
 from sdonnx_runtime.validation import check_fields
 
@@ -42,7 +43,8 @@ def save_latents(
     Raises:
         SdonnxError: the file can't be written.
     """
-    data = json.dumps({**generation_parameters(request), "model": model}, ensure_ascii=False)
+    drawn = {"drawn": [asdict(each) for each in request.drawn]} if request.drawn else {}
+    data = json.dumps({**generation_parameters(request), **drawn, "model": model}, ensure_ascii=False)
     arrays: dict[str, Any] = {"latents": latents.astype(np.float32), "recipe": np.array(data)}
     arrays |= {_TEMPORARY: np.array(1)} if temporary else {}
     return write_file(path, lambda stream: np.savez(stream, **arrays), overwrite=overwrite)
@@ -70,7 +72,7 @@ def load_latents(path: Path) -> tuple[Array, CompleteRequest, str]:
     try:
         arrays = read_arrays(path, ("latents", "recipe"))
         latents, data = arrays["latents"], json.loads(str(arrays["recipe"]))
-        model = data.pop("model")
+        model, drawn = data.pop("model"), tuple(Prompts(**each) for each in data.pop("drawn", ()))
         if not isinstance(model, str):
             raise TypeError(model)
         request = Request(**{name: _to_tuple(data[name]) for name in data})
@@ -81,10 +83,14 @@ def load_latents(path: Path) -> tuple[Array, CompleteRequest, str]:
         what = what or "holds no latents, or is damaged; give one that 'sdonnx run' wrote"
         raise RequestError(f"{path} {what}") from None
     try:
-        complete = complete_request(check_fields(request))
+        for each in drawn:
+            check_fields(replace(request, prompt=each.prompt, negative_prompt=each.negative_prompt))
+        complete = replace(complete_request(check_fields(request)), drawn=drawn)
         resolve_sampler(complete.sampler)
     except RequestError as error:
         raise RequestError(f"{path} has a damaged recipe ({error}); give a file that 'sdonnx run' wrote") from None
+    if drawn and len(drawn) != request.num_images:
+        raise RequestError(f"{path} has {len(drawn)} prompts for {request.num_images} images; expected one for each")
     if latents.ndim != 4 or latents.dtype != np.float32 or len(latents) != request.num_images:
         raise RequestError(f"{path} holds {latents.dtype} {latents.shape}; expected float32 (images, channels, h, w)")
     if not np.isfinite(latents).all():

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,7 @@ def save_png(result: Result, index: int, path: Path, *, enlarge: int = 1, overwr
     others = {**named, "loras": loras, "controls": controls}
     data = {**generation_parameters(request), "model": result.model}
     data |= {key: each for key, each in others.items() if each}
+    data |= {} if request.template is None else {"template": asdict(request.template)}
     info.add_text("sdonnx", json.dumps(data, ensure_ascii=False))
     image = _enlarge(result.images[index], enlarge)
     return write_file(path, lambda stream: image.save(stream, format="PNG", pnginfo=info), overwrite=overwrite)

@@ -12,7 +12,7 @@ from sdonnx_runtime.arrays import AnyArray, Array
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.execution.components import Runner
 from sdonnx_runtime.graphs.initializers import read_initializers
-from sdonnx_runtime.packages.manifest import TextEncoder, read_json
+from sdonnx_runtime.packages.manifest import Manifest, TextEncoder, read_json
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.request import CompleteRequest
 from sdonnx_runtime.text.chunks import Chunk, pad_chunk, split_into_chunks, truncate
@@ -39,25 +39,24 @@ def encode_prompts(
     prefix: str,
     run: Runner,
     request: CompleteRequest,
-    schedule: PromptSchedule,
+    schedules: Sequence[PromptSchedule],
     embeddings: Sequence[Embedding],
     sizes: Sequence[tuple[int, int]],
-) -> list[Conditioning]:
+) -> dict[PromptSchedule, list[Conditioning]]:
     """Encode the texts of each step to the inputs of a package's U-Net, in each pass of a size (width, height).
 
-    Shorter texts are padded to the longest with chunks of the empty text. ``run`` runs the components, whose names
-    begin with ``prefix``.
+    Shorter texts of an image are padded to its longest with chunks of the empty text. ``run`` runs the components,
+    whose names begin with ``prefix``.
 
     Raises:
         RequestError: ``clip_skip`` leaves no layer of a text encoder; or as `split_into_chunks` does.
         PackageError, DeviceError: as `Runner` does.
     """
     manifest, inversions = package.manifest, TextualInversions(package, embeddings)
-    steps = list(dict.fromkeys(step for each in schedule.passes for step in each))
-    parts = (part for step in steps for part in encoder_texts(manifest, request, step))
-    texts = list(dict.fromkeys(text for part in parts for text in part))
+    texts = {schedule: _texts(manifest, request, schedule) for schedule in schedules}
+    sections = {text: each for schedule in texts for text, each in schedule.sections.items()}
     encoders = {
-        each.component: _Encoder(package, partial(run, prefix + each.component), request, each, inversions, schedule)
+        each.component: _Encoder(package, partial(run, prefix + each.component), request, each, inversions, sections)
         for each in manifest.text_encoders
     }
     if len({encoder.tokens for encoder in encoders.values()}) > 1:
@@ -65,19 +64,36 @@ def encode_prompts(
             f"{package.root} has tokenizers of different lengths; its U-Net takes as many tokens of both; set the same "
             "model_max_length in both of the checkpoint's tokenizer_config.json, and export it again"
         )
-    length = max(encoder.num_chunks(text) for encoder in encoders.values() for text in texts)
-    encoded: dict[tuple[str, str], Outputs] = {}
+    lengths = {
+        schedule: max(encoder.num_chunks(text) for encoder in encoders.values() for text in each)
+        for schedule, each in texts.items()
+    }
+    encoded: dict[tuple[str, str, int], Outputs] = {}
     for component, encoder in encoders.items():
-        encoded |= {(component, text): encoder.encode(text, length) for text in texts}
+        padded = dict.fromkeys((text, lengths[schedule]) for schedule, each in texts.items() for text in each)
+        encoded |= {(component, *key): encoder.encode(*key) for key in padded}
         run.components.unload(f"{prefix}{component}")
 
-    def encode(encoder: TextEncoder, text: str) -> Outputs:
-        return encoded[encoder.component, text]
+    def condition(schedule: PromptSchedule, step: StepPrompts, size: tuple[int, int]) -> Mapping[str, AnyArray]:
+        length = lengths[schedule]
+        return make_conditioning(
+            manifest, request, step, lambda encoder, text: encoded[encoder.component, text, length], size
+        )
 
-    return [
-        {step: make_conditioning(manifest, request, step, encode, size) for step in each}
-        for each, size in zip(schedule.passes, sizes, strict=True)
-    ]
+    return {
+        schedule: [
+            {step: condition(schedule, step, size) for step in dict.fromkeys(each)}
+            for each, size in zip(schedule.passes, sizes, strict=True)
+        ]
+        for schedule in texts
+    }
+
+
+def _texts(manifest: Manifest, request: CompleteRequest, schedule: PromptSchedule) -> list[str]:
+    """The texts of all steps, each once."""
+    steps = dict.fromkeys(step for each in schedule.passes for step in each)
+    parts = (part for step in steps for part in encoder_texts(manifest, request, step))
+    return list(dict.fromkeys(text for part in parts for text in part))
 
 
 class _Encoder:
@@ -90,13 +106,13 @@ class _Encoder:
         request: CompleteRequest,
         encoder: TextEncoder,
         inversions: TextualInversions,
-        schedule: PromptSchedule,
+        sections: Mapping[str, Sections],
     ) -> None:
         directory = package.root / encoder.tokenizer
         self._tokenizer = Tokenizer.open(directory, length=encoder.length, placeholders=inversions.placeholders)
         _check_embeddings(package, encoder, self._tokenizer)
         self._run, self._inversions = run, inversions
-        self._encoder, self._request, self._sections = encoder, request, schedule.sections
+        self._encoder, self._request, self._sections = encoder, request, sections
         self._warns = encoder is package.manifest.text_encoders[0]
         self._layer = _layer(package, encoder, request.clip_skip)
         self._chunks: dict[Sections, list[Chunk]] = {}

@@ -34,9 +34,9 @@ def step_prompts(
     return tuple(prompts)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class PromptSchedule:
-    """A request's prompts, parsed."""
+    """The prompts of an image, parsed."""
 
     passes: tuple[tuple[StepPrompts, ...], ...]
     """The texts of each step of each pass."""

@@ -99,6 +99,19 @@ def run(
             rich_help_panel="Adapters",
         ),
     ] = None,
+    wildcards: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder for __name__ in prompts: NAME.txt with a choice per line.",
+            rich_help_panel="Prompts",
+        ),
+    ] = None,
+    styles: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.csv", help="AUTOMATIC1111's styles.csv, for --style.", rich_help_panel="Prompts"),
+    ] = None,
+    style: Annotated[list[str] | None, request_option("styles")] = None,
     fast: Annotated[
         bool,
         typer.Option(
@@ -158,6 +171,7 @@ def run(
         **parse_request(options),
         **refiner_fields,
         "controls": tuple(images),
+        **({"styles": tuple(map(decode_argument, style))} if style else {}),
     }
     values |= {} if hires_upscaler is None else {"hires_upscaler": hires_upscaler}
     upscaler = None if hires_upscaler in UPSCALERS else hires_upscaler
@@ -190,6 +204,8 @@ def run(
         memory="max" if memory == "auto" and lines is not None else memory,
         refiner=refiner_package,
         lora_folder=lora_dir,
+        wildcard_folder=wildcards,
+        styles=styles,
         controls=[package for package, _, _ in controls],
         upscaler=None if upscaler is None else find_model(upscaler),
     ) as pipe:

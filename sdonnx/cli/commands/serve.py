@@ -33,6 +33,8 @@ def serve(
     ] = None,
     lora_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for <lora:name:0.8> in prompts.")] = None,
     embedding_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of textual inversions.")] = None,
+    wildcards: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for __name__ in prompts.")] = None,
+    styles: Annotated[Path | None, typer.Option(metavar="FILE.csv", help="AUTOMATIC1111's styles.csv.")] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the finished images.")
     ] = Path("sdonnx-images"),
@@ -86,7 +88,8 @@ def serve(
     with required('pip install "sdonnx[serve]"', purpose="sdonnx serve"):
         from sdonnx.server.serving import serve as run_server
         from sdonnx.server.settings import Settings
-    for option, folder in {"--lora-dir": lora_dir, "--embedding-dir": embedding_dir}.items():
+    folders = {"--lora-dir": lora_dir, "--embedding-dir": embedding_dir, "--wildcards": wildcards}
+    for option, folder in folders.items():
         if folder is not None and not folder.is_dir():
             raise sdonnx.RequestError(f"{folder} is not a directory; give another {option}")
     packages = tuple(find_model(each) for each in model or ([] if models else [DEFAULT]))
@@ -101,6 +104,8 @@ def serve(
         cors=tuple(cors or ()),
         lora_folder=lora_dir,
         embedding_folder=embedding_dir,
+        wildcard_folder=wildcards,
+        styles=styles,
         device=device,
         threads=threads,
         memory=memory,

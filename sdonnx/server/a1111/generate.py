@@ -103,12 +103,13 @@ def _info(prepared: Prepared, form: Generate, job: GenerationJob, texts: list[st
     variation, strength = (-1, 0.0) if request.variation is None else request.variation
     subseeds = [-1] * count if request.variation is None else [variation + index for index in range(count)]
     share = request.strength if request.hires_scale is None else request.hires_strength
+    prompts, negatives = zip(*((each.prompt, each.negative_prompt) for each in request.prompts), strict=True)
     comments = [*prepared.comments, *(["interrupted"] if job.state is State.CANCELLED else [])]
     return {
-        "prompt": request.prompt,
-        "all_prompts": [request.prompt] * count,
-        "negative_prompt": request.negative_prompt,
-        "all_negative_prompts": [request.negative_prompt] * count,
+        "prompt": prompts[0],
+        "all_prompts": prompts,
+        "negative_prompt": negatives[0],
+        "all_negative_prompts": negatives,
         "seed": request.seed,
         "all_seeds": seeds,
         "subseed": variation,
@@ -129,7 +130,7 @@ def _info(prepared: Prepared, form: Generate, job: GenerationJob, texts: list[st
         "extra_generation_params": _extra_parameters(request),
         "index_of_first_image": 0,
         "infotexts": texts,
-        "styles": [],
+        "styles": form.styles,
         "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(job.created)),
         "clip_skip": request.clip_skip or 1,
         "is_using_inpainting_conditioning": package.package.manifest.conditions.concat == "inpainting",

@@ -1,6 +1,7 @@
 """What can be chosen: models, VAEs, LoRAs, embeddings, upscalers; and the machine's memory."""
 
 import asyncio
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,11 @@ async def sd_modules(request: Request) -> Response:
 async def loras(request: Request) -> Response:
     """``GET /loras``."""
     return AsciiJson(await asyncio.to_thread(lambda: [_lora(path) for path in _library(request).loras()]))
+
+
+async def prompt_styles(request: Request) -> Response:
+    """``GET /prompt-styles``."""
+    return AsciiJson([asdict(each) for each in await asyncio.to_thread(_library(request).styles)])
 
 
 async def embeddings(request: Request) -> Response:

@@ -156,6 +156,7 @@ def _common(form: Generate, options: Options) -> dict[str, Any]:
     fields = {ours: getattr(form, theirs) for theirs, ours in _RENAMED.items() if theirs in form.given}
     if "prompt" in form.given or form.infotext is None:
         fields["prompt"] = form.prompt + _lora_tags(form)
+    fields["styles"] = tuple(form.styles)
     if "seed" in form.given:
         fields["seed"] = None if form.seed < 0 else form.seed
     if "subseed_strength" in form.given:
@@ -177,8 +178,8 @@ def _refuse(form: Generate) -> None:
     """Refuse what would change the image and is not supported."""
     if form.script_name:
         raise Unprocessable(f"Script '{form.script_name[:100]}' not found")
-    if form.styles:
-        raise Unprocessable("styles are not supported; write them into the prompt")
+    if not all(isinstance(name, str) for name in form.styles):
+        raise Unprocessable("styles is not a list of names", fields={"styles": "give a list of names"})
     if form.seed_resize_from_h > 0 or form.seed_resize_from_w > 0:
         raise sdonnx.RequestError("seed_resize_from_h and seed_resize_from_w are not supported; leave them out")
 

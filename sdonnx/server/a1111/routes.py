@@ -19,7 +19,7 @@ _GET: Mapping[str, Handler] = {
     "/sdapi/v1/memory": listings.memory,
     "/sdapi/v1/options": options.get_options,
     "/sdapi/v1/progress": progress.get_progress,
-    "/sdapi/v1/prompt-styles": constant([]),
+    "/sdapi/v1/prompt-styles": listings.prompt_styles,
     "/sdapi/v1/realesrgan-models": constant([]),
     "/sdapi/v1/samplers": constant(listings.SAMPLERS),
     "/sdapi/v1/schedulers": constant(listings.SCHEDULERS),

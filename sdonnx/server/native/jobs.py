@@ -168,8 +168,9 @@ def job_json(job: Job, context: Context) -> dict[str, Any]:
     null if it does not wait), ``created``, ``started``, ``ended`` (seconds since 1970 or null), ``progress`` (0 to 1),
     ``eta`` (seconds or null), ``seconds_per_step``, ``image`` (from 0), ``num_images``, ``step`` (done ones),
     ``num_steps``, ``loading`` (the component that is being loaded, or null), ``decoding``, ``preview`` (a URL or null),
-    ``images`` (as `image_links`), ``seeds``, ``error`` (text or null), ``kind`` (generation or upscaling), ``request``
-    (every field of `Request` but its images, with every choice made; of an upscaling its ``width`` and ``height``).
+    ``images`` (as `image_links`), ``seeds``, ``prompts`` (``[{"prompt", "negative_prompt"}…]``, of each image, as they
+    are drawn), ``error`` (text or null), ``kind`` (generation or upscaling), ``request`` (every field of `Request` but
+    its images, with every choice made; of an upscaling its ``width`` and ``height``).
     """
     waiting = context.queue.waiting
     return {
@@ -193,6 +194,7 @@ def job_json(job: Job, context: Context) -> dict[str, Any]:
         "preview": None if job.preview is None else preview_url(job, job.preview.number),
         "images": image_links(job.files),
         "seeds": job.request.seeds if isinstance(job, GenerationJob) else [],
+        "prompts": [asdict(each) for each in job.request.prompts] if isinstance(job, GenerationJob) else [],
         "error": None if job.error is None else str(job.error),
         "request": _request_json(job),
     }

@@ -1,4 +1,4 @@
-"""What may be chosen: packages, fields, samplers, schedules, LoRAs, embeddings."""
+"""What may be chosen: packages, fields, samplers, schedules, LoRAs, styles, embeddings."""
 
 import asyncio
 import dataclasses
@@ -73,6 +73,12 @@ async def loras(request: Request) -> Response:
     context = context_of(request)
     paths = await asyncio.to_thread(context.library.loras)
     return JSONResponse({"loras": [{"name": each.stem, "tag": f"<lora:{each.stem}:1>"} for each in paths]})
+
+
+async def styles(request: Request) -> Response:
+    """List the styles that jobs may name: ``{"styles": [{"name", "prompt", "negative_prompt"}…]}``."""
+    found = await asyncio.to_thread(context_of(request).library.styles)
+    return JSONResponse({"styles": [dataclasses.asdict(each) for each in found]})
 
 
 async def embeddings(request: Request) -> Response:

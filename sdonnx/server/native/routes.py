@@ -30,5 +30,6 @@ def routes() -> list[Route]:
         Route("/api/samplers", listings.samplers, methods=["GET"]),
         Route("/api/schedules", listings.schedules, methods=["GET"]),
         Route("/api/loras", listings.loras, methods=["GET"]),
+        Route("/api/styles", listings.styles, methods=["GET"]),
         Route("/api/embeddings", listings.embeddings, methods=["GET"]),
     ]

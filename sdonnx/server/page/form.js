@@ -126,6 +126,23 @@ export function setField(name, value) {
   changed()
 }
 
+/** @returns {string[]} the styles that are chosen */
+export function chosenStyles() {
+  return Array.isArray(extras.styles) ? extras.styles.map(String) : []
+}
+
+/**
+ * Choose a style, or leave it out.
+ * @param {string} name
+ */
+export function toggleStyle(name) {
+  const others = chosenStyles().filter((each) => each !== name)
+  const styles = chosenStyles().includes(name) ? others : [...others, name]
+  extras = { ...extras, styles }
+  if (styles.length === 0) delete extras.styles
+  changed()
+}
+
 function changed() {
   if (models.length === 0) return
   showExtras()

@@ -10,7 +10,7 @@ import { imageFields, inputs, restoreInputs } from "./inputs.js"
 import { followQueue, jobs, queueJob, settle } from "./jobs.js"
 import { cancelOwn, showLatest, showRefused, showRequested } from "./output.js"
 import { keepError, startPlanning } from "./plan.js"
-import { offerAdapters, startCounting } from "./prompt.js"
+import { offerAdapters, offerStyles, startCounting } from "./prompt.js"
 import "./session.js"
 import { keepInputs, recall } from "./store.js"
 
@@ -82,11 +82,12 @@ function welcome() {
 
 async function start() {
   const { models, vaes, upscalers } = await api("/api/models")
-  const [{ samplers }, { schedules }, { loras }, { embeddings }, { fields, limits }] = await Promise.all(
-    ["samplers", "schedules", "loras", "embeddings", "fields"].map((name) => api(`/api/${name}`)))
+  const [{ samplers }, { schedules }, { loras }, { embeddings }, { styles }, { fields, limits }] = await Promise.all(
+    ["samplers", "schedules", "loras", "embeddings", "styles", "fields"].map((name) => api(`/api/${name}`)))
   fillForm({ models, vaes, upscalers, samplers, schedules })
   describeFields(fields, limits)
   offerAdapters(loras, embeddings)
+  offerStyles(styles)
   welcome()
   await Promise.all([restoreInputs(), loadGallery()])
   const queue = new Promise((resolve) => jobs.addEventListener("queue", resolve, { once: true }))

@@ -3,7 +3,7 @@
 
 import { api } from "./api.js"
 import { button, debounce, find, make } from "./dom.js"
-import { currentModel, form } from "./form.js"
+import { chosenStyles, currentModel, form, toggleStyle } from "./form.js"
 
 const prompt = find("prompt", HTMLTextAreaElement)
 const WEIGHT_STEP = 0.1
@@ -105,10 +105,10 @@ async function countTokens() {
 
 /**
  * @param {{count: number, chunks: number[], texts: string[], length: number, unknown: string[],
- *   loras: {name: string, served: boolean}[]}} tokens
+ *   loras: {name: string, served: boolean}[], drawn: string | null}} tokens
  */
-function describe({ count, chunks, texts, length, unknown, loras }) {
-  const parts = [`${count} of ${chunks.length * length} tokens`]
+function describe({ count, chunks, texts, length, unknown, loras, drawn }) {
+  const parts = [`${count} of ${chunks.length * length} tokens${drawn === null ? "" : ` in “${drawn.slice(0, 80)}”`}`]
   if (chunks.length > 1) parts[0] += ` in ${chunks.length} chunks`
   const later = texts.slice(1, 4).map((text) => text.split(/\s+/).slice(0, 3).join(" ")).filter(Boolean)
   if (later.length > 0) parts[0] += `; new ones begin at ${later.map((text) => `“${text} …”`).join(", ")}`
@@ -179,6 +179,26 @@ export function offerAdapters(loras, embeddings) {
       const pressed = chip.firstElementChild
       if (pressed) pressed.ariaPressed = String(indexOf(word) >= 0)
     }
+  }
+  form.addEventListener("change", press)
+  press()
+}
+
+/**
+ * Offer the styles, whose prompts the server merges with this one.
+ * @param {{name: string, prompt: string}[]} styles
+ */
+export function offerStyles(styles) {
+  const chips = styles.map(({ name, prompt: text }) => {
+    const chip = button(name, () => toggleStyle(name))
+    chip.title = text
+    return chip
+  })
+  find("styles", HTMLFieldSetElement).hidden = styles.length === 0
+  find("styles-list", HTMLUListElement).replaceChildren(...chips.map((chip) => make("li", {}, chip)))
+  const press = () => {
+    const chosen = chosenStyles()
+    styles.forEach(({ name }, index) => (chips[index].ariaPressed = String(chosen.includes(name))))
   }
   form.addEventListener("change", press)
   press()

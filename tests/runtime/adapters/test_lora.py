@@ -280,6 +280,31 @@ def test_files_that_prompts_name(family, file, tmp_path, memory, suffix):
     assert named.loras == ()
 
 
+@pytest.mark.parametrize("memory", ["auto", "max"])
+def test_alternatives_with_other_files(family, file, tmp_path, memory):
+    """Images of one batch may have different LoRAs: each is as it is alone, in its place."""
+    _, package = family("sd1")
+    (tmp_path / "fur.safetensors").write_bytes(file.read_bytes())
+    template = f"{PROMPT}{{<lora:fur:0.7>|<lora:fur:0.3>|}}"
+    settings = {**SETTINGS, "hires_scale": 1.5, "hires_strength": 0.7}
+    with sdonnx.load(package, lora_folder=tmp_path, memory=memory) as pipe:
+        stream = pipe.stream(template, seed=1, num_images=5, **settings)
+        steps = [(step.image, step.num_images, step.step) for step in stream]
+        assert len(set(pipe.resolve(stream.request).loras)) == 3
+        per_image = steps[-1][2] + 1
+        assert {(image, step) for image, _, step in steps} == {(i, s) for i in range(5) for s in range(per_image)}
+        result = stream.result
+        assert np.array_equal(stream.latents, result.latents)
+        assert len(result.timings.steps) == len(steps)
+        for index in range(5):
+            alone = pipe.generate(template, seed=1 + index, **settings)
+            assert alone.prompts == (result.prompts[index],)
+            assert np.array_equal(alone.latents[0], result.latents[index])
+            assert alone.images[0].tobytes() == result.images[index].tobytes()
+        with pytest.raises(sdonnx.RequestError, match="has no none"):
+            pipe.resolve("{<lora:fur:1>|<lora:none:1>}", num_images=20, seed=1)
+
+
 @pytest.mark.parametrize("memory", ["auto", "min"])
 def test_two_strengths(family, file, tmp_path, memory):
     """Those of the text encoders and of the U-Net are as if each had a file of its own."""

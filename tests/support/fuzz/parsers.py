@@ -34,6 +34,8 @@ PARSERS: Mapping[str, Callable[[Path], Target]] = {
     "latents": request_parsers.latents,
     "png": request_parsers.png,
     "prompt": request_parsers.prompt,
+    "template": request_parsers.template,
+    "styles": request_parsers.styles,
     "batch": request_parsers.batch,
     "manifest": package_parsers.manifest,
     "optimum": package_parsers.optimum,

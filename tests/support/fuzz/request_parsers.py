@@ -14,7 +14,9 @@ from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.pipeline import Pipeline
 from sdonnx_runtime.text.chunks import split_into_chunks
 from sdonnx_runtime.text.prompt_schedule import schedule_prompts
+from sdonnx_runtime.text.styles import apply_styles, read_styles
 from sdonnx_runtime.text.tokenizer import Tokenizer
+from sdonnx_runtime.text.wildcards import draw_texts
 
 from sdonnx.cli.batch import parse_line, read_batch
 from support.fuzz.campaign import Target
@@ -44,6 +46,48 @@ def prompt(_folder: Path) -> Target:
                 split_into_chunks(tokenizer, words)
 
     return Target(seeds=[text.encode() for text in _PROMPTS], mutate=mutate_text(_WORDS), read=read)
+
+
+_TEMPLATES = (
+    "a {cat|{2::red|.5::blue} dog} on {1-2$$ and $$a|__b__|c}, \\{verbatim|braces} __sub/c__ {2$$__b__}",
+    "[{a|b}:__b__:0.5] {[moon|sun]|<lora:ink:0.8>} {plain} AND __b__ { BREAK |}",
+)
+_CHOICES = (
+    "{", "}", "|", "[", "]", "\\", "__", "__b__", "__sub/c__", "__loop__", "__none__", "__../b__", "2::", "0::", "2$$",
+    "1-3$$", "9-1$$", "$$", "\n", "#", "{|}", "{2$$__b__}",
+)  # fmt: skip
+
+
+def template(folder: Path) -> Target:
+    """A template, as a prompt and as a file of wildcards that others name."""
+    files = {"b.txt": "x\n__sub/c__\n", "sub/c.txt": "2::y {1|2}\nz\n", "loop.txt": "__loop__\n"}
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+
+    def read(data: bytes) -> None:
+        (folder / "own.txt").write_bytes(data)
+        text = data.decode("utf-8", "replace")
+        for prompt_text in (text, "__own__"):
+            draw_texts({"prompt": prompt_text, "negative_prompt": ""}, "a1111", folder, [1, 2])
+
+    return Target(seeds=[text.encode() for text in _TEMPLATES], mutate=mutate_text(_CHOICES), read=read)
+
+
+def styles(folder: Path) -> Target:
+    """AUTOMATIC1111's file of styles."""
+    seeds = (
+        '\ufeffname,prompt,negative_prompt\r\nInk,"ink, {prompt}",\r\n"a ""b"" ","c\nd",e\r\n',
+        "name,text\nInk,ink\n",
+    )
+    words = (",", '"', '""', "\r\n", "\n", "name", "prompt", "{prompt}", "#", " ", "\0")
+    path = folder / "styles.csv"
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        apply_styles("a cat", [each.prompt for each in read_styles(path).values()])
+
+    return Target(seeds=[text.encode() for text in seeds], mutate=mutate_text(words), read=read)
 
 
 def batch(folder: Path) -> Target:

@@ -15,8 +15,9 @@ General layout:
     Result, Timings, save_png     its images
     make_grid                     all of them in one
     load_upscaler, Upscaler       opens an upscaler's package, and enlarges images with it
+    Safety                        what a safety checker says of one
     Plan, ComponentPlan           predicted memory and time
-    SdonnxError                   the root of RequestError, PackageError, DeviceError and ExportError
+    SdonnxError                   the root of RequestError, PackageError, DeviceError, SafetyError, ExportError
 """
 
 TYPE_CHECKING = False  # as typing's, which is not imported: Ctrl-C must find little to break when a process starts

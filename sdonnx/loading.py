@@ -31,6 +31,7 @@ def load(
     embeddings: Sequence[Path | str | tuple[Path | str, str | None]] = (),
     controls: Sequence[str | Path] = (),
     upscaler: str | Path | None = None,
+    safety: str = "off",
 ) -> Pipeline:
     """Open a package as a `Pipeline`; its components are loaded when they are first used.
 
@@ -51,11 +52,12 @@ def load(
             `Pipeline.set_embeddings`.
         controls: ControlNet and T2I-Adapter packages; a request has a `Control` for each.
         upscaler: an upscaler package, which enlarges images between the passes of hires fix.
+        safety: off; or what is done with images that a safety checker flags: mark, blur or refuse, see `Pipeline`.
 
     Raises:
         PackageError: a package does not exist, is damaged, or does not fit the model.
-        RequestError: ``threads``, ``memory``, ``styles`` or a folder is invalid, or a LoRA or textual inversion file is
-            damaged or made for another model.
+        RequestError: ``threads``, ``memory``, ``styles``, ``safety`` or a folder is invalid, there is no safety
+            checker, or a LoRA or textual inversion file is damaged or made for another model.
     """
     package = Package.open(find_model(model))
     pipeline = Pipeline(
@@ -70,6 +72,7 @@ def load(
         styles=None if styles is None else Path(styles),
         controls=[Package.open(find_model(control)) for control in controls],
         upscaler=None if upscaler is None else Package.open(find_model(upscaler)),
+        safety=safety,
     )
     pipeline.set_loras(loras)
     pipeline.set_embeddings(embeddings)

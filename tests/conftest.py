@@ -11,6 +11,7 @@ import hashlib
 import shutil
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,20 @@ def package(checkpoint, export_once, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def checked(checkpoint, package, export_once, tmp_path_factory):
+    """`package` with a safety checker of its own, for images of which it flags one; see `Checked`."""
+    from support.safety import THREE, Checked, reference, safety_checker
+
+    images = sdonnx.load(package).generate(THREE).images
+    checker = safety_checker(images)
+    directory = tmp_path_factory.mktemp("checked")
+    shutil.copytree(checkpoint, directory / "tiny")
+    checker.save_pretrained(directory / "tiny" / "safety_checker")
+    path = export_once(directory / "tiny", directory / "tiny-onnx", safety_checker=True)
+    return Checked(path=path, images=images, flags=reference(checker, images)[-1])
+
+
+@pytest.fixture(scope="session")
 def control(checkpoint, export_once, tmp_path_factory) -> Path:
     """A ControlNet for `package`."""
     from diffusers import UNet2DConditionModel  # with torch
@@ -160,12 +175,14 @@ def control(checkpoint, export_once, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def upscaler(export_once, tmp_path_factory):
-    """An upscaler by 4, as a module of torch, and its package."""
-    from support.upscalers import compact  # with torch
+    """An upscaler by 4: what its network makes of an RGB image, as a function, and its package."""
+    from safetensors.torch import save_file  # with torch
+    from support.upscalers import random_upscaler, upscale
 
     directory = tmp_path_factory.mktemp("upscaler")
-    model = compact(directory / "sharp.safetensors", scale=4)
-    return model, export_once(directory / "sharp.safetensors", directory / "sharp-onnx")
+    model = random_upscaler("Compact")
+    save_file(model.state_dict(), directory / "sharp.safetensors")
+    return partial(upscale, model), export_once(directory / "sharp.safetensors", directory / "sharp-onnx")
 
 
 @pytest.fixture(scope="session")

@@ -52,6 +52,7 @@ class Checkpoint:
     revision: str | None
     parts: Mapping[str, Part]
     """``unet``, ``vae``, ``text_encoder`` and, for SDXL, ``text_encoder_2``; the refiner has only the second.
+    ``safety_checker`` where it was asked for.
 
     For a VAE alone ``vae``, for a ControlNet ``controlnet``, for a T2I-Adapter ``adapter``, for an upscaler
     ``upscaler``; then all fields below are empty."""

@@ -22,6 +22,7 @@ from sdonnx_runtime.sampling.scheduler_config import PREDICTION_TYPES
 from sdonnx_export.checkpoint_model import Checkpoint, Report
 from sdonnx_export.checkpoints.fuse_lora import fuse_loras
 from sdonnx_export.checkpoints.open import NOTHING, check_pipeline, open_source
+from sdonnx_export.checkpoints.safety_checker import add_safety_checker
 from sdonnx_export.models.components import COMPONENTS, build, components_in, has_norms, layer_shapes
 from sdonnx_export.models.unet import cache_stage
 from sdonnx_export.models.unet_config import UNetConfig
@@ -61,6 +62,7 @@ def export(
     calibration: str = "full",
     defaults: Mapping[str, Any] = _NO_DEFAULTS,
     loras: Sequence[Lora] = (),
+    safety_checker: bool = False,
     force: bool = False,
     report: Report = lambda _what, _done: None,
 ) -> Path:
@@ -90,6 +92,8 @@ def export(
             float32.
         defaults: fields of `Defaults` that suit the model and that its configs don't have.
         loras: LoRAs to fuse into the weights.
+        safety_checker: whether the package gets the safety checker of ``source`` (1.2 GB in fp32); a package as the
+            source keeps its own.
         force: replace ``output`` if it exists.
         report: progress callback.
 
@@ -124,15 +128,18 @@ def export(
                 prediction_type=prediction_type,
             )
             checkpoint = fuse_loras(opened, loras)
+            if safety_checker:
+                checkpoint = add_safety_checker(checkpoint, name, revision)
             if source is not None and "unet" not in checkpoint.parts and calibration not in _BUILT_IN_CALIBRATIONS:
                 raise ExportError(f"{name} has no U-Net to calibrate on prompts; leave out --calibration")
             defaults = {**checkpoint.defaults, **defaults}
             manifest = _export_native(checkpoint, directory, output, spec, calibration, defaults, report)
         elif via == "optimum":
-            if loras or text_encoders or any(each is not None for each in (base, unet, prediction_type)):
+            given = any(each is not None for each in (base, unet, prediction_type))
+            if loras or text_encoders or safety_checker or given:
                 raise ExportError(
-                    "--via optimum does not support --lora, --base, --unet, --text-encoder and --prediction-type; "
-                    "leave them out"
+                    "--via optimum does not support --lora, --base, --unet, --text-encoder, --prediction-type and "
+                    "--safety-checker; leave them out"
                 )
             manifest = _export_optimum(source, directory, spec, vae, revision, report)
         else:

@@ -30,5 +30,9 @@ class DeviceError(SdonnxError):
     """A device is absent, fails to initialise, or fails while running."""
 
 
+class SafetyError(SdonnxError):
+    """An image is refused by the safety checker."""
+
+
 class ExportError(SdonnxError):
     """A checkpoint can't be exported."""

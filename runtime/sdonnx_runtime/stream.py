@@ -10,8 +10,8 @@ from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.execution.components import Runner
 from sdonnx_runtime.execution.session import Cancelled
-from sdonnx_runtime.generation import Progress, SampledLatents
 from sdonnx_runtime.memory.planner import Plan
+from sdonnx_runtime.progress import Progress, SampledLatents
 from sdonnx_runtime.request import CompleteRequest
 from sdonnx_runtime.result import Result
 

@@ -11,7 +11,7 @@ from sdonnx_runtime.images.preprocess import open_image
 from sdonnx_runtime.request import IMAGE_FIELDS
 
 import sdonnx
-from sdonnx.cli.console import OUT_OF_MEMORY, print_json, print_note, print_results, result_json
+from sdonnx.cli.console import OUT_OF_MEMORY, print_json, print_note, print_results, refusal, result_json
 from sdonnx.cli.generate import Margins, OutputPaths, generate
 from sdonnx.cli.signals import SIGNALS
 
@@ -91,7 +91,9 @@ class BatchReport:
         self._failed: dict[int, str] = {}
 
     def finish(self, line: Line, report: Mapping[str, Any]) -> None:
-        """Print the `result_json` of a line."""
+        """Print the `result_json` of a line, which failed if an image of it is refused."""
+        if (reason := refusal(report)) is not None:
+            self._failed[line.number] = reason
         if self._as_json:
             print_json({"line": line.number, **report}, indent=None)
         else:

@@ -5,7 +5,7 @@ import logging
 import os
 import statistics
 import sys
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -110,11 +110,14 @@ def samplers_table() -> Table:
     return table
 
 
-def result_json(result: sdonnx.Result, paths: list[Path], grid: Path | None) -> dict[str, Any]:
-    """Convert a result to JSON data."""
+def result_json(result: sdonnx.Result, paths: Sequence[Path | None], grid: Path | None) -> dict[str, Any]:
+    """Convert a result to JSON data; the path of a refused image is None."""
     images = zip(paths, result.seeds, result.prompts, strict=True)
     return {
-        "images": [{"path": str(path), "seed": seed, **asdict(prompts)} for path, seed, prompts in images],
+        "images": [
+            {"path": None if path is None else str(path), "seed": seed, **asdict(prompts)}
+            for path, seed, prompts in images
+        ],
         "grid": None if grid is None else str(grid),
         "request": generation_parameters(result.request),
         "model": result.model,
@@ -122,19 +125,26 @@ def result_json(result: sdonnx.Result, paths: list[Path], grid: Path | None) -> 
         "refiner": result.refiner,
         "controls": list(result.controls),
         "timings": asdict(result.timings),
+        "safety": [asdict(each) for each in result.safety],
     }
 
 
 def strategy_text(planned: sdonnx.ComponentPlan) -> str:
     """Describe how a component is run."""
     how, resident = planned.strategy, len(planned.strategy.resident_stages)
-    is_staged = how.staged and planned.stages > 1 and how.tile is None
+    upscales = planned.component.endswith("upscaler")
+    is_staged = how.staged and planned.stages > 1 and (how.tile is None or upscales)
     words = [f"{planned.stages} stages" + (f", {resident} resident" if resident else "")] if is_staged else []
     words += ["batch split"] if how.split_batch else []
-    tiles = "tiles" if planned.component.endswith("upscaler") else "VAE tiles"
-    words += [f"{tiles} {how.tile}"] if how.tile is not None else []
+    words += [f"{'tiles' if upscales else 'VAE tiles'} {how.tile}"] if how.tile is not None else []
     words += ["arena off"] if how.no_arena else []
     return "; ".join(words) or "whole"
+
+
+def print_safety(pipe: sdonnx.Pipeline) -> None:
+    """Print which safety checker there is, if it is on."""
+    if pipe.safety is not None:
+        print_note(f"images are checked by {pipe.safety.checker.name}; --safety {pipe.safety.mode}")
 
 
 def print_plan(plan: sdonnx.Plan) -> None:
@@ -154,19 +164,33 @@ def print_usage(result: sdonnx.Result) -> None:
 
 
 def print_results(report: Mapping[str, Any]) -> None:
-    """Print the path and the seed of each image of a `result_json`, and the path of their grid."""
-    for image in report["images"]:
-        print_note(f"{image['path']}  seed {image['seed']}")
+    """Print the path and the seed of each image of a `result_json` with what the safety checker says, and the grid."""
+    safety = [f"  {sdonnx.Safety(**each)}" for each in report["safety"]] or [""] * len(report["images"])
+    for image, checked in zip(report["images"], safety, strict=True):
+        print_note(f"{image['path'] or 'not saved'}  seed {image['seed']}{checked}")
     if report["grid"] is not None:
         print_note(report["grid"])
 
 
+def refusal(report: Mapping[str, Any]) -> str | None:
+    """Describe how many images of a `result_json` are refused; None if none is."""
+    count, refused = len(report["images"]), sum(image["path"] is None for image in report["images"])
+    what = "the image is" if count == 1 else f"{refused} of {count} images {'is' if refused == 1 else 'are'}"
+    return f"{what} refused by the safety checker and not saved" if refused else None
+
+
 def print_report(report: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print a `result_json`, as JSON or as `print_results` does."""
+    """Print a `result_json`, as JSON or as `print_results` does.
+
+    Raises:
+        SafetyError: an image is refused.
+    """
     if as_json:
         print_json(report)
     else:
         print_results(report)
+    if (reason := refusal(report)) is not None:
+        raise sdonnx.SafetyError(reason)
 
 
 def print_note(text: str) -> None:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,14 +46,18 @@ class OutputPaths:
     """Whether several images are also saved as one."""
     upscale: bool = True
     """Whether the images of very small models are saved larger, by the package's factor."""
+    provenance: bool = True
+    """Whether the images say in XMP that they are AI-generated."""
     inputs: tuple[Path, ...] = ()
     """Files that the request reads, and that are never replaced."""
 
 
 def generate(
     pipe: sdonnx.Pipeline, fields: dict[str, Any], outputs: OutputPaths, margins: Margins | None = None
-) -> tuple[sdonnx.Result, list[Path], Path | None]:
+) -> tuple[sdonnx.Result, list[Path | None], Path | None]:
     """Generate and save the images of a request; returns the result, the images' paths and the grid's.
+
+    The path of a refused image is None; the grid has the others.
 
     Args:
         pipe: the pipeline.
@@ -73,22 +78,21 @@ def generate(
     recovery = _Recovery(outputs.latents, paths[0])
     stream = pipe.stream(resolved)
 
-    def save_images(result: sdonnx.Result) -> list[Path]:
+    def save_images(result: sdonnx.Result) -> list[Path | None]:
         keeps_size = resolved.request.padding_mask_crop is not None
         factor = pipe.package.manifest.defaults.enlarge if outputs.upscale and not keeps_size else 1
-        return [
-            sdonnx.save_png(result, index, path, enlarge=factor, overwrite=overwrite)
-            for index, path in enumerate(paths)
-        ]
+        save = partial(sdonnx.save_png, enlarge=factor, overwrite=overwrite, provenance=outputs.provenance)
+        return [None if index in result.refused else save(result, index, path) for index, path in enumerate(paths)]
 
     try:
-        result, paths = _generate(pipe, stream, outputs.preview, recovery, save_images)
+        result, saved = _generate(pipe, stream, outputs.preview, recovery, save_images)
     except sdonnx.SdonnxError:  # its message names the recovery file
         raise
     except BaseException:
         recovery.delete()
         raise
-    return result, paths, None if grid is None else save_grid(paths, grid, overwrite=overwrite)
+    kept = [path for path in saved if path is not None]
+    return result, saved, save_grid(kept, grid, overwrite=overwrite) if grid is not None and kept else None
 
 
 class _Recovery:
@@ -172,8 +176,8 @@ def _generate(
     stream: sdonnx.Stream,
     preview: Path | None,
     recovery: _Recovery,
-    save_images: Callable[[sdonnx.Result], list[Path]],
-) -> tuple[sdonnx.Result, list[Path]]:
+    save_images: Callable[[sdonnx.Result], list[Path | None]],
+) -> tuple[sdonnx.Result, list[Path | None]]:
     """Generate and save; the latents are saved before they are decoded, in case that fails or ends the process."""
     model = pipe.package.name
 
@@ -198,8 +202,10 @@ def _generate(
             saved = recovery.save(stream.latents, stream.latents_request, model, keep=True)
         except sdonnx.SdonnxError as other:
             raise kind(f"{reason}; could not save latents either: {other}") from None
-        vae = "" if pipe.package.vae is None else f" --vae {pipe.package.vae.root}"
-        raise kind(f"{reason}; latents saved; resume with: sdonnx decode {saved} -m {pipe.package.root}{vae}") from None
+        options = "" if pipe.package.vae is None else f" --vae {pipe.package.vae.root}"
+        options += "" if pipe.safety is None else f" --safety {pipe.safety.mode}"
+        resume = f"sdonnx decode {saved} -m {pipe.package.root}{options}"
+        raise kind(f"{reason}; latents saved; resume with: {resume}") from None
     recovery.finish(stream.result)
     return stream.result, paths
 

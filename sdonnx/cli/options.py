@@ -32,6 +32,16 @@ Vae: TypeAlias = Annotated[
     str | None,
     typer.Option(metavar="PACKAGE", help="Use the VAE of this package (a VAE-only package works too)."),
 ]
+Provenance: TypeAlias = Annotated[
+    bool,
+    typer.Option("--provenance/--no-provenance", help="Say in XMP (IPTC) that the image is AI-generated."),
+]
+SafetyMode: TypeAlias = Annotated[
+    Literal["off", "mark", "blur", "refuse"],
+    typer.Option(
+        help="What is done with images that a safety checker flags, see docs/safety.md; blur and refuse hide previews."
+    ),
+]
 
 SERVERS = "Other machines"
 """A panel of the help."""

@@ -44,6 +44,8 @@ _LOCAL_OPTIONS = {
     "lora_ignore_unmatched": "it requires --lora",
     "embedding": "put the file into the server's --embedding-dir and its trigger word into the prompt",
     "save_latents": "servers keep no latents",
+    "safety": "the server chose its own when it started",
+    "provenance": "the server chose its own when it started",
 }
 """Options of ``sdonnx run`` that can't have an effect on a server, and what to do instead."""
 
@@ -111,14 +113,23 @@ class RemoteRequest:
         Raises:
             SdonnxError: a file can't be written, or the server sent something else.
         """
-        answer, images = finished.answer, finished.images
-        if len(images) != len(self._paths):
-            raise ServerError(f"{finished.server} made {len(images)} images; expected {len(self._paths)}")
-        paths = [self._save_image(png, path) for png, path in zip(images, self._paths, strict=True)]
+        answer, images = finished.answer, iter(finished.images)
+        safety = [sdonnx.Safety(**each) for each in answer["safety"]]
+        refused = [index for index, each in enumerate(safety) if each.is_refused]
+        expected = len(self._paths) - len(refused)
+        if len(finished.images) != expected:
+            raise ServerError(f"{finished.server} made {len(finished.images)} images; expected {expected}")
+        paths = [
+            None if index in refused else self._save_image(next(images), path) for index, path in enumerate(self._paths)
+        ]
         made = zip(paths, answer["seeds"], answer["prompts"], strict=True)
-        shown = [{"path": str(path), "seed": seed, **prompts} for path, seed, prompts in made]
-        grid = None if self._grid is None else str(save_grid(paths, self._grid, overwrite=self._overwrite))
-        return {"images": shown, "grid": grid, "request": answer["request"], **answer["result"]}
+        shown = [{"path": None if path is None else str(path), "seed": seed, **prompts} for path, seed, prompts in made]
+        saved = [path for path in paths if path is not None]
+        grid = None
+        if self._grid is not None and saved:
+            grid = str(save_grid(saved, self._grid, overwrite=self._overwrite))
+        found = {"images": shown, "grid": grid, "request": answer["request"]}
+        return {**found, **answer["result"], "safety": answer["safety"]}
 
     def _save_image(self, png: bytes, path: Path) -> Path:
         open_image(png, name="the server's image", formats=("PNG",))
@@ -215,7 +226,8 @@ def generate_batch_remotely(
                     if isinstance(outcome, Failed):
                         raise outcome.error
                     saved = request.save(outcome)
-                    journal.add(line.number, request.digest, [Path(image["path"]) for image in saved["images"]])
+                    paths = [Path(image["path"]) for image in saved["images"] if image["path"] is not None]
+                    journal.add(line.number, request.digest, paths)
                 except (sdonnx.SdonnxError, MemoryError) as error:
                     report.fail(line, error)
                 else:

@@ -32,7 +32,7 @@ def create_app(settings: Settings) -> Starlette:
         SdonnxError: a package can't be opened, or the output directory can't be used.
     """
     access = Access.of(settings)
-    library, store = Library(settings), ImageStore(settings.output)
+    library, store = Library(settings), ImageStore(settings.output, provenance=settings.provenance)
     queue = JobQueue(library, store)
     context = Context(settings=settings, access=access, library=library, store=store, queue=queue)
 

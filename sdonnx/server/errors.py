@@ -48,6 +48,7 @@ _STATUSES: dict[type[BaseException], int] = {
     ShuttingDown: 503,
     ClientDisconnected: 499,
     TooLarge: 413,
+    sdonnx.SafetyError: 400,
     sdonnx.RequestError: 400,
 }
 """By type, subclasses first."""

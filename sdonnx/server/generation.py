@@ -1,7 +1,7 @@
 """Jobs that generate images."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from PIL import Image
@@ -55,6 +55,12 @@ class GenerationJob(Job):
         self.result: sdonnx.Result | None = None
         """Without images, which are files."""
 
+    @property
+    def kept(self) -> list[int]:
+        """Which images are not refused, from 0; all before the safety checker has seen them."""
+        refused = frozenset[int]() if self.result is None else self.result.refused
+        return [index for index in range(self.num_images) if index not in refused]
+
     def advance(self, step: sdonnx.Progress, preview: Preview | None = None) -> None:
         """Note a denoising step that is done, and its preview."""
         self.note_step(
@@ -73,7 +79,8 @@ class GenerationJob(Job):
         """Note that its images are on disk."""
         latents, request = result.latents[:0].copy(), _forget_pixels(result.request)
         self.result, self.files = replace(result, images=(), latents=latents, request=request), tuple(files)
-        self.end(State.DONE, images=list(files), seeds=list(result.seeds))
+        seeds, safety = [result.seeds[index] for index in self.kept], [asdict(each) for each in result.safety]
+        self.end(State.DONE, images=list(files), seeds=seeds, safety=safety)
 
     def end(self, state: State, **data: Any) -> None:
         """Enter a final state; the pixels that the request had are forgotten."""

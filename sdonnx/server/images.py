@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from PIL import ExifTags, Image
-from PIL.PngImagePlugin import PngInfo
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.files.json_file import parse_json
 from sdonnx_runtime.images.preprocess import open_image
 from sdonnx_runtime.outputs.atomic import write_file
 from sdonnx_runtime.outputs.latents_file import save_latents
+from sdonnx_runtime.outputs.metadata import png_text
+from sdonnx_runtime.outputs.provenance import read_xmp
 from sdonnx_runtime.outputs.staging import remove_stale
 from sdonnx_runtime.request import CompleteRequest
 
@@ -52,14 +53,14 @@ class ImageStore:
     """A directory of finished images, whose names are the index: there is no other file that could be torn or stale.
 
     Every image carries its own parameters (`sdonnx.save_png`), and appears whole or not at all. Several servers may use
-    one directory.
+    one directory. ``provenance`` is as for `sdonnx.save_png`.
 
     Raises:
         SdonnxError: the directory can't be made or read.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, provenance: bool = True) -> None:
+        self.folder, self._provenance = folder, provenance
         try:
             folder.mkdir(parents=True, exist_ok=True)
             remove_stale(folder)
@@ -68,16 +69,19 @@ class ImageStore:
             raise sdonnx.SdonnxError(f"{folder} can't be used: {error.strerror}; give another --output") from None
 
     def save(self, job: str, result: sdonnx.Result) -> list[str]:
-        """Save the images of a result; returns their names.
+        """Save the images of a result that are not refused; returns their names.
 
         Raises:
             SdonnxError: a file can't be written.
         """
         stamp, names = time.strftime(_STAMP), list[str]()
         for index in range(len(result.images)):
+            if index in result.refused:
+                continue
             path = self.folder / f"{stamp}-{job}-{index}.png"
             with self._in_folder():
-                names.append(sdonnx.save_png(result, index, path, overwrite=False).name)
+                saved = sdonnx.save_png(result, index, path, overwrite=False, provenance=self._provenance)
+                names.append(saved.name)
         return names
 
     def save_pngs(self, job: str, pngs: Sequence[bytes]) -> list[str]:
@@ -210,7 +214,9 @@ def read_image(data: bytes, field: str, *, max_pixels: int) -> Image.Image:
     return open_image(data, name=field, formats=tuple(FORMATS.values()), max_pixels=max_pixels)
 
 
-def encode_image(image: Image.Image, form: str, *, quality: int = 90, infotext: str | None = None) -> bytes:
+def encode_image(
+    image: Image.Image, form: str, *, quality: int = 90, infotext: str | None = None, xmp: str | None = None
+) -> bytes:
     """Encode an image in one of FORMATS.
 
     Args:
@@ -219,16 +225,14 @@ def encode_image(image: Image.Image, form: str, *, quality: int = 90, infotext: 
         quality: 0 to 100, of JPEG and WebP.
         infotext: A1111's parameters, written to EXIF's UserComment of JPEG and WebP, and to PNG's text; a JPEG is
             without one that it can't hold.
+        xmp: an XMP packet.
     """
     stream = io.BytesIO()
     options: dict[str, Any]
     if form == "png":
-        info = PngInfo()
-        if infotext is not None:
-            info.add_text("parameters", infotext)
-        options = {"pnginfo": info}
+        options = {"pnginfo": png_text({} if infotext is None else {"parameters": infotext}, xmp)}
     else:
-        options = {"quality": quality}
+        options = {"quality": quality} | ({} if xmp is None else {"xmp": xmp.encode()})
         if infotext is not None and (form != "jpeg" or len(infotext) <= _JPEG_INFOTEXT):
             exif = Image.Exif()
             exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + infotext.encode("utf-16-be")
@@ -238,7 +242,7 @@ def encode_image(image: Image.Image, form: str, *, quality: int = 90, infotext: 
 
 
 def convert_png(png: bytes, form: str, *, quality: int = 90, side: int | None = None) -> bytes:
-    """Convert a PNG file to one of FORMATS, with its infotext.
+    """Convert a PNG file to one of FORMATS, with its infotext and its XMP packet.
 
     ``side`` makes it smaller: the longer side will have at most so many pixels. The others are as `encode_image`'s.
     """
@@ -247,7 +251,8 @@ def convert_png(png: bytes, form: str, *, quality: int = 90, side: int | None = 
     with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
         if side is not None:
             image.thumbnail((side, side))
-        return encode_image(image, form, quality=quality, infotext=image.info.get("parameters"))
+        infotext, xmp = image.info.get("parameters"), read_xmp(image)
+        return encode_image(image, form, quality=quality, infotext=infotext, xmp=xmp)
 
 
 def encode_preview(image: Image.Image, size: Sequence[int]) -> bytes:

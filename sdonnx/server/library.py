@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -19,6 +20,8 @@ from sdonnx_runtime.text.styles import Style, read_styles
 import sdonnx
 from sdonnx.server.errors import NotFound
 from sdonnx.server.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 _MAX_PLANNERS = 8
 _LORA_SUFFIXES = (".safetensors",)
@@ -92,7 +95,11 @@ class Library:
         if not self.models:
             raise sdonnx.PackageError("no package with a U-Net is served; name one with -m, or a folder with --models")
         Budget(settings.memory)
-        self.planner(Selection(model=self.default.name))
+        self._log_safety(self.planner(Selection(model=self.default.name)))
+
+    def _log_safety(self, pipeline: sdonnx.Pipeline) -> None:
+        if pipeline.safety is not None:
+            logger.info("images are checked by %s; --safety %s", pipeline.safety.checker.name, pipeline.safety.mode)
 
     def refresh(self) -> None:
         """Read the folders again, embeddings too; packages that can't be opened are left out."""
@@ -249,6 +256,7 @@ class Library:
             styles=settings.styles,
             controls=[self.find(name, self.controls).package for name in selection.controls],
             upscaler=None if selection.upscaler is None else self.find_upscaler(selection.upscaler).package,
+            safety=settings.safety,
         )
         pipeline.set_embeddings(self.fitting_embeddings(pipeline))
         return pipeline

@@ -245,7 +245,10 @@ class JobQueue:
             if result is None:
                 job.end(State.CANCELLED, step=job.step)
             else:
+                _check_refusals(result)
                 job.finish(result, self.store.save(job.id, result))
+        except sdonnx.SafetyError:  # without the latents
+            raise
         except (sdonnx.SdonnxError, MemoryError) as error:
             described = _as_sdonnx_error(error)
             raise type(described)(f"{described}{self._save_latents(job, stream)}") from None
@@ -261,7 +264,9 @@ class JobQueue:
             name = self.store.save_latents(job.id, stream.latents, stream.latents_request, model)
         except sdonnx.SdonnxError as error:
             return f"; could not save latents either: {error}"
-        return f"; latents saved beside the images; resume with: sdonnx decode {name}"
+        safety = self.library.settings.safety
+        option = "" if safety == "off" else f" --safety {safety}"
+        return f"; latents saved beside the images; resume with: sdonnx decode {name}{option}"
 
 
 def _follow(job: GenerationJob, stream: sdonnx.Stream) -> None:
@@ -279,6 +284,14 @@ def _result(stream: sdonnx.Stream) -> sdonnx.Result | None:
         return stream.result
     except sdonnx.RequestError:
         return None
+
+
+def _check_refusals(result: sdonnx.Result) -> None:
+    """Raise SafetyError if every image is refused."""
+    if len(result.refused) == len(result.images):
+        scores = ", ".join(f"{each.score:.2f}" for each in result.safety)
+        what = "the image is" if len(result.images) == 1 else f"all {len(result.images)} images are"
+        raise sdonnx.SafetyError(f"{what} refused: {result.safety[0].checker} gives a score of {scores}")
 
 
 def _as_sdonnx_error(error: Exception) -> sdonnx.SdonnxError:

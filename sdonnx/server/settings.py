@@ -51,3 +51,7 @@ class Settings:
     as_asked: bool = False
     """Whether distilled packages take more steps and guidance than they were made for."""
     log_prompts: bool = False
+    safety: str = "off"
+    """What is done with images that a safety checker flags: off, mark, blur or refuse."""
+    provenance: bool = True
+    """Whether images say in XMP that they are AI-generated."""

@@ -8,10 +8,13 @@ from typing import Any
 
 from PIL import Image
 from sdonnx_runtime.execution.session import Cancelled
+from sdonnx_runtime.images.preprocess import to_rgb
+from sdonnx_runtime.outputs.metadata import encode_upscaled
+from sdonnx_runtime.outputs.provenance import XMP_KEY, read_xmp
 
 import sdonnx
 from sdonnx.server.errors import TooLarge
-from sdonnx.server.images import encode_image
+from sdonnx.server.infotext import read_infotext
 from sdonnx.server.jobs import Event, Job, State
 
 FILTERS: Mapping[str, Image.Resampling] = {"lanczos": Image.Resampling.LANCZOS, "nearest": Image.Resampling.NEAREST}
@@ -26,9 +29,7 @@ class Upscaling:
     """Images, and how they are upscaled."""
 
     images: tuple[Image.Image, ...] = field(default=(), repr=False)
-    """RGB or RGBA."""
-    infotexts: tuple[str | None, ...] = field(default=(), repr=False)
-    """What each of them carries."""
+    """As `given_image` makes them."""
     upscaler: str
     """A key of FILTERS, or an upscaler package's served name."""
     second: str | None = None
@@ -95,6 +96,14 @@ class Upscaling:
         return upscaled.crop((left, top, left + self.box[0], top + self.box[1]))
 
 
+def given_image(image: Image.Image) -> Image.Image:
+    """Convert a client's image to RGB, unless it is RGBA, with no texts but sdonnx', AUTOMATIC1111's and XMP."""
+    texts = {"parameters": read_infotext(image), "sdonnx": image.info.get("sdonnx"), XMP_KEY: read_xmp(image)}
+    given = image if image.mode in ("RGB", "RGBA") else to_rgb(image)
+    given.info = {key: text for key, text in texts.items() if isinstance(text, str)}
+    return given
+
+
 class UpscalingJob(Job):
     """An upscaling by packages that is queued, runs, or has ended."""
 
@@ -108,11 +117,11 @@ class UpscalingJob(Job):
 
     def run(self, open_upscaler: Callable[[str], sdonnx.Upscaler]) -> list[bytes] | None:
         """Upscale the images to PNG files; None if it was cancelled meanwhile."""
-        pngs, texts = list[bytes](), self.upscaling.infotexts
+        pngs, model = list[bytes](), open_upscaler(self.model).package.name
         try:
-            for index, (image, text) in enumerate(zip(self.upscaling.images, texts, strict=True)):
+            for index, image in enumerate(self.upscaling.images):
                 upscaled = self.upscaling.run(image, partial(self._upscale, open_upscaler, index))
-                pngs.append(encode_image(upscaled, "png", infotext=text))
+                pngs.append(encode_upscaled(upscaled, image, scale=self.upscaling.factor(image), model=model))
         except Cancelled:
             return None
         finally:
@@ -144,5 +153,5 @@ class UpscalingJob(Job):
 
     def end(self, state: State, **data: Any) -> None:
         """Enter a final state; the images that it was given are forgotten."""
-        self.upscaling = replace(self.upscaling, images=(), infotexts=())
+        self.upscaling = replace(self.upscaling, images=())
         super().end(state, **data)

@@ -165,3 +165,16 @@ def test_latents_beside_an_image(kind, tmp_path):
         assert run("a dog", "-o", "a.png", cwd=tmp_path).returncode == 0
     assert Path(path).exists() == (kind != "left over")
     assert names(tmp_path) == sorted({"made.npz", "made.png", "a.png", *(["a.npz"] if kind != "left over" else [])})
+
+
+def test_no_provenance_leaves_out_the_xmp_packet(tmp_path):
+    options = ("--steps", 1, "--size", "32x32", "--seed", 1)
+    packets = []
+    for option in ((), ("--no-provenance",)):
+        made, decoded, latents = tmp_path / "a.png", tmp_path / "b.png", tmp_path / "a.npz"
+        assert run_cli("run", "a cat", "-o", made, "--save-latents", latents, *options, *option).returncode == 0
+        assert run_cli("decode", latents, "-o", decoded, *option).returncode == 0
+        for path in (made, decoded):
+            with Image.open(path) as image:
+                packets.append("xmp" in image.info)
+    assert packets == [True, True, False, False]

@@ -112,6 +112,11 @@ def test_a_unet_in_place_of_a_checkpoints_own(parts, tmp_path):
     for name in ("vae", "text_encoder", "text_encoder_2"):
         assert_same_weights(found.parts[name], own.parts[name])
     assert_same(open_with(None, unet=unet, base=whole), own)
+    gone = {name: None for name in load_file(whole) if name.startswith(VAE)}
+    lacking = without_config(whole, tmp_path / "lacking.safetensors", gone)
+    assert_same_weights(open_with(lacking, unet=other, base=whole).parts["vae"], own.parts["vae"])
+    with pytest.raises(ExportError, match="lacks a VAE; give --vae SRC, or a whole checkpoint"):
+        open_with(lacking, unet=other)
 
 
 def test_a_diffusers_unet_takes_text_encoders(parts, tmp_path):

@@ -25,6 +25,7 @@ from support.controls import adapter, controlnet
 from support.families import scheduler, sd1, sd2, sdxl, unet
 from support.images import disc, photograph
 from support.reference import assert_equal
+from support.tiling import circular
 
 import sdonnx
 from sdonnx.cli.parsing import parse_control
@@ -110,6 +111,17 @@ def test_a_controlnet_equals_diffusers(saved, name, guidance):
     found = generate(package, [control_package], sdonnx.Control(image=EDGES, scale=0.7), **asked)
     assert_equal(found, wanted)
     assert np.abs(found.latents - generate_without_control(package, **asked)).max() > 1e-2
+
+
+def test_a_controlnet_of_an_image_that_tiles_equals_diffusers(saved):
+    """Its convolutions are circular too: at the borders it sees the conditioning image go on."""
+    (pipe, package), (net, control_package) = saved("sd1"), saved("sd1 net")
+    with circular(pipe.unet, pipe.vae, net, axes="x"):
+        wanted = reference(StableDiffusionControlNetPipeline, pipe, parts={"controlnet": net}, image=EDGES, **ASKED)
+    found = generate(package, [control_package], sdonnx.Control(image=EDGES), tiling="x")
+    assert_equal(found, wanted)
+    other = generate(package, [control_package], sdonnx.Control(image=EDGES))
+    assert np.abs(found.latents - other.latents).max() > 1e-2
 
 
 def test_two_controlnets_add_up_each_in_its_range_of_steps(saved):

@@ -61,7 +61,7 @@ def theirs(pair, sampler, upscaler):
         larger = torch.nn.functional.interpolate(latents, size=(LARGER[1] // 8, LARGER[0] // 8), **BILINEAR)
     else:
         image = run(StableDiffusionPipeline, **first)[0]
-        image = image if upscaler == "lanczos" else upscaler.upscale(image)
+        image = image if upscaler == "lanczos" else upscaler(image)
         larger = image.resize(LARGER, Image.Resampling.LANCZOS)
     return run(StableDiffusionImg2ImgPipeline, image=larger, strength=0.6, num_inference_steps=8)[0]
 
@@ -80,8 +80,8 @@ def test_two_passes_equal_those_of_diffusers(pair, opened, sampler, upscaler):
 
 @pytest.mark.parametrize("memory", ["max", "min"])
 def test_an_upscaler_between_the_passes(pair, upscaler, memory):
-    model, package = upscaler
-    wanted = theirs(pair, "euler", model)
+    upscale, package = upscaler
+    wanted = theirs(pair, "euler", upscale)
     with sdonnx.load(pair[1], upscaler=package, memory=memory) as pipe:
         asked = {"sampler": "euler", **FIRST, **SECOND}
         stream, tiles = pipe.stream(PROMPT, **asked), []

@@ -212,6 +212,7 @@ def test_close_from_another_thread_at_any_moment_raises_nothing_and_frees_the_pi
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"tiling": "z"}, "tiling is 'z'; choose x, y, xy"),
         ({"width": 500}, "width 500 is not a multiple of 8; the nearest are 496 and 504"),
         ({"height": 0}, "height is 0"),
         ({"width": 64.0}, "width is 64.0"),

@@ -62,6 +62,36 @@ def test_images_are_those_of_the_library(api, pipeline):
     assert result.parameters["prompt"] == "a red circle"
 
 
+def test_tiling(api, server, pipeline):
+    """Of a request, of the settings, and of an infotext; a request's own counts most."""
+    tiled, plain = (pipeline.generate("a red circle", **WANTED, tiling=axes).images for axes in ("xy", None))
+    result = api.txt2img(**SENT, tiling=True)
+    assert_same(result, tiled)
+    assert "Tiling: True" in result.info["infotexts"][0]
+
+    def post(path, **sent):
+        return httpx.post(f"{api.baseurl}/{path}", json=sent)
+
+    def image(**sent):
+        reply = post("txt2img", **sent).json()["images"][0]
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(reply))))
+
+    assert np.array_equal(image(infotext=result.info["infotexts"][0]), np.asarray(tiled[0]))
+    assert np.array_equal(image(**SENT, override_settings={"tiling": True}), np.asarray(tiled[0]))
+    assert post("options", tiling=True).status_code == 200
+    assert api.get_options()["tiling"] is True
+    assert_same(api.txt2img(**SENT, tiling=False), plain)
+    assert post("options", tiling="yes").status_code == 422
+    assert post("options", tiling=False).status_code == 200
+
+
+def test_tiling_is_left_out_where_a_crop_is_inpainted(api):
+    sent = {"images": [photograph()], "mask_image": disc(), "denoising_strength": 0.5, "tiling": True}
+    sent |= {name: each for name, each in SENT.items() if name not in SIZE} | SIZE
+    comments = [api.img2img(**sent, inpaint_full_res=crop).info["comments"] for crop in (True, False)]
+    assert ["tiling is not supported with inpaint_full_res" in each for each in comments] == [True, False]
+
+
 def test_its_default_sampler_and_noise(api, pipeline):
     sent = {name: value for name, value in SENT.items() if name != "sampler_name"}
     wanted = pipeline.generate("a red circle", **{**WANTED, "sampler": "euler_ancestral"})

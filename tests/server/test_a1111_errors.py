@@ -263,7 +263,7 @@ def test_an_infotext_of_automatic1111():
         'Steps: 20, Sampler: DPM++ 2M, Schedule type: Align Your Steps, CFG scale: 6.5, Seed: 965400086, '
         'Size: 512x768, '
         'Model hash: 45dee52b, Model: dream, Denoising strength: 0.7, Clip skip: 2, Hires upscale: 2, Hires steps: 10, '
-        'Hires upscaler: Latent, ControlNet 0: "Module: canny, Model: edges", Version: v1.9.4'
+        'Hires upscaler: Latent, Tiling: True, ControlNet 0: "Module: canny, Model: edges", Version: v1.9.4'
     )  # fmt: skip
     settings = parse_infotext(text)
     assert settings["Prompt"] == "a (red:1.2) cat,\nin a hat <lora:ink:0.8>"
@@ -276,6 +276,9 @@ def test_an_infotext_of_automatic1111():
     assert (found["hires_scale"], found["hires_steps"], found["hires_upscaler"]) == (2, 14, "latent")
     assert int(found["hires_steps"] * found["hires_strength"]) == 10
     assert "strength" not in found
+    assert found["tiling"] == "xy"
+    values = {value: infotext_fields(text.replace("True", value), family="sdxl") for value in ("x", "False", "z")}
+    assert [fields.get("tiling") for fields in values.values()] == ["x", None, None]
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")

@@ -80,6 +80,17 @@ def test_the_servers_own_api(client, wanted):
     assert client.post("/api/tokens", json={"prompt": "a {cat}"}).json()["drawn"] is None
 
 
+def test_openais_api(client):
+    sent = {"prompt": TEMPLATE, "n": 2, "seed": 3, "steps": 2, "size": "64x64"}
+    data = client.post("/v1/images/generations", json=sent).json()["data"]
+    with sdonnx.load("pictogram") as pipe:
+        assert TEMPLATE not in [each["revised_prompt"] for each in data]
+        for each in data:
+            assert pipe.resolve(each["revised_prompt"]).request.drawn == ()
+    (plain,) = client.post("/v1/images/generations", json={**sent, "prompt": "a {cat}", "n": 1}).json()["data"]
+    assert "revised_prompt" not in plain
+
+
 @pytest.mark.parametrize(
     ("sent", "error"),
     [

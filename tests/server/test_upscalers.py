@@ -82,6 +82,7 @@ def test_the_infotext_of_an_image_stays(api):
     made = api.txt2img(**SENT).image
     upscaled = api.extra_single_image(made, upscaler_1="sharp-onnx", upscaling_resize=1.5).image
     assert upscaled.info["parameters"] == made.info["parameters"]
+    assert upscaled.info["postprocessing"] == "Postprocess upscale by: 1.5, Postprocess upscaler: sharp.safetensors"
 
 
 def test_a_box_and_a_second_upscaler(api, ours):

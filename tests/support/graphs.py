@@ -77,6 +77,11 @@ def part_of(module):
         for name, parameter in module.named_parameters():
             if parameter.ndim == 1:
                 parameter.copy_(torch.randn_like(parameter) * 0.2 + (1.0 if name.endswith("weight") else 0.0))
+    return as_part(module)
+
+
+def as_part(module):
+    """A checkpoint's part from a torch module."""
     module.eval()
     config = json.loads(json.dumps({"_class_name": type(module).__name__, **module_config(module)}))
     weights = {

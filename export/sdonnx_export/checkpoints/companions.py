@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sdonnx_runtime.errors import ExportError
 
@@ -85,7 +86,7 @@ def _check_text_encoders(parts: Mapping[str, Part]) -> None:
     """
     unet = parts["unet"]
     texts = [part.config for name, part in parts.items() if name.startswith("text_encoder")]
-    widths, expected = [config.get("hidden_size", 0) for config in texts], text_width(unet.weights)
+    widths, expected = [_number(config, "hidden_size") for config in texts], text_width(unet.weights)
     if sum(widths) != expected:
         what = "text encoder has" if len(widths) == 1 else "text encoders have"
         raise ExportError(
@@ -93,13 +94,19 @@ def _check_text_encoders(parts: Mapping[str, Part]) -> None:
             "give the text encoder of its family with --text-encoder"
         )
     if reads_pooled_text(unet.weights):
-        projected, width = texts[-1].get("projection_dim", 0), unet.config.get("addition_time_embed_dim", 0)
-        ids = unet.config.get("projection_class_embeddings_input_dim", 0) - projected
+        projected, width = _number(texts[-1], "projection_dim"), _number(unet.config, "addition_time_embed_dim")
+        ids = _number(unet.config, "projection_class_embeddings_input_dim") - projected
         if width < 1 or ids < 1 or ids % width:
             raise ExportError(
                 f"the second text encoder has a projection to {projected} channels, which isn't that of the U-Net; "
                 "give the text encoder of its family with --text-encoder"
             )
+
+
+def _number(config: Mapping[str, Any], key: str) -> int:
+    """Return a whole number of a config; 0 for anything else, which the model refuses later."""
+    value = config.get(key)
+    return value if isinstance(value, int) else 0
 
 
 def missing_vae(scaling_factor: float | None) -> Part:

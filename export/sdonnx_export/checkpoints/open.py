@@ -229,7 +229,7 @@ def open_source(
         return open_vae_alone(vae, revision=revision)
     lender = None if base is None else _open_base(base)
     if unet is not None and source is not None:
-        lender = lend(_open_base(source, revision), lender)
+        lender = lend(_open_base(source, revision, "whose other parts go with that of --unet"), lender)
     companions = Companions(
         vae=None if vae is None else open_vae(vae),
         text_encoders=[encoder for each in text_encoders for encoder in open_text_encoders(each)],
@@ -260,9 +260,9 @@ def _open_unet(source: str, revision: str | None, companions: Companions) -> Che
     return replace(opened, parts={**empty, "unet": opened.parts["unet"]}, tokenizers={})
 
 
-def _open_base(source: str, revision: str | None = None) -> Checkpoint:
+def _open_base(source: str, revision: str | None = None, use: str = "with --base") -> Checkpoint:
     """Open the checkpoint that lends what a source lacks; it may lack something itself."""
     base = _open(source, revision, ALONE)
     if not base.parts.get("unet", MISSING).weights:
-        raise ExportError(f"{source} has no U-Net; give a checkpoint of Stable Diffusion with --base")
+        raise ExportError(f"{source} has no U-Net; give a checkpoint of Stable Diffusion {use}")
     return base

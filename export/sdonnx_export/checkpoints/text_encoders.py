@@ -17,7 +17,7 @@ from sdonnx_export.checkpoints.ldm.text_encoder import read_clip, read_open_clip
 
 FIRST, SECOND = "text_encoder", "text_encoder_2"
 _EMBEDDINGS = ("text_model.embeddings.token_embedding.weight", "token_embedding.weight")
-_PROJECTIONS = ("text_projection.weight", "text_projection")
+_PROJECTION = "text_projection.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class TextEncoder:
     @property
     def is_projected(self) -> bool:
         """Whether it has a projection of the whole text."""
-        return any(name in self.weights for name in _PROJECTIONS)
+        return _PROJECTION in self.weights or "text_projection" in self.weights
 
     def read(self, part: str) -> Part:
         """Return the component.
@@ -60,13 +60,14 @@ class TextEncoder:
         """
         if part == SECOND and not self.is_projected:
             raise ExportError(
-                f"{self.source} has no projection ('text_projection.weight'), which the second text encoder of SDXL "
+                f"{self.source} has no projection ('{_PROJECTION}'), which the second text encoder of SDXL "
                 "has; give a file with it"
             )
         try:
             if self.config is not None:
                 used = {name: weight for name, weight in self.weights.items() if is_used_key(name, part)}
-                return Part(config=self.config, weights=used)
+                width = {"projection_dim": self.weights[_PROJECTION].shape[0]} if part == SECOND else {}
+                return Part(config={**width, **self.config}, weights=used)
             if part == SECOND or self.is_open_clip:
                 return read_open_clip(self.weights, projected=part == SECOND)
             return read_clip(self.weights)

@@ -15,12 +15,9 @@ from sdonnx_export.operators.base import Operators
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipTextConfig:
-    """A CLIP text encoder, with transformers' keys as names."""
+class ClipLayerConfig:
+    """The layers of a CLIP encoder of texts or images, with transformers' keys as names."""
 
-    vocab_size: int
-    max_position_embeddings: int
-    """Tokens of a prompt; 77 in every published model."""
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -28,6 +25,15 @@ class ClipTextConfig:
     hidden_act: str
     """quick_gelu or gelu."""
     layer_norm_eps: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTextConfig(ClipLayerConfig):
+    """A CLIP text encoder, with transformers' keys as names."""
+
+    vocab_size: int
+    max_position_embeddings: int
+    """Tokens of a prompt; 77 in every published model."""
     eos_token_id: int
     """2 means "the largest id", as in configs written before transformers 4.30."""
     projection_dim: int | None
@@ -54,10 +60,15 @@ class ClipTextConfig:
             eos_token_id=read.integer("eos_token_id", 49407, low=0),
             projection_dim=read.integer("projection_dim", 512) if projected else None,
         )
-        heads, width = parsed.num_attention_heads, parsed.hidden_size
-        if width % heads != 0:
-            raise read.invalid("num_attention_heads", heads, f"a divisor of hidden_size {width}")
+        check_heads(read, parsed)
         return parsed
+
+
+def check_heads(read: ConfigReader, config: ClipLayerConfig) -> None:
+    """Raise ExportError unless the hidden state can be split into the attention heads."""
+    heads, width = config.num_attention_heads, config.hidden_size
+    if width % heads != 0:
+        raise read.invalid("num_attention_heads", heads, f"a divisor of hidden_size {width}")
 
 
 class ClipTextEncoder(Module):
@@ -143,13 +154,13 @@ class Embedding(Module):
 
 
 class ClipEncoder(Module):
-    """The stack of layers."""
+    """The stack of layers, with its input and the output of each."""
 
-    def __init__(self, config: ClipTextConfig) -> None:
+    def __init__(self, config: ClipLayerConfig) -> None:
         super().__init__()
         self.layers = ModuleList([ClipLayer(config) for _ in range(config.num_hidden_layers)])
 
-    def forward(self, op: Operators, x: ir.Value, bias: ir.Value) -> list[ir.Value]:
+    def forward(self, op: Operators, x: ir.Value, bias: ir.Value | None = None) -> list[ir.Value]:
         states = [x]
         for index, layer in enumerate(self.layers):
             op.begin_stage(f"layers.{index}")
@@ -160,22 +171,22 @@ class ClipEncoder(Module):
 class ClipLayer(Module):
     """Pre-norm self-attention and MLP."""
 
-    def __init__(self, config: ClipTextConfig) -> None:
+    def __init__(self, config: ClipLayerConfig) -> None:
         super().__init__()
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.self_attn = ClipAttention(config)
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = ClipMlp(config)
 
-    def forward(self, op: Operators, x: ir.Value, bias: ir.Value) -> ir.Value:
+    def forward(self, op: Operators, x: ir.Value, bias: ir.Value | None = None) -> ir.Value:
         x = op.Add(x, self.self_attn(op, self.layer_norm1(op, x), bias))
         return op.Add(x, self.mlp(op, self.layer_norm2(op, x)))
 
 
 class ClipAttention(Module):
-    """Causal multi-head self-attention."""
+    """Multi-head self-attention, causal with the bias that says so."""
 
-    def __init__(self, config: ClipTextConfig) -> None:
+    def __init__(self, config: ClipLayerConfig) -> None:
         super().__init__()
         self.q_proj = Linear(config.hidden_size, config.hidden_size)
         self.k_proj = Linear(config.hidden_size, config.hidden_size)
@@ -183,7 +194,7 @@ class ClipAttention(Module):
         self.out_proj = Linear(config.hidden_size, config.hidden_size)
         self._heads = config.num_attention_heads
 
-    def forward(self, op: Operators, x: ir.Value, bias: ir.Value) -> ir.Value:
+    def forward(self, op: Operators, x: ir.Value, bias: ir.Value | None = None) -> ir.Value:
         q, k, v = self.q_proj(op, x), self.k_proj(op, x), self.v_proj(op, x)
         return self.out_proj(op, op.attention(q, k, v, self._heads, bias))
 
@@ -191,7 +202,7 @@ class ClipAttention(Module):
 class ClipMlp(Module):
     """Two linear layers around the activation."""
 
-    def __init__(self, config: ClipTextConfig) -> None:
+    def __init__(self, config: ClipLayerConfig) -> None:
         super().__init__()
         self.fc1 = Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)

@@ -15,8 +15,10 @@ from sdonnx_runtime.packages.variant import NORM_STATS, USE_NORM_STATS
 
 from sdonnx_export.checkpoint_model import Checkpoint, Part, Weight, checked
 from sdonnx_export.models.clip import ClipTextConfig, ClipTextEncoder
+from sdonnx_export.models.clip_vision import ClipVisionConfig, ClipVisionEncoder
 from sdonnx_export.models.config_reader import ConfigReader
 from sdonnx_export.models.controlnet import ControlNet, ControlNetConfig
+from sdonnx_export.models.safety_checker import SafetyChecker
 from sdonnx_export.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from sdonnx_export.models.tiny_vae import TinyVaeConfig, TinyVaeDecoder, TinyVaeEncoder
 from sdonnx_export.models.unet import UNet, residual_names
@@ -72,6 +74,22 @@ def _text_encoder(config: Mapping[str, Any], *, projected: bool = False) -> tupl
     return ClipTextEncoder(parsed), (
         Port(name="input_ids", dtype=_INT64, shape=("batch", parsed.max_position_embeddings)),
     )
+
+
+def _image_encoder(config: Mapping[str, Any]) -> tuple[ClipVisionEncoder, tuple[Port, ...]]:
+    parsed = ClipVisionConfig.from_dict(config)
+    return ClipVisionEncoder(parsed), (pixel_values(parsed),)
+
+
+def _safety_checker(config: Mapping[str, Any]) -> tuple[SafetyChecker, tuple[Port, ...]]:
+    parsed = ClipVisionConfig.from_dict(config, "safety_checker")
+    return SafetyChecker(parsed), (pixel_values(parsed),)
+
+
+def pixel_values(config: ClipVisionConfig) -> Port:
+    """Return the input of a CLIP image encoder: normalized images of the size it was trained at."""
+    shape = ("batch", config.num_channels, config.image_size, config.image_size)
+    return Port(name="pixel_values", dtype=_FLOAT, shape=shape)
 
 
 def _unet(config: Mapping[str, Any], **options: bool) -> tuple[UNet, tuple[Port, ...]]:
@@ -183,6 +201,8 @@ COMPONENTS = {
         part="vae", prefixes=("encoder.", "quant_conv."), module=_vae_encoder, outputs=("latent_parameters",)
     ),
     "controlnet": ComponentSpec(part="controlnet", prefixes=(), module=_controlnet, outputs=()),
+    "image_encoder": ComponentSpec(part="image_encoder", prefixes=(), module=_image_encoder, outputs=()),
+    "safety_checker": ComponentSpec(part="safety_checker", prefixes=(), module=_safety_checker, outputs=()),
     "adapter": ComponentSpec(part="adapter", prefixes=(), module=_adapter, outputs=()),
     "upscaler": ComponentSpec(part="upscaler", prefixes=(), module=_upscaler, outputs=("upscaled",)),
 }

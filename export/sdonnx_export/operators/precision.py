@@ -26,7 +26,7 @@ PrecisionLookup: TypeAlias = Callable[[str], Precision]
 """The precision of a layer by its weight's name."""
 
 _INPUTS_OUTPUTS = (
-    r"(^|\.)(conv_in|conv_out|quant_conv|post_quant_conv|conv_first|conv_last)\.|^body\.0\.weight"
+    r"(^|\.)(conv_in|conv_out|patch_embedding|quant_conv|post_quant_conv|conv_first|conv_last)\.|^body\.0\.weight"
     r"|^(encoder|decoder)\.layers\.\d+\.weight"
 )
 """The first and the last convolutions; of a tiny autoencoder also those that resize between its blocks."""
@@ -37,14 +37,17 @@ _EXCEPTIONS: dict[Precision, tuple[tuple[str, Precision], ...]] = {
     "int8": (
         (_INPUTS_OUTPUTS, "fp32"),
         (
-            r"time_emb|\.attn2\.to_[kv]\.|^text_model\.",
+            r"time_emb|\.attn2\.to_[kv]\.|^(text_model|vision_model|visual_projection)\.",
             "int8-weights",
         ),  # few tokens: time goes to reading weights
     ),
     "int8-weights": ((_INPUTS_OUTPUTS, "fp32"),),
     "int4": (
         (_INPUTS_OUTPUTS, "fp32"),
-        (r"time_emb|^text_model\.|^decoder\.|^encoder\.|conv_shortcut", "int8-weights"),
+        (
+            r"time_emb|^(text_model|vision_model|visual_projection)\.|^decoder\.|^encoder\.|conv_shortcut",
+            "int8-weights",
+        ),
     ),
 }
 """Layers whose precision differs from the package's; the first match counts."""

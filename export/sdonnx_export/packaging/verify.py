@@ -15,6 +15,7 @@ from sdonnx_runtime.packages.manifest import Manifest, read_json
 from sdonnx_runtime.packages.upscaler_config import UpscalerConfig
 from sdonnx_runtime.packages.variant import CACHED_FEATURES, PLAIN, VARIANT_NAMES
 from sdonnx_runtime.request import CompleteRequest
+from sdonnx_runtime.safety.checkers import SAFETY_CHECKER
 from sdonnx_runtime.text.conditioning import make_conditioning
 from sdonnx_runtime.text.prompt_schedule import StepPrompts
 
@@ -49,6 +50,8 @@ def verify(directory: Path, manifest: Manifest, report: Callable[[str, float], N
         return outputs[PLAIN]
 
     kind = FAMILIES[manifest.family].kind
+    if SAFETY_CHECKER in manifest.components:
+        run(SAFETY_CHECKER)
     if kind is PackageKind.MODEL:
         encoded = {encoder.component: run(encoder.component) for encoder in manifest.text_encoders}
         feeds.update(_unet_inputs(manifest, latents, encoded))

@@ -22,8 +22,8 @@ class Device:
     """Provider options."""
     memory_limit_option: str | None = None
     """The provider option that caps its memory, in bytes."""
-    has_wrap: bool = True
-    """Whether it has the mode wrap of Pad."""
+    has_wrap: bool = False
+    """Whether it is known to have the mode wrap of Pad."""
     memory_pattern: bool = True
     """Whether buffers are planned from the first run. DirectML can't; on the CPU it needs more memory, no less time."""
 
@@ -35,8 +35,8 @@ DEVICES: dict[str, Device] = {
         options={"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_use_max_workspace": "0"},
         memory_limit_option="gpu_mem_limit",
     ),
-    "directml": Device(provider="DmlExecutionProvider", has_wrap=False, memory_pattern=False),
-    "cpu": Device(provider="CPUExecutionProvider", memory_pattern=False),
+    "directml": Device(provider="DmlExecutionProvider", memory_pattern=False),
+    "cpu": Device(provider="CPUExecutionProvider", has_wrap=True, memory_pattern=False),
 }
 """In the order in which ``auto`` tries them; the extra of sdonnx that installs a device has its name."""
 
@@ -73,7 +73,7 @@ def candidates(device: str) -> list[str]:
 
 
 def has_wrap(device: str) -> bool:
-    """Whether each device that may be opened for ``device`` has the mode wrap of Pad; raises as `candidates` does."""
+    """Whether each device that may be opened for ``device`` has Pad's mode wrap; raises as `candidates` does."""
     return all(DEVICES[name].has_wrap for name in candidates(device))
 
 

@@ -179,9 +179,17 @@ def _gather_nd(inputs: Sequence[TensorInfo], attributes: Mapping[str, Any]) -> t
     return *indices[:-1], *inputs[0].shape[batch + indices[-1] :]
 
 
-def _pool(inputs: Sequence[TensorInfo], steps: Sequence[int], channels: int = 1) -> tuple[int, ...]:
-    count, depth, *sizes = inputs[0].shape
-    return count, depth * channels, *(size // step for size, step in zip(sizes, steps, strict=True))
+def _window(inputs: Sequence[TensorInfo], attributes: Mapping[str, Any]) -> tuple[int, ...]:
+    count, channels, *sizes = inputs[0].shape
+    kernel, pads = attributes["kernel_shape"], attributes.get("pads", (0,) * 4)
+    strides = attributes.get("strides", (1, 1))
+    steps = zip(sizes, pads[:2], pads[2:], kernel, strides, strict=True)
+    return count, channels, *((size + before + after - width) // step + 1 for size, before, after, width, step in steps)
+
+
+def _space_to_depth(inputs: Sequence[TensorInfo], attributes: Mapping[str, Any]) -> tuple[int, ...]:
+    (count, channels, height, width), side = inputs[0].shape, attributes["blocksize"]
+    return count, channels * side**2, height // side, width // side
 
 
 def _depth_to_space(shape: Sequence[int], side: int) -> tuple[int, ...]:
@@ -191,15 +199,15 @@ def _depth_to_space(shape: Sequence[int], side: int) -> tuple[int, ...]:
 
 _RULES: Mapping[str, Rule] = {
     **dict.fromkeys(
-        ("Cos", "DequantizeLinear", "Gelu", "InstanceNormalization", "LayerNormalization", "LeakyRelu",
-         "MultiHeadAttention", "PRelu",
-         "QuantizeLinear", "QuickGelu", "Relu", "Sin", "Sqrt", "Tanh"), _same_as_input,
+        ("Cos", "DequantizeLinear", "Gelu", "Identity", "InstanceNormalization", "LayerNormalization", "LeakyRelu",
+         "MultiHeadAttention", "PRelu", "QuantizeLinear", "QuickGelu", "Relu", "Sin", "Softmax", "Sqrt", "Tanh"),
+        _same_as_input,
     ),
     **dict.fromkeys(("Add", "Div", "Equal", "Mul", "Sub"), _elementwise),
     **dict.fromkeys(("MatMul", "MatMulIntegerToFloat"), _matmul),
     **dict.fromkeys(("Conv", "QLinearConv"), _conv),
     **dict.fromkeys(("ArgMax", "ReduceMean", "ReduceSum", "ReduceSumSquare"), _reduce),
-    "AveragePool": lambda inputs, attributes: _pool(inputs, attributes["strides"]),
+    **dict.fromkeys(("AveragePool", "MaxPool"), _window),
     "Cast": lambda inputs, attributes: [TensorInfo(inputs[0].shape, ITEMSIZES[attributes["to"]])],
     "Concat": _concat,
     "DepthToSpace": lambda inputs, attributes: _depth_to_space(inputs[0].shape, attributes["blocksize"]),
@@ -213,7 +221,7 @@ _RULES: Mapping[str, Rule] = {
         TensorInfo.of(np.array(inputs[0].shape[attributes.get("start", 0) : attributes.get("end")], np.int64))
     ],
     "Slice": _slice,
-    "SpaceToDepth": lambda inputs, attributes: _pool(inputs, [side := attributes["blocksize"]] * 2, side**2),
+    "SpaceToDepth": _space_to_depth,
     "Split": _split,
     "Tile": lambda inputs, _: tuple(a * times for a, times in zip(inputs[0].shape, _ints(inputs[1]), strict=True)),
     "Transpose": lambda inputs, attributes: tuple(inputs[0].shape[int(axis)] for axis in attributes["perm"]),

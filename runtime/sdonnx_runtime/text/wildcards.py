@@ -8,11 +8,10 @@ from pathlib import Path
 
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.text.templates import (
-    Option,
     Options,
     draw,
     is_template,
-    parse_option,
+    parse_line,
     parse_template,
     wildcard_names,
 )
@@ -73,14 +72,13 @@ class Wildcards:
 
     def _names_in(self, name: str, owner: str) -> list[str]:
         options = self._read(name, owner).options
-        names = (found for each in options for found in (wildcard_names(each.text) if _may_name(each) else ()))
-        return list(dict.fromkeys(names))
+        return list(dict.fromkeys(found for each in options for found in wildcard_names(str(each.source))))
 
     def _read(self, name: str, owner: str) -> Options:
         if name not in self._options:
             path = self._find(name, owner)
             lines = (line.strip() for line in self._text(path).split("\n"))
-            options = tuple(_parse_line(line, path) for line in lines if line and not line.startswith("#"))
+            options = tuple(parse_line(line) for line in lines if line and not line.startswith("#"))
             if not options:
                 raise RequestError(f"the wildcard file {path} has no lines; write one option on each")
             self._options[name] = Options(options=options)
@@ -141,19 +139,8 @@ def draw_texts(
     if syntax == "plain" or not any(map(is_template, texts.values())):
         return {}
     templates, wildcards = {name: parse_template(text) for name, text in texts.items()}, Wildcards(folder)
-    wildcards.check(found for each in templates.values() for found in wildcard_names(each))
+    wildcards.check(found for text in texts.values() for found in wildcard_names(text))
     return {
         seed: {name: draw(each, wildcards, seed=seed, stream=name) for name, each in templates.items()}
         for seed in dict.fromkeys(seeds)
     }
-
-
-def _parse_line(line: str, path: Path) -> Option:
-    try:
-        return parse_option(parse_template(line))
-    except RequestError as error:
-        raise RequestError(f"the wildcard file {path}: {error}") from None
-
-
-def _may_name(option: Option) -> bool:
-    return len(option.text) != 1 or not isinstance(option.text[0], str)

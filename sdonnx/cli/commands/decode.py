@@ -1,6 +1,7 @@
 """``sdonnx decode``."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +10,8 @@ from sdonnx_models import DEFAULT
 from sdonnx_runtime.outputs.latents_file import load_latents
 
 import sdonnx
-from sdonnx.cli.console import print_note
-from sdonnx.cli.options import Device, Memory, Threads, Vae
+from sdonnx.cli.console import print_report, print_safety, result_json
+from sdonnx.cli.options import Device, Memory, Provenance, SafetyMode, Threads, Vae
 from sdonnx.cli.parsing import check_outputs, output_paths
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ def decode(
         Path | None,
         typer.Option("--output", "-o", metavar="OUT.png", help="Output file. Default: sdonnx-SEED.png."),
     ] = None,
+    provenance: Provenance = True,
+    safety: SafetyMode = "off",
     device: Device = "auto",
     threads: Threads = None,
     memory: Memory = "auto",
@@ -47,20 +50,23 @@ def decode(
     overwrite = output is not None
     check_outputs(paths, inputs=[latents], overwrite=overwrite)
     package = DEFAULT if model is None else model
-    with sdonnx.load(package, vae=vae, device=device, threads=threads, memory=memory) as pipe:
+    with sdonnx.load(package, vae=vae, device=device, threads=threads, memory=memory, safety=safety) as pipe:
+        print_safety(pipe)
         if pipe.package.name != name and model is None:
             raise sdonnx.RequestError(f"the latents were made by the model '{name}'; give its package with -m")
         if pipe.package.name != name:
             logger.warning("the latents were made by '%s', but are decoded by '%s'", name, pipe.package.name)
-        images, separate_vae = pipe.decode(sampled, tiling=request.tiling), pipe.package.vae
+        checked, separate_vae = pipe.decode_and_check(sampled, tiling=request.tiling), pipe.package.vae
     result = sdonnx.Result(
-        images=images,
+        images=checked.images,
+        safety=checked.safety,
         seeds=request.seeds,
-        latents=sampled,
+        latents=checked.latents,
         request=request,
         model=name,
         timings=sdonnx.Timings(),
         vae=None if separate_vae is None else separate_vae.name,
     )
-    for index, path in enumerate(paths):
-        print_note(str(sdonnx.save_png(result, index, path, overwrite=overwrite)))
+    save = partial(sdonnx.save_png, overwrite=overwrite, provenance=provenance)
+    saved = [None if index in result.refused else save(result, index, path) for index, path in enumerate(paths)]
+    print_report(result_json(result, saved, None), as_json=False)

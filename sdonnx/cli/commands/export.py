@@ -65,7 +65,9 @@ def export(
     ] = None,
     unet: Annotated[
         str | None,
-        typer.Option(metavar="SRC", help="Take the U-Net from here: like SRC, or a U-Net-only file. SRC is optional."),
+        typer.Option(
+            metavar="SRC", help="Take the U-Net from here: like SRC, or a U-Net-only file. Then SRC may be left out."
+        ),
     ] = None,
     base: Annotated[
         str | None,
@@ -82,6 +84,10 @@ def export(
         list[str] | None,
         typer.Option(metavar="FILE[:SCALE]", help="Fuse these LoRAs into the weights. Repeatable."),
     ] = None,
+    safety_checker: Annotated[
+        bool,
+        typer.Option("--safety-checker", help="Also export SRC's own safety checker (1.2 GB in fp32), for --safety."),
+    ] = False,
     revision: Annotated[
         str | None, typer.Option(metavar="R", help="Branch, tag or commit of a Hub id. Default: main.")
     ] = None,
@@ -113,6 +119,7 @@ def export(
             calibration=calibration,
             defaults={} if recipe is None else recipe.defaults,
             loras=[parse_lora(each) for each in lora or []],
+            safety_checker=safety_checker,
             force=force,
             report=lambda what, done: bar.update(task, description=what, completed=done),
         )

@@ -10,6 +10,7 @@ from sdonnx_models import bundled, recipes
 from sdonnx_runtime.denoising.control import describe_control
 from sdonnx_runtime.packages.families import PackageKind
 from sdonnx_runtime.packages.upscaler_config import UpscalerConfig
+from sdonnx_runtime.safety.checkers import find_checker
 
 import sdonnx
 from sdonnx.benchmark.cpu import cpu_name, instruction_set
@@ -26,6 +27,7 @@ def info(
     manifest = opened.manifest
     if as_json:
         context = {"path": str(opened.root), "inferred": opened.is_optimum, "instruction_set": instruction_set()}
+        context |= {"safety": _safety(opened)}
         print_json({**context, **asdict(manifest)})
         return
     table = _grid()
@@ -41,6 +43,7 @@ def info(
         table.add_row("defaults", defaults_text(manifest.defaults))
         prediction = manifest.scheduler.get("prediction_type", "epsilon")
         table.add_row("scheduler", f"{manifest.scheduler.get('_class_name')}, {prediction} prediction")
+        table.add_row("--safety", _safety(opened))
     latents = manifest.latents
     if opened.kind.has_latents:
         table.add_row("latents", f"{latents.channels} channels, {latents.downscale}x downscale")
@@ -57,6 +60,16 @@ def _grid() -> Table:
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")
     return table
+
+
+def _safety(package: sdonnx.Package) -> str | None:
+    """Say which safety checker ``--safety`` uses, or how to get one; None for a package that generates no images."""
+    if package.kind is not PackageKind.MODEL:
+        return None
+    try:
+        return find_checker(package).name
+    except sdonnx.RequestError as error:
+        return str(error)
 
 
 def _usage(package: sdonnx.Package) -> tuple[str, str]:

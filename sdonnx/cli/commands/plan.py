@@ -10,7 +10,7 @@ from sdonnx_runtime.packages.families import PackageKind
 import sdonnx
 from sdonnx.benchmark.worker import macs_per_second
 from sdonnx.cli.console import out, print_json, strategy_text
-from sdonnx.cli.options import Memory, Threads, Vae, parse_request, request_option
+from sdonnx.cli.options import Memory, SafetyMode, Threads, Vae, parse_request, request_option
 from sdonnx.loading import find_model
 
 _UPSCALED = {"width": 512, "height": 512}
@@ -24,6 +24,7 @@ def plan(
     guidance: Annotated[float | None, request_option("guidance_scale")] = None,
     cache_interval: Annotated[int | None, request_option("cache_interval")] = None,
     vae: Vae = None,
+    safety: SafetyMode = "off",
     threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
@@ -34,14 +35,14 @@ def plan(
     opened = sdonnx.Package.open(find_model(package))
     options = {"size": size, "guidance": guidance, "cache_interval": cache_interval}
     if opened.kind is PackageKind.UPSCALER:
-        if any(each is not None for each in (guidance, cache_interval, vae)):
+        if any(each is not None for each in (guidance, cache_interval, vae)) or safety != "off":
             raise sdonnx.RequestError(f"{opened.root} is an upscaler; of the request's options it has --size alone")
         sides = {**_UPSCALED, **parse_request({"size": size})}
         width, height, component = sides["width"], sides["height"], "upscaler"
         with sdonnx.Upscaler(opened, memory=memory, device="cpu", threads=threads) as upscaler:
             memory_plan = upscaler.plan((width, height), always=True)
     else:
-        with sdonnx.load(opened.root, vae=vae, memory=memory, device="cpu", threads=threads) as pipe:
+        with sdonnx.load(opened.root, vae=vae, memory=memory, device="cpu", threads=threads, safety=safety) as pipe:
             resolved = pipe.resolve("", **parse_request(options))
             memory_plan, component = pipe.plan(resolved, always=True), "unet"
             width, height = resolved.request.width, resolved.request.height

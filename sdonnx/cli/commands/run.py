@@ -11,12 +11,14 @@ from sdonnx_runtime.request import FIELDS, IMAGE_TO_IMAGE, SPEED
 
 import sdonnx
 from sdonnx.cli.batch import generate_batch, read_batch
-from sdonnx.cli.console import print_note, print_report, result_json
+from sdonnx.cli.console import print_note, print_report, print_safety, result_json
 from sdonnx.cli.generate import OutputPaths, generate
 from sdonnx.cli.options import (
     SERVERS,
     Device,
     Memory,
+    Provenance,
+    SafetyMode,
     Threads,
     Vae,
     add_request_options,
@@ -148,6 +150,8 @@ def run(
         Path | None,
         typer.Option(metavar="FILE.npz", help="Also save the final latents, for [b]sdonnx decode[/b]."),
     ] = None,
+    provenance: Provenance = True,
+    safety: SafetyMode = "off",
     device: Device = "auto",
     threads: Threads = None,
     memory: Memory = "auto",
@@ -181,9 +185,17 @@ def run(
         raise sdonnx.RequestError("give either a PROMPT or a --batch-file")
     if preview_vae is not None and preview is None:
         raise sdonnx.RequestError("--preview-vae requires --preview")
+    if preview is not None and safety in ("blur", "refuse"):
+        raise sdonnx.RequestError(f"--safety {safety} hides previews, which nobody has checked; leave out --preview")
     inputs = (*(path for _, path, _ in controls), *(each for each in options.values() if isinstance(each, Path)))
     outputs = OutputPaths(
-        images=output, grid=grid, preview=preview, latents=save_latents, upscale=enlarge, inputs=inputs
+        images=output,
+        grid=grid,
+        preview=preview,
+        latents=save_latents,
+        upscale=enlarge,
+        provenance=provenance,
+        inputs=inputs,
     )
     fields = {**values, "prompt": decode_argument(prompt or "")}
     if server is not None:
@@ -207,8 +219,10 @@ def run(
         wildcard_folder=wildcards,
         styles=styles,
         controls=[package for package, _, _ in controls],
+        safety=safety,
         upscaler=None if upscaler is None else find_model(upscaler),
     ) as pipe:
+        print_safety(pipe)
         if pipe.upscaler is not None:
             fields["hires_upscaler"] = values["hires_upscaler"] = pipe.upscaler.name
         pipe.set_loras([parse_lora(each) for each in lora or []], ignore_unmatched=lora_ignore_unmatched)

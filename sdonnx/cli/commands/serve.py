@@ -10,7 +10,7 @@ from sdonnx_runtime.libraries import required
 
 import sdonnx
 from sdonnx.cli.console import print_note
-from sdonnx.cli.options import Device, Memory, Threads
+from sdonnx.cli.options import Device, Memory, Provenance, SafetyMode, Threads
 from sdonnx.cli.signals import SIGNALS
 from sdonnx.loading import find_model
 
@@ -75,6 +75,8 @@ def serve(
         bool, typer.Option("--as-asked", help="Take clients' steps and guidance also where a model is distilled.")
     ] = False,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Print prompts in the log.")] = False,
+    safety: SafetyMode = "off",
+    provenance: Provenance = True,
     device: Device = "auto",
     threads: Threads = None,
     memory: Memory = "auto",
@@ -115,6 +117,8 @@ def serve(
         max_pixels=max_side * max_side,
         as_asked=as_asked,
         log_prompts=log_prompts,
+        safety=safety,
+        provenance=provenance,
     )
     logging.getLogger("sdonnx.server").setLevel(logging.INFO)
 

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any, cast
 
 from PIL import Image
-from sdonnx_runtime.images.preprocess import to_rgb
+from sdonnx_runtime.outputs.provenance import read_xmp
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -25,7 +25,7 @@ from sdonnx.server.jobs import State
 from sdonnx.server.library import Library
 from sdonnx.server.requests import wait_for
 from sdonnx.server.settings import Settings
-from sdonnx.server.upscaling import FILTERS, Upscaling
+from sdonnx.server.upscaling import FILTERS, Upscaling, given_image
 
 _MAX_TEXT = 100_000
 """Characters of an image's text that are parsed."""
@@ -80,13 +80,10 @@ async def _upscale(request: Request, form: Extras, encoded: Sequence[Any]) -> li
     await wait_for(request, job)
     if job.error is not None:
         raise job.error
+    if job.state is State.CANCELLED and context.queue.is_closing:
+        raise ShuttingDown("the server is shutting down; try again later")
     if job.state is State.CANCELLED:
-        closing = context.queue.is_closing
-        raise (
-            ShuttingDown("the server is shutting down; try again later")
-            if closing
-            else sdonnx.RequestError("the upscaling was interrupted; send the request again")
-        )
+        raise sdonnx.RequestError("the upscaling was interrupted; send the request again")
     return await asyncio.to_thread(lambda: [_to_base64(context.store.read(name)) for name in job.files])
 
 
@@ -121,32 +118,28 @@ def _find_upscaler(name: str, library: Library) -> str | None:
 
 
 def _with_images(upscaling: Upscaling, encoded: Sequence[Any], settings: Settings) -> Upscaling:
-    images, texts, pixels = list[Image.Image](), list[str | None](), 0
+    images, pixels = list[Image.Image](), 0
     for each in encoded:
-        image, text = _decode(each, settings.max_pixels)
-        images.append(image)
-        texts.append(text)
-        pixels += image.width * image.height
+        images.append(_decode(each, settings.max_pixels))
+        pixels += images[-1].width * images[-1].height
         if pixels > settings.max_queued_pixels:
             raise TooLarge(f"the images have more than {settings.max_queued_pixels} pixels together; send fewer")
-    return replace(upscaling, images=tuple(images), infotexts=tuple(texts))
+    return replace(upscaling, images=tuple(images))
 
 
 def _resize(upscaling: Upscaling | None, encoded: Any, max_pixels: int) -> str:
     """Upscale an image without a package."""
-    image, text = _decode(encoded, max_pixels)
+    image = upscaled = _decode(encoded, max_pixels)
     if upscaling is not None:
         upscaling.check(image, max_pixels)
-        image = upscaling.run(image)
-    return _to_base64(encode_image(image, "png", infotext=text))
+        upscaled = upscaling.run(image)
+    return _to_base64(encode_image(upscaled, "png", infotext=image.info.get("parameters"), xmp=read_xmp(image)))
 
 
-def _decode(encoded: Any, max_pixels: int) -> tuple[Image.Image, str | None]:
-    """Decode an image to RGB or RGBA, and read its infotext."""
+def _decode(encoded: Any, max_pixels: int) -> Image.Image:
     if not isinstance(encoded, str):
         raise Unprocessable("an image is not a text; give it in base64")
-    image = decode_image(encoded, "image", max_pixels=max_pixels)
-    return image if image.mode in ("RGB", "RGBA") else to_rgb(image), read_infotext(image)
+    return given_image(decode_image(encoded, "image", max_pixels=max_pixels))
 
 
 def _to_base64(png: bytes) -> str:

@@ -4,12 +4,13 @@ import asyncio
 import base64
 import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from sdonnx_runtime.images.grid import make_grid
 from sdonnx_runtime.images.preprocess import open_image
 from sdonnx_runtime.outputs.metadata import A1111_SCHEDULES, infotext
+from sdonnx_runtime.outputs.provenance import read_xmp
 from sdonnx_runtime.request import CompleteRequest
 from sdonnx_runtime.sampling.registry import A1111_NAMES
 from starlette.requests import Request
@@ -80,17 +81,18 @@ async def _submit(queue: JobQueue, generation: Generation, job_id: str | None) -
 def _reply(queue: JobQueue, prepared: Prepared, form: Generate, job: GenerationJob) -> dict[str, Any]:
     """The images, none of a job that was interrupted; the fields of the request; and what was generated."""
     result, file_format = job.result, FORMATS[prepared.options.samples_format]
-    texts = [] if result is None else [infotext(result, index) for index in range(job.request.num_images)]
+    texts = [] if result is None else [infotext(result, index) for index in job.kept]
     files = [queue.store.read(name) for name in job.files]
     images = [convert_png(png, file_format) for png in files]
     info = _info(prepared, form, job, texts)
     if form.save_images and prepared.options.return_grid and len(files) > 1:
         try:
-            grid = make_grid([open_image(png) for png in files], max_pixels=queue.library.settings.max_pixels)
+            opened = [open_image(png) for png in files]
+            grid = make_grid(opened, max_pixels=queue.library.settings.max_pixels)
         except sdonnx.RequestError as error:
             info["comments"] = "\n".join([*filter(None, [info["comments"]]), str(error)])
         else:
-            images.insert(0, encode_image(grid, file_format, infotext=texts[0]))
+            images.insert(0, encode_image(grid, file_format, infotext=texts[0], xmp=read_xmp(opened[0])))
             info |= {"infotexts": [texts[0], *texts], "index_of_first_image": 1}
     encoded = [base64.b64encode(each).decode() for each in images if form.send_images]
     return {"images": encoded, "parameters": form.values, "info": json.dumps(info)}
@@ -99,16 +101,20 @@ def _reply(queue: JobQueue, prepared: Prepared, form: Generate, job: GenerationJ
 def _info(prepared: Prepared, form: Generate, job: GenerationJob, texts: list[str]) -> dict[str, Any]:
     """What was generated, with AUTOMATIC1111's names."""
     request, package = job.request, prepared.package
-    count, seeds = request.num_images, list(request.seeds)
+    kept = job.kept
+    count, seeds = len(kept), [request.seeds[index] for index in kept]
     variation, strength = (-1, 0.0) if request.variation is None else request.variation
-    subseeds = [-1] * count if request.variation is None else [variation + index for index in range(count)]
+    subseeds = [-1] * count if request.variation is None else [variation + index for index in kept]
     share = request.strength if request.hires_scale is None else request.hires_strength
-    prompts, negatives = zip(*((each.prompt, each.negative_prompt) for each in request.prompts), strict=True)
+    drawn = [request.prompts[index] for index in kept]
+    prompts, negatives = [each.prompt for each in drawn], [each.negative_prompt for each in drawn]
+    safety = () if job.result is None else job.result.safety
     comments = [*prepared.comments, *(["interrupted"] if job.state is State.CANCELLED else [])]
+    comments += [f"image {index} {each}" for index, each in enumerate(safety, 1) if each.flagged]
     return {
-        "prompt": prompts[0],
+        "prompt": request.prompts[0].prompt,
         "all_prompts": prompts,
-        "negative_prompt": negatives[0],
+        "negative_prompt": request.prompts[0].negative_prompt,
         "all_negative_prompts": negatives,
         "seed": request.seed,
         "all_seeds": seeds,
@@ -136,6 +142,7 @@ def _info(prepared: Prepared, form: Generate, job: GenerationJob, texts: list[st
         "is_using_inpainting_conditioning": package.package.manifest.conditions.concat == "inpainting",
         "version": "sdonnx",
         "comments": "\n".join(comments),
+        **({"safety": [asdict(each) for each in safety]} if safety else {}),
     }
 
 

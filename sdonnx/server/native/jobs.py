@@ -17,12 +17,11 @@ from sdonnx.server.context import Context, context_of
 from sdonnx.server.errors import NotFound
 from sdonnx.server.generation import GenerationJob
 from sdonnx.server.images import decode_image
-from sdonnx.server.infotext import read_infotext
 from sdonnx.server.jobs import Event, Job
 from sdonnx.server.native.bodies import read_object, take
 from sdonnx.server.native.generations import KEYS, parse_generation
 from sdonnx.server.requests import EVENT_HEADERS
-from sdonnx.server.upscaling import Upscaling
+from sdonnx.server.upscaling import Upscaling, given_image
 
 KEEP_ALIVE = 15.0
 """Seconds between comments in a quiet stream of events, for proxies that close idle connections."""
@@ -64,7 +63,7 @@ def _parse_upscaling(data: Mapping[str, Any], context: Context) -> Upscaling:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise sdonnx.RequestError(f"scale is {scale!r:.100}; give a number")
     image = decode_image(take(data, "image", str, ""), "image", max_pixels=context.settings.max_pixels)
-    return Upscaling(images=(image,), infotexts=(read_infotext(image),), upscaler=served.name, scale=scale)
+    return Upscaling(images=(given_image(image),), upscaler=served.name, scale=scale)
 
 
 async def list_jobs(request: Request) -> Response:
@@ -169,8 +168,9 @@ def job_json(job: Job, context: Context) -> dict[str, Any]:
     ``eta`` (seconds or null), ``seconds_per_step``, ``image`` (from 0), ``num_images``, ``step`` (done ones),
     ``num_steps``, ``loading`` (the component that is being loaded, or null), ``decoding``, ``preview`` (a URL or null),
     ``images`` (as `image_links`), ``seeds``, ``prompts`` (``[{"prompt", "negative_prompt"}…]``, of each image, as they
-    are drawn), ``error`` (text or null), ``kind`` (generation or upscaling), ``request`` (every field of `Request` but
-    its images, with every choice made; of an upscaling its ``width`` and ``height``).
+    are drawn), ``safety`` (of each image that is made, also of refused ones: ``checker``, ``score``, ``flagged``,
+    ``mode``; empty where safety is off), ``error`` (text or null), ``kind`` (generation or upscaling), ``request``
+    (every field of `Request` but its images, with every choice made; of an upscaling its ``width`` and ``height``).
     """
     waiting = context.queue.waiting
     return {
@@ -195,9 +195,14 @@ def job_json(job: Job, context: Context) -> dict[str, Any]:
         "images": image_links(job.files),
         "seeds": job.request.seeds if isinstance(job, GenerationJob) else [],
         "prompts": [asdict(each) for each in job.request.prompts] if isinstance(job, GenerationJob) else [],
+        "safety": [asdict(each) for each in _safety(job)],
         "error": None if job.error is None else str(job.error),
         "request": _request_json(job),
     }
+
+
+def _safety(job: Job) -> Sequence[sdonnx.Safety]:
+    return job.result.safety if isinstance(job, GenerationJob) and job.result is not None else ()
 
 
 def _request_json(job: Job) -> dict[str, Any]:

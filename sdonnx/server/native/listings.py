@@ -127,7 +127,7 @@ def _describe_model(model: ServedPackage, library: Library) -> dict[str, Any]:
             "enlarge": defaults.enlarge,
         },
         "fast": dict(model.fast),
-        "preview": manifest.latents.preview is not None,
+        "preview": manifest.latents.preview is not None and library.settings.safety in ("off", "mark"),
         "multiple": manifest.latents.downscale,
         "tasks": _tasks(manifest),
         "requires": required,

@@ -82,6 +82,7 @@ _CODES: dict[type[Exception], str] = {
     QueueFull: "rate_limit_exceeded",
     ShuttingDown: "shutting_down",
     TooLarge: "request_too_large",
+    sdonnx.SafetyError: "content_policy_violation",
     sdonnx.RequestError: "invalid_value",
 }
 """By type, subclasses first."""

@@ -51,6 +51,7 @@ PARAMETERS: Mapping[str, Parameter] = {
     "response_format": Parameter(kind=str, choices=("b64_json", "url")),
     "output_format": Parameter(kind=str, default="png", choices=tuple(FORMATS)),
     "output_compression": Parameter(kind=int, default=100, limits=(0, 100)),
+    "moderation": Parameter(kind=str, default="auto", choices=("auto", "low")),
     "stream": Parameter(kind=bool, default=False),
     "partial_images": Parameter(kind=int, default=0, limits=(0, 3)),
     "seed": _of("seed"),
@@ -60,7 +61,7 @@ PARAMETERS: Mapping[str, Parameter] = {
     "sampler": _of("sampler"),
     "strength": _of("strength"),
 }
-"""What is read; the last six are not OpenAI's."""
+"""What is read; the last six are not OpenAI's. ``moderation`` has no effect: the server's --safety decides."""
 
 _NAMES = {each.field: name for name, each in PARAMETERS.items()} | {"width": "size", "height": "size"}
 """The parameters by the fields of `Request` that they set."""

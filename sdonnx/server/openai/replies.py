@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import re
+from dataclasses import asdict
 from typing import Any
 
 from starlette.requests import Request
@@ -50,6 +51,10 @@ def images_reply(request: Request, job: GenerationJob, parameters: ImageParamete
         data = [{"url": _url(request, name, parameters)} for name in job.files]
     else:
         data = [{"b64_json": to_base64(read_file(context, name, parameters))} for name in job.files]
+    if job.request.drawn:  # the prompt has choices
+        for image, index in zip(data, job.kept, strict=True):
+            image["revised_prompt"] = job.request.drawn[index].prompt
+    data = [{**image, **described} for image, described in zip(data, describe_safety(job), strict=True)]
     return {"created": int(job.ended or job.created), "data": data, **describe(job, parameters)}
 
 
@@ -61,6 +66,14 @@ def describe(job: GenerationJob, parameters: ImageParameters) -> dict[str, Any]:
         "quality": _PLAIN.get(parameters.quality, parameters.quality),
         "size": f"{job.request.width}x{job.request.height}",
     }
+
+
+def describe_safety(job: GenerationJob) -> list[dict[str, Any]]:
+    """What replies and events say of each image: ``safety``, where it is on."""
+    result = job.result
+    if result is None or not result.safety:
+        return [{} for _ in job.files]
+    return [{"safety": asdict(each)} for each in result.safety if not each.is_refused]
 
 
 def read_file(context: Context, name: str, parameters: ImageParameters) -> bytes:

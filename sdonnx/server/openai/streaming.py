@@ -16,7 +16,7 @@ from sdonnx.server.images import convert_png
 from sdonnx.server.jobs import Preview
 from sdonnx.server.openai.errors import error_object
 from sdonnx.server.openai.fields import ImageParameters
-from sdonnx.server.openai.replies import check_done, describe, read_file, to_base64
+from sdonnx.server.openai.replies import check_done, describe, describe_safety, read_file, to_base64
 from sdonnx.server.requests import EVENT_HEADERS
 
 _USAGE = {
@@ -58,9 +58,9 @@ class ImageStream(StreamingResponse):
                 partials += 1
         try:
             check_done(self._context, self._job)
-            for name in self._job.files:
+            for name, safety in zip(self._job.files, describe_safety(self._job), strict=True):
                 data = await asyncio.to_thread(read_file, self._context, name, self._parameters)
-                yield self._image("completed", data, usage=_USAGE)
+                yield self._image("completed", data, usage=_USAGE, **safety)
         except sdonnx.SdonnxError as error:
             yield _server_sent("error", error_object(error))
         yield "data: [DONE]\n\n"

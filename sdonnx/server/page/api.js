@@ -4,12 +4,14 @@
 /**
  * @typedef {Record<string, unknown>} Fields of a generation request, as a job takes them
  * @typedef {{name: string, url: string}} ImageLink
+ * @typedef {{checker: string, score: number, flagged: boolean, mode: "mark" | "blur" | "refuse"}} Safety
  * @typedef {{name: string, url: string, job: string, index: number, created: string, prompt?: string | null}} StoredImage
  * @typedef {{
  *   id: string, state: "queued" | "running" | "done" | "failed" | "cancelled", model: string, kind: "generation" | "upscaling",
  *   position: number | null, progress: number, eta: number | null, seconds_per_step: number | null,
  *   image: number, num_images: number, step: number, num_steps: number, loading: string | null, decoding: boolean,
- *   preview: string | null, images: ImageLink[], seeds: (number | string)[], error: string | null, request: Fields,
+ *   preview: string | null, images: ImageLink[], seeds: (number | string)[], safety: Safety[],
+ *   error: string | null, request: Fields,
  * }} Job
  * @typedef {{
  *   name: string, title: string, family: string, default: boolean, preview: boolean, multiple: number,

@@ -172,6 +172,7 @@ function place(job, images) {
     unseen.delete(image.name)
     places[images.length - 1 - index]?.replaceWith(tile(image))
   })
+  for (const refused of placesFor(job)) refused.remove()
 }
 
 /**

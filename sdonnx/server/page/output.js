@@ -10,7 +10,7 @@ import { duration, planAgain } from "./plan.js"
 import { keep, recall, recallInputs } from "./store.js"
 import { view } from "./viewer.js"
 
-/** @import {ImageLink, Job} from "./api.js" */
+/** @import {ImageLink, Job, Safety} from "./api.js" */
 
 const TITLE = document.title
 
@@ -98,7 +98,7 @@ const LOADED = { vae_decoder: "Decoding", "upscaler/upscaler": "Upscaling" }
 
 /** @param {string} component */
 function loading(component) {
-  return `Loading ${component.replace("upscaler/", "").replaceAll("_", " ").replace("unet", "U-Net").replace("vae", "VAE")}`
+  return `Loading ${component.replace(/^(upscaler|safety)\//, "").replaceAll("_", " ").replace("unet", "U-Net").replace("vae", "VAE")}`
 }
 
 /**
@@ -176,11 +176,11 @@ function end(text, error = "") {
 
 /**
  * Show the images of a job that is done.
- * @param {{id: string, images: ImageLink[], seeds?: (number | string)[]}} job
+ * @param {{id: string, images: ImageLink[], seeds?: (number | string)[], safety?: Safety[]}} job
  */
-async function showImages({ id, images, seeds = [] }) {
+async function showImages({ id, images, seeds = [], safety = [] }) {
   const seed = seeds.length > 0 ? [`seed ${seeds[0]}`] : []
-  settle(["Done", ...(images.length > 1 ? ["choose an image to use it"] : seed)].join(" · "))
+  settle(["Done", ...flagged(safety), ...(images.length > 1 ? ["choose an image to use it"] : seed)].join(" · "))
   progress.value = 1
   if (document.hidden) document.title = `Done · ${TITLE}`
   if (seeds.length > 0) keep("lastSeed", seeds[0])
@@ -194,6 +194,18 @@ async function showImages({ id, images, seeds = [] }) {
   arrange()
   enableActions(images.length === 1 ? images[0] : undefined)
   await offerComparison(id)
+}
+
+/**
+ * What the safety checker did, in a few words; none where it flagged nothing.
+ * @param {Safety[]} safety
+ */
+function flagged(safety) {
+  const count = safety.filter((each) => each.flagged).length
+  const [first] = safety
+  if (count === 0 || !first) return []
+  const done = { mark: "marked", blur: "blurred", refuse: "refused" }[first.mode]
+  return [`${count} of ${safety.length} ${done} as not safe for work`]
 }
 
 /**

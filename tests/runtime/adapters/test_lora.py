@@ -19,6 +19,7 @@ from support import families
 from support import lora as lora_fixture
 from support.cli import run_cli
 from support.reference import PROMPT, SEED, SIZE, psnr, reference
+from support.tiling import circular
 
 import sdonnx
 
@@ -82,6 +83,15 @@ def test_images_equal_those_of_diffusers(family, tmp_path, name, kind):
     file = lora_fixture.save(FILES[kind](pipe), tmp_path / "a.safetensors")
     scale = 1.0 if kind == "dora" else 0.7  # peft's norms go with its scale, ours with the whole
     assert_equal(ours(package, [(file, scale)]), fused(pipe, [(file, scale)]), ours(package))
+
+
+def test_an_image_that_tiles_equals_that_of_diffusers(family, tmp_path):
+    pipe, package = family("sd1")
+    file = lora_fixture.save(lora_fixture.kohya(pipe, kernels=True), tmp_path / "a.safetensors")
+    with circular(pipe.unet, pipe.vae, axes="xy"):
+        wanted = fused(pipe, [(file, 0.7)])
+    assert_equal(ours(package, [(file, 0.7)], tiling="xy"), wanted, ours(package, tiling="xy"))
+    assert psnr(ours(package, [(file, 0.7)]).images[0], wanted[1]) < 35
 
 
 @pytest.mark.parametrize("kind", ["kohya", "kohya with kernels", "original names", "peft", "dora"])

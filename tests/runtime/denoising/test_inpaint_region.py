@@ -150,6 +150,7 @@ def test_the_size_is_the_models_own_where_none_is_asked_for(pair):
         ({"mask_image": None}, "padding_mask_crop requires mask_image"),
         ({"mask_image": None, "image": None}, "padding_mask_crop requires image"),
         ({"paste": False}, "padding_mask_crop requires paste; leave it on"),
+        ({"tiling": "x"}, "padding_mask_crop does not support tiling, since a crop does not tile; leave one out"),
     ],
 )
 def test_a_region_that_can_not_be_served(pair, fields, message):

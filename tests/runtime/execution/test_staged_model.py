@@ -149,16 +149,16 @@ def test_merging_a_lora_takes_the_planned_memory(precision, layer, made, tmp_pat
     assert 0.9 * needed < max(traced) < 1.1 * needed
 
 
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(("adapted", "tiling"), [(False, None), (True, None), (True, "xy")])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_split_convolutions_give_the_same(precision, adapted, made, tmp_path, monkeypatch):
+def test_split_convolutions_give_the_same(precision, adapted, tiling, made, tmp_path, monkeypatch):
     loading = {"loras": [lora(sd1(), tmp_path)]} if adapted else {}
     package = made("sd1", precision)
-    expected = sdonnx.load(package, **loading).generate("a cat", **ASKED)
+    expected = sdonnx.load(package, **loading).generate("a cat", tiling=tiling, **ASKED)
     monkeypatch.setattr(split_convs, "LIMIT", 80_000)
     weights = {name for stage in read_stages(package / "unet" / "model.onnx").stages for name in stage.weights}
     assert "mid_block.resnets.0.conv1.weight_32" in weights
-    found = sdonnx.load(package, memory="min", **loading).generate("a cat", **ASKED)
+    found = sdonnx.load(package, memory="min", **loading).generate("a cat", tiling=tiling, **ASKED)
     np.testing.assert_array_equal(found.latents, expected.latents)
 
 

@@ -96,7 +96,7 @@ def test_the_saved_image_has_the_runs_own_text_alone(package, tmp_path, suffix, 
     assert result.images[0].info == {}
     sdonnx.save_png(result, 0, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as saved:
-        assert {*saved.info} == {"parameters", "sdonnx"}
+        assert {*saved.info} == {"parameters", "sdonnx", "XML:com.adobe.xmp", "xmp"}
         assert len(saved.getexif()) == 0
     assert b"secret" not in (tmp_path / "a.png").read_bytes()
     outside = np.asarray(mask) == 0

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sdonnx_runtime.text.prompt_schedule import schedule_prompts
-from sdonnx_runtime.text.templates import Options, draw, is_template, parse_option, parse_template
+from sdonnx_runtime.text.templates import Options, draw, is_template, parse_line, parse_template
 
 import sdonnx
 
@@ -16,7 +16,7 @@ class Files:
 
     def options(self, name):
         lines = LINES.get(name, [name])
-        return Options(options=tuple(parse_option(parse_template(line)) for line in lines))
+        return Options(options=tuple(map(parse_line, lines)))
 
 
 def drawn(text, seed=0, stream="prompt"):

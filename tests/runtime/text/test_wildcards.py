@@ -59,7 +59,7 @@ def test_lines_of_files(folder):
         ("__empty__", "has no lines"),
         ("__latin__", "latin.txt is not UTF-8"),
         ("__zero__", "weights of 0"),
-        ("__wrong__", "wrong.txt: .*lower number first"),
+        ("__wrong__", "lower number first"),
         ("__0__", "over (100000 characters|10000 choices)"),
         ("__../secret__", "no path in the folder"),
         ("__deep/../../secret__", "no path in the folder"),

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import yaml
 from sdonnx_export.checkpoint_model import Weight
-from sdonnx_export.checkpoints.companions import ALONE, complete
+from sdonnx_export.checkpoints.companions import ALONE, Companions, complete
 from sdonnx_export.checkpoints.ldm.checkpoint import split_checkpoint
 from sdonnx_export.checkpoints.ldm.file_settings import SingleFile, read_original_config
 from sdonnx_export.checkpoints.open import open_checkpoint
+from sdonnx_export.checkpoints.text_encoders import text_encoders_of_file
 from sdonnx_export.models.components import COMPONENTS, components_in
 
 from support import families, ldm
@@ -73,6 +74,8 @@ def _use(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     weights = {name: Weight(shape=shape, dtype="F32", read=zero) for name, shape in shapes.items()}
     file = SingleFile(path=path, weights=weights, original=read_original_config(path))
     checkpoint = complete(split_checkpoint(file), ALONE, path.name)
+    given = Companions(text_encoders=text_encoders_of_file(path.name, weights))
+    complete(split_checkpoint(file, given), given, path.name)
     for name, spec in components_in(checkpoint).items():
         COMPONENTS[name].module(checkpoint.parts[spec.part].config)
 

@@ -78,9 +78,9 @@ def find_tokenizer(path: Path, encoder: Mapping[str, Any]) -> Path | str:
     """Return the directory of a tokenizer next to the checkpoint; else the pad token of CLIP's own."""
     if all((path.parent / name).is_file() for name in ("vocab.json", "merges.txt")):
         return path.parent
-    vocab_size = encoder["vocab_size"]
+    vocab_size = encoder.get("vocab_size", 49408)
     if vocab_size == 49408:
-        return "!" if encoder["hidden_act"] == "gelu" else "<|endoftext|>"
+        return "!" if encoder.get("hidden_act") == "gelu" else "<|endoftext|>"
     raise ExportError(
         f"{path} has a vocabulary of {vocab_size} tokens, CLIP's has 49408; add its vocab.json and merges.txt"
     )

@@ -10,7 +10,7 @@ General layout:
 
     load                          opens a package, by directory, bundled name or Hub id
     Package, Pipeline             what it opens, and what generates
-    Request, Control, Lora, FAST  what to generate
+    Request, Control, IPAdapter, Lora, FAST  what to generate
     Stream, Progress              one generation, step by step
     Result, Timings, save_png     its images
     make_grid                     all of them in one

@@ -9,7 +9,7 @@ from sdonnx_runtime.outputs.metadata import save_png
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.pipeline import Pipeline
 from sdonnx_runtime.progress import Progress
-from sdonnx_runtime.request import FAST, Control, Request
+from sdonnx_runtime.request import FAST, Control, IPAdapter, Request
 from sdonnx_runtime.result import Result, Safety
 from sdonnx_runtime.stream import Stream
 from sdonnx_runtime.upscaler import Upscaler
@@ -22,6 +22,7 @@ __all__ = [
     "Control",
     "DeviceError",
     "ExportError",
+    "IPAdapter",
     "Lora",
     "Package",
     "PackageError",

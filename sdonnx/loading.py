@@ -30,6 +30,7 @@ def load(
     styles: str | Path | None = None,
     embeddings: Sequence[Path | str | tuple[Path | str, str | None]] = (),
     controls: Sequence[str | Path] = (),
+    ip_adapters: Sequence[str | Path] = (),
     upscaler: str | Path | None = None,
     safety: str = "off",
 ) -> Pipeline:
@@ -51,6 +52,7 @@ def load(
         embeddings: textual inversion files, each with a trigger word unless the file names one; see
             `Pipeline.set_embeddings`.
         controls: ControlNet and T2I-Adapter packages; a request has a `Control` for each.
+        ip_adapters: IP-Adapter packages; a request has an `IPAdapter` for each.
         upscaler: an upscaler package, which enlarges images between the passes of hires fix.
         safety: off; or what is done with images that a safety checker flags: mark, blur or refuse, see `Pipeline`.
 
@@ -71,6 +73,7 @@ def load(
         wildcard_folder=None if wildcard_folder is None else Path(wildcard_folder),
         styles=None if styles is None else Path(styles),
         controls=[Package.open(find_model(control)) for control in controls],
+        ip_adapters=[Package.open(find_model(adapter)) for adapter in ip_adapters],
         upscaler=None if upscaler is None else Package.open(find_model(upscaler)),
         safety=safety,
     )

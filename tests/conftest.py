@@ -186,6 +186,19 @@ def upscaler(export_once, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def image_prompter(checkpoint, export_once, tmp_path_factory) -> Path:
+    """An IP-Adapter for `package`."""
+    from diffusers import UNet2DConditionModel  # with torch
+    from support.ip_adapters import image_encoder, ip_adapter, save_ip_adapter
+
+    directory = tmp_path_factory.mktemp("ip_adapter")
+    image_encoder().save_pretrained(directory / "image_encoder")
+    state = ip_adapter(UNet2DConditionModel.from_pretrained(checkpoint / "unet"))
+    source = save_ip_adapter(state, directory / "ip-adapter_tiny.bin")
+    return export_once(source, tmp_path_factory.mktemp("packages") / "style-onnx")
+
+
+@pytest.fixture(scope="session")
 def opened(export_once, tmp_path_factory):
     """A pipeline of diffusers of those in PROMPTED, and our package of it, opened; made once."""
     from support import families

@@ -54,8 +54,8 @@ class Checkpoint:
     """``unet``, ``vae``, ``text_encoder`` and, for SDXL, ``text_encoder_2``; the refiner has only the second.
     ``safety_checker`` where it was asked for.
 
-    For a VAE alone ``vae``, for a ControlNet ``controlnet``, for a T2I-Adapter ``adapter``, for an upscaler
-    ``upscaler``; then all fields below are empty."""
+    For a VAE alone ``vae``, for a ControlNet ``controlnet``, for a T2I-Adapter ``adapter``, for an IP-Adapter
+    ``image_encoder`` and ``ip_adapter``, for an upscaler ``upscaler``; then all fields below are empty."""
     scheduler: Mapping[str, Any]
     """scheduler_config.json as published."""
     tokenizers: Mapping[str, Path | str]

@@ -57,6 +57,7 @@ def export(
     text_encoders: Sequence[str] = (),
     base: str | None = None,
     prediction_type: str | None = None,
+    image_encoder: str | None = None,
     revision: str | None = None,
     via: str = "native",
     calibration: str = "full",
@@ -69,8 +70,9 @@ def export(
     """Turn a checkpoint into a package and return its directory.
 
     Args:
-        source: a diffusers directory, a Hub id, a single ``.safetensors``, ``.ckpt`` or ``.gguf`` file, or a package of
-            fp32 or fp16; None composes a model of ``unet`` and the others or, without it, exports ``vae`` alone.
+        source: a diffusers directory, a Hub id, a single ``.safetensors``, ``.ckpt``, ``.bin`` or ``.gguf`` file, or a
+            package of fp32 or fp16; None composes a model of ``unet`` and the others or, without it, exports ``vae``
+            alone.
         output: the package's directory; None is the source's name with ``-onnx`` in the working directory.
         precision: fp32; fp16, int8-weights or int4 for smaller weights (the arithmetic stays float32); int8 computes
             in 8 bits; mixed:FILE, or a `MixedPrecision`, chooses for each layer.
@@ -81,6 +83,8 @@ def export(
             Of SDXL's two, the width tells which one it is.
         base: a checkpoint or package that lends the components which ``source`` lacks, such as text encoders; or the
             model that a ControlNet in ``source`` is stored relative to (a difference, a Control-LoRA).
+        image_encoder: the directory or Hub id of the CLIP image encoder of an IP-Adapter in ``source``; None looks for
+            it beside the file, as h94/IP-Adapter has it.
         prediction_type: epsilon, v_prediction or sample, whatever the source says.
         revision: branch, tag or commit of the source's Hub id, or of the VAE's where it is alone.
         via: ``native`` (written graphs, no torch) or ``optimum`` (traced by optimum-onnx).
@@ -114,7 +118,7 @@ def export(
     output = default_output(name) if output is None else output
     mix = precision.removeprefix("mixed:") if isinstance(precision, str) else None
     prompts = None if calibration in _BUILT_IN_CALIBRATIONS else calibration
-    files = (source, vae, unet, *text_encoders, base, prompts, mix, *(lora.path for lora in loras))
+    files = (source, vae, unet, *text_encoders, base, image_encoder, prompts, mix, *(lora.path for lora in loras))
     with replace_package(output, sources=[each for each in files if each is not None], force=force) as directory:
         if via == "native":
             opened = open_source(
@@ -126,6 +130,7 @@ def export(
                 unet=unet,
                 text_encoders=text_encoders,
                 prediction_type=prediction_type,
+                image_encoder=image_encoder,
             )
             checkpoint = fuse_loras(opened, loras)
             if safety_checker:
@@ -135,11 +140,11 @@ def export(
             defaults = {**checkpoint.defaults, **defaults}
             manifest = _export_native(checkpoint, directory, output, spec, calibration, defaults, report)
         elif via == "optimum":
-            given = any(each is not None for each in (base, unet, prediction_type))
+            given = any(each is not None for each in (base, unet, image_encoder, prediction_type))
             if loras or text_encoders or safety_checker or given:
                 raise ExportError(
-                    "--via optimum does not support --lora, --base, --unet, --text-encoder, --prediction-type and "
-                    "--safety-checker; leave them out"
+                    "--via optimum does not support --lora, --base, --unet, --text-encoder, --image-encoder, "
+                    "--prediction-type and --safety-checker; leave them out"
                 )
             manifest = _export_optimum(source, directory, spec, vae, revision, report)
         else:

@@ -9,7 +9,8 @@ import numpy as np
 
 from sdonnx_runtime.adapters.merging import Adapters
 from sdonnx_runtime.arrays import Array
-from sdonnx_runtime.denoising.control import ControlledUNet, component_prefix, make_control
+from sdonnx_runtime.denoising.control import component_prefix
+from sdonnx_runtime.denoising.controlled_unet import ControlledUNet, make_controlled_unet
 from sdonnx_runtime.denoising.decoding import decode
 from sdonnx_runtime.denoising.denoiser import Model, PerStepModel, inpaint_denoiser, predict_x0, refiner_handoff
 from sdonnx_runtime.denoising.init_image import (
@@ -21,6 +22,7 @@ from sdonnx_runtime.denoising.init_image import (
     encode_concat_images,
     encode_init_image,
 )
+from sdonnx_runtime.denoising.ip_adapter import ImagePrompt, encode_image_prompts
 from sdonnx_runtime.denoising.step_cache import DeepCache, RunUNetGraph, unet_graphs
 from sdonnx_runtime.execution.components import REFINER, Runner
 from sdonnx_runtime.execution.strategy import ExecutionPlan
@@ -29,7 +31,7 @@ from sdonnx_runtime.packages.manifest import Manifest
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.progress import Progress, SampledLatents
 from sdonnx_runtime.request import CompleteRequest
-from sdonnx_runtime.resolved import Pass, ResolvedRequest
+from sdonnx_runtime.resolved import ResolvedRequest
 from sdonnx_runtime.result import Result
 from sdonnx_runtime.safety.policy import SafetyPolicy, check_images
 from sdonnx_runtime.sampling.noise import Noise, interpolate_noise
@@ -53,6 +55,7 @@ class Models:
     refiner: Package | None = None
     """The package whose U-Net takes the last steps."""
     controls: Sequence[Package] = ()
+    ip_adapters: Sequence[Package] = ()
     upscaler: Package | None = None
     """Enlarges images between the passes."""
     adapters: Adapters = field(default_factory=Adapters)
@@ -87,6 +90,8 @@ class PassConditioning:
     """Of the package's U-Net."""
     init: InitImage | None
     """The request's image."""
+    images: Sequence[ImagePrompt]
+    """Of the IP-Adapters."""
 
 
 def generate_images(
@@ -107,6 +112,7 @@ def generate_images(
             prefix: encode_prompts(package, prefix, run, request, resolved.prompts, models.adapters.embeddings, sizes)
             for prefix, package in models.denoisers.items()
         }
+        images = encode_image_prompts(run, models.ip_adapters, request)
         init = encode_init_image(run, models.manifest, request)
         concats = [encode_concat_images(run, models.manifest, request, init, size) for size in sizes]
         run.components.unload("vae_encoder")
@@ -117,7 +123,7 @@ def generate_images(
                 states: Sequence[InitImage | InitLatents | None] = [init] * request.num_images
             else:
                 states = _second_states(models, resolved, index, latents)
-            conditioning = PassConditioning(index=index, texts=encoded, concat=concats[index], init=init)
+            conditioning = PassConditioning(index=index, texts=encoded, concat=concats[index], init=init, images=images)
             latents = yield from _denoise_pass(models, resolved, conditioning, states, seconds)
             last = index == len(resolved.passes) - 1
             if last:
@@ -138,6 +144,7 @@ def generate_images(
             loras=models.adapters.loras,
             refiner=None if models.refiner is None else models.refiner.name,
             controls=tuple(control.name for control in models.controls),
+            ip_adapters=tuple(adapter.name for adapter in models.ip_adapters),
             safety=checked.safety,
         )
 
@@ -206,7 +213,11 @@ def _denoise_image(
     preview = None if is_hidden else models.manifest.latents.preview
     unit_noise = noise(pass_.latent_shape(models.manifest.latents))
     concat = concat_latents(models.manifest, request, conditioning.concat, noise)
-    controlled = _controlled_unet(models, request, pass_, conditioning.init)
+    region = None if conditioning.init is None else conditioning.init.region
+    controlled = make_controlled_unet(
+        _unet(models.run, ""), models.run, models.package, models.controls, conditioning.images, request, pass_, region,
+        num_conditional=len(prompts.weights),
+    )  # fmt: skip
     unets = {prefix: _cached_unet(models, request, prefix, controlled) for prefix in models.denoisers}
     per_step_models = [
         PerStepModel(
@@ -263,22 +274,8 @@ def _initial_state(
     return (pure_noise if from_noise else noised), inpaint
 
 
-def _controlled_unet(
-    models: Models, request: CompleteRequest, pass_: Pass, init: InitImage | None
-) -> ControlledUNet | None:
-    if not models.controls:
-        return None
-    region = None if init is None else init.region
-    controls = [
-        make_control(index, package, models.run, request, (pass_.width, pass_.height), region)
-        for index, package in enumerate(models.controls)
-    ]
-    unet = _unet(models.run, "")
-    return ControlledUNet(unet, models.package, controls, guess=request.control_guess, steps=pass_.steps)
-
-
 def _cached_unet(models: Models, request: CompleteRequest, prefix: str, controlled: ControlledUNet | None) -> DeepCache:
-    controlled = controlled if prefix == "" else None  # the refiner has no controls
+    controlled = controlled if prefix == "" else None  # the refiner has no controls and IP-Adapters
     options = {"token_downsampling": request.token_downsampling, "controlled": controlled is not None}
     graphs = unet_graphs(request.cache_interval, **options)
     return DeepCache(controlled or _unet(models.run, prefix), graphs, request.cache_interval)

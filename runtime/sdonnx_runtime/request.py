@@ -47,6 +47,17 @@ class Control:
 
 
 @dataclass(frozen=True, kw_only=True)
+class IPAdapter:
+    """The image prompt of one of a pipeline's IP-Adapters."""
+
+    image: Image = field(repr=False, metadata=spec("Image prompt."))
+    """Any size; its middle square is what counts. Transparent parts become white."""
+    scale: float = option(1.0, "How much the image counts beside the prompt; 0 disables.", (-10, 10))
+    start: float = option(0.0, "Fraction of the steps at which it starts.", (0, 1))
+    end: float = option(1.0, "Fraction of the steps at which it ends.", (0, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """A generation request; None stands for the package's default, or for a random seed.
 
@@ -196,6 +207,11 @@ class Request:
         cli="--control-guess", panel=IMAGE_TO_IMAGE
     )
     """Only the conditional batch entry, with smaller scales at higher resolutions."""
+    ip_adapters: tuple[IPAdapter, ...] = option(
+        (), "IP-Adapter with an image as a prompt, its scale and start/end (fractions of the steps).",
+        cli="--ip-adapter PACKAGE:FILE[:S[:START[:END]]]", panel=IMAGE_TO_IMAGE
+    )
+    """One for each of the pipeline's IP-Adapters, in their order; arXiv:2308.06721."""
     padding_mask_crop: int | None = option(
         None, "Inpaint only the masked area plus this padding (A1111 'Only masked'); 32 is usual.", (0, MAX_SIDE),
         infotext="Masked area padding", cli="--only-masked PX", panel=IMAGE_TO_IMAGE
@@ -237,6 +253,12 @@ FIELDS: Mapping[str, FieldSpec] = field_specs(Request)
 CONTROL_FIELDS: Mapping[str, FieldSpec] = field_specs(Control)
 """The same of a control's."""
 
+IP_ADAPTER_FIELDS: Mapping[str, FieldSpec] = field_specs(IPAdapter)
+"""The same of an IP-Adapter's."""
+
+PACKAGE_FIELDS = ("controls", "ip_adapters")
+"""A request's fields that go with packages of their own, one with each."""
+
 IMAGE_FIELDS = tuple(name for name, each in FIELDS.items() if each.kind is Image)
 """A request's fields that are images."""
 
@@ -246,7 +268,7 @@ FAST: Mapping[str, Any] = MappingProxyType({"cache_interval": 3, "token_downsamp
 
 def generation_parameters(request: Request) -> dict[str, Any]:
     """The request without its images, as JSON can hold it."""
-    return {name: getattr(request, name) for name in FIELDS if name not in (*IMAGE_FIELDS, "controls")}
+    return {name: getattr(request, name) for name in FIELDS if name not in (*IMAGE_FIELDS, *PACKAGE_FIELDS)}
 
 
 def uses_guidance(request: Request) -> bool:

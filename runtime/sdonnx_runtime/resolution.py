@@ -34,6 +34,7 @@ def resolve_request(
     random_seed: int,
     refiner: Package | None = None,
     controls: Sequence[Package] = (),
+    ip_adapters: Sequence[Package] = (),
     upscaler: Package | None = None,
     lora_folder: Path | None = None,
     wildcard_folder: Path | None = None,
@@ -56,6 +57,7 @@ def resolve_request(
         random_seed=random_seed,
         has_refiner=refiner is not None,
         num_controls=len(controls),
+        num_ip_adapters=len(ip_adapters),
         upscaler=None if upscaler is None else upscaler.name,
     )
     complete = _draw_prompts(_choose_sampler(_apply_styles(checked, styles), scheduler), wildcard_folder)
@@ -97,7 +99,7 @@ def resolve_request(
         sampler_options=options,
         refiner_timestep=None if start is None else round(scheduler.num_train_timesteps * (1 - start)),
     )
-    _check_components(complete, package, refiner, controls)
+    _check_components(complete, package, refiner, controlled=len(controls) + len(ip_adapters) > 0)
     return resolved
 
 
@@ -189,19 +191,18 @@ def _sizes(request: CompleteRequest, multiple: int) -> list[tuple[int, int]]:
     return [sides, (width, height)]
 
 
-def _check_components(
-    request: CompleteRequest, package: Package, refiner: Package | None, controls: Sequence[Package]
-) -> None:
+def _check_components(request: CompleteRequest, package: Package, refiner: Package | None, *, controlled: bool) -> None:
     """Check that the packages have the graphs that the request runs."""
     if encodes_images(package.manifest, request) and "vae_encoder" not in package.manifest.components:
         raise RequestError(f"{package.name} has no VAE encoder, so it does not support images; export it again")
-    for each, controlled in ((package, len(controls) > 0), (refiner, False)):
+    for each in (package, refiner):
         if each is None:
             continue
-        options = {"token_downsampling": request.token_downsampling, "controlled": controlled}
+        is_controlled = controlled and each is package
+        options = {"token_downsampling": request.token_downsampling, "controlled": is_controlled}
         for graph in unet_graphs(request.cache_interval, **options):
             if graph.name not in each.manifest.components["unet"].graphs:
-                reason = "a control" if controlled else "cache_interval or token_downsampling"
+                reason = "a control or an IP-Adapter" if is_controlled else "cache_interval or token_downsampling"
                 raise RequestError(
                     f"{each.name} has no U-Net graph '{graph.name}', which {reason} requires; "
                     "export its checkpoint again, not --via optimum, or leave them out"

@@ -57,6 +57,8 @@ class Result:
     """The LoRAs that were set; not those that the prompts name."""
     controls: tuple[str, ...] = ()
     """Names of the packages of ControlNets and T2I-Adapters."""
+    ip_adapters: tuple[str, ...] = ()
+    """Names of the packages of IP-Adapters."""
     safety: tuple[Safety, ...] = ()
     """What the safety checker says of each image; empty where safety is off."""
 

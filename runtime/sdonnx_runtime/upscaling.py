@@ -63,7 +63,8 @@ def upscale_rgb(
         tile = pixels[row.start : row.stop, column.start : column.stop]
         upscaled = _run_tile(run, component, tile, scale)  # (3, scale h, scale w)
         (kept_rows, rows_of_image), (kept_columns, columns_of_image) = (_places(span, scale) for span in (row, column))
-        result[rows_of_image, columns_of_image] = _to_bytes(upscaled[:, kept_rows, kept_columns])
+        for channel, values in enumerate(upscaled[:, kept_rows, kept_columns]):
+            result[rows_of_image, columns_of_image, channel] = _to_bytes(values)
         if on_tile is not None:
             on_tile(done, len(rows) * len(columns))
     return Image.fromarray(result[top * scale :, left * scale :][: height * scale, : width * scale])
@@ -116,5 +117,7 @@ def _places(span: Span, scale: int) -> tuple[slice, slice]:
 
 
 def _to_bytes(values: Array) -> AnyArray:
-    """(3, h, w) in 0..1 to (h, w, 3) in bytes; values outside are clipped."""
-    return (np.clip(values, 0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
+    """Convert 0..1 to bytes; values outside are clipped."""
+    scaled = values * np.float32(255)
+    np.clip(np.rint(scaled, out=scaled), 0, 255, out=scaled)
+    return scaled.astype(np.uint8)

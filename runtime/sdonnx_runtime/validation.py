@@ -1,7 +1,7 @@
 """Check requests: each field by its `FieldSpec`, then the rules between fields."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ from sdonnx_runtime.field_spec import FieldSpec
 from sdonnx_runtime.images.preprocess import MAX_SIDE, UPSCALERS, check_image, suitable_size, to_mask
 from sdonnx_runtime.packages.concat import CONCAT, ConcatConditioning
 from sdonnx_runtime.packages.manifest import Defaults, Manifest
-from sdonnx_runtime.request import CONTROL_FIELDS, FIELDS, MAX_SEED, Control, Request
+from sdonnx_runtime.request import CONTROL_FIELDS, FIELDS, IP_ADAPTER_FIELDS, MAX_SEED, Control, IPAdapter, Request
 from sdonnx_runtime.sampling.schedule import parse_numbers
 
 
@@ -32,9 +32,10 @@ def check_fields(request: Request) -> Request:
             request = replace(request, **{name: _parse_texts(name, getattr(request, name))})
         else:
             _check_value(name, getattr(request, name), spec)
-    for index, control in enumerate(request.controls):
-        for name, spec in CONTROL_FIELDS.items():
-            _check_value(f"controls[{index}].{name}", getattr(control, name), spec)
+    for field, specs in {"controls": CONTROL_FIELDS, "ip_adapters": IP_ADAPTER_FIELDS}.items():
+        for index, item in enumerate(getattr(request, field)):
+            for name, spec in specs.items():
+                _check_value(f"{field}[{index}].{name}", getattr(item, name), spec)
     return request
 
 
@@ -43,9 +44,10 @@ def _check_value(name: str, value: object, spec: FieldSpec) -> None:
         return
     if spec.kind is tuple:
         _check_tuple(name, value, spec)
-    elif spec.kind is Control:
-        if not isinstance(value, tuple) or any(type(each) is not Control for each in cast("tuple[object]", value)):
-            raise RequestError(f"{name} is {type(cast('object', value)).__name__}; give a tuple of Control")
+    elif spec.kind in (Control, IPAdapter):
+        if not isinstance(value, tuple) or any(type(each) is not spec.kind for each in cast("tuple[object]", value)):
+            kind = spec.kind.__name__
+            raise RequestError(f"{name} is {type(cast('object', value)).__name__}; give a tuple of {kind}")
     elif spec.kind is Image:
         if not isinstance(value, Image):
             raise RequestError(f"{name} is {type(value).__name__}; give a PIL image, such as Image.open returns")
@@ -96,6 +98,7 @@ def _check_tuple(name: str, value: object, spec: FieldSpec) -> None:
 
 def check_request(
     request: Request, manifest: Manifest, *, random_seed: int, has_refiner: bool, num_controls: int,
+    num_ip_adapters: int = 0,
     upscaler: str | None = None,
 ) -> Request:  # fmt: skip
     """Check a request for a package and fill in every choice but a sampler that the package doesn't suggest.
@@ -128,7 +131,9 @@ def check_request(
     seeds = {"seed": request.seed, "variation[0]": 0 if request.variation is None else request.variation[0]}
     for name, seed in seeds.items():
         _check_number(name, seed, int, 0, MAX_SEED - request.num_images + 1)
+    _check_spans("controls", request.controls, num_controls)
     _check_controls(request, num_controls)
+    _check_spans("ip_adapters", request.ip_adapters, num_ip_adapters)
     for name in ("guidance_interval", "guidance_steps"):
         interval: tuple[float, float] | None = getattr(request, name)
         if interval is not None and interval[0] >= interval[1]:
@@ -183,18 +188,23 @@ def _check_concat(request: Request, concat: ConcatConditioning | None) -> Reques
     return _fill(request, image_guidance_scale=1.5) if concat is not None and concat.edits else request
 
 
+def _check_spans(name: str, given: Sequence[Control | IPAdapter], count: int) -> None:
+    """Check that there is one for each that is loaded, and that each starts before it ends."""
+    if len(given) != count:
+        raise RequestError(f"the request has {len(given)} {name}, and {count} are loaded; give one for each")
+    for index, each in enumerate(given):
+        if each.start >= each.end:
+            span = f"starts at {each.start:g} and ends at {each.end:g}"
+            raise RequestError(f"{name}[{index}] {span}; give an end after it")
+
+
 def _check_controls(request: Request, count: int) -> None:
-    if len(request.controls) != count:
-        raise RequestError(
-            f"the request has {len(request.controls)} controls, and {count} are loaded; give one for each"
-        )
+    cropped = None if request.padding_mask_crop is None else request.image
     for index, control in enumerate(request.controls):
-        name = f"controls[{index}]"
-        if control.start >= control.end:
-            raise RequestError(f"{name} starts at {control.start:g} and ends at {control.end:g}; give an end after it")
-        cropped = None if request.padding_mask_crop is None else request.image
         if cropped is not None and control.image.size != cropped.size:
-            raise RequestError(f"{name}.image has another size than image; padding_mask_crop crops both alike")
+            raise RequestError(
+                f"controls[{index}].image has another size than image; padding_mask_crop crops both alike"
+            )
     if request.control_guess and count == 0:
         raise RequestError("control_guess requires a ControlNet; load one with --control (controls=)")
 

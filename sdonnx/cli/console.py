@@ -124,6 +124,7 @@ def result_json(result: sdonnx.Result, paths: Sequence[Path | None], grid: Path 
         "vae": result.vae,
         "refiner": result.refiner,
         "controls": list(result.controls),
+        "ip_adapters": list(result.ip_adapters),
         "timings": asdict(result.timings),
         "safety": [asdict(each) for each in result.safety],
     }

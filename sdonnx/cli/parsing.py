@@ -99,8 +99,10 @@ def parse_embedding(embedding: str) -> tuple[Path, str | None]:
     return Path(path), trigger
 
 
-def parse_control(control: str) -> tuple[str, Path, dict[str, float]]:
+def parse_control(control: str, option: str = "control") -> tuple[str, Path, dict[str, float]]:
     """Parse "openpose-onnx:pose.png:0.8:0.1:0.9" to package, image file and the fields scale, start, end of `Control`.
+
+    Those of `IPAdapter` are the same; ``option`` names the command line's in errors.
 
     The text is read from the right, so that paths may have colons, as Windows drives do.
 
@@ -116,8 +118,8 @@ def parse_control(control: str) -> tuple[str, Path, dict[str, float]]:
         image = f"{parts.pop()}:{image}"
     package = ":".join(parts)
     if not package or not image or _parse_number(image) is not None:
-        expected = "a package and an image, optionally scale, start and end, such as canny-onnx:edges.png:0.8:0:0.5"
-        raise sdonnx.RequestError(f"control is '{control}'; give {expected}")
+        expected = "a package and an image, optionally scale, start and end, such as PACKAGE:image.png:0.8:0:0.5"
+        raise sdonnx.RequestError(f"{option} is '{control}'; give {expected}")
     return package, Path(image), dict(zip(("scale", "start", "end"), numbers, strict=False))
 
 

@@ -17,7 +17,7 @@ from rich.progress import MofNCompleteColumn, Progress, TaskID, TextColumn
 from sdonnx_runtime.images.preprocess import open_image
 from sdonnx_runtime.outputs.atomic import write_file
 from sdonnx_runtime.outputs.metadata import enlarge_png, save_grid
-from sdonnx_runtime.request import CONTROL_FIELDS, Request
+from sdonnx_runtime.request import CONTROL_FIELDS, PACKAGE_FIELDS, Request
 from sdonnx_runtime.validation import check_fields, check_names
 
 import sdonnx
@@ -74,7 +74,7 @@ class RemoteRequest:
 
     def __init__(self, read: Callable[[], dict[str, Any]], outputs: OutputPaths, pool: Pool) -> None:
         self._read, self._outputs = read, outputs
-        self._packages, self._controls = pool.packages, pool.selection.controls
+        self._packages, self._selection = pool.packages, pool.selection
         self._seed = secrets.randbits(32)
         self._paths: list[Path] = []
         self._grid: Path | None = None
@@ -94,8 +94,9 @@ class RemoteRequest:
         check_names(fields)
         request = check_fields(Request(**fields))
         body = {name: _to_json(name, getattr(request, name)) for name in fields if fields[name] is not None}
-        for control, name in zip(body.get("controls", ()), self._controls, strict=False):
-            control["package"] = name
+        for field in PACKAGE_FIELDS:
+            for each, name in zip(body.get(field, ()), getattr(self._selection, field), strict=False):
+                each["package"] = name
         if request.seed is None:
             request = replace(request, seed=self._seed)
         self._enlarge = self._packages.enlarge if outputs.upscale and request.padding_mask_crop is None else 1
@@ -140,7 +141,7 @@ class RemoteRequest:
 def _to_json(name: str, value: Any) -> Any:
     if isinstance(value, Image):
         return _encode_image(name, value)
-    if name == "controls":
+    if name in PACKAGE_FIELDS:
         return [{key: _to_json(key, getattr(each, key)) for key in CONTROL_FIELDS} for each in value]
     return value
 

@@ -41,6 +41,7 @@ class Selection:
     """None is the server's default."""
     vae: str | None = None
     controls: tuple[str, ...] = ()
+    ip_adapters: tuple[str, ...] = ()
     upscaler: str | None = None
     """Of hires fix."""
 
@@ -51,7 +52,7 @@ class Packages:
 
     model: str
     titles: tuple[str, ...]
-    """The names with digests of the weights: model, VAE, controls, upscaler."""
+    """The names with digests of the weights: model, VAE, controls, IP-Adapters, upscaler."""
     enlarge: int
     """Factor by which the model's images are saved larger."""
     has_preview: bool
@@ -160,6 +161,7 @@ class Server:
             model = self._find(selection.model, "model", models)
         others = [] if selection.vae is None else [self._find(selection.vae, "VAE", answer["vaes"])]
         others += [self._find(name, "ControlNet or T2I-Adapter", answer["controls"]) for name in selection.controls]
+        others += [self._find(name, "IP-Adapter", answer.get("ip_adapters", [])) for name in selection.ip_adapters]
         if selection.upscaler is not None:
             others.append(self._find(selection.upscaler, "upscaler", answer["upscalers"]))
         return Packages(

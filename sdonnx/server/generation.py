@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from PIL import Image
-from sdonnx_runtime.request import IMAGE_FIELDS, CompleteRequest
+from sdonnx_runtime.request import IMAGE_FIELDS, PACKAGE_FIELDS, CompleteRequest
 
 import sdonnx
 from sdonnx.server.jobs import Event, Job, Preview, State
@@ -91,7 +91,8 @@ class GenerationJob(Job):
 
 def count_pixels(request: sdonnx.Request) -> int:
     """Count the pixels of the images that a request has."""
-    images = [getattr(request, name) for name in IMAGE_FIELDS] + [each.image for each in request.controls]
+    images = [getattr(request, name) for name in IMAGE_FIELDS]
+    images += [each.image for name in PACKAGE_FIELDS for each in getattr(request, name)]
     return sum(each.width * each.height for each in images if each is not None)
 
 
@@ -101,5 +102,7 @@ _NO_PIXELS = Image.new("1", (1, 1))
 def _forget_pixels(request: R) -> R:
     """Replace the images of a request by one of a single pixel: it still says which it had."""
     images: dict[str, Any] = {name: _NO_PIXELS for name in IMAGE_FIELDS if getattr(request, name) is not None}
-    controls = tuple(replace(each, image=_NO_PIXELS) for each in request.controls)
-    return replace(request, **images, controls=controls)
+    images |= {
+        name: tuple(replace(each, image=_NO_PIXELS) for each in getattr(request, name)) for name in PACKAGE_FIELDS
+    }
+    return replace(request, **images)

@@ -68,6 +68,7 @@ class Selection:
     vae: str | None = None
     refiner: str | None = None
     controls: tuple[str, ...] = ()
+    ip_adapters: tuple[str, ...] = ()
     upscaler: str | None = None
     """Of hires fix."""
 
@@ -137,6 +138,11 @@ class Library:
     def controls(self) -> list[ServedPackage]:
         """ControlNets and T2I-Adapters."""
         return self._of_kind(PackageKind.CONTROLNET, PackageKind.T2I_ADAPTER)
+
+    @property
+    def ip_adapters(self) -> list[ServedPackage]:
+        """IP-Adapters."""
+        return self._of_kind(PackageKind.IP_ADAPTER)
 
     @property
     def upscalers(self) -> list[ServedPackage]:
@@ -255,6 +261,7 @@ class Library:
             wildcard_folder=settings.wildcard_folder,
             styles=settings.styles,
             controls=[self.find(name, self.controls).package for name in selection.controls],
+            ip_adapters=[self.find(name, self.ip_adapters).package for name in selection.ip_adapters],
             upscaler=None if selection.upscaler is None else self.find_upscaler(selection.upscaler).package,
             safety=settings.safety,
         )

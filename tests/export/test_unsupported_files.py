@@ -48,7 +48,7 @@ UNSUPPORTED = {
     "textual inversion": ("a textual inversion", "emb_params"),
     "textual inversion of SDXL": ("a textual inversion", "clip_g", "clip_l"),
     "textual inversion of diffusers": ("a textual inversion", "<cat-toy>"),
-    "IP-Adapter": ("an IP-Adapter", "image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"),
+    "part of an IP-Adapter": ("a part of an IP-Adapter", "ip_adapter.1.to_k_ip.weight"),
     "AnimateDiff": ("a motion module", "down_blocks.0.motion_modules.0.temporal_transformer.norm.weight"),
     "SD3": ("Flux or Stable Diffusion 3", "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"),
     "SD3 with its texts": (

@@ -110,6 +110,22 @@ DAMAGED = {
     "another width": ("Compact", reshaped("body.2.bias", 9), "'body.2.bias' has shape .*; the config requires"),
     "flat": ("ESRGAN", reshaped("model.0.weight", 16), "can't be read|lacks"),
     "ESRGAN+": ("ESRGAN", lambda state: {**state, "model.1.sub.0.RDB1.conv1x1.weight": torch.zeros(1)}, "ESRGAN\\+"),
+    "endless": (
+        "ESRGAN",
+        lambda state: {**state, "model.999999999.weight": torch.zeros(1)},
+        "a layer 'model.999999999'",
+    ),
+    "endless blocks": (
+        "ESRGAN",
+        lambda state: {**basicsr_keys(state), "body.999999999.rdb1.conv1.weight": torch.zeros(1)},
+        "'num_block' is 1000000000; supported: at most 100",
+    ),
+    "endless layers": ("Compact", reshaped("body.999999999.weight", 48, 3), "'num_conv' is .*; supported: at most 100"),
+    "endless factors": (
+        "ESRGAN",
+        lambda state: {**basicsr_keys(state), "conv_up999999999.weight": torch.zeros(1)},
+        "1 of its weights are unknown",
+    ),
     "more": ("ESRGAN", lambda state: {**state, "model.1.sub.0.noise": torch.zeros(1)}, "1 of its weights are unknown"),
 }
 

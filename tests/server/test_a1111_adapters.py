@@ -1,16 +1,18 @@
 """ControlNets, LoRAs, textual inversions, VAEs and distilled packages through AUTOMATIC1111's API."""
 
+import io
 import json
 
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 from sdonnx_models import bundled
 from sdonnx_runtime.images.canny import canny
 from support.images import photograph
 from support.server import running_server
-from webuiapi import ControlNetUnit, WebUIApi
+from webuiapi import ControlNetUnit, WebUIApi, raw_b64_img
 
 import sdonnx
 
@@ -30,8 +32,8 @@ def assert_same(result, wanted):
 
 
 @pytest.fixture(scope="module")
-def controlled(package, control):
-    with running_server(packages=(package, control)) as running:
+def controlled(package, control, image_prompter):
+    with running_server(packages=(package, control, image_prompter)) as running:
         yield running
 
 
@@ -43,8 +45,8 @@ def test_a_control_and_then_none(controlled, package, control):
             pipe.generate("a red circle", controls=(given,), **WANTED),
             plain.generate("a red circle", **WANTED),
         )
-    (model,) = api.controlnet_model_list()
-    assert model.startswith("edges-onnx [")
+    model, adapter = api.controlnet_model_list()
+    assert model.startswith("edges-onnx [") and adapter.startswith("style-onnx [")
     unit = ControlNetUnit(image=image, model=model, weight=0.8, guidance_end=0.5)
     result = api.txt2img(**SENT, controlnet_units=[unit])
     assert_same(result, wanted)
@@ -66,6 +68,33 @@ def test_canny_and_guess_mode(controlled, package, control):
     assert detected.info == "Success"
 
 
+def test_an_ip_adapter_s_unit_and_job(controlled, package, control, image_prompter):
+    api, image, edges = connect(controlled), photograph(80, 60), photograph()
+    given = {
+        "controls": (sdonnx.Control(image=edges),),
+        "ip_adapters": (sdonnx.IPAdapter(image=image, scale=0.6, end=0.5),),
+    }
+    with sdonnx.load(package, controls=[control], ip_adapters=[image_prompter], memory="max") as pipe:
+        wanted = pipe.generate("a red circle", **given, **WANTED)
+    how = {"model": "style-onnx", "module": "ip-adapter-auto", "weight": 0.6, "guidance_end": 0.5}
+    units = [ControlNetUnit(image=image, **how), ControlNetUnit(image=edges, model="edges-onnx")]
+    result = api.txt2img(**SENT, controlnet_units=units)
+    assert_same(result, wanted)
+    text = result.info["infotexts"][0]
+    assert 'ControlNet 1: "Module: ip-adapter-auto, Model: ip-adapter_tiny.bin, Weight: 0.6' in text
+    encoded = {each: raw_b64_img(made) for each, made in {"style": image, "edges": edges}.items()}
+    adapter = {"package": "style-onnx", "image": encoded["style"], "scale": 0.6, "end": 0.5}
+    job = {"prompt": "a red circle", **WANTED, "ip_adapters": [adapter]}
+    job["controls"] = [{"package": "edges-onnx", "image": encoded["edges"]}]
+    posted = httpx.post(f"{controlled.url}/api/jobs", json=job).json()
+    with httpx.stream("GET", f"{controlled.url}/api/jobs/{posted['id']}/events", timeout=60) as events:
+        assert any("ip-adapter_tiny.bin" in line for line in events.iter_lines())
+    made = httpx.get(f"{controlled.url}/api/jobs/{posted['id']}/images/0").content
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(made))), np.asarray(wanted.images[0]))
+    listed = httpx.get(f"{controlled.url}/api/models").json()["ip_adapters"]
+    assert [each["name"] for each in listed] == ["style-onnx"] and "plain, 4 tokens" in listed[0]["description"]
+
+
 def test_the_image_stands_for_a_unit_s(controlled, package, control):
     image = photograph()
     with sdonnx.load(package, controls=[control], memory="max") as pipe:
@@ -78,10 +107,11 @@ def test_the_image_stands_for_a_unit_s(controlled, package, control):
 def test_what_the_extension_lists(controlled):
     api = connect(controlled)
     assert api.controlnet_version() == 2
-    assert api.controlnet_module_list() == ["none", "canny"]
+    assert api.controlnet_module_list()[:3] == ["none", "canny", "ip-adapter-auto"]
     types = httpx.get(f"{controlled.url}/controlnet/control_types").json()["control_types"]
     assert types["Canny"]["default_option"] == "canny"
-    assert [name.partition(" ")[0] for name in types["All"]["model_list"]] == ["None", "edges-onnx"]
+    assert [name.partition(" ")[0] for name in types["All"]["model_list"]] == ["None", "edges-onnx", "style-onnx"]
+    assert types["IP-Adapter"]["default_model"].startswith("style-onnx [")
 
 
 @pytest.mark.parametrize(
@@ -90,6 +120,8 @@ def test_what_the_extension_lists(controlled):
         ({"model": "other"}, 404, "edges-onnx"),
         ({"model": "None"}, 400, "no model"),
         ({"module": "openpose"}, 422, "openpose"),
+        ({"module": "ip-adapter-auto"}, 400, "requires the model of an IP-Adapter"),
+        ({"module": "canny", "model": "style-onnx"}, 400, "is not for IP-Adapters"),
         ({"control_mode": "My prompt is more important"}, 400, "control_mode"),
         ({"weight": "heavy"}, 422, "args.weight"),
         ({"weight": 1e9}, 400, "scale"),
@@ -99,8 +131,6 @@ def test_what_the_extension_lists(controlled):
     ],
 )
 def test_units_that_are_refused(controlled, unit, status, text):
-    from webuiapi import raw_b64_img
-
     args = [{"image": raw_b64_img(photograph()), "model": "edges-onnx", **unit}]
     sent = {**SENT, "alwayson_scripts": {"controlnet": {"args": args}}}
     reply = httpx.post(f"{controlled.url}/sdapi/v1/txt2img", json=sent)
@@ -111,8 +141,6 @@ def test_units_that_are_refused(controlled, unit, status, text):
 
 
 def test_control_images_are_not_resized_to_sizes_that_are_refused(controlled):
-    from webuiapi import raw_b64_img
-
     unit = {"image": raw_b64_img(photograph()), "model": "edges-onnx", "resize_mode": "Just Resize"}
     sent = {**SENT, "width": 300_000, "height": 300_008, "alwayson_scripts": {"controlnet": {"args": [unit]}}}
     reply = httpx.post(f"{controlled.url}/sdapi/v1/txt2img", json=sent)

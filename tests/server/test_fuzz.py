@@ -28,6 +28,7 @@ NAMES = {
         "prompt", "negative_prompt", "seed", "num_images", "num_inference_steps", "guidance_scale", "width", "height",
         "sampler", "schedule", "eta", "image", "strength", "mask_image", "fit", "controls", "variation", "hires_scale",
         "clip_skip", "model", "vae", "preview_every", "text", "token", "hires_upscaler", "upscaler", "scale", "styles",
+        "ip_adapters",
     ],
     "": [
         "prompt", "negative_prompt", "seed", "subseed", "subseed_strength", "steps", "cfg_scale", "width", "height",

@@ -28,6 +28,8 @@ class Companions:
     """Lends the components that the source lacks, and the U-Net that a ControlNet is stored relative to."""
     prediction_type: str | None = None
     """One of PREDICTION_TYPES, whatever the source says."""
+    image_encoder: str | None = None
+    """The directory or Hub id of the image encoder of an IP-Adapter."""
 
 
 ALONE = Companions()
@@ -40,8 +42,8 @@ def complete(checkpoint: Checkpoint, companions: Companions, name: str) -> Check
     Raises:
         ExportError: it lacks a component nevertheless, or it generates no images and takes no companions.
     """
+    _refuse(checkpoint, companions, name)
     if "unet" not in checkpoint.parts:
-        _refuse(checkpoint, companions, name)
         return checkpoint
     checkpoint = lend(checkpoint, companions.base)
     parts, tokenizers = dict(checkpoint.parts), dict(checkpoint.tokenizers)
@@ -135,17 +137,29 @@ def _text_widths(unet: Part) -> str:
 
 
 def _refuse(checkpoint: Checkpoint, companions: Companions, name: str) -> None:
-    kinds = {"vae": "a VAE", "upscaler": "an upscaler"}
-    what = next((kind for part, kind in kinds.items() if part in checkpoint.parts), "a ControlNet or a T2I-Adapter")
+    what = next(title for part, title in _TITLES.items() if part in checkpoint.parts)
+    alone = "unet" not in checkpoint.parts
     given = {
-        "--vae": companions.vae is not None,
-        "--text-encoder": bool(companions.text_encoders),
-        "--base": companions.base is not None and BASE_MODEL not in checkpoint.stated,
-        "--prediction-type": companions.prediction_type is not None,
+        "--vae": alone and companions.vae is not None,
+        "--text-encoder": alone and bool(companions.text_encoders),
+        "--base": alone and companions.base is not None and BASE_MODEL not in checkpoint.stated,
+        "--prediction-type": alone and companions.prediction_type is not None,
+        "--image-encoder": "ip_adapter" not in checkpoint.parts and companions.image_encoder is not None,
     }
     for option, is_given in given.items():
         if is_given:
             raise ExportError(f"{name} is {what}, which takes no {option}; leave it out")
+
+
+_TITLES = {
+    "unet": "a whole checkpoint",
+    "vae": "a VAE",
+    "ip_adapter": "an IP-Adapter",
+    "upscaler": "an upscaler",
+    "controlnet": "a ControlNet or a T2I-Adapter",
+    "adapter": "a ControlNet or a T2I-Adapter",
+}
+"""What a checkpoint with a part is; the first match counts."""
 
 
 def _missing_error(missing: list[str], parts: list[str], name: str) -> ExportError:

@@ -95,7 +95,7 @@ def _read_own_vae(root: Path, index: Mapping[str, Any], companions: Companions) 
 
 
 def single_part_checkpoint(name: str, revision: str | None, parts: Mapping[str, Part]) -> Checkpoint:
-    """Return the checkpoint of a VAE or a control, which generates no images by itself."""
+    """Return the checkpoint of what generates no images by itself: a VAE, a control, an IP-Adapter."""
     return Checkpoint(source=name, revision=revision, parts=parts, scheduler={}, tokenizers={}, settings={})
 
 

@@ -30,7 +30,7 @@ def open_package(root: Path) -> Checkpoint:
     for name, component in manifest.components.items():
         if component.precision not in ("fp32", "fp16"):
             raise ExportError(
-                f"{root} has a {name} of {component.precision}; give the checkpoint, or a package of fp32 or fp16"
+                f"{root}: the {name} is {component.precision}; give the checkpoint, or a package of fp32 or fp16"
             )
         config, part = read_json(root / name / "config.json"), COMPONENTS[name].part
         others = parts[part].weights if part in parts else {}

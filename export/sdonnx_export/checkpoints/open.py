@@ -21,6 +21,7 @@ from sdonnx_export.checkpoints.diffusers_directory import (
 )
 from sdonnx_export.checkpoints.files import open_file, read_metadata
 from sdonnx_export.checkpoints.from_package import open_package
+from sdonnx_export.checkpoints.ip_adapter import is_ip_adapter, read_ip_adapter
 from sdonnx_export.checkpoints.ldm.checkpoint import split_checkpoint, split_vae
 from sdonnx_export.checkpoints.ldm.control import read_control
 from sdonnx_export.checkpoints.ldm.file_settings import SingleFile, read_original_config
@@ -71,7 +72,7 @@ _WEIGHT_FILES = (
 def open_checkpoint(source: str, *, revision: str | None = None, companions: Companions = ALONE) -> Checkpoint:
     """Open a diffusers directory, a Hub id, a single file in the original LDM layout, or a package of fp32 or fp16.
 
-    It is a whole checkpoint with the companions, or a ControlNet, T2I-Adapter or upscaler.
+    It is a whole checkpoint with the companions, or a ControlNet, T2I-Adapter, IP-Adapter or upscaler.
 
     Raises:
         ExportError: it does not exist, is damaged, is not of a family that can be exported, or lacks a component.
@@ -98,6 +99,8 @@ def _open(source: str, revision: str | None, companions: Companions) -> Checkpoi
 
 def _open_single_file(path: Path, companions: Companions) -> Checkpoint:
     file = _read_single_file(path)
+    if is_ip_adapter(file.weights):
+        return single_part_checkpoint(path.name, None, read_ip_adapter(path, file.weights, companions.image_encoder))
     upscaler = read_upscaler(path, file.weights)
     if upscaler is not None:
         return single_part_checkpoint(path.name, None, {"upscaler": upscaler})
@@ -220,11 +223,13 @@ def open_source(
     unet: str | None = None,
     text_encoders: Sequence[str] = (),
     prediction_type: str | None = None,
+    image_encoder: str | None = None,
 ) -> Checkpoint:
     """Open a checkpoint with its companions, or a VAE alone; arguments and errors are those of `export`."""
     report("reading the checkpoint", 0.0)
     if source is None and unet is None:
-        if vae is None or base is not None or text_encoders or prediction_type is not None:
+        others = (base, prediction_type, image_encoder)
+        if vae is None or text_encoders or any(each is not None for each in others):
             raise ExportError(NOTHING)
         return open_vae_alone(vae, revision=revision)
     lender = None if base is None else _open_base(base)
@@ -235,6 +240,7 @@ def open_source(
         text_encoders=[encoder for each in text_encoders for encoder in open_text_encoders(each)],
         base=lender,
         prediction_type=prediction_type,
+        image_encoder=image_encoder,
     )
     if unet is None:
         assert source is not None  # noqa: S101 — for the type checker

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 EXPORTABLE = (
-    "what can be exported is a whole checkpoint of Stable Diffusion 1, 2 or XL, a ControlNet or T2I-Adapter for one, "
-    "or an upscaler (RRDBNet, SRVGGNetCompact)"
+    "what can be exported is a whole checkpoint of Stable Diffusion 1, 2 or XL, a ControlNet, T2I-Adapter or "
+    "IP-Adapter for one, or an upscaler (RRDBNet, SRVGGNetCompact)"
 )
 
 _CONTROL_SIGNS = {
@@ -29,7 +29,9 @@ _SIGNS = {
     r"(lora_|lycoris_|.*\.lora[_.]|.*_lora\.|.*\.(hada_[wt]|lokr_[wt]|oft_|dora_scale|alpha$))": (
         "a LoRA or a relative of it; give the checkpoint that it is for, and this file with --lora"
     ),
-    r"(ip_adapter\.|image_proj\.|image_proj_model\.)": "an IP-Adapter; give the checkpoint that it extends",
+    r"(ip_adapter\.|image_proj\.|image_proj_model\.|adapter_modules\.)": (
+        "a part of an IP-Adapter, or a state of its training; give one with 'image_proj' and 'ip_adapter'"
+    ),
     r"params(_ema)?\.|layers\.\d+\.(residual_group|blocks\.\d+)\.|conv_after_body\.|block_1\.c1_r\.|feats\.\d+\.": (
         "an upscaler of another architecture; give an RRDBNet (ESRGAN, Real-ESRGAN) or an SRVGGNetCompact"
     ),

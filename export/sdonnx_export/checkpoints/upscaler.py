@@ -56,6 +56,8 @@ def _rename(weights: Weights) -> dict[str, Weight]:
     if "model.0.weight" not in weights:
         return {apply_renames(name, _RENAMES): weight for name, weight in weights.items()}
     blocks, last = count(weights, r"model\.1\.sub\.(\d+)\.") - 1, count(weights, r"model\.(\d+)\.") - 1
+    if last > _MAX_LAYERS:
+        raise ExportError(f"it has a layer 'model.{last}'; supported: {_MAX_LAYERS} at most")
     numbers = {"0": "conv_first", f"1.sub.{blocks}": "conv_body", f"{last - 2}": "conv_hr", f"{last}": "conv_last"}
     numbers |= {str(index): f"conv_up{index // 3}" for index in range(3, last - 2, 3)}
     names = {f"model.{number}.{kind}": f"{name}.{kind}" for number, name in numbers.items() for kind in _KINDS}
@@ -64,6 +66,8 @@ def _rename(weights: Weights) -> dict[str, Weight]:
 
 
 _KINDS = ("weight", "bias")
+_MAX_LAYERS = 13
+"""The highest number of a layer of ESRGAN's code: that of scale 8."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -72,7 +76,7 @@ def _rrdb_config(shapes: Shapes) -> dict[str, Any]:
     inputs, outputs = shapes["conv_first.weight"][1], shapes["conv_last.weight"][0]
     multiple = {outputs * side**2: side for side in (1, 2, 4)}.get(inputs, 1)
     growth, width = shapes["body.0.rdb1.conv1.weight"][:2]
-    scale = 2 ** max(count(shapes, r"conv_up(\d+)\.") - 1, 0) // multiple
+    scale = 2 ** sum(f"conv_up{index}.weight" in shapes for index in range(1, 4)) // multiple
     _check_channels(inputs // multiple**2, outputs)
     if scale < 1:
         raise ExportError(f"it takes squares of {multiple} pixels and returns a smaller image; supported: scale 1 to 8")

@@ -11,13 +11,14 @@ from onnxscript.nn import Module
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import ExportError
 from sdonnx_runtime.packages.families import FAMILIES
-from sdonnx_runtime.packages.variant import NORM_STATS, USE_NORM_STATS
+from sdonnx_runtime.packages.variant import IMAGE_KEYS, IMAGE_VALUES, NORM_STATS, USE_NORM_STATS
 
 from sdonnx_export.checkpoint_model import Checkpoint, Part, Weight, checked
 from sdonnx_export.models.clip import ClipTextConfig, ClipTextEncoder
 from sdonnx_export.models.clip_vision import ClipVisionConfig, ClipVisionEncoder
 from sdonnx_export.models.config_reader import ConfigReader
 from sdonnx_export.models.controlnet import ControlNet, ControlNetConfig
+from sdonnx_export.models.ip_adapter import IPAdapter, IPAdapterConfig
 from sdonnx_export.models.safety_checker import SafetyChecker
 from sdonnx_export.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from sdonnx_export.models.tiny_vae import TinyVaeConfig, TinyVaeDecoder, TinyVaeEncoder
@@ -105,7 +106,10 @@ def _unet(config: Mapping[str, Any], **options: bool) -> tuple[UNet, tuple[Port,
         ports |= {"timestep_cond": ("batch", parsed.time_cond_proj_dim)}
     for name in residual_names(parsed):
         ports[name] = tuple(f"{name}.{axis}" for axis in ("batch", "channels", "height", "width"))
-    return UNet(parsed), tuple(Port(name=name, dtype=_FLOAT, shape=shape) for name, shape in ports.items())
+    unet = UNet(parsed)
+    if parsed.controlled:
+        ports |= dict.fromkeys((IMAGE_KEYS, IMAGE_VALUES), ("batch", "image_prompts", "image_tokens", unet.image_width))
+    return unet, tuple(Port(name=name, dtype=_FLOAT, shape=shape) for name, shape in ports.items())
 
 
 def _controlnet(config: Mapping[str, Any]) -> tuple[ControlNet, tuple[Port, ...]]:
@@ -128,6 +132,12 @@ def _adapter(config: Mapping[str, Any]) -> tuple[T2IAdapter, tuple[Port, ...]]:
     parsed = T2IAdapterConfig.from_dict(config)
     shape = ("batch", parsed.in_channels, "height", "width")
     return T2IAdapter(parsed), (Port(name="control_image", dtype=_FLOAT, shape=shape),)
+
+
+def _ip_adapter(config: Mapping[str, Any]) -> tuple[IPAdapter, tuple[Port, ...]]:
+    parsed = IPAdapterConfig.from_dict(config)
+    axes = ("batch",) if parsed.resampler is None else ("batch", "patches")
+    return IPAdapter(parsed), (Port(name=parsed.image_state, dtype=_FLOAT, shape=(*axes, parsed.image_width)),)
 
 
 UPSCALERS = {"RRDBNet": (RRDBNetConfig, RRDBNet), "SRVGGNetCompact": (SRVGGNetConfig, SRVGGNet)}
@@ -204,6 +214,7 @@ COMPONENTS = {
     "image_encoder": ComponentSpec(part="image_encoder", prefixes=(), module=_image_encoder, outputs=()),
     "safety_checker": ComponentSpec(part="safety_checker", prefixes=(), module=_safety_checker, outputs=()),
     "adapter": ComponentSpec(part="adapter", prefixes=(), module=_adapter, outputs=()),
+    "ip_adapter": ComponentSpec(part="ip_adapter", prefixes=(), module=_ip_adapter, outputs=(IMAGE_KEYS, IMAGE_VALUES)),
     "upscaler": ComponentSpec(part="upscaler", prefixes=(), module=_upscaler, outputs=("upscaled",)),
 }
 """Input and output names are those of optimum's exports, so that a package opens there."""

@@ -16,7 +16,7 @@ _MAX_SIZE, _MAX_COUNT = 1_000_000, 100
 
 _COUNTS = (
     "layers_per_block", "num_hidden_layers", "num_res_blocks", "num_encoder_blocks", "num_decoder_blocks",
-    "transformer_layers_per_block", "reverse_transformer_layers_per_block",
+    "transformer_layers_per_block", "reverse_transformer_layers_per_block", "num_block", "num_conv",
 )  # fmt: skip
 
 

@@ -109,7 +109,11 @@ class Attention(Module):
     def forward(self, op: Operators, x: ir.Value, context: ir.Value | None = None) -> ir.Value:
         source = x if context is None else context
         q, k, v = self.to_q(op, x), self.to_k(op, source), self.to_v(op, source)
-        return self.to_out[0](op, op.attention(q, k, v, self._heads))
+        return self.to_out[0](op, self.attend(op, q, k, v))
+
+    def attend(self, op: Operators, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
+        """Attend with queries (N, S, C) to keys and values (N, T, C)."""
+        return op.attention(q, k, v, self._heads)
 
 
 class Downsample(Module):

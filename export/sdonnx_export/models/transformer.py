@@ -1,5 +1,6 @@
 """The transformer blocks of a U-Net, as diffusers names their weights."""
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript.nn import Module, ModuleList
 
@@ -66,7 +67,7 @@ class TransformerBlock(Module):
         self.norm1 = LayerNorm(width)
         self.attn1 = Attention(width, heads)
         self.norm2 = LayerNorm(width)
-        self.attn2 = Attention(width, heads, context=config.cross_attention_dim)
+        self.attn2 = CrossAttention(width, heads, context=config.cross_attention_dim)
         self.norm3 = LayerNorm(width)
         self.ff = FeedForward(width)
 
@@ -78,6 +79,36 @@ class TransformerBlock(Module):
         x = op.repeat_batch(x, context, rank=3) if self._first else x
         x = op.Add(self.attn2(op, self.norm2(op, x), context), x)
         return op.Add(self.ff(op, self.norm3(op, x)), x)
+
+
+class CrossAttention(Attention):
+    """Attention to the text and, if the graph has `Operators.image_prompts`, also to these."""
+
+    def __init__(self, channels: int, heads: int, *, context: int) -> None:
+        super().__init__(channels, heads, context=context)
+        self.channels = channels
+        self.image_columns = slice(0, 0)
+        """Its keys and values among those of all layers."""
+
+    def attend(self, op: Operators, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
+        """Attend to the text's keys and values, and add the attention to those of the images."""
+        attended = super().attend(op, q, k, v)
+        if op.image_prompts is None:
+            return attended
+        return op.Add(attended, self._attend_to_images(op, q, *op.image_prompts))
+
+    def _attend_to_images(self, op: Operators, q: ir.Value, keys: ir.Value, values: ir.Value) -> ir.Value:
+        """Attend to each of A images of T tokens by itself, and sum over images: arXiv:2308.06721, equation 5."""
+        heads, size = self._heads, self.channels // self._heads
+        columns = [self.image_columns.start], [self.image_columns.stop], [3]
+        k, v = (op.Reshape(op.Slice(each, *columns), [0, -1, heads, size]) for each in (keys, values))  # (N, A T, h, d)
+        scale = op.constant(f"attention_scale_{size}", np.array(size**-0.5, np.float32))
+        q = op.Transpose(op.Reshape(q, [0, 0, heads, size]), perm=[0, 2, 1, 3])  # (N, h, S, d)
+        scores = op.MatMul(q, op.Mul(op.Transpose(k, perm=[0, 2, 3, 1]), scale))  # (N, h, S, A T)
+        by_image = op.Concat([0, 0, 0], op.Shape(keys, start=1, end=3), axis=0)
+        weights = op.Reshape(op.Softmax(op.Reshape(scores, by_image), axis=-1), [0, 0, 0, -1])
+        attended = op.MatMul(weights, op.Transpose(v, perm=[0, 2, 1, 3]))  # (N, h, S, d)
+        return op.Reshape(op.Transpose(attended, perm=[0, 2, 1, 3]), [0, 0, self.channels])
 
 
 class FeedForward(Module):

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxscript.nn import Module, ModuleList
 
 from sdonnx_export.models.layers import Conv2d, Downsample, GroupNorm, Linear, ResnetBlock, Upsample
-from sdonnx_export.models.transformer import Transformer2DModel, substage_name
+from sdonnx_export.models.transformer import CrossAttention, Transformer2DModel, TransformerBlock, substage_name
 from sdonnx_export.models.unet_config import UNetConfig
 from sdonnx_export.operators.base import Operators
 
@@ -72,7 +72,7 @@ class UNet(UNetDown):
     N is a multiple of n: batch entries that differ only in their text, as in classifier-free guidance, share all
     computation before the first cross-attention. ``more`` are SDXL's text_embeds (N, P) and time_ids (N, I), with which
     nothing is shared; the embedded guidance scale (N, G), if the model has one; and, if ``controlled``, residuals in
-    the order of `residual_names`.
+    the order of `residual_names`, and IMAGE_KEYS and IMAGE_VALUES.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -81,6 +81,17 @@ class UNet(UNetDown):
         self.up_blocks = ModuleList([UpBlock(config, level) for level in range(top, -1, -1)])
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
         self.conv_out = Conv2d(channels[0], config.out_channels)
+        self.image_width = self._number_cross_attentions()
+        """Columns of the keys and values of image prompts."""
+
+    def _number_cross_attentions(self) -> int:
+        """Give each cross-attention its columns, in the order of an IP-Adapter's layers; returns how many there are."""
+        stop = 0
+        mid = () if self.mid_block is None else (self.mid_block,)
+        for block in cast("Iterable[_UNetBlock]", (*self.down_blocks, *self.up_blocks, *mid)):
+            for attention in block.cross_attentions():
+                attention.image_columns = slice(stop, stop := stop + attention.channels)
+        return stop
 
     def forward(
         self,
@@ -90,6 +101,9 @@ class UNet(UNetDown):
         context: ir.Value,
         *more: ir.Value,
     ) -> ir.Value:
+        if self._config.controlled:
+            op.image_prompts = more[-2], more[-1]
+            more = more[:-2]
         split = len(more) - len(residual_names(self._config))
         added_cond, residuals = more[:split], more[split:]
         controlnet, adapter = residuals[: self._config.num_skips + 1], residuals[self._config.num_skips + 1 :]
@@ -177,6 +191,12 @@ class _UNetBlock(Module):
         if attentions:
             self.attentions = ModuleList(attentions)
         self._count, self._attends = len(resnets), bool(attentions)
+
+    def cross_attentions(self) -> Iterable[CrossAttention]:
+        """Return the cross-attentions of all transformer layers."""
+        attentions = cast("Iterable[Transformer2DModel]", self.attentions if self._attends else ())
+        layers = (cast("Iterable[TransformerBlock]", each.transformer_blocks) for each in attentions)
+        return [layer.attn2 for each in layers for layer in each]
 
     def _layer(self, op: Operators, index: int, x: ir.Value, temb: ir.Value, context: ir.Value) -> ir.Value:
         x = self.resnets[index](op, x, temb)

@@ -82,7 +82,7 @@ class UNetConfig:
     token_downsampling: bool = False
     """Whether keys and values of the highest self-attention are downsampled by 2 per axis (ToDo, arXiv:2402.13573)."""
     controlled: bool = False
-    """Whether it has inputs for the residuals of ControlNets and T2I-Adapters."""
+    """Whether it has inputs for the residuals of ControlNets and T2I-Adapters, and for what IP-Adapters return."""
 
     @property
     def num_skips(self) -> int:

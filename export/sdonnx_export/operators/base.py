@@ -94,6 +94,8 @@ class Operators(OpBuilder):
         self._image_stats: tuple[ir.Value, ir.Value] | None = None
         self._tile_stats: list[ir.Value] = []
         self.stage = ""
+        self.image_prompts: tuple[ir.Value, ir.Value] | None = None
+        """The inputs IMAGE_KEYS and IMAGE_VALUES of a U-Net, which every cross-attention reads a part of."""
 
     def begin_stage(self, name: str) -> None:
         """Begin the stage ``name``, which all operators up to the next call belong to (see `partition.cut`)."""

@@ -37,7 +37,7 @@ _EXCEPTIONS: dict[Precision, tuple[tuple[str, Precision], ...]] = {
     "int8": (
         (_INPUTS_OUTPUTS, "fp32"),
         (
-            r"time_emb|\.attn2\.to_[kv]\.|^(text_model|vision_model|visual_projection)\.",
+            r"time_emb|\.attn2\.to_[kv]\.|^(text_model|vision_model|visual_projection|image_proj|ip_adapter)\.",
             "int8-weights",
         ),  # few tokens: time goes to reading weights
     ),
@@ -45,7 +45,7 @@ _EXCEPTIONS: dict[Precision, tuple[tuple[str, Precision], ...]] = {
     "int4": (
         (_INPUTS_OUTPUTS, "fp32"),
         (
-            r"time_emb|^(text_model|vision_model|visual_projection)\.|^decoder\.|^encoder\.|conv_shortcut",
+            r"time_emb|^(text_model|vision_model|visual_projection|image_proj|ip_adapter)\.|^decoder\.|^encoder\.|conv_shortcut",
             "int8-weights",
         ),
     ),

@@ -65,6 +65,10 @@ def verify(directory: Path, manifest: Manifest, report: Callable[[str, float], N
         feeds.update(_control_inputs(read_json(directory / kind.value / "config.json")))
         run(kind.value)
         return
+    if kind is PackageKind.IP_ADAPTER:
+        feeds.update(run("image_encoder"))
+        run("ip_adapter")
+        return
     _expect_shape("vae_decoder", _first(run("vae_decoder")), image.shape)
     feeds["sample"] = image
     if "vae_encoder" in manifest.components:

@@ -40,8 +40,8 @@ _PROMPTS = Path(__file__).parents[1] / "data" / "calibration_prompts.txt"
 _STEPS = 8
 _GRIDS, _PIXELS = (4, 16, 64), 256
 """Colors on each side of the random images for a VAE, from low to high frequency; and their width and height."""
-_UPSCALED_PIXELS = 64
-"""Width and height of those for an upscaler."""
+_UPSCALED_GRIDS, _UPSCALED_PIXELS = (4, 16), 64
+"""Those for an upscaler: pure noise has wider ranges than photographs, and costs 6 dB."""
 _TAP, _INPUT = "range:", "input:"
 _MARK = "calibration.json"
 """What the directory of `calibrate` was made for; the file is made first and deleted last."""
@@ -184,8 +184,8 @@ def _run_vae_on_color_images(run: Runner, package: Package) -> None:
 
 
 def _run_upscaler_on_color_images(run: Runner) -> None:
-    """Run an upscaler on random images from low to high frequency."""
-    for grid in _GRIDS:
+    """Run an upscaler on random images of low and middle frequency."""
+    for grid in _UPSCALED_GRIDS:
         for image in smooth_color_images(_UPSCALED_PIXELS, grid)[:2]:
             run("upscaler", {"image": to_values(image) / 2 + 0.5})
 

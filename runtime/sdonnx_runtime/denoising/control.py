@@ -8,19 +8,18 @@ from typing import Any, cast
 import numpy as np
 
 from sdonnx_runtime.arrays import AnyArray, Array
-from sdonnx_runtime.denoising.denoiser import is_within_steps
-from sdonnx_runtime.denoising.step_cache import RunUNetGraph
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.images.crop import CropRegion
 from sdonnx_runtime.images.preprocess import flatten_alpha, resize_to_fit
 from sdonnx_runtime.packages.families import PackageKind
 from sdonnx_runtime.packages.manifest import read_json
 from sdonnx_runtime.packages.package import Package
-from sdonnx_runtime.packages.variant import Variant
 from sdonnx_runtime.request import CompleteRequest, Control
 
-_SKIP, _MIDDLE = "down_block_additional_residuals", "mid_block_additional_residual"
-_LEVEL = "down_intrablock_additional_residuals"
+SKIP, MIDDLE = "down_block_additional_residuals", "mid_block_additional_residual"
+LEVEL = "down_intrablock_additional_residuals"
+"""Names of a U-Net's residual inputs, those of skips and levels before their index."""
+
 _DEFAULTS: Mapping[str, Any] = {
     "block_out_channels": (320, 640, 1280, 1280),
     "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
@@ -66,7 +65,7 @@ class ResidualSpec:
         Raises:
             PackageError: the config has values of other types or sizes.
         """
-        with _config_errors():
+        with config_errors():
             return cls._parse(config, downscale)
 
     @classmethod
@@ -149,7 +148,7 @@ def _config(package: Package, component: str | None = None) -> dict[str, Any]:
 
 def _levels(config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
     channels = cast("Sequence[int]", config.get("channels", (320, 640, 1280, 1280)))
-    with _config_errors():
+    with config_errors():
         _check_numbers(*channels, config.get("downscale_factor", 8))
         return adapter_levels(config.get("adapter_type", "full_adapter"), channels, config.get("downscale_factor", 8))
 
@@ -164,11 +163,14 @@ def _check_numbers(*sizes: Any) -> None:
 
 
 @contextmanager
-def _config_errors() -> Generator[None, None, None]:
+def config_errors() -> Generator[None, None, None]:
+    """Turn what a damaged config.json raises into PackageError."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise PackageError(f"the config.json of a U-Net or a control is damaged ({error}); export again") from None
+        raise PackageError(
+            f"the config.json of a U-Net, a control or an IP-Adapter is damaged ({error}); export again"
+        ) from None
 
 
 @dataclass(kw_only=True)
@@ -211,8 +213,8 @@ class ControlModel:
 
 def residual_names(kind: str, outputs: Collection[str]) -> list[str]:
     """Return the U-Net's names of the outputs of a control of a kind, in their order."""
-    skips = [f"{_SKIP}.{index}" for index in range(len(outputs) - 1)]
-    return [*outputs] if kind == "adapter" else [*skips, _MIDDLE]
+    skips = [f"{SKIP}.{index}" for index in range(len(outputs) - 1)]
+    return [*outputs] if kind == "adapter" else [*skips, MIDDLE]
 
 
 def make_control(
@@ -228,7 +230,7 @@ def make_control(
     ``region`` is the crop of the request's image, which the conditioning image has too.
     """
     control, config, kind = request.controls[index], _config(package), package.kind.value
-    with _config_errors():
+    with config_errors():
         _check_numbers(config.get("in_channels", 4))
     image = flatten_alpha(control.image)
     image = resize_to_fit(image, size, request.fit) if region is None else region.crop(image)
@@ -242,43 +244,3 @@ def make_control(
         channels=config.get("in_channels", 4),
         control=control,
     )
-
-
-class ControlledUNet:
-    """A U-Net with the residuals of controls; they don't run in DeepCache's cached steps, which add the last ones.
-
-    In ``guess`` mode a ControlNet runs on the conditional batch entry alone, weaker at higher resolutions.
-    """
-
-    def __init__(
-        self, run: RunUNetGraph, package: Package, controls: Sequence[ControlModel], *, guess: bool, steps: int
-    ) -> None:
-        unet = ResidualSpec.from_config(_config(package, "unet"))
-        self._run, self._controls, self._guess, self._steps = run, controls, guess, steps
-        skips = (f"{_SKIP}.{index}" for index in range(len(unet.skips)))
-        levels = (f"{_LEVEL}.{index}" for index in range(len(unet.levels)))
-        self._zeros: dict[str, Array] = dict.fromkeys((*skips, _MIDDLE, *levels), np.zeros((1, 1, 1, 1), np.float32))
-        self._last, self._step = self._zeros, 0
-
-    def next_step(self) -> None:
-        """Go on to the next step."""
-        self._step += 1
-
-    def __call__(self, inputs: Mapping[str, AnyArray], graph: Variant) -> Mapping[str, AnyArray]:
-        """Run a graph of the U-Net with the step's residuals."""
-        entries = len(inputs["encoder_hidden_states"])
-        if graph.cache != "cached":
-            self._last = self._residuals(inputs)
-        return self._run({**inputs, **{name: value[-entries:] for name, value in self._last.items()}}, graph)
-
-    def _residuals(self, inputs: Mapping[str, AnyArray]) -> dict[str, Array]:
-        total = dict(self._zeros)
-        for model in self._controls:
-            control = model.control
-            if control.scale == 0 or not is_within_steps((control.start, control.end), self._step, self._steps):
-                continue
-            for name, value in model(inputs, guess=self._guess).items():
-                if name not in total:
-                    raise PackageError(f"a control's output '{name}' is not for this U-Net; export the control again")
-                total[name] = total[name] + value
-        return total

@@ -212,6 +212,7 @@ _RULES: Mapping[str, Rule] = {
     "Concat": _concat,
     "DepthToSpace": lambda inputs, attributes: _depth_to_space(inputs[0].shape, attributes["blocksize"]),
     "DynamicQuantizeLinear": lambda inputs, _: [TensorInfo(inputs[0].shape, 1), TensorInfo(()), TensorInfo((), 1)],
+    "Expand": lambda inputs, _: np.broadcast_shapes(inputs[0].shape, tuple(_ints(inputs[1]))),
     "Gather": _gather,
     "GatherND": _gather_nd,
     "Pad": _pad,

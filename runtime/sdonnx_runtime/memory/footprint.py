@@ -193,6 +193,8 @@ def _workspace(
     if node.inputs[1] in producers and producers[node.inputs[1]].op == "DequantizeLinear":  # im2col of one image
         pixels = prod(output.shape[2:])
         return prod(weight[1:]) * pixels * 4 if weight[0] > pixels and prod(weight[2:]) > 1 else 0
+    if name in producers and producers[name].op == "LeakyRelu":  # part of the Conv before it
+        name = producers[name].inputs[0]
     size = values[name].nbytes  # in blocks of channels, to and from which images are copied
     if name in producers and producers[name].op in ("Conv", "Resize"):
         return output.nbytes if name not in dying else max(0, output.nbytes - size)

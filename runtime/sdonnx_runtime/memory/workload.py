@@ -9,6 +9,8 @@ from types import MappingProxyType
 from sdonnx_runtime.adapters.merging import Adapters
 from sdonnx_runtime.denoising.control import component_prefix, residual_names
 from sdonnx_runtime.denoising.init_image import encodes_images
+from sdonnx_runtime.denoising.ip_adapter import all_tokens, encoded_images
+from sdonnx_runtime.denoising.ip_adapter import component_prefix as ip_adapter_prefix
 from sdonnx_runtime.denoising.step_cache import unet_graphs
 from sdonnx_runtime.execution.components import CIRCULAR, REFINER, UPSCALER
 from sdonnx_runtime.execution.strategy import UPSCALER_TILES
@@ -40,8 +42,8 @@ _PARSED_COPIES = 2
 @unsupported_graphs()
 def memory_phases(
     package: Package, resolved: ResolvedRequest, *, refiner: Package | None = None, controls: Sequence[Package] = (),
-    upscaler: Package | None = None, adapters: Adapters | None = None, preview: Package | None = None,
-    checker: Checker | None = None,
+    ip_adapters: Sequence[Package] = (), upscaler: Package | None = None, adapters: Adapters | None = None,
+    preview: Package | None = None, checker: Checker | None = None,
 ) -> list[MemoryPhase]:  # fmt: skip
     """List what is open at a time, in the order of running.
 
@@ -50,6 +52,7 @@ def memory_phases(
         resolved: the request; its largest pass counts.
         refiner: the package whose U-Net takes the last steps.
         controls: packages of ControlNet and T2I-Adapter models.
+        ip_adapters: packages of IP-Adapters.
         upscaler: the package that enlarges images between the passes.
         adapters: of the package.
         preview: the package whose VAE decodes previews, and stays open.
@@ -71,7 +74,8 @@ def memory_phases(
     latent_size = largest.height // space.downscale, largest.width // space.downscale
     states = batch if concat is not None and CONCAT[concat].edits else 1
     sizes = {"batch": batch, "states": states, "timestep": 1, "height": latent_size[0], "width": latent_size[1]}
-    phases = list[MemoryPhase]()
+    sizes |= {"image_prompts": max(len(ip_adapters), 1), "image_tokens": all_tokens(ip_adapters)}
+    phases = [phase for index, each in enumerate(ip_adapters) for phase in _ip_adapter_phases(index, each)]
     for prefix, model in {"": package, **({} if refiner is None else {REFINER: refiner})}.items():
         for encoder in model.manifest.text_encoders:
             graph = _graph(model.graph(encoder.component), {"batch": 1})
@@ -80,7 +84,9 @@ def memory_phases(
             sizes["tokens"] = encoder.length
             sizes["pooled"] = 0 if encoder.pooled is None else outputs[encoder.pooled].shape[1]
         sizes["ids"] = FAMILIES[model.manifest.family].time_ids
-        phases.append(_unet_phase(prefix, model, controls if prefix == "" else (), request, largest, sizes, applied))
+        of_base = controls if prefix == "" else ()
+        controlled = prefix == "" and len(controls) + len(ip_adapters) > 0
+        phases.append(_unet_phase(prefix, model, of_base, request, largest, sizes, applied, controlled=controlled))
     if upscaler is not None and request.hires_upscaler == upscaler.name:
         phases.append(_between_passes(upscaler, resolved.passes[0], largest, request))
     if encodes_images(manifest, request):
@@ -178,7 +184,7 @@ def _vae(package: Package, component: str, height: int, width: int, *, scale: in
 
 def _unet_phase(
     prefix: str, model: Package, controls: Sequence[Package], request: CompleteRequest, pass_: Pass,
-    sizes: Mapping[str, int], applied: Adapters,
+    sizes: Mapping[str, int], applied: Adapters, *, controlled: bool,
 ) -> MemoryPhase:  # fmt: skip
     """A U-Net with its controls."""
     components, residuals = list[LoadedComponent](), dict[str, TensorInfo]()
@@ -193,11 +199,22 @@ def _unet_phase(
         outputs = graph_outputs(graph)
         residuals |= dict(zip(residual_names(kind, outputs), outputs.values(), strict=True))
     downsampling = request.token_downsampling
-    full, cached = unet_graphs(request.cache_interval, token_downsampling=downsampling, controlled=bool(controls))
+    full, cached = unet_graphs(request.cache_interval, token_downsampling=downsampling, controlled=controlled)
     graphs = [_graph(model.graph("unet", full.name), sizes, residuals)]
     if cached != full:
         graphs.append(_graph(model.graph("unet", cached.name), sizes, {**residuals, **graph_outputs(graphs[0])}))
     return [*components, _component(f"{prefix}unet", graphs, applied)]
+
+
+def _ip_adapter_phases(index: int, adapter: Package) -> list[MemoryPhase]:
+    """An IP-Adapter's image encoder, and the adapter itself, for the image and for none."""
+    encoder = _graph(adapter.graph("image_encoder"), {"batch": encoded_images(adapter)})
+    patches = graph_outputs(encoder)["last_hidden_state"].shape[1]
+    graphs = {
+        "image_encoder": encoder,
+        "ip_adapter": _graph(adapter.graph("ip_adapter"), {"batch": 2, "patches": patches}),
+    }
+    return [[_component(f"{ip_adapter_prefix(index)}{name}", [each], Adapters())] for name, each in graphs.items()]
 
 
 def _component(component: str, graphs: Sequence[Graph], applied: Adapters) -> LoadedComponent:

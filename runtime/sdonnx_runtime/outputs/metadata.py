@@ -16,7 +16,14 @@ from sdonnx_runtime.images.grid import make_grid
 from sdonnx_runtime.images.preprocess import UPSCALERS, open_image
 from sdonnx_runtime.outputs.atomic import write_file
 from sdonnx_runtime.outputs.provenance import XMP_KEY, read_xmp, xmp_packet
-from sdonnx_runtime.request import FIELDS, CompleteRequest, generation_parameters
+from sdonnx_runtime.request import (
+    FIELDS,
+    PACKAGE_FIELDS,
+    CompleteRequest,
+    Control,
+    IPAdapter,
+    generation_parameters,
+)
 from sdonnx_runtime.result import Result
 from sdonnx_runtime.sampling.registry import A1111_NAMES
 
@@ -32,6 +39,7 @@ def parameters_text(
     refiner: str | None = None,
     loras: Sequence[Lora] = (),
     controls: Sequence[str] = (),
+    ip_adapters: Sequence[str] = (),
 ) -> str:
     """Write AUTOMATIC1111's ``parameters`` text (infotext), which has the LoRAs in the prompt."""
     values = _settings(request)
@@ -42,9 +50,11 @@ def parameters_text(
     settings |= {} if vae is None else {"VAE": _quote(vae)}
     if refiner is not None and request.refiner_start is not None:
         settings |= {"Refiner": _quote(refiner), FIELDS["refiner_start"].infotext: request.refiner_start}
-    for index, (name, each) in enumerate(zip(controls, request.controls, strict=True)):  # as A1111's extension
+    named = [*zip(controls, request.controls, strict=True), *zip(ip_adapters, request.ip_adapters, strict=True)]
+    for index, (name, each) in enumerate(named):  # as A1111's extension
+        module = "Module: ip-adapter-auto, " if index >= len(controls) else ""
         strength = f"Weight: {each.scale:g}, Guidance Start: {each.start:g}, Guidance End: {each.end:g}"
-        settings[f"ControlNet {index}"] = _quote(f"Model: {name}, {strength}")
+        settings[f"ControlNet {index}"] = _quote(f"{module}Model: {name}, {strength}")
     settings["Version"] = "sdonnx"
     lines = [" ".join([request.prompt, *(lora.tag for lora in loras)])]
     if request.negative_prompt:
@@ -57,12 +67,21 @@ def parameters_text(
 def infotext(result: Result, index: int) -> str:
     """Write the ``parameters`` text of an image of a result."""
     request, named = result.request.for_image(index), {"vae": result.vae, "refiner": result.refiner}
-    return parameters_text(request, result.model, **named, loras=result.loras, controls=result.controls)
+    loras, controls, adapters = result.loras, result.controls, result.ip_adapters
+    return parameters_text(request, result.model, **named, loras=loras, controls=controls, ip_adapters=adapters)
 
 
 def _describe_lora(lora: Lora) -> dict[str, Any]:
     te = {} if lora.text_encoder_scale is None else {"text_encoder_scale": lora.text_encoder_scale}
     return {"name": lora.path.stem, "scale": lora.scale, **te}
+
+
+def _describe_packages(names: Sequence[str], given: Sequence[Control | IPAdapter]) -> list[dict[str, Any]]:
+    """Describe controls or IP-Adapters, without their images."""
+    return [
+        {"name": name, "scale": each.scale, "start": each.start, "end": each.end}
+        for name, each in zip(names, given, strict=True)
+    ]
 
 
 def _quote(name: str) -> str:
@@ -156,11 +175,8 @@ def _image_json(result: Result, index: int) -> dict[str, Any]:
     """What made an image of a result."""
     request = result.request.for_image(index)
     loras = [_describe_lora(lora) for lora in result.loras]
-    controls = [
-        {"name": name, "scale": each.scale, "start": each.start, "end": each.end}
-        for name, each in zip(result.controls, request.controls, strict=True)
-    ]
-    others = {"vae": result.vae, "refiner": result.refiner, "loras": loras, "controls": controls}
+    packages = {field: _describe_packages(getattr(result, field), getattr(request, field)) for field in PACKAGE_FIELDS}
+    others = {"vae": result.vae, "refiner": result.refiner, "loras": loras, **packages}
     others |= {"safety": asdict(result.safety[index])} if result.safety else {}
     data = {**generation_parameters(request), "model": result.model}
     data |= {key: each for key, each in others.items() if each}

@@ -15,6 +15,8 @@ class PackageKind(Enum):
     CONTROLNET = "controlnet"
     T2I_ADAPTER = "adapter"
     """These two control the U-Net of a model; their one component has the kind's value as its name."""
+    IP_ADAPTER = "ip_adapter"
+    """Prompts the U-Net of a model with images."""
     UPSCALER = "upscaler"
     """Enlarges images; so has its."""
 
@@ -34,13 +36,14 @@ REQUIRED_COMPONENTS: Mapping[PackageKind, tuple[str, ...]] = {
     PackageKind.VAE: ("vae_decoder",),
     PackageKind.CONTROLNET: ("controlnet",),
     PackageKind.T2I_ADAPTER: ("adapter",),
+    PackageKind.IP_ADAPTER: ("ip_adapter", "image_encoder"),
     PackageKind.UPSCALER: ("upscaler",),
 }
 """The components of each kind, the one that tells it first; a model also has the text encoders of its manifest."""
 
 COMPONENT_NAMES = (
     "text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "controlnet", "adapter", "safety_checker",
-    "upscaler",
+    "image_encoder", "ip_adapter", "upscaler",
 )  # fmt: skip
 """Every component of a package, of any kind."""
 
@@ -89,6 +92,7 @@ FAMILIES: Mapping[str, Family] = {
     "vae": Family(title="a VAE", kind=PackageKind.VAE, text_encoders=()),
     "controlnet": Family(title="a ControlNet", kind=PackageKind.CONTROLNET, text_encoders=()),
     "adapter": Family(title="a T2I-Adapter", kind=PackageKind.T2I_ADAPTER, text_encoders=()),
+    "ip_adapter": Family(title="an IP-Adapter", kind=PackageKind.IP_ADAPTER, text_encoders=()),
     "upscaler": Family(title="an upscaler", kind=PackageKind.UPSCALER, text_encoders=()),
 }
 """What this version runs, by its name in manifests."""

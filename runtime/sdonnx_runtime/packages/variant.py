@@ -24,6 +24,11 @@ blocks, which take them."""
 CACHED_FEATURES = "cached_features"
 """What the U-Net's graph ``caching`` returns with its prediction, and its graph ``cached`` takes."""
 
+IMAGE_KEYS, IMAGE_VALUES = "image_keys", "image_values"
+"""What an IP-Adapter (arXiv:2308.06721) returns for an image, (N, T, W), and a controlled U-Net takes for A of them,
+(N, A, T, W): keys and values of T tokens for all cross-attentions, W wide together; on the way down, then up, then in
+the middle."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
@@ -34,7 +39,7 @@ class Variant:
     token_downsampling: bool = False
     """Whether the largest self-attention has its keys and values downsampled (ToDo, arXiv:2402.13573)."""
     controlled: bool = False
-    """Whether it takes the residuals of ControlNets and T2I-Adapters."""
+    """Whether it takes the residuals of ControlNets and T2I-Adapters, and the keys and values of IP-Adapters."""
 
     @property
     def name(self) -> str:

@@ -19,6 +19,7 @@ _USE = {
     PackageKind.CONTROLNET: f"{_RUN} -m PACKAGE --control {{}}:IMAGE.png",
     PackageKind.T2I_ADAPTER: f"{_RUN} -m PACKAGE --control {{}}:IMAGE.png",
     PackageKind.UPSCALER: "sdonnx upscale IMAGE.png -m {}",
+    PackageKind.IP_ADAPTER: f"{_RUN} -m PACKAGE --ip-adapter {{}}:IMAGE.png",
 }
 """The command that uses an exported package, by kind."""
 
@@ -31,7 +32,7 @@ def export(
         str | None,
         typer.Argument(
             metavar="SRC",
-            help="A diffusers directory, a .safetensors, .ckpt, .pth or .gguf file, a Hub id, or a name from "
+            help="A diffusers directory, a .safetensors, .ckpt, .pth, .bin or .gguf file, a Hub id, or a name from "
             "[b]sdonnx models[/b]. If left out, with --vae: exports that VAE alone.",
             show_default=False,
         ),
@@ -76,6 +77,13 @@ def export(
             help="A checkpoint that lends what SRC lacks: VAE, text encoders, the base of a ControlNet difference.",
         ),
     ] = None,
+    image_encoder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SRC",
+            help="The CLIP image encoder of an IP-Adapter: its directory or Hub id. Default: the one beside SRC.",
+        ),
+    ] = None,
     prediction_type: Annotated[
         Prediction | None,
         typer.Option(help="What the U-Net predicts. Default: what SRC says, else what is usual in its family."),
@@ -114,6 +122,7 @@ def export(
             text_encoders=[find_source(each)[0] for each in text_encoder or []],
             base=companion(base),
             prediction_type=prediction_type,
+            image_encoder=image_encoder,
             revision=revision,
             via=via,
             calibration=calibration,

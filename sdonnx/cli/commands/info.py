@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 from sdonnx_models import bundled, recipes
 from sdonnx_runtime.denoising.control import describe_control
+from sdonnx_runtime.denoising.ip_adapter import describe_ip_adapter
 from sdonnx_runtime.packages.families import PackageKind
 from sdonnx_runtime.packages.upscaler_config import UpscalerConfig
 from sdonnx_runtime.safety.checkers import find_checker
@@ -76,6 +77,8 @@ def _usage(package: sdonnx.Package) -> tuple[str, str]:
     """Describe what a package is used for: a row of the table."""
     if package.kind.is_control:
         return "controls", f"{describe_control(package)}; use it with --control"
+    if package.kind is PackageKind.IP_ADAPTER:
+        return "image prompts", f"{describe_ip_adapter(package)}; use it with --ip-adapter"
     if package.kind is PackageKind.VAE:
         return "VAE", "for other packages; use it with --vae"
     if package.kind is PackageKind.UPSCALER:

@@ -67,6 +67,7 @@ def run(
         Literal["canny"] | None,
         typer.Option(help="Preprocess the conditioning image (canny edges).", rich_help_panel=IMAGE_TO_IMAGE),
     ] = None,
+    ip_adapter: Annotated[list[str] | None, request_option("ip_adapters")] = None,
     outpaint: Annotated[
         str | None,
         typer.Option(
@@ -170,11 +171,13 @@ def run(
         raise sdonnx.RequestError("--control-preprocessor requires --control")
     preprocess = flatten_alpha if control_preprocessor is None else canny
     images = (sdonnx.Control(image=preprocess(open_image(path)), **settings) for _, path, settings in controls)
+    adapters = [parse_control(each, "ip-adapter") for each in ip_adapter or ()]
     values = {
         **(sdonnx.FAST if fast else {}),
         **parse_request(options),
         **refiner_fields,
         "controls": tuple(images),
+        "ip_adapters": tuple(sdonnx.IPAdapter(image=open_image(path), **how) for _, path, how in adapters),
         **({"styles": tuple(map(decode_argument, style))} if style else {}),
     }
     values |= {} if hires_upscaler is None else {"hires_upscaler": hires_upscaler}
@@ -187,7 +190,10 @@ def run(
         raise sdonnx.RequestError("--preview-vae requires --preview")
     if preview is not None and safety in ("blur", "refuse"):
         raise sdonnx.RequestError(f"--safety {safety} hides previews, which nobody has checked; leave out --preview")
-    inputs = (*(path for _, path, _ in controls), *(each for each in options.values() if isinstance(each, Path)))
+    inputs = (
+        *(path for _, path, _ in (*controls, *adapters)),
+        *(each for each in options.values() if isinstance(each, Path)),
+    )
     outputs = OutputPaths(
         images=output,
         grid=grid,
@@ -201,8 +207,9 @@ def run(
     if server is not None:
         from sdonnx.cli.remote import Selection, connect, run_remotely
 
+        control_names, adapter_names = (tuple(name for name, _, _ in each) for each in (controls, adapters))
         selection = Selection(
-            model=model, vae=vae, controls=tuple(package for package, _, _ in controls), upscaler=upscaler
+            model=model, vae=vae, controls=control_names, ip_adapters=adapter_names, upscaler=upscaler
         )
         pool = connect(context, server, token, selection, previews=preview is not None)
         run_remotely(pool, fields, outputs, batch_file, lines, as_json=as_json)
@@ -219,6 +226,7 @@ def run(
         wildcard_folder=wildcards,
         styles=styles,
         controls=[package for package, _, _ in controls],
+        ip_adapters=[package for package, _, _ in adapters],
         safety=safety,
         upscaler=None if upscaler is None else find_model(upscaler),
     ) as pipe:

@@ -17,7 +17,7 @@ from sdonnx.cli.parsing import check_outputs
 
 
 def upscale(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="Images to enlarge.", show_default=False)],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Images to enlarge.", show_default=False)],
     model: Annotated[
         str,
         typer.Option("--model", "-m", metavar="PACKAGE", help="An upscaler's package: its directory, or its Hub id."),

@@ -31,6 +31,12 @@ MODULES: Mapping[str, Callable[[Image.Image, float, float], Image.Image]] = {
 }
 """The preprocessors, by name: of an image and its thresholds."""
 
+IMAGE_PROMPTS = (
+    "ip-adapter-auto", "ip-adapter_clip_h", "ip-adapter_clip_g", "ip-adapter_clip_sd15", "ip-adapter_clip_sdxl",
+    "ip-adapter_clip_sdxl_plus_vith",
+)  # fmt: skip
+"""The extension's names for the image encoders of IP-Adapters; a package has its own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Controls:
@@ -40,6 +46,9 @@ class Controls:
     """Served names of their packages."""
     controls: tuple[sdonnx.Control, ...] = field(default=(), repr=False)
     guess: bool = False
+    adapter_names: tuple[str, ...] = ()
+    """Served names of the packages of IP-Adapters."""
+    ip_adapters: tuple[sdonnx.IPAdapter, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +77,7 @@ def read_units(args: Sequence[Any], library: Library, target: Target) -> Control
     units = [each for each in forms if each.enabled]
     if len(units) > (most := library.settings.max_controls):
         raise sdonnx.RequestError(f"{len(units)} ControlNet units are too many; give up to {most}")
+    units, prompts = _split(units, library)
     modes = {_is_guess(unit) for unit in units}
     if len(modes) > 1:
         raise sdonnx.RequestError("the ControlNet units have different control modes; give all the same")
@@ -75,14 +85,45 @@ def read_units(args: Sequence[Any], library: Library, target: Target) -> Control
         names=tuple(_model(unit, library) for unit in units),
         controls=tuple(_control(unit, target) for unit in units),
         guess=modes == {True},
+        adapter_names=tuple(_model(unit, library) for unit in prompts),
+        ip_adapters=tuple(_ip_adapter(unit, target) for unit in prompts),
     )
 
 
-def _control(unit: Unit, target: Target) -> sdonnx.Control:
+def _split(units: Sequence[Unit], library: Library) -> tuple[list[Unit], list[Unit]]:
+    """Split units into those of controls and those whose model is an IP-Adapter."""
+    adapters = {each.name for each in library.ip_adapters}
+    controls, prompts = list[Unit](), list[Unit]()
+    for unit in units:
+        module, is_prompt = unit.module.strip().lower() or "none", _model(unit, library) in adapters
+        (prompts if is_prompt else controls).append(unit)
+        if is_prompt and module not in ("none", *IMAGE_PROMPTS):
+            raise sdonnx.RequestError(
+                f"the ControlNet module {module[:80]!r} is not for IP-Adapters; choose {', '.join(IMAGE_PROMPTS)}"
+            )
+        if module in IMAGE_PROMPTS and not is_prompt:
+            raise sdonnx.RequestError(f"the ControlNet module {module!r} requires the model of an IP-Adapter; give one")
+    return controls, prompts
+
+
+def _ip_adapter(unit: Unit, target: Target) -> sdonnx.IPAdapter:
+    _check(unit)
+    return sdonnx.IPAdapter(image=_image(unit, target), scale=unit.weight, start=unit.guidance_start, end=_end(unit))
+
+
+def _check(unit: Unit) -> None:
     if unit.effective_region_mask:
         raise sdonnx.RequestError("effective_region_mask is not supported; leave it out")
     if unit.hr_option not in ("Both", 0):
         raise sdonnx.RequestError("a ControlNet unit's hr_option is not supported; give Both")
+
+
+def _end(unit: Unit) -> float:
+    return unit.guidance_end if unit.guidance is None or "guidance_end" in unit.given else unit.guidance
+
+
+def _control(unit: Unit, target: Target) -> sdonnx.Control:
+    _check(unit)
     module, image = _module(unit.module), _image(unit, target)
     if module is not MODULES["none"]:
         image = _shrink(image, unit.processor_res if not unit.pixel_perfect else _perfect(image, target))
@@ -91,7 +132,7 @@ def _control(unit: Unit, target: Target) -> sdonnx.Control:
         image=_resize(image, unit, target),
         scale=unit.weight,
         start=unit.guidance_start,
-        end=unit.guidance_end if unit.guidance is None or "guidance_end" in unit.given else unit.guidance,
+        end=_end(unit),
     )
 
 
@@ -136,7 +177,7 @@ def _perfect(image: Image.Image, target: Target) -> int:
 def _model(unit: Unit, library: Library) -> str:
     if unit.model.lower() in ("", "none"):
         raise sdonnx.RequestError("a ControlNet unit has no model; give one of /controlnet/model_list")
-    return library.find(unit.model, library.controls).name
+    return library.find(unit.model, [*library.controls, *library.ip_adapters]).name
 
 
 def _is_guess(unit: Unit) -> bool:
@@ -181,17 +222,20 @@ def detect(form: Detect, settings: Settings) -> dict[str, Any]:
 
 
 def model_list(library: Library) -> list[str]:
-    """The titles of the ControlNets and T2I-Adapters."""
-    return [each.title for each in library.controls]
+    """The titles of the ControlNets, T2I-Adapters and IP-Adapters."""
+    return [each.title for each in (*library.controls, *library.ip_adapters)]
 
 
 def control_types(library: Library) -> dict[str, Any]:
     """The modules and models for each type of control, as ``/controlnet/control_types`` has them."""
     models = ["None", *model_list(library)]
     edges = [each for each in models if "canny" in each.lower()]
+    adapters = [each.title for each in library.ip_adapters]
+    prompts = _control_type(list(IMAGE_PROMPTS), ["None", *adapters], IMAGE_PROMPTS[0], [*adapters, "None"][0])
     return {
-        "All": _control_type(list(MODULES), models, "none", "None"),
+        "All": _control_type([*MODULES, *IMAGE_PROMPTS], models, "none", "None"),
         "Canny": _control_type(["canny", "none"], ["None", *edges], "canny", edges[0] if edges else "None"),
+        "IP-Adapter": prompts,
     }
 
 

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import sdonnx
-from sdonnx.server.a1111.controlnet import MODULES, control_types, model_list
+from sdonnx.server.a1111.controlnet import IMAGE_PROMPTS, MODULES, control_types, model_list
 from sdonnx.server.a1111.errors import AsciiJson, Handler
 from sdonnx.server.a1111.options import current_options
 from sdonnx.server.a1111.samplers import samplers, schedulers
@@ -133,7 +133,7 @@ SCRIPT_INFO: Any = [
     {"name": "controlnet", "is_alwayson": True, "is_img2img": is_img2img, "args": []} for is_img2img in (False, True)
 ]
 
-CONTROL_MODULES: Any = {"module_list": list(MODULES)}
+CONTROL_MODULES: Any = {"module_list": [*MODULES, *IMAGE_PROMPTS]}
 
 SAMPLERS: Any = samplers()
 

@@ -70,7 +70,7 @@ def prepare(library: Library, options: Options, form: Generate) -> Prepared:
     manifest = served.package.manifest
     fields = _fields(form, options, manifest, settings.max_pixels, comments)
     controls = _scripts(form, library, _target(fields, served.package, settings.max_pixels))
-    fields |= {"controls": controls.controls, "control_guess": controls.guess}
+    fields |= {"controls": controls.controls, "control_guess": controls.guess, "ip_adapters": controls.ip_adapters}
     refiner, fields["refiner_start"] = _refiner(form, library)
     comments += ["restore_faces is not supported"] if form.restore_faces else []
     notes: list[str] = []
@@ -87,6 +87,7 @@ def prepare(library: Library, options: Options, form: Generate) -> Prepared:
             vae=options.vae,
             refiner=refiner,
             controls=controls.names,
+            ip_adapters=controls.adapter_names,
             upscaler=None if upscaler is None else upscaler.name,
         ),
         preview_every=options.preview_every,

@@ -7,6 +7,7 @@ from typing import Any
 
 from sdonnx_runtime.adapters.textual_inversion import read_embedding
 from sdonnx_runtime.denoising.control import describe_control
+from sdonnx_runtime.denoising.ip_adapter import describe_ip_adapter
 from sdonnx_runtime.images.preprocess import UPSCALERS
 from sdonnx_runtime.outputs.metadata import A1111_SCHEDULES
 from sdonnx_runtime.packages.concat import CONCAT
@@ -25,13 +26,13 @@ from sdonnx.server.library import Library, ServedPackage
 
 async def models(request: Request) -> Response:
     """List the packages after reading the folders again: ``{"version", "models": [model…], "vaes", "controls",
-    "upscalers"}``.
+    "ip_adapters", "upscalers"}``.
 
     A model has ``name``, ``title`` (the name with its digest), ``family``, ``default`` and ``loaded`` (booleans),
     ``defaults`` (width, height, num_inference_steps, guidance_scale, sampler, and enlarge, the factor by which the
     command line saves its images larger), ``fast`` (fields of a job that trade quality for speed), ``preview`` (whether
     it has them), ``multiple`` (of its sides, pixels), ``tasks`` and ``requires`` (image fields). A VAE has ``name`` and
-    ``title``, a control also ``kind`` and ``description``, an upscaler also ``scale``.
+    ``title``, a control also ``kind`` and ``description``, an IP-Adapter ``description``, an upscaler ``scale``.
     """
     context = context_of(request)
     await asyncio.to_thread(context.library.refresh)
@@ -100,6 +101,10 @@ def _describe_packages(library: Library) -> dict[str, Any]:
                 "description": describe_control(each.package),
             }
             for each in library.controls
+        ],
+        "ip_adapters": [
+            {"name": each.name, "title": each.title, "description": describe_ip_adapter(each.package)}
+            for each in library.ip_adapters
         ],
         "upscalers": [
             {"name": each.name, "title": each.title, "scale": UpscalerConfig.read(each.package.root).scale}

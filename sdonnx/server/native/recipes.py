@@ -8,7 +8,7 @@ from typing import Any, cast
 from PIL import Image
 from sdonnx_runtime.files.json_file import parse_json
 from sdonnx_runtime.images.preprocess import UPSCALERS
-from sdonnx_runtime.request import FIELDS, IMAGE_FIELDS
+from sdonnx_runtime.request import FIELDS, IMAGE_FIELDS, PACKAGE_FIELDS
 from sdonnx_runtime.validation import check_fields
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -24,7 +24,7 @@ from sdonnx.server.native.bodies import read_object, take
 _DEFAULTS = {
     each.name: each.default for each in dataclasses.fields(sdonnx.Request) if each.default is not dataclasses.MISSING
 }
-_NOT_FIELDS = (*IMAGE_FIELDS, "controls")
+_NOT_FIELDS = (*IMAGE_FIELDS, *PACKAGE_FIELDS)
 
 
 async def info(request: Request) -> Response:
@@ -34,8 +34,8 @@ async def info(request: Request) -> Response:
 
     The reply has ``width`` and ``height`` of the image, ``source`` (sdonnx, a1111, or null where there are no
     parameters), ``fields`` (of `Request`, ready for a job; those with their default are left out), ``model`` and
-    ``vae`` (by their served names; null if they are not served), ``controls`` (as in the PNG's JSON, without images)
-    and ``infotext`` (AUTOMATIC1111's text or null).
+    ``vae`` (by their served names; null if they are not served), ``controls`` and ``ip_adapters`` (as in the PNG's
+    JSON, without images) and ``infotext`` (AUTOMATIC1111's text or null).
 
     Raises:
         RequestError: it is not a PNG, JPEG or WebP.
@@ -66,8 +66,8 @@ def _describe(
         settings = parse_infotext(text)
         named = {"model": settings.get("Model"), "vae": settings.get("VAE")}
         fields = _valid(infotext_fields(text, family=family))
-        recipe = {"source": "a1111", "fields": fields, **named, "controls": list[Any]()}
-    empty: dict[str, Any] = {"source": None, "fields": {}, "model": None, "vae": None, "controls": []}
+        recipe = {"source": "a1111", "fields": fields, **named, **_no_packages()}
+    empty: dict[str, Any] = {"source": None, "fields": {}, "model": None, "vae": None, **_no_packages()}
     found: dict[str, Any] = recipe or empty
     found |= {"model": _served_name(found["model"], library.models), "vae": _served_name(found["vae"], library.vaes)}
     found["fields"] = _with_served_upscaler(found["fields"], library)
@@ -103,14 +103,18 @@ def _read_own(text: object) -> dict[str, Any] | None:
     prompt = values.get("prompt")
     if isinstance(prompt, str):
         values = {**values, "prompt": " ".join([prompt, *_lora_tags(values.get("loras"))])}
-    controls = values.get("controls")
+    packages = {name: values.get(name) for name in PACKAGE_FIELDS}
     return {
         "source": "sdonnx",
         "fields": _valid(values),
         "model": values.get("model") if isinstance(values.get("model"), str) else None,
         "vae": values.get("vae") if isinstance(values.get("vae"), str) else None,
-        "controls": cast("list[Any]", controls) if isinstance(controls, list) else [],
+        **{name: cast("list[Any]", each) if isinstance(each, list) else [] for name, each in packages.items()},
     }
+
+
+def _no_packages() -> dict[str, list[Any]]:
+    return {name: [] for name in PACKAGE_FIELDS}
 
 
 def _lora_tags(loras: object) -> list[str]:

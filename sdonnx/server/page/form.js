@@ -175,9 +175,11 @@ function showUpscaler() {
   find("hires-upscaler-field", HTMLDivElement).hidden = !hires.checked
 }
 
-function showExtras() {
+/** Show what is set without a control; styles only where they are not offered. */
+export function showExtras() {
   const list = find("extras-list", HTMLUListElement)
-  find("extras", HTMLFieldSetElement).hidden = Object.keys(extras).length === 0
+  const names = Object.keys(extras).filter((name) => name !== "styles" || find("styles", HTMLFieldSetElement).hidden)
+  find("extras", HTMLFieldSetElement).hidden = names.length === 0
   const chip = (/** @type {string} */ name) => {
     const remove = button(`${name} ${format(extras[name])} ×`, () => {
       delete extras[name]
@@ -186,7 +188,7 @@ function showExtras() {
     remove.ariaLabel = `Remove ${name} ${format(extras[name])}`
     return make("li", {}, remove)
   }
-  list.replaceChildren(...Object.keys(extras).map(chip))
+  list.replaceChildren(...names.map(chip))
 }
 
 /** @param {unknown} value */

@@ -3,7 +3,7 @@
 
 import { api } from "./api.js"
 import { button, debounce, find, make } from "./dom.js"
-import { chosenStyles, currentModel, form, toggleStyle } from "./form.js"
+import { chosenStyles, currentModel, form, showExtras, toggleStyle } from "./form.js"
 
 const prompt = find("prompt", HTMLTextAreaElement)
 const WEIGHT_STEP = 0.1
@@ -202,6 +202,7 @@ export function offerStyles(styles) {
   }
   form.addEventListener("change", press)
   press()
+  showExtras()
 }
 
 /** Count the tokens after each change. */

@@ -306,7 +306,7 @@ def test_alternatives_with_other_files(family, file, tmp_path, memory):
         result = stream.result
         assert np.array_equal(stream.latents, result.latents)
         assert len(result.timings.steps) == len(steps)
-        for index in range(5):
+        for index in (1, 2, 4):
             alone = pipe.generate(template, seed=1 + index, **settings)
             assert alone.prompts == (result.prompts[index],)
             assert np.array_equal(alone.latents[0], result.latents[index])

@@ -29,6 +29,7 @@ from sdonnx_runtime.pipeline import Pipeline
 from support.controls import adapter, controlnet
 from support.families import sd1, sd2, sdxl, tiny_vae
 from support.images import photograph
+from support.ip_adapters import image_encoder, ip_adapter, save_ip_adapter
 
 import sdonnx
 
@@ -231,7 +232,7 @@ def test_a_truncated_graph_is_named(keep, made, tmp_path):
 
 
 SIZES = {"batch": 2, "states": 1, "height": 16, "width": 24, "tokens": 77, "pooled": 64, "ids": 6, "images": 1}
-SIZES |= {"image_height": 128, "image_width": 192}
+SIZES |= {"image_height": 128, "image_width": 192, "image_prompts": 2, "image_tokens": 4, "patches": 17}
 
 
 def compare_shapes(path, *, circular="", has_wrap=True, **sizes):
@@ -291,6 +292,14 @@ def test_shapes_of_what_goes_with_a_model(make, tmp_path):
     package = Package.open(export(source, tmp_path / "package", vae=vae))
     for component in package.manifest.components:
         compare_shapes(package.graph(component), **({"height": 128, "width": 192} if component == "adapter" else {}))
+
+
+def test_shapes_of_an_ip_adapter(tmp_path):
+    image_encoder().save_pretrained(tmp_path / "image_encoder")
+    source = save_ip_adapter(ip_adapter(sd1().unet, plus=True), tmp_path / "adapter.safetensors")
+    package = Package.open(export(str(source), tmp_path / "package"))
+    for component in package.manifest.components:
+        compare_shapes(package.graph(component))
 
 
 STRATEGIES = {

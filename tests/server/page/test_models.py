@@ -39,7 +39,10 @@ def server(tmp_path_factory):
     shutil.copy(ADAPTERS / "grey.safetensors", loras)
     shutil.copy(ADAPTERS / "teal.safetensors", embeddings)
     packages = (bundled()[DEFAULT], sketch(tmp_path_factory.mktemp("packages") / "sketch"))
-    with running_server(packages=packages, lora_folder=loras, embedding_folder=embeddings) as running:
+    styles = tmp_path_factory.mktemp("styles") / "styles.csv"
+    styles.write_text('name,prompt,negative_prompt\nBlue,"{prompt} on {blue|navy}",red\nPlain,flat,\n')
+    folders = {"lora_folder": loras, "embedding_folder": embeddings, "styles": styles}
+    with running_server(packages=packages, **folders) as running:
         yield running
 
 
@@ -85,10 +88,25 @@ def test_loras_and_embeddings_write_themselves_into_the_prompt(page, server):
     assert not np.array_equal(saved(server, with_lora), saved(server, without))
 
 
+def test_styles_are_chosen_by_their_names(page, server):
+    blue = page.get_by_role("group", name="Styles").get_by_role("button", name="Blue")
+    blue.click()
+    expect(blue).to_have_attribute("aria-pressed", "true")
+    expect(page.get_by_role("group", name="Also set")).to_be_hidden()
+    page.reload()
+    job = make(page, "a {red|green} fox", Seed=4, Steps=2)
+    (prompts,) = server.context.queue.find(job.id).request.prompts
+    assert re.fullmatch("a (red|green) fox on (blue|navy)", prompts.prompt)
+    assert prompts.negative_prompt == "red"
+    page.get_by_role("button", name="Reset the settings").click()
+    expect(blue).to_have_attribute("aria-pressed", "false")
+
+
 def test_lists_without_entries_are_not_shown(serve, visits):
     page = visits(serve().url)
     expect(page.locator("#plan")).not_to_be_empty()
     expect(page.get_by_role("group", name="LoRAs and embeddings")).to_be_hidden()
+    expect(page.get_by_role("group", name="Styles")).to_be_hidden()
     expect(page.get_by_role("combobox", name="VAE")).to_be_hidden()
 
 

@@ -12,7 +12,9 @@ from sdonnx_export.checkpoints.ldm.checkpoint import split_checkpoint
 from sdonnx_export.checkpoints.ldm.file_settings import SingleFile, read_original_config
 from sdonnx_export.checkpoints.open import open_checkpoint
 from sdonnx_export.checkpoints.text_encoders import text_encoders_of_file
+from sdonnx_export.checkpoints.upscaler import read_upscaler
 from sdonnx_export.models.components import COMPONENTS, components_in
+from sdonnx_export.operators.base import sizes
 
 from support import families, ldm
 from support.fuzz.campaign import Target
@@ -51,6 +53,7 @@ def single_file(folder: Path) -> Target:
     """The keys and shapes of single files, up to the modules of their components."""
     pipelines = (families.sd1(), families.sd2(), families.sdxl())
     states = [{name: [*value.shape] for name, value in ldm.ldm_state(pipe).items()} for pipe in pipelines]
+    states += [_upscaler_state(config) for config in _UPSCALERS]
 
     def read(data: bytes) -> None:
         try:
@@ -63,6 +66,17 @@ def single_file(folder: Path) -> Target:
     return Target(seeds=[json.dumps(state).encode() for state in states], mutate=mutate_json, read=read)
 
 
+_UPSCALERS = (
+    {"_class_name": "RRDBNet", "num_block": 1, "scale": 2, "multiple": 2},
+    {"_class_name": "SRVGGNetCompact", "num_conv": 2, "scale": 4, "act_type": "prelu"},
+)
+
+
+def _upscaler_state(config: Mapping[str, object]) -> dict[str, list[int]]:
+    module, _ = COMPONENTS["upscaler"].module(config)
+    return {name: [*sizes(parameter)] for name, parameter in module.named_parameters()}
+
+
 def _is_shape(value: object) -> bool:
     return isinstance(value, list) and all(type(size) is int and 0 <= size < 1 << 40 for size in value)
 
@@ -72,6 +86,8 @@ def _use(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         return np.zeros(1, np.float32)
 
     weights = {name: Weight(shape=shape, dtype="F32", read=zero) for name, shape in shapes.items()}
+    if read_upscaler(path, weights) is not None:
+        return
     file = SingleFile(path=path, weights=weights, original=read_original_config(path))
     checkpoint = complete(split_checkpoint(file), ALONE, path.name)
     given = Companions(text_encoders=text_encoders_of_file(path.name, weights))

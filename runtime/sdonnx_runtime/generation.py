@@ -90,7 +90,7 @@ class PassConditioning:
     """Of the package's U-Net."""
     init: InitImage | None
     """The request's image."""
-    images: Sequence[ImagePrompt]
+    image_prompts: Sequence[ImagePrompt]
     """Of the IP-Adapters."""
 
 
@@ -112,7 +112,7 @@ def generate_images(
             prefix: encode_prompts(package, prefix, run, request, resolved.prompts, models.adapters.embeddings, sizes)
             for prefix, package in models.denoisers.items()
         }
-        images = encode_image_prompts(run, models.ip_adapters, request)
+        image_prompts = encode_image_prompts(run, models.ip_adapters, request)
         init = encode_init_image(run, models.manifest, request)
         concats = [encode_concat_images(run, models.manifest, request, init, size) for size in sizes]
         run.components.unload("vae_encoder")
@@ -123,7 +123,9 @@ def generate_images(
                 states: Sequence[InitImage | InitLatents | None] = [init] * request.num_images
             else:
                 states = _second_states(models, resolved, index, latents)
-            conditioning = PassConditioning(index=index, texts=encoded, concat=concats[index], init=init, images=images)
+            conditioning = PassConditioning(
+                index=index, texts=encoded, concat=concats[index], init=init, image_prompts=image_prompts
+            )
             latents = yield from _denoise_pass(models, resolved, conditioning, states, seconds)
             last = index == len(resolved.passes) - 1
             if last:
@@ -215,8 +217,8 @@ def _denoise_image(
     concat = concat_latents(models.manifest, request, conditioning.concat, noise)
     region = None if conditioning.init is None else conditioning.init.region
     controlled = make_controlled_unet(
-        _unet(models.run, ""), models.run, models.package, models.controls, conditioning.images, request, pass_, region,
-        num_conditional=len(prompts.weights),
+        _unet(models.run, ""), models.run, models.package, models.controls, conditioning.image_prompts, request, pass_,
+        region, num_conditional=len(prompts.weights),
     )  # fmt: skip
     unets = {prefix: _cached_unet(models, request, prefix, controlled) for prefix in models.denoisers}
     per_step_models = [

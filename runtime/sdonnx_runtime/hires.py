@@ -1,4 +1,4 @@
-"""Hires fix: what its second pass starts from."""
+"""Hires fix: its upscaler, and what its second pass starts from."""
 
 from collections.abc import Sequence
 from itertools import count
@@ -8,13 +8,26 @@ from PIL import Image
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.denoising.decoding import decode
 from sdonnx_runtime.denoising.init_image import InitImage, InitLatents, encode_image, resize_latents
+from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.execution.components import Runner
-from sdonnx_runtime.images.preprocess import resize
+from sdonnx_runtime.images.preprocess import UPSCALERS, resize
+from sdonnx_runtime.packages.families import PackageKind
 from sdonnx_runtime.packages.manifest import Latents, Manifest
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.packages.upscaler_config import UpscalerConfig
 from sdonnx_runtime.resolved import Pass
 from sdonnx_runtime.upscaling import COMPONENT, count_tiles, upscale_rgb
+
+
+def check_upscaler(upscaler: Package) -> None:
+    """Check that a package enlarges images, and has a name of its own; raises PackageError."""
+    if upscaler.kind is not PackageKind.UPSCALER:
+        raise PackageError(f"{upscaler.root} is {upscaler.title}, not an upscaler; give the package of one")
+    UpscalerConfig.read(upscaler.root)
+    if upscaler.name in UPSCALERS:
+        raise PackageError(
+            f"{upscaler.root} is named {upscaler.name}, as an upscaler of sdonnx is; export it as another"
+        )
 
 
 def upscale_latents(latents: Array, second: Pass, space: Latents, circular: str) -> list[InitLatents]:

@@ -11,6 +11,7 @@ from sdonnx_runtime.progress import Progress, SampledLatents
 from sdonnx_runtime.request import CompleteRequest
 from sdonnx_runtime.resolved import ResolvedRequest
 from sdonnx_runtime.result import Result
+from sdonnx_runtime.safety.policy import log_flagged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,17 @@ def generate_groups(
 ) -> Generator[Progress | SampledLatents, None, Result]:
     """Generate the images of a request group by group; events, result and errors are `generate_images`'."""
     if len(groups) == 1:
-        return (yield from generate_images(groups[0].models, groups[0].resolved, groups[0].plan))
+        result = yield from generate_images(groups[0].models, groups[0].resolved, groups[0].plan)
+    else:
+        result = yield from _generate_all(request, groups)
+    log_flagged(result.safety)
+    return result
+
+
+def _generate_all(
+    request: CompleteRequest, groups: Sequence[LoraGroup]
+) -> Generator[Progress | SampledLatents, None, Result]:
+    """Generate one group after another, and join their results."""
     results = list[Result]()
     for group in groups:
         result = yield from _generate_group(request, group, results, last=group is groups[-1])

@@ -15,28 +15,28 @@ from sdonnx_runtime.adapters.lora import AnyLora
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.denoising.control import check_control, component_prefix
 from sdonnx_runtime.denoising.decoding import decode
+from sdonnx_runtime.denoising.denoiser import check_refiner
 from sdonnx_runtime.denoising.ip_adapter import check_ip_adapter
 from sdonnx_runtime.denoising.ip_adapter import component_prefix as ip_adapter_prefix
-from sdonnx_runtime.errors import PackageError, RequestError
+from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.execution.components import REFINER, UPSCALER, Components, OpenModel, Runner
 from sdonnx_runtime.execution.cpu import check_threads
 from sdonnx_runtime.execution.staged_model import open_model
 from sdonnx_runtime.execution.strategy import ExecutionPlan
 from sdonnx_runtime.generation import Models
-from sdonnx_runtime.images.preprocess import UPSCALERS
+from sdonnx_runtime.hires import check_upscaler
 from sdonnx_runtime.lora_groups import LoraGroup, generate_groups
 from sdonnx_runtime.memory.budget import AUTO, MAX, Budget
 from sdonnx_runtime.memory.planner import Plan
 from sdonnx_runtime.memory.workload import decode_phases, memory_phases
-from sdonnx_runtime.packages.families import PackageKind
-from sdonnx_runtime.packages.package import Package
+from sdonnx_runtime.packages.package import Package, check_model
 from sdonnx_runtime.packages.upscaler_config import UpscalerConfig
 from sdonnx_runtime.request import TILINGS, Request
 from sdonnx_runtime.resolution import resolve_request
 from sdonnx_runtime.resolved import ResolvedRequest
 from sdonnx_runtime.result import Result
 from sdonnx_runtime.safety.checkers import SAFETY_CHECKER, Checker
-from sdonnx_runtime.safety.policy import SAFETY_PREFIX, CheckedImages, check_images, make_policy
+from sdonnx_runtime.safety.policy import SAFETY_PREFIX, CheckedImages, check_images, log_flagged, make_policy
 from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig
 from sdonnx_runtime.stream import Stream
 from sdonnx_runtime.text.styles import read_styles
@@ -44,17 +44,6 @@ from sdonnx_runtime.validation import check_names
 
 _PIXEL = 8192
 """Bytes per pixel, more than the widest VAE needs."""
-
-
-_WITH = "give a whole package, and this one with"
-_OTHER_USES = {
-    PackageKind.VAE: f"{_WITH} --vae (or vae=)",
-    PackageKind.CONTROLNET: f"{_WITH} --control (or controls=)",
-    PackageKind.T2I_ADAPTER: f"{_WITH} --control (or controls=)",
-    PackageKind.IP_ADAPTER: f"{_WITH} --ip-adapter (or ip_adapters=)",
-    PackageKind.UPSCALER: "it enlarges images: sdonnx upscale IMAGE -m PACKAGE (or sdonnx.load_upscaler)",
-}
-"""What a package of another kind is for."""
 
 
 class Pipeline:
@@ -104,8 +93,7 @@ class Pipeline:
         safety: str = "off",
         open_model: OpenModel = open_model,
     ) -> None:
-        if package.kind is not PackageKind.MODEL:
-            raise PackageError(f"{package.root} is {package.title}; {_OTHER_USES[package.kind]}")
+        check_model(package)
         if refiner is not None:
             check_refiner(package, refiner)
         for control in controls:
@@ -312,7 +300,9 @@ class Pipeline:
         plan = self._budget.plan(phases, enough, self.package.name)
         with self._components.exclusive(plan=None if plan is None else plan.execution, circular=tiling or ""):
             run = Runner(self._components)
-            return check_images(self.safety, run, decode(run, self.package.manifest, latents), latents)
+            checked = check_images(self.safety, run, decode(run, self.package.manifest, latents), latents)
+        log_flagged(checked.safety)
+        return checked
 
     @property
     def _checker(self) -> Checker | None:
@@ -348,28 +338,3 @@ _FOLDERS = {"lora_folder": "LoRAs", "wildcard_folder": "wildcard files"}
 def _largest(plans: Iterable[Plan | None]) -> Plan | None:
     """The plan with the largest peak; None if there is none."""
     return max((plan for plan in plans if plan is not None), key=lambda plan: plan.peak, default=None)
-
-
-def check_upscaler(upscaler: Package) -> None:
-    """Check that a package enlarges images, and has a name of its own; raises PackageError."""
-    if upscaler.kind is not PackageKind.UPSCALER:
-        raise PackageError(f"{upscaler.root} is {upscaler.title}, not an upscaler; give the package of one")
-    UpscalerConfig.read(upscaler.root)
-    if upscaler.name in UPSCALERS:
-        raise PackageError(
-            f"{upscaler.root} is named {upscaler.name}, as an upscaler of sdonnx is; export it as another"
-        )
-
-
-def check_refiner(package: Package, refiner: Package) -> None:
-    """Check that a package's U-Net can take the last steps of another's; raises PackageError."""
-    if refiner.kind is not PackageKind.MODEL:
-        raise PackageError(f"{refiner.root} is {refiner.title}; a refiner requires a U-Net")
-    base, other = package.manifest, refiner.manifest
-    if other.conditions.concat is not None or base.conditions.concat is not None:
-        raise PackageError("a refiner cannot be combined with inpainting, pix2pix or depth models")
-    if other.latents.channels != base.latents.channels or other.latents.downscale != base.latents.downscale:
-        raise PackageError(
-            f"{refiner.name} has latents of {other.latents.channels} channels, {package.name} of "
-            f"{base.latents.channels}; give a refiner of the same family"
-        )

@@ -49,8 +49,6 @@ def _check_value(name: str, value: object, spec: FieldSpec) -> None:
             kind = spec.kind.__name__
             raise RequestError(f"{name} is {type(cast('object', value)).__name__}; give a tuple of {kind}")
     elif spec.kind is Image:
-        if not isinstance(value, Image):
-            raise RequestError(f"{name} is {type(value).__name__}; give a PIL image, such as Image.open returns")
         check_image(name, value)
     elif spec.kind is bool:
         if not isinstance(value, bool):

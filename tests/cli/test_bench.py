@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import onnx_ir as ir
 import pytest
-import torch
 from sdonnx_models import DEFAULT
 from sdonnx_runtime.errors import DeviceError, RequestError
 from sdonnx_runtime.execution.process_memory import peak_memory
@@ -174,6 +173,8 @@ def test_instruction_sets_of_known_cpus(features, name):
 
 
 def test_this_cpu_is_what_torch_takes_it_for():
+    import torch  # which takes memory in each process that `allocate` runs in
+
     found = instruction_set()
     assert ("AVX-512" in found or found == "AMX") == torch.cpu._is_avx512_supported()
     assert (found in ("AVX-512 with VNNI", "AMX")) == torch.cpu._is_vnni_supported()

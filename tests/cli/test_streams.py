@@ -80,7 +80,7 @@ def test_messages_that_can_not_be_written_stop_nothing(closed, full, tmp_path):
     streams = {"stdout": subprocess.PIPE, "stderr": None if closed else full, "capture_output": False}
     ran = start_cli(*ONE_STEP, "--json", cwd=tmp_path, **streams, **options)
     assert ran.returncode == 0
-    assert json.loads(ran.stdout)["images"] == [{"path": "c.png", "seed": 1}]
+    assert [(each["path"], each["seed"]) for each in json.loads(ran.stdout)["images"]] == [("c.png", 1)]
     ran = start_cli("info", "nowhere", **streams, **options)
     assert (ran.returncode, ran.stdout) == (1, "")
 

@@ -88,8 +88,10 @@ def test_an_ip_adapter_s_unit_and_job(controlled, package, control, image_prompt
     job["controls"] = [{"package": "edges-onnx", "image": encoded["edges"]}]
     posted = httpx.post(f"{controlled.url}/api/jobs", json=job).json()
     with httpx.stream("GET", f"{controlled.url}/api/jobs/{posted['id']}/events", timeout=60) as events:
-        assert any("ip-adapter_tiny.bin" in line for line in events.iter_lines())
-    made = httpx.get(f"{controlled.url}/api/jobs/{posted['id']}/images/0").content
+        assert len(list(events.iter_lines())) > 0  # they end with the job
+    done = httpx.get(f"{controlled.url}/api/jobs/{posted['id']}").json()
+    assert done["result"]["ip_adapters"] == ["ip-adapter_tiny.bin"]
+    made = httpx.get(f"{controlled.url}{done['images'][0]['url']}").content
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(made))), np.asarray(wanted.images[0]))
     listed = httpx.get(f"{controlled.url}/api/models").json()["ip_adapters"]
     assert [each["name"] for each in listed] == ["style-onnx"] and "plain, 4 tokens" in listed[0]["description"]

@@ -39,9 +39,18 @@ def test_a1111_gets_the_images_that_are_not_refused(refusing, checked, kept):
     ]
     info = json.loads(reply["info"])
     assert info["all_seeds"] == [index + 1 for index in kept]
+    assert info["seed"] == kept[0] + 1, "the first image's that there is"
     assert [f"Seed: {index + 1}," in text for index, text in zip(kept, info["infotexts"], strict=True)]
     assert [each["flagged"] for each in info["safety"]] == checked.flags
     assert info["comments"].count("is refused: StableDiffusionSafetyChecker") == sum(checked.flags)
+
+
+def test_a1111_names_the_drawn_prompt_of_the_first_image_that_is_kept(refusing, checked, kept):
+    assert kept[0] > 0
+    body = {**BODY, "prompt": f"{{{THREE.prompt}|{THREE.prompt} }}", "seed": 1, "steps": 1, "batch_size": 3}
+    info = json.loads(httpx.post(f"{refusing.url}/sdapi/v1/txt2img", json=body, timeout=60).json()["info"])
+    assert (info["prompt"], info["seed"]) == (info["all_prompts"][0], info["all_seeds"][0])
+    assert info["infotexts"][0].startswith(info["prompt"])
 
 
 def test_jobs_tell_the_scores_and_show_no_previews(refusing, checked, kept):

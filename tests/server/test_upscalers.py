@@ -99,6 +99,16 @@ def test_a_box_and_a_second_upscaler(api, ours):
     assert_same(whole, ours(images[0], scale=4))
 
 
+def test_a_second_upscaler_that_is_the_first_does_nothing_twice(api, server, ours):
+    image = photograph(20, 12)
+    blend = {"upscaler_2": "sharp", "extras_upscaler_2_visibility": 0.5}
+    assert_same(
+        api.extra_single_image(image, upscaler_1="sharp-onnx", upscaling_resize=2, **blend).image, ours(image, scale=2)
+    )
+    job = server.context.queue.jobs[-1]
+    assert job.step == job.num_steps == 1
+
+
 def test_hires_fix(api, upscaler):
     made = api.txt2img(**SENT, **HIRES, hr_upscaler="sharp-onnx")
     with sdonnx.load("pictogram", upscaler=upscaler[1], threads=1, memory="max") as pipe:

@@ -6,6 +6,9 @@ from typing import TypeAlias
 import numpy as np
 
 from sdonnx_runtime.arrays import AnyArray, Array
+from sdonnx_runtime.errors import PackageError
+from sdonnx_runtime.packages.families import PackageKind
+from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.request import CompleteRequest
 from sdonnx_runtime.sampling.types import Denoise
 from sdonnx_runtime.text.prompt_schedule import StepPrompts
@@ -209,3 +212,17 @@ _PREDICTIONS: dict[str, Callable[[Array, Array, float], Array]] = {
     "v_prediction": _from_v,
     "sample": lambda output, x, sigma: output,  # predicts the clean latents
 }
+
+
+def check_refiner(package: Package, refiner: Package) -> None:
+    """Check that a package's U-Net can take the last steps of another's; raises PackageError."""
+    if refiner.kind is not PackageKind.MODEL:
+        raise PackageError(f"{refiner.root} is {refiner.title}; a refiner requires a U-Net")
+    base, other = package.manifest, refiner.manifest
+    if other.conditions.concat is not None or base.conditions.concat is not None:
+        raise PackageError("a refiner cannot be combined with inpainting, pix2pix or depth models")
+    if other.latents.channels != base.latents.channels or other.latents.downscale != base.latents.downscale:
+        raise PackageError(
+            f"{refiner.name} has latents of {other.latents.channels} channels, {package.name} of "
+            f"{base.latents.channels}; give a refiner of the same family"
+        )

@@ -95,12 +95,14 @@ _PLENTY, _MEMORY_PER_BYTE = 180_000_000, 40
 """Bytes that any image may take in memory, and those for each byte of its file."""
 
 
-def check_image(name: str, image: Image.Image) -> None:
+def check_image(name: str, image: object) -> None:
     """Check that an image has pixels of a known range, or as a depth map finite ones.
 
     Raises:
-        RequestError: it is empty, of an unknown mode, or not finite.
+        RequestError: it is no image of Pillow's, empty, of an unknown mode, or not finite.
     """
+    if not isinstance(image, Image.Image):
+        raise RequestError(f"{name} is {type(image).__name__}; give a PIL image, such as Image.open returns")
     if 0 in image.size:
         raise RequestError(f"{name} is empty ({image.width}x{image.height}); give an image with pixels")
     if name == "depth_image" and image.mode in _DEPTH_MODES:

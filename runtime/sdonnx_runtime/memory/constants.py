@@ -13,6 +13,10 @@ ARENA_WHOLE_INT8 = 1.6
 """A graph with int8 convolutions that runs whole."""
 ARENA_WHOLE_INT8_VAE = 1.25
 """A VAE with int8 convolutions that runs whole."""
+ARENA_WHOLE_UPSCALER = 1.8
+"""A tile of an upscaler, in float32 or int8; the largest tiles of RRDBNet take less. By `bench/upscale.py`."""
+ARENA_WHOLE_CIRCULAR_VAE = 2.05
+"""A VAE that runs whole in float32 with circular padding: what is padded doesn't fit where what isn't has been."""
 ARENA_STAGED = 1.4
 """A graph that runs in stages."""
 ARENA_RESIDENT_STAGE = 0.045

@@ -138,7 +138,8 @@ class _PlannedRun:
         if strategy.tile is not None and loaded.tiled is not None:
             graphs = (replace(loaded.tiled, tile_size=strategy.tile * loaded.pixels_per_latent),)
         estimates = [estimate_stages(graph, strategy.staged, strategy.split_batch) for graph in graphs]
-        self.runs_once = strategy.tile is not None and graphs[0].margin is None
+        self._tiles_alone = graphs[0].margin is not None
+        self.runs_once = strategy.tile is not None and not self._tiles_alone
         self.reopens = strategy.staged and any(len(each) > 1 for each in estimates)
         self.stages = [stage for each in estimates for stage in each]
         splits = strategy.split_batch and strategy.tile is None and any(stage.runs > 1 for stage in self.stages)
@@ -167,10 +168,14 @@ class _PlannedRun:
         return self._with_region(int(max(running) + max(outside, default=0)))
 
     def _whole_bytes(self) -> int:
+        is_vae = self._loaded.tiled is not None
         factor = constants.ARENA_WHOLE
-        if self.stages[0].footprint.mmapped > 0:
-            is_vae = self._loaded.tiled is not None
+        if self._tiles_alone:
+            factor = constants.ARENA_WHOLE_UPSCALER
+        elif self.stages[0].footprint.mmapped > 0:
             factor = constants.ARENA_WHOLE_INT8_VAE if is_vae else constants.ARENA_WHOLE_INT8
+        elif is_vae and self._loaded.graphs[0].circular:
+            factor = constants.ARENA_WHOLE_CIRCULAR_VAE
         running = [max(factor * s.footprint.activations, s.opening_peak_bytes - s.open_bytes) for s in self.stages]
         return int(max(s.live_bytes + s.footprint.fragmentation + r for s, r in zip(self.stages, running, strict=True)))
 

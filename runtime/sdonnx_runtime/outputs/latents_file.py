@@ -50,6 +50,7 @@ def save_latents(
     return write_file(path, lambda stream: np.savez(stream, **arrays), overwrite=overwrite)
 
 
+_LATENTS = "give one that 'sdonnx run --save-latents' wrote"
 _TEMPORARY = "temporary"
 
 
@@ -77,11 +78,13 @@ def load_latents(path: Path) -> tuple[Array, CompleteRequest, str]:
             raise TypeError(model)
         request = Request(**{name: _to_tuple(data[name]) for name in data})
     except FileNotFoundError:
-        raise RequestError(f"there is no file {path}; give one that 'sdonnx run --save-latents' wrote") from None
+        raise RequestError(f"there is no file {path}; {_LATENTS}") from None
     except _DAMAGED:
-        what = None if zipfile.is_zipfile(path) else describe_file(path)
-        what = what or "holds no latents, or is damaged; give one that 'sdonnx run' wrote"
-        raise RequestError(f"{path} {what}") from None
+        found = describe_file(path, is_text=True)
+        if found is None or "zip archive" in found:  # as the files themselves are
+            found = f"holds no latents, or is damaged; {_LATENTS}"
+        fact, _, remedy = found.rpartition("; ")
+        raise RequestError(f"{path} {fact}; {_LATENTS if remedy.startswith('give') else remedy}") from None
     try:
         for each in drawn:
             check_fields(replace(request, prompt=each.prompt, negative_prompt=each.negative_prompt))

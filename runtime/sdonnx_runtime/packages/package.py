@@ -147,3 +147,20 @@ def _resolve_path(root: Path, relative: str) -> Path:
     if not parts or ".." in parts or relative.startswith("/") or {*"\\:"} & {*relative} or not relative.isprintable():
         raise PackageError(f"{root}: path '{relative}' points outside the package; don't trust it")
     return root.joinpath(*parts)
+
+
+_WITH = "give a whole package, and this one with"
+_OTHER_USES = {
+    PackageKind.VAE: f"{_WITH} --vae (or vae=)",
+    PackageKind.CONTROLNET: f"{_WITH} --control (or controls=)",
+    PackageKind.T2I_ADAPTER: f"{_WITH} --control (or controls=)",
+    PackageKind.IP_ADAPTER: f"{_WITH} --ip-adapter (or ip_adapters=)",
+    PackageKind.UPSCALER: "it enlarges images: sdonnx upscale IMAGE -m PACKAGE (or sdonnx.load_upscaler)",
+}
+"""What a package of another kind is for."""
+
+
+def check_model(package: Package) -> None:
+    """Check that a package generates images by itself; raises PackageError, which says what another is for."""
+    if package.kind is not PackageKind.MODEL:
+        raise PackageError(f"{package.root} is {package.title}; {_OTHER_USES[package.kind]}")

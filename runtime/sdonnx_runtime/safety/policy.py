@@ -86,14 +86,15 @@ def make_policy(package: Package, mode: str) -> SafetyPolicy | None:
 def check_images(
     policy: SafetyPolicy | None, run: Runner, images: tuple[Image.Image, ...], latents: Array
 ) -> CheckedImages:
-    """Check images where there is a policy, and log those that are flagged."""
-    if policy is None:
-        return CheckedImages(images=images, latents=latents)
-    checked = policy.check(run, images, latents)
-    for index, each in enumerate(checked.safety):
+    """Check images where there is a policy."""
+    return CheckedImages(images=images, latents=latents) if policy is None else policy.check(run, images, latents)
+
+
+def log_flagged(safety: Sequence[Safety]) -> None:
+    """Log which images are flagged, of all that were asked for."""
+    for number, each in enumerate(safety, 1):
         if each.flagged:
-            logger.warning("image %d of %d %s", index + 1, len(images), each)
-    return checked
+            logger.warning("image %d of %d %s", number, len(safety), each)
 
 
 def _hide(image: Image.Image, safety: Safety) -> Image.Image:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 from sdonnx_models import DEFAULT
+from sdonnx_runtime.packages.package import check_model
 from sdonnx_runtime.request import MAX_SEED
 from sdonnx_runtime.text.token_counts import TokenCount, count_tokens, parse_first_step
 from sdonnx_runtime.text.wildcards import draw_texts
@@ -42,6 +43,7 @@ def tokens(
     if wildcards is not None and not wildcards.is_dir():
         raise sdonnx.RequestError(f"{wildcards} is not a directory; give another --wildcards")
     package = sdonnx.Package.open(find_model(model))
+    check_model(package)
     drawn = draw_texts({stream: text}, syntax, wildcards, [seed])
     read = drawn[seed][stream] if drawn else text
     schedule, texts = parse_first_step(read, syntax, negative=negative)

@@ -98,7 +98,7 @@ def _read_upscaling(form: Extras, library: Library) -> Upscaling | None:
         return None
     return Upscaling(
         upscaler=first,
-        second=second,
+        second=None if second == first else second,
         share=share,
         scale=form.upscaling_resize,
         box=(form.upscaling_resize_w, form.upscaling_resize_h) if form.resize_mode == 1 else None,

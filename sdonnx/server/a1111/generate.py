@@ -112,13 +112,13 @@ def _info(prepared: Prepared, form: Generate, job: GenerationJob, texts: list[st
     comments = [*prepared.comments, *(["interrupted"] if job.state is State.CANCELLED else [])]
     comments += [f"image {index} {each}" for index, each in enumerate(safety, 1) if each.flagged]
     return {
-        "prompt": request.prompts[0].prompt,
+        "prompt": prompts[0],
         "all_prompts": prompts,
-        "negative_prompt": request.prompts[0].negative_prompt,
+        "negative_prompt": negatives[0],
         "all_negative_prompts": negatives,
-        "seed": request.seed,
+        "seed": seeds[0],
         "all_seeds": seeds,
-        "subseed": variation,
+        "subseed": subseeds[0],
         "all_subseeds": subseeds,
         "subseed_strength": strength,
         "width": request.width,

@@ -141,9 +141,14 @@ async function conclude(id) {
 
 /** @param {Job} job */
 async function showOutcome({ state, error, step, ...job }) {
-  if (state === "done") await showImages(job)
+  if (state === "done") await showImages({ ...job, seeds: job.seeds.filter((_, index) => !isRefused(job.safety[index])) })
   else if (state === "failed") end("Failed", error ?? "")
   else if (state === "cancelled") end(cancelled(step))
+}
+
+/** @param {Safety | undefined} safety */
+function isRefused(safety) {
+  return safety !== undefined && safety.flagged && safety.mode === "refuse"
 }
 
 /** @param {number | undefined} step */

@@ -141,13 +141,15 @@ def test_files_that_are_no_latents(made, package, tmp_path):
     whole = (tmp_path / "whole.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.npz").write_text("no latents")
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
     np.savez(tmp_path / "other.npz", weights=np.zeros(3))
     np.savez(tmp_path / "flat.npz", latents=np.zeros(3, np.float32), recipe=np.load(tmp_path / "whole.npz")["recipe"])
-    for name in ("cut.npz", "text.npz", "other.npz", "flat.npz", "none.npz"):
+    for name in ("cut.npz", "text.npz", "other.npz", "flat.npz", "none.npz", "image.png"):
         ran = run_cli("decode", name, "-m", package, cwd=tmp_path)
         assert ran.returncode == 2, name
         assert name in ran.stderr
         assert "Traceback" not in ran.stderr
+        assert name == "flat.npz" or "give one that 'sdonnx run --save-latents' wrote" in " ".join(ran.stderr.split())
     with sdonnx.load(package) as pipe, pytest.raises(sdonnx.RequestError, match=r"\(1, 3, 8, 8\)"):
         pipe.decode(np.zeros((1, 3, 8, 8), np.float32))
 

@@ -5,8 +5,10 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from sdonnx_runtime.execution import staged_model
+from support import lora as lora_fixture
 from support.safety import THREE
 
 import sdonnx
@@ -63,6 +65,18 @@ def test_refused_images_are_not_saved_and_others_say_their_score(results, checke
     sdonnx.save_png(results["off"], 0, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         assert "safety" not in json.loads(image.text["sdonnx"])
+
+
+def test_the_log_counts_all_images_when_their_loras_differ(checked, checkpoint, tmp_path, caplog):
+    pipe = StableDiffusionPipeline.from_pretrained(checkpoint)
+    for name in ("a", "b"):
+        lora_fixture.save(lora_fixture.peft(pipe), tmp_path / f"{name}.safetensors")
+    with sdonnx.load(checked.path, safety="mark", lora_folder=tmp_path) as pipe:
+        result = pipe.generate(THREE, prompt="a cat {<lora:a:0.001>|<lora:b:0.001>}", num_images=4)
+    assert len({each.prompt for each in result.prompts}) == 2
+    flagged = [f"image {number} of 4 {each}" for number, each in enumerate(result.safety, 1) if each.flagged]
+    assert flagged
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == flagged
 
 
 def test_a_checker_that_is_off_costs_nothing(checked, package, monkeypatch):

@@ -46,8 +46,10 @@ def test_settings_are_those_of_the_job(page, server, pipeline):
     page.get_by_role("textbox", name="Negative prompt").fill("blue")
     page.get_by_role("combobox", name="Sampler").select_option(label="Euler a")
     page.get_by_role("combobox", name="Schedule").select_option(label="Karras")
+    page.get_by_role("combobox", name="Seamless tiling").select_option(label="Left to right")
     job = make(page, "a red apple", Steps=5, Guidance=3.5, Seed=7, Width=64, Height=48, Images=2)
     fields = {"negative_prompt": "blue", "sampler": "euler_ancestral", "schedule": "karras", "num_images": 2}
+    fields |= {"tiling": "x"}
     fields |= {"num_inference_steps": 5, "guidance_scale": 3.5, "seed": 7, "width": 64, "height": 48}
     assert {"prompt": "a red apple", **fields}.items() <= job.body.items()
     expected = pipeline.generate("a red apple", **fields)

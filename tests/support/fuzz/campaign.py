@@ -172,9 +172,9 @@ def _kind(failure: str) -> str:
 
 
 def _numbers(first: int, cases: int, seconds: float) -> Iterator[int]:
-    """Those of the cases to run: so many, or until the CPU has worked so long on this process, its start included."""
-    case = first
-    while time.process_time() < (seconds or float("inf")) and (cases == 0 or case < first + cases):
+    """Those of the cases to run: so many, or until the CPU has worked so long on them."""
+    case, start = first, time.process_time()
+    while time.process_time() - start < (seconds or float("inf")) and (cases == 0 or case < first + cases):
         yield case
         case += 1
 

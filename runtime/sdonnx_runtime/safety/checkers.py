@@ -13,7 +13,7 @@ from PIL import Image
 from sdonnx_runtime.arrays import AnyArray, Array
 from sdonnx_runtime.errors import PackageError, RequestError
 from sdonnx_runtime.graphs.partition import read_stages
-from sdonnx_runtime.images.clip_image import clip_pixel_values
+from sdonnx_runtime.images.clip import clip_pixels
 from sdonnx_runtime.packages.manifest import Component, File
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.packages.variant import PLAIN
@@ -72,7 +72,7 @@ def _own_checker(package: Package) -> Checker:
         package=package,
         input="pixel_values",
         shape=(1, *shape),
-        prepare=partial(clip_pixel_values, size=shape[-1]),
+        prepare=partial(clip_pixels, size=shape[-1]),
         judge=_judge_concepts,
     )
 

@@ -5,7 +5,7 @@ import pytest
 from sdonnx_export.models.components import build
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.execution.session import Session
-from sdonnx_runtime.images.clip_image import clip_pixel_values
+from sdonnx_runtime.images.clip import clip_pixels
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.safety import checkers
 from support.graphs import as_part, saved
@@ -19,7 +19,7 @@ def test_scores_and_flags_are_those_of_diffusers(tmp_path):
     pixels, special, concepts, flagged = reference(checker, images)
     assert 2 <= sum(flagged) <= 10, "some are flagged, some are not"
     for index, image in enumerate(images):
-        prepared = clip_pixel_values(image, SIZE)
+        prepared = clip_pixels(image, SIZE)
         np.testing.assert_allclose(prepared[0], pixels[index], atol=1e-5)
         outputs = session.run({"pixel_values": prepared})
         np.testing.assert_allclose(outputs["special_care_scores"][0], special[index], atol=2e-5)

@@ -19,9 +19,7 @@ from sdonnx.server.a1111.options import current_options
 from sdonnx.server.a1111.samplers import samplers, schedulers
 from sdonnx.server.context import context_of
 from sdonnx.server.library import Library, Selection
-
-_FILTERS = ("None", "Lanczos", "Nearest")
-"""Upscalers that are no packages; ``None`` comes first, where SillyTavern looks for it."""
+from sdonnx.server.upscaling import FILTERS
 
 _SCRIPTS = ["controlnet", "controlnet m2m"]
 """webuiapi forgets the last call's ControlNet only where ``controlnet m2m`` is listed."""
@@ -100,8 +98,8 @@ async def upscalers(request: Request) -> Response:
 
 
 def upscaler_names(library: Library) -> list[str]:
-    """The names of upscalers of images."""
-    return [*_FILTERS, *(each.name for each in library.upscalers)]
+    """The names of upscalers of images; ``None`` comes first, where SillyTavern looks for it."""
+    return ["None", *(name.capitalize() for name in FILTERS), *(each.name for each in library.upscalers)]
 
 
 async def memory(_: Request) -> Response:

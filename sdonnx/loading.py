@@ -23,6 +23,7 @@ def load(
     device: str = "auto",
     threads: int | None = None,
     memory: str | int = AUTO,
+    keep_loaded: bool = False,
     refiner: str | Path | None = None,
     loras: Sequence[AnyLora] = (),
     lora_folder: str | Path | None = None,
@@ -44,6 +45,7 @@ def load(
         threads: CPU threads; None is the number of physical cores.
         memory: memory limit of the process, in bytes or such as "600MB" or "2GiB"; "auto" is the free memory, "max"
             keeps every component loaded between images, "min" uses as little as possible.
+        keep_loaded: keep components loaded between images where ``memory`` allows it: for many images, one by one.
         refiner: a package whose U-Net takes the last steps, such as SDXL's refiner.
         loras: LoRA files, each with a scale unless it is 1; see `Pipeline.set_loras`.
         lora_folder: the folder for ``<lora:name:0.8>`` in prompts.
@@ -68,6 +70,7 @@ def load(
         device=device,
         threads=threads,
         memory=memory,
+        keep_loaded=keep_loaded,
         refiner=None if refiner is None else Package.open(find_model(refiner)),
         lora_folder=None if lora_folder is None else Path(lora_folder),
         wildcard_folder=None if wildcard_folder is None else Path(wildcard_folder),

@@ -58,6 +58,7 @@ class Pipeline:
             the free memory. Components are then unloaded between the phases of a generation. "max" keeps every
             component loaded between generations; "min" uses the least memory. Except with "max" the C library (glibc)
             returns large buffers at once, in the whole process. On CUDA a size limits the device's memory.
+        keep_loaded: components stay loaded between generations where ``memory`` allows it.
         refiner: a package whose U-Net takes the last steps, such as SDXL's refiner.
         lora_folder: the folder of LoRAs that prompts name, as ``<lora:name:0.8>``.
         wildcard_folder: the folder of wildcard files that prompts name, as ``__name__``.
@@ -83,6 +84,7 @@ class Pipeline:
         device: str = "auto",
         threads: int | None = None,
         memory: str | int = AUTO,
+        keep_loaded: bool = False,
         refiner: Package | None = None,
         lora_folder: Path | None = None,
         wildcard_folder: Path | None = None,
@@ -113,7 +115,7 @@ class Pipeline:
         """The safety checker, and what is done with images that it flags; None for off."""
         self.ip_adapters = tuple(ip_adapters)
         self._scheduler = SchedulerConfig.from_dict(package.manifest.scheduler)
-        self._budget = Budget(memory)
+        self._budget = Budget(memory, keep_loaded)
         opened = partial(open_model, device=device, threads=threads)
         others = {component_prefix(index): control for index, control in enumerate(self.controls)}
         others |= {ip_adapter_prefix(index): adapter for index, adapter in enumerate(self.ip_adapters)}
@@ -221,7 +223,7 @@ class Pipeline:
                 adapters=self._adapters.combine(part.loras[0]),
                 safety=self.safety,
             )
-            groups.append(LoraGroup(models=models, resolved=part, plan=None if plan is None else plan.execution))
+            groups.append(LoraGroup(models=models, resolved=part, plan=self._execution(plan, part)))
         events = generate_groups(resolved.request, groups)
         previewer, plan = self._previewer(resolved.request.tiling), _largest(plan for _, plan in plans)
         return Stream(resolved.request, events, run, previewer, plan)
@@ -259,10 +261,22 @@ class Pipeline:
             preview=self._preview_package,
             checker=self._checker,
         )
+        budget = self._budget if memory is None else replace(self._budget, asked=memory)
+        enough, held = self._enough(resolved), self._components.held_bytes
+        return budget.plan(phases, enough, self.package.name, always=always, held=held)
+
+    def _execution(self, plan: Plan | None, resolved: ResolvedRequest) -> ExecutionPlan:
+        """How the components of a request run, which has this plan."""
+        return self._budget.execution(plan, self._enough(resolved), self._components.held_bytes)
+
+    def _enough(self, resolved: ResolvedRequest) -> int:
         largest = resolved.passes[-1]
-        enough = self.memory_upper_bound(largest.width * largest.height)
-        budget = self._budget if memory is None else Budget(memory)
-        return budget.plan(phases, enough, self.package.name, always=always)
+        return self.memory_upper_bound(largest.width * largest.height)
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory of the process that loaded components have, in bytes; while no generation is under way."""
+        return self._components.held_bytes
 
     def memory_upper_bound(self, pixels: int) -> int:
         """Bytes that are certainly no less than an image of so many pixels needs, known without a plan."""
@@ -297,8 +311,10 @@ class Pipeline:
         count, _, height, width = latents.shape
         enough = self.memory_upper_bound(height * width * space.downscale**2)
         phases = partial(decode_phases, self.package, height, width, count, self._checker, tiling=tiling)
-        plan = self._budget.plan(phases, enough, self.package.name)
-        with self._components.exclusive(plan=None if plan is None else plan.execution, circular=tiling or ""):
+        held = self._components.held_bytes
+        plan = self._budget.plan(phases, enough, self.package.name, held=held)
+        execution = self._budget.execution(plan, enough, held)
+        with self._components.exclusive(plan=execution, circular=tiling or ""):
             run = Runner(self._components)
             checked = check_images(self.safety, run, decode(run, self.package.manifest, latents), latents)
         log_flagged(checked.safety)

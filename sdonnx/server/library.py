@@ -225,6 +225,11 @@ class Library:
         current = self._current
         return None if current is None else current[0][0]
 
+    @property
+    def held_bytes(self) -> int:
+        """The memory of the process that the pipeline's loaded components have, in bytes; while no job runs."""
+        return 0 if self._current is None else self._current[1].held_bytes
+
     def close(self) -> None:
         """Close the pipeline that generates, and the upscaler."""
         if self._current is not None:
@@ -256,6 +261,7 @@ class Library:
             device=settings.device,
             threads=settings.threads,
             memory=memory,
+            keep_loaded=True,
             refiner=None if selection.refiner is None else self.find(selection.refiner).package,
             lora_folder=settings.lora_folder,
             wildcard_folder=settings.wildcard_folder,

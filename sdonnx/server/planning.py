@@ -50,8 +50,8 @@ class Planner:
         self._speed: float | None = None
 
     def note_idle(self) -> None:
-        """Measure the memory of the process, in which no job runs now."""
-        self._idle_memory = resident_memory()
+        """Measure the memory of the process without the components that are loaded; no job runs now."""
+        self._idle_memory = resident_memory() - self.library.held_bytes
 
     def check(self, generation: Generation) -> ResolvedRequest:
         """Resolve a generation's request, and check the server's limits and its memory.
@@ -165,7 +165,7 @@ class Planner:
         return None if free is None else resident_memory() + int(FREE_SHARE * free)
 
     def _job_memory(self) -> int:
-        """Bytes that the job that runs will return."""
+        """Bytes that the job that runs will return, and those of the components that are loaded."""
         return max(0, resident_memory() - self._idle_memory)
 
 

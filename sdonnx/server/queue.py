@@ -27,6 +27,9 @@ _REMEMBERED, _WITH_PREVIEW = 200, 10
 J = TypeVar("J", bound=Job)
 T = TypeVar("T")
 
+_IDLE_SECONDS = 300.0
+"""After which the components that stay loaded for the next job are unloaded."""
+
 _LONGEST_RETRY = 60
 """Seconds; OpenAI's clients don't wait for more than 120."""
 
@@ -190,7 +193,9 @@ class JobQueue:
         while True:
             with self._condition:
                 while not self._waiting and not self._closing:
-                    self._condition.wait()
+                    if not self._condition.wait(_IDLE_SECONDS):
+                        self.library.close()
+                        self.planner.note_idle()
                 if self._closing:
                     break
                 self.current = job = self._waiting.popleft()

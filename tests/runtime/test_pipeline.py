@@ -114,13 +114,24 @@ def test_one_component_is_in_memory_at_a_time(package, opened):
     assert not alive
 
 
-def test_keep_loaded_opens_each_component_once(package, opened):
+@pytest.mark.parametrize("limit", ["max", "auto", "enough", "tight"])
+def test_keep_loaded_opens_each_component_once_where_memory_allows_it(package, opened, limit):
     log, alive, _ = opened
-    with sdonnx.load(package, memory="max") as pipeline:
-        pipeline.generate("a cat", seed=1, **SMALL)
-        pipeline.generate("a dog", seed=1, **SMALL)
-        assert log == ["text_encoder", "unet", "vae_decoder"]
-        assert len(alive) == 3
+    with sdonnx.load(package, memory="max", keep_loaded=True) as pipeline:
+        plan = pipeline.plan("a cat", always=True, **SMALL)
+    sizes = {"enough": plan.peak + 10**7, "tight": (plan.peak + plan.minimum_budget) // 2}
+    with sdonnx.load(package, memory=sizes.get(limit, limit), keep_loaded=True) as pipeline:
+        first = pipeline.generate("a cat", seed=1, **SMALL)
+        opened_first = list(log)
+        again = pipeline.generate("a cat", seed=1, **SMALL)
+        assert np.array_equal(first.latents, again.latents)
+        if limit == "tight":
+            assert len(log) > len(opened_first)
+            assert not alive
+        else:
+            assert log == ["text_encoder", "unet", "vae_decoder"]
+            assert len(alive) == 3
+            assert pipeline.held_bytes > 0
     assert not alive
 
 

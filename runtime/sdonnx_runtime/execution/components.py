@@ -14,6 +14,7 @@ from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import RequestError
 from sdonnx_runtime.execution.arena import PROCESS_MEMORY
 from sdonnx_runtime.execution.output_shapes import check_outputs
+from sdonnx_runtime.execution.process_memory import resident_memory
 from sdonnx_runtime.execution.session import Cancelled
 from sdonnx_runtime.execution.staged_model import Model
 from sdonnx_runtime.execution.strategy import ExecutionPlan, ExecutionStrategy
@@ -43,7 +44,7 @@ class Components:
     Args:
         package: where the graphs are.
         open_model: opens a graph file.
-        keep_loaded: makes `unload` do nothing.
+        keep_loaded: keeps whatever was opened; a plan with ``keep_loaded`` keeps what a generation like it opens.
         extra_packages: further packages, by the prefix of their components' names, up to the slash.
         unplanned: how components run where a generation has no plan.
     """
@@ -57,6 +58,8 @@ class Components:
         self._package, self._extra_packages = package, extra_packages
         self._open_model, self._keep_loaded = open_model, keep_loaded
         self._models: dict[tuple[str, str], Model] = {}
+        self._used = set[tuple[str, str]]()
+        self._bytes_without_models = 0
         self._deltas: Mapping[str, LayerDeltas] = {}
         self._unplanned = self._plan = unplanned
         self._use_arena, self._circular = True, ""
@@ -64,7 +67,9 @@ class Components:
     def model(self, name: str, variant: str = PLAIN) -> Model:
         """A component's variant, opened if it is not."""
         key = name, variant
+        self._used.add(key)
         if key not in self._models:
+            self._close_unused_variants(name)
             (package, component), strategy = self.find(name), self.strategy(name)
             if strategy.tile is not None and TILED in package.manifest.components[component].graphs:
                 variant = TILED
@@ -100,14 +105,19 @@ class Components:
 
     def unload(self, name: str) -> None:
         """Unload a component, unless components are kept loaded."""
-        if not self._keep_loaded:
+        if not self._keep_loaded and not self._plan.keep_loaded:
             self._close({name})
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory of the process that the open models have, in bytes; between generations."""
+        return max(0, resident_memory() - self._bytes_without_models) if self._models else 0
 
     @contextmanager
     def exclusive(
         self, deltas: Mapping[str, LayerDeltas] | None = None, plan: ExecutionPlan | None = None, circular: str = ""
     ) -> Generator[None, None, None]:
-        """Reserve the components for one generation, after which they are unloaded, unless ``keep_loaded`` is set.
+        """Reserve the components for one generation, after which they are unloaded, unless they are kept loaded.
 
         ``deltas`` are the changes by adapters from now on, by component; None leaves them as they are. ``plan`` is how
         components run; None is the ``unplanned`` one. ``circular`` are the axes along which images tile, x, y or xy.
@@ -122,6 +132,11 @@ class Components:
             with self._close_changed():
                 self._plan, self._circular = self._unplanned if plan is None else plan, circular
                 self._use_arena = PROCESS_MEMORY.configure(self._plan)
+            if not self._keep_loaded:
+                self._close(self._uncounted())
+            if not self._models:
+                self._bytes_without_models = resident_memory()
+            self._used.clear()
             yield
         finally:
             for name, _ in list(self._models):
@@ -140,14 +155,28 @@ class Components:
         yield
         self._close(_changed_keys({name: self.strategy(name) for name in before}, before))
 
+    def _uncounted(self) -> set[str]:
+        """The components that an earlier generation left, and whose memory the plan did not count."""
+        names, plan = {name for name, _ in self._models}, self._plan
+        if not plan.keep_loaded:
+            return names
+        return names - plan.strategies.keys() if plan.strategies else set()
+
+    def _close_unused_variants(self, name: str) -> None:
+        """Unload the variants of a component that an earlier generation left: each has the weights once more."""
+        if not self._keep_loaded:
+            self._close_keys({key for key in self._models if key[0] == name} - self._used)
+
     def close(self) -> None:
         """Unload every component."""
         self._close({name for name, _ in self._models})
 
     def _close(self, names: Collection[str]) -> None:
-        remaining = {key: model for key, model in self._models.items() if key[0] not in names}
-        if len(remaining) < len(self._models):
-            self._models = remaining
+        self._close_keys({key for key in self._models if key[0] in names})
+
+    def _close_keys(self, keys: Collection[tuple[str, str]]) -> None:
+        if keys:
+            self._models = {key: model for key, model in self._models.items() if key not in keys}
             PROCESS_MEMORY.shrink_arena()
 
 

@@ -45,5 +45,7 @@ class ExecutionPlan:
     """Bytes that the CPU arena first asks the system for, for which memory was predicted; None if it wasn't."""
     return_buffers: bool = True
     """Whether glibc's malloc returns buffers of 256 KiB and more to the system as soon as they are free."""
+    keep_loaded: bool = False
+    """Whether components stay loaded for the next generation."""
     device_limit: int | None = None
     """Bytes that a device with memory of its own may use; None is no limit."""

@@ -28,12 +28,14 @@ class Budget:
 
     Args:
         asked: bytes, or a size such as 600MB or 2GiB; auto, max or min.
+        keep_loaded: components stay loaded between generations where ``asked`` allows it; with max they always do.
 
     Raises:
         RequestError: it is none of these.
     """
 
     asked: str | int = AUTO
+    keep_loaded: bool = False
 
     def __post_init__(self) -> None:
         """Check what was asked for."""
@@ -41,26 +43,27 @@ class Budget:
             self._bytes()
 
     def plan(
-        self, phases: Callable[[], Sequence[MemoryPhase]], upper_bound: float, name: str, *, always: bool = False
-    ) -> Plan | None:
+        self, phases: Callable[[], Sequence[MemoryPhase]], upper_bound: float, name: str, *, always: bool = False,
+        held: int = 0,
+    ) -> Plan | None:  # fmt: skip
         """Make the plan of a request; None if nothing needs restricting, or nothing can be predicted.
 
         ``phases`` returns those of the request; ``upper_bound`` is bytes that it certainly does not exceed; ``name`` is
-        the package's. ``always`` also returns a plan if nothing needs restricting.
+        the package's. ``always`` also returns a plan if nothing needs restricting. ``held`` are the bytes of components
+        that are loaded now.
 
         Raises:
             RequestError: the budget is too small, or the package can't be planned for.
             DeviceError: too little memory is free.
         """
-        free = available_memory() if self.asked == AUTO else None
-        plenty = self.asked == MAX or (self.asked == AUTO and (free is None or free > upper_bound))
+        plenty = self._is_plenty(upper_bound, held)
         if plenty and not always:
             PROCESS_MEMORY.next_region = int(upper_bound / 4)
             return None
         PROCESS_MEMORY.warm_up()
         unmap_code()
-        base = resident_memory() + PROCESS_BYTES
-        budget = inf if plenty else self._room(free)
+        base = resident_memory() - held + PROCESS_BYTES
+        budget = inf if plenty else self._room()
         try:
             plan = self._make_plan(phases(), budget, base)
         except UnsupportedGraph:
@@ -83,6 +86,12 @@ class Budget:
             f"{self.asked} of memory is too little for this; give {least:.0f}MB or more, or choose a smaller size"
         )
 
+    def execution(self, plan: Plan | None, upper_bound: float, held: int = 0) -> ExecutionPlan:
+        """How components run with a plan, or where `plan` made none; arguments are those of `plan`."""
+        if plan is not None:
+            return plan.execution
+        return replace(self.unplanned(), keep_loaded=self.keep_loaded and self._is_plenty(upper_bound, held))
+
     def unplanned(self) -> ExecutionPlan:
         """How components run without a plan."""
         default = MIN_MEMORY if self.asked == MIN else ExecutionStrategy()
@@ -91,15 +100,28 @@ class Budget:
     def _make_plan(self, phases: Sequence[MemoryPhase], budget: float, base: int) -> Plan:
         region = PROCESS_MEMORY.arena_region
         plan = make_plan(phases, budget, base, region)
-        if self.asked != MAX:
+        if self.asked == MIN or not (self.asked == MAX or self.keep_loaded):
             return plan
-        together = [loaded for phase in phases for loaded in phase]
-        return replace(make_plan([together], budget, base, region), minimum_budget=plan.minimum_budget)
+        loaded = [loaded for phase in phases for loaded in phase]
+        together = replace(make_plan([loaded], budget, base, region), minimum_budget=plan.minimum_budget)
+        if self.asked == MAX:
+            return together
+        if together.peak > budget or any(each.strategy != ExecutionStrategy() for each in together.components):
+            return plan
+        return replace(together, execution=replace(together.execution, keep_loaded=True))
 
-    def _room(self, free: int | None) -> int:
+    def _is_plenty(self, upper_bound: float, held: int) -> bool:
+        """Whether nothing needs restricting."""
+        if self.asked != AUTO:
+            return self.asked == MAX
+        free = available_memory()
+        return free is None or free + held > upper_bound
+
+    def _room(self) -> float:
         """Bytes for the whole process."""
-        if free is not None:
-            return int(resident_memory() + FREE_SHARE * free)
+        if self.asked == AUTO:
+            free = available_memory()
+            return inf if free is None else int(resident_memory() + FREE_SHARE * free)
         return 0 if self.asked == MIN else self._bytes()
 
     @property

@@ -7,6 +7,7 @@ from sdonnx_runtime.execution.components import REFINER, Components, Runner
 from sdonnx_runtime.execution.strategy import MIN_MEMORY, ExecutionPlan, ExecutionStrategy
 from sdonnx_runtime.memory.budget import Budget
 from sdonnx_runtime.packages.package import Package
+from sdonnx_runtime.packages.variant import PLAIN
 
 
 class Doubler:
@@ -62,6 +63,32 @@ def test_a_plan_is_for_one_generation(opened):
         with found.exclusive(plan=each):
             found.model("unet")
     assert [strategy.staged for _, strategy, _ in calls] == [True, False]
+
+
+def test_what_stays_loaded_is_what_the_next_plan_counts(opened):
+    """Variants have the weights once more each: those that a generation leaves go before it opens another."""
+    _, components, _ = opened
+    found = components(ExecutionPlan())
+    counted = dict.fromkeys(("text_encoder", "unet", "vae_decoder"), ExecutionStrategy())
+    keeping = ExecutionPlan(strategies=counted, keep_loaded=True)
+
+    encoder, decoder = ("text_encoder", PLAIN), ("vae_decoder", PLAIN)
+    plain, caching, cached = (("unet", variant) for variant in (PLAIN, "caching", "cached"))
+
+    def generate(plan, *models):
+        with found.exclusive(plan=plan):
+            for name, variant in models:
+                found.model(name, variant)
+                found.unload(name)
+        return {each for each in (encoder, plain, caching, cached, decoder) if found.is_open(*each)}
+
+    assert generate(keeping, encoder, plain, decoder) == {encoder, plain, decoder}
+    assert generate(keeping, encoder, caching, cached) == {encoder, caching, cached, decoder}
+    del counted["vae_decoder"]
+    assert generate(keeping, encoder, plain) == {encoder, plain}
+    assert generate(ExecutionPlan(keep_loaded=True), encoder) == {encoder, plain}
+    assert generate(ExecutionPlan(), encoder) == set()
+    assert found.held_bytes == 0
 
 
 def test_an_observer_sees_every_run(opened):

@@ -1,4 +1,4 @@
-# sdonnx serve in a container; docs/server.md says how to run it.
+# sdonnx serve in a container; docs/server.md says how to run it, docs/many-machines.md how on a Ray cluster.
 FROM python:3.13-slim AS build
 RUN python -m venv /opt/sdonnx
 WORKDIR /src
@@ -7,7 +7,9 @@ COPY sdonnx sdonnx
 COPY runtime runtime
 COPY export export
 COPY models models
-RUN /opt/sdonnx/bin/pip install --no-cache-dir ".[cpu,serve]"
+ARG EXTRAS=cpu,serve
+ARG ALSO=""
+RUN /opt/sdonnx/bin/pip install --no-cache-dir ".[$EXTRAS]" $ALSO
 
 FROM python:3.13-slim
 RUN useradd --create-home --uid 1000 sdonnx && install --directory --owner sdonnx /images /models

@@ -66,7 +66,7 @@ def test_an_upscaler_is_one_that_the_server_has(upscaler, folders):
 
 def test_an_image_that_is_not_enlarged_is_the_servers_file(server, tmp_path):
     assert run("a cat", *FAST, "--no-enlarge", "-o", "o.png", "--server", server.url, cwd=tmp_path).returncode == 0
-    (stored,) = server.context.store.latest(1)
+    (stored,) = server.context.store.of_job(server.context.queue.jobs[-1].id)
     assert (tmp_path / "o.png").read_bytes() == server.context.store.read(stored.name)
 
 

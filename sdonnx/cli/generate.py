@@ -69,7 +69,7 @@ def generate(
         RequestError: the request is invalid, a file name has the wrong suffix, or an output is an input.
         SdonnxError: a path is not writable; or as `Pipeline.generate`.
     """
-    resolved = _resolve(pipe, fields, margins)
+    resolved = resolve_fields(pipe, fields, margins)
     overwrite = outputs.overwrite and outputs.images is not None
     paths = output_paths(outputs.images, resolved.request)
     grid = grid_path(outputs.images, paths) if outputs.grid else None
@@ -137,7 +137,8 @@ class _Recovery:
             self._lock.close()
 
 
-def _resolve(pipe: sdonnx.Pipeline, fields: dict[str, Any], margins: Margins | None) -> ResolvedRequest:
+def resolve_fields(pipe: sdonnx.Pipeline, fields: dict[str, Any], margins: Margins | None) -> ResolvedRequest:
+    """Resolve the fields of `Request`, with ``margins`` as an outpainting; raises as `Pipeline.resolve`."""
     manifest = pipe.package.manifest
     if margins is not None:
         image, mask = _outpaint(fields, margins, manifest)

@@ -1,7 +1,7 @@
 """The lines of a batch that are done, in a file beside its images, so that a batch that was stopped can go on."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -43,10 +43,10 @@ class Journal:
         """Whether a line was done, maybe another request than now."""
         return number in self._done
 
-    def is_done(self, number: int, request: str) -> bool:
+    def is_done(self, number: int, request: str, is_saved: Callable[[Path], bool]) -> bool:
         """Whether a line was done with the same request, and its images are still there."""
         known, images = self._done.get(number, ("", list[str]()))
-        return known == request and all(Path(image).is_file() for image in images)
+        return known == request and all(is_saved(Path(image)) for image in images)
 
     def add(self, number: int, request: str, images: Sequence[Path]) -> None:
         """Note that a line is done; raises SdonnxError if the file can't be written."""

@@ -196,6 +196,15 @@ def output_paths(output: Path | None, request: Request) -> list[Path]:
     return [output.with_name(f"{output.stem}-{seed}{output.suffix}") for seed in seeds]
 
 
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:/(?!/)", re.IGNORECASE)
+"""Of a URL that became a path, in which two slashes are one; a Windows drive has one letter."""
+
+
+def is_url(output: Path) -> bool:
+    """Whether the name of an output is a URL."""
+    return _SCHEME.match(output.as_posix()) is not None
+
+
 def grid_path(output: Path | None, images: list[Path]) -> Path | None:
     """Return the path of the grid of the images of `output_paths`; None for a single one, which has none."""
     first = images[0] if output is None else output

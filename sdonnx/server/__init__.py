@@ -4,7 +4,8 @@
     library     the packages that are served, and the pipelines that are open
     jobs        one generation each: its state, its events, cancelling it
     feed        what all jobs do, told to every open page
-    queue       the bounded queue, and the one thread that generates
+    queue       the bounded queue, and the threads that let jobs run
+    running     what runs a job: the pipelines of this process, unless another runner does
     images      finished images on disk; decoding of clients' images
     infotext    A1111's text of parameters in images
     context     what the routes of all APIs use

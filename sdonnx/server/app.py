@@ -19,13 +19,16 @@ from sdonnx.server.library import Library
 from sdonnx.server.native import routes as native
 from sdonnx.server.openai import routes as openai
 from sdonnx.server.queue import JobQueue
+from sdonnx.server.running import LocalRunner, MakeRunner
 from sdonnx.server.security.access import Access
 from sdonnx.server.security.middleware import BodyLimit, Guard, SecurityHeaders
 from sdonnx.server.settings import Settings
 
 
-def create_app(settings: Settings) -> Starlette:
-    """Make the application; its worker runs while the application does.
+def create_app(settings: Settings, make_runner: MakeRunner = LocalRunner) -> Starlette:
+    """Make the application; its workers run while the application does.
+
+    ``make_runner`` makes what runs the jobs.
 
     Raises:
         RequestError: a host name, an origin or the token is malformed.
@@ -33,11 +36,11 @@ def create_app(settings: Settings) -> Starlette:
     """
     access = Access.of(settings)
     library, store = Library(settings), ImageStore(settings.output, provenance=settings.provenance)
-    queue = JobQueue(library, store)
+    queue = JobQueue(library, store, make_runner(library, store))
     context = Context(settings=settings, access=access, library=library, store=store, queue=queue)
 
     @asynccontextmanager
-    async def run_worker(app: Starlette) -> AsyncGenerator[None, None]:
+    async def run_workers(app: Starlette) -> AsyncGenerator[None, None]:
         context.queue.start()
         yield
         await anyio.to_thread.run_sync(context.queue.close)
@@ -49,7 +52,7 @@ def create_app(settings: Settings) -> Starlette:
         Middleware(BodyLimit, max_bytes=settings.max_body),
     ]
     routes = [Route("/health", _health), *a1111.routes(), *openai.routes(), *native.routes(), *static.routes()]
-    app = Starlette(routes=routes, middleware=middleware, exception_handlers=HANDLERS, lifespan=run_worker)
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers=HANDLERS, lifespan=run_workers)
     app.state.context = context
     return app
 

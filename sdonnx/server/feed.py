@@ -14,7 +14,7 @@ _MOST = 1000
 
 _WITHIN_A_JOB = (*FREQUENT, "loading", "loaded", "decoding")
 _REPLACED = (*_WITHIN_A_JOB, "jobs")
-"""Kinds of which a newer message replaces one that still waits."""
+"""Kinds of which a newer message replaces one of the same job that still waits."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,7 +79,7 @@ class Follower:
 
     def put(self, message: Message) -> None:
         """Add a message, in place of the one that it replaces; from any thread."""
-        key = message.kind if message.kind in _REPLACED else message
+        key = (message.kind, message.job) if message.kind in _REPLACED else message
         with self._lock:
             if self._is_over:
                 return

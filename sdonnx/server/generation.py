@@ -72,20 +72,19 @@ class GenerationJob(Job):
             keeps_preview=self.generation.is_partial(step),
         )
         if step.image + 1 == step.num_images and step.step + 1 == step.num_steps:
-            self.is_decoding = True
-            self.publish("decoding")
+            self.note_decoding()
 
     def finish(self, result: sdonnx.Result, files: Sequence[str]) -> None:
         """Note that its images are on disk."""
-        latents, request = result.latents[:0].copy(), _forget_pixels(result.request)
+        latents, request = result.latents[:0].copy(), forget_pixels(result.request)
         self.result, self.files = replace(result, images=(), latents=latents, request=request), tuple(files)
         seeds, safety = [result.seeds[index] for index in self.kept], [asdict(each) for each in result.safety]
         self.end(State.DONE, images=list(files), seeds=seeds, safety=safety)
 
     def end(self, state: State, **data: Any) -> None:
         """Enter a final state; the pixels that the request had are forgotten."""
-        self.generation = replace(self.generation, request=_forget_pixels(self.generation.request))
-        self.request = _forget_pixels(self.request)
+        self.generation = replace(self.generation, request=forget_pixels(self.generation.request))
+        self.request = forget_pixels(self.request)
         super().end(state, **data)
 
 
@@ -99,7 +98,7 @@ def count_pixels(request: sdonnx.Request) -> int:
 _NO_PIXELS = Image.new("1", (1, 1))
 
 
-def _forget_pixels(request: R) -> R:
+def forget_pixels(request: R) -> R:
     """Replace the images of a request by one of a single pixel: it still says which it had."""
     images: dict[str, Any] = {name: _NO_PIXELS for name in IMAGE_FIELDS if getattr(request, name) is not None}
     images |= {

@@ -6,7 +6,7 @@ import io
 import os
 import re
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,10 +84,10 @@ class ImageStore:
                 names.append(saved.name)
         return names
 
-    def save_pngs(self, job: str, pngs: Sequence[bytes]) -> list[str]:
-        """Save images that are PNG files already, as `save` does."""
+    def save_pngs(self, job: str, pngs: Mapping[int, bytes]) -> list[str]:
+        """Save images that are PNG files already, by their index, as `save` does."""
         stamp, names = time.strftime(_STAMP), list[str]()
-        for index, png in enumerate(pngs):
+        for index, png in pngs.items():
             path = self.folder / f"{stamp}-{job}-{index}.png"
             with self._in_folder():
                 names.append(write_file(path, lambda stream, png=png: stream.write(png), overwrite=False).name)

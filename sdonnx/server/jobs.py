@@ -211,11 +211,22 @@ class Job:
             "eta": self.eta,
             "progress": self.progress,
         }
+        self.preview = self.preview if preview is None else preview
         self._add("step", data)
         if preview is not None:
-            self.preview = preview
             self._add("preview", {"number": preview.number}, preview if keeps_preview else None)
         self._wake(is_step=True)
+
+    def note_decoding(self) -> None:
+        """Note that its steps are done."""
+        self.is_decoding = True
+        self.publish("decoding")
+
+    def restart(self) -> None:
+        """Note that it is run again, from its first step."""
+        self.detach()
+        self.image = self.step = 0
+        self.loading, self.is_decoding, self.preview = None, False, None
 
     def end(self, state: State, **data: Any) -> None:
         """Enter a final state."""

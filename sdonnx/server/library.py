@@ -1,7 +1,6 @@
 """The packages that are served, and the pipelines that are open: one that generates, one that only plans."""
 
 import copy
-import hashlib
 import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -38,10 +37,8 @@ class ServedPackage:
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of its manifest's file list, hexadecimal: it names the weights, as A1111's hashes do."""
-        parts = self.package.manifest.components.items()
-        files = sorted(f"{path} {file.sha256} {file.size}" for _, part in parts for path, file in part.files.items())
-        return hashlib.sha256("\n".join(files).encode()).hexdigest()
+        """That of its package: it names the weights, as A1111's hashes do."""
+        return self.package.digest
 
     @property
     def title(self) -> str:
@@ -180,6 +177,10 @@ class Library:
             if not named:
                 raise
             return named[0]
+
+    def digests(self) -> dict[str, str]:
+        """The digests of all packages, by their names."""
+        return {name: each.digest for name, each in self._packages.items()}
 
     def loras(self) -> list[Path]:
         """The LoRA files of the folder."""

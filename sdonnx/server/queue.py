@@ -1,12 +1,14 @@
-"""The bounded queue of jobs, and the one thread that generates."""
+"""The bounded queue of jobs, and the threads that let a runner run them."""
 
 import asyncio
 import logging
 import math
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import sdonnx
@@ -14,9 +16,10 @@ from sdonnx.server.errors import NotFound, QueueFull, ShuttingDown
 from sdonnx.server.feed import Feed
 from sdonnx.server.generation import Generation, GenerationJob, count_pixels
 from sdonnx.server.images import ImageStore, is_job_id
-from sdonnx.server.jobs import Job, Preview, State
+from sdonnx.server.jobs import Job, State
 from sdonnx.server.library import Library
 from sdonnx.server.planning import Planner
+from sdonnx.server.running import Runner, as_sdonnx_error
 from sdonnx.server.upscaling import Upscaling, UpscalingJob
 
 logger = logging.getLogger(__name__)
@@ -35,23 +38,28 @@ _LONGEST_RETRY = 60
 
 
 class JobQueue:
-    """Jobs in the order in which they came; one thread owns the pipelines and runs them one after another."""
+    """Jobs in the order in which they came; a runner runs as many at once as it has slots, one without Ray."""
 
-    def __init__(self, library: Library, store: ImageStore) -> None:
+    def __init__(self, library: Library, store: ImageStore, runner: Runner) -> None:
         self.library, self.store, self.planner = library, store, Planner(library)
         self.feed = Feed()
         """Tells what the jobs do."""
-        self.current: Job | None = None
-        """The job that runs."""
+        self._runner = runner
         self._jobs: dict[str, Job] = {}
         self._waiting: deque[Job] = deque()
+        self._running: list[Job] = []
+        self._taken: set[Job] = set()
+        """Those that a thread has, of which some still wait for their runner."""
         self._condition = threading.Condition()
         self._closing = False
-        self._worker = threading.Thread(target=self._work, name="sdonnx worker", daemon=True)
+        self._workers = [
+            threading.Thread(target=self._work, name="sdonnx worker", daemon=True) for _ in range(runner.slots)
+        ]
 
     def start(self) -> None:
-        """Start the worker."""
-        self._worker.start()
+        """Start the workers."""
+        for worker in self._workers:
+            worker.start()
 
     async def submit(self, generation: Generation, job_id: str | None = None) -> GenerationJob:
         """Check a generation, plan its memory, and queue it.
@@ -119,16 +127,25 @@ class JobQueue:
         return list(self._waiting)
 
     @property
+    def running(self) -> Sequence[Job]:
+        """Those that run, in the order in which they began."""
+        return list(self._running)
+
+    @property
+    def current(self) -> Job | None:
+        """The one that has been running for the longest time."""
+        return next(iter(self.running), None)
+
+    @property
     def is_closing(self) -> bool:
         """Whether it takes no more jobs, and cancels those that it has."""
         return self._closing
 
     @property
     def seconds_until_room(self) -> int:
-        """After how many seconds a client that was refused should ask again: once the running job has ended."""
-        running = self.current
-        seconds = 1 if running is None or running.eta is None else math.ceil(running.eta)
-        return min(max(seconds, 1), _LONGEST_RETRY)
+        """After how many seconds a client that was refused should ask again: once a running job has ended."""
+        etas = [job.eta for job in self.running if job.eta is not None]
+        return min(max(math.ceil(min(etas, default=1)), 1), _LONGEST_RETRY)
 
     def cancel(self, job: Job) -> None:
         """Cancel a job; a running one stops within its current step."""
@@ -142,7 +159,7 @@ class JobQueue:
             job.cancel()
 
     def interrupt(self) -> None:
-        """Cancel the job that runs, if there is one."""
+        """Cancel the job that has been running for the longest time, if there is one."""
         if (job := self.current) is not None:
             job.cancel()
 
@@ -150,17 +167,18 @@ class JobQueue:
         """Take no more jobs, and cancel what waits and what runs; returns at once, from any thread."""
         with self._condition:
             self._closing = True
-            waiting = list(self._waiting)
-            self._condition.notify()
-        for job in waiting:
+            jobs = [*self._waiting, *self._running]
+            self._condition.notify_all()
+        for job in jobs:
             self.cancel(job)
-        self.interrupt()
 
     def close(self, timeout: float = 60) -> None:
-        """Shut down, and wait until the worker has ended; finished images are on disk."""
+        """Shut down, and wait until the workers have ended; finished images are on disk."""
         self.shut_down()
-        if self._worker.is_alive():
-            self._worker.join(timeout)
+        deadline = time.monotonic() + timeout
+        for worker in self._workers:
+            if worker.is_alive():
+                worker.join(max(0.0, deadline - time.monotonic()))
         self.feed.close()
 
     def _check_room(self, pixels: int) -> None:
@@ -190,121 +208,71 @@ class JobQueue:
             job.forget_previews()
 
     def _work(self) -> None:
-        while True:
-            with self._condition:
-                while not self._waiting and not self._closing:
-                    if not self._condition.wait(_IDLE_SECONDS):
-                        self.library.close()
-                        self.planner.note_idle()
-                if self._closing:
-                    break
-                self.current = job = self._waiting.popleft()
-                job.state = State.RUNNING
+        while (job := self._take()) is not None:
             try:
-                self._run(job)
+                self._runner.run(job, partial(self._begin, job))
             except Exception as error:  # the worker has to outlive every job
-                if not isinstance(error, (sdonnx.SdonnxError, MemoryError)):
-                    logger.exception("a job failed")
-                job.error = self.library.public(_as_sdonnx_error(error))
-                job.files = tuple(each.name for each in self.store.of_job(job.id))
-                job.end(State.FAILED, error=str(job.error))
+                self._fail(job, error)
             finally:
-                self.current = None
-                self.planner.note_idle()
-            self._log(job)
-        self.library.close()
+                self._release(job)
+            if job.started is not None or job.error is not None:  # otherwise it was cancelled while it waited
+                self._log(job)
+        self._runner.rest()
+
+    def _take(self) -> Job | None:
+        """Wait for a job that no other thread has; None once the server ends."""
+        with self._condition:
+            while not self._closing:
+                job = next((each for each in self._waiting if each not in self._taken), None)
+                if job is not None:
+                    self._taken.add(job)
+                    return job
+                if not self._condition.wait(_IDLE_SECONDS) and not self._running:
+                    self._runner.rest()
+                    self.planner.note_idle()
+        return None
+
+    def _begin(self, job: Job) -> bool:
+        """Note that a job runs; whether it still wants to."""
+        with self._condition:
+            if job in self._running:  # it is run again
+                return not job.is_cancelled
+            if job not in self._waiting:
+                return False
+            self._waiting.remove(job)
+            self._running.append(job)
+            job.state = State.RUNNING
+        job.begin()
+        return True
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        if not isinstance(error, (sdonnx.SdonnxError, MemoryError)):
+            logger.error("a job failed", exc_info=error)
+        with self._condition:
+            if job in self._waiting:
+                self._waiting.remove(job)
+            elif job.state.is_final:
+                return
+        job.error = self.library.public(as_sdonnx_error(error))
+        job.files = tuple(each.name for each in self.store.of_job(job.id))
+        job.end(State.FAILED, error=str(job.error))
+
+    def _release(self, job: Job) -> None:
+        """Forget a job that has ended."""
+        with self._condition:
+            self._taken.discard(job)
+            if job in self._running:
+                self._running.remove(job)
+            is_idle = not self._running
+        if is_idle:
+            self.planner.note_idle()
 
     def _log(self, job: Job) -> None:
-        seconds = (job.ended or 0) - (job.started or 0)
+        seconds = (job.ended or 0) - (job.started or job.created)
         what = f"{job.model}, {job.num_images} x {job.size[0]}x{job.size[1]}"
         shows_prompt = self.library.settings.log_prompts
         prompt = f": {job.request.prompt!r}" if isinstance(job, GenerationJob) and shows_prompt else ""
         logger.info("job %s %s after %.1f s (%s)%s", job.id, job.state.value, seconds, what, prompt)
-
-    def _run(self, job: Job) -> None:
-        job.begin()
-        if job.is_cancelled:
-            job.end(State.CANCELLED, step=0)
-        elif isinstance(job, UpscalingJob):
-            self._upscale(job)
-        elif isinstance(job, GenerationJob):
-            self._generate(job)
-
-    def _upscale(self, job: UpscalingJob) -> None:
-        pngs = job.run(self.library.upscaler)
-        if pngs is None:
-            job.end(State.CANCELLED, step=job.step)
-        else:
-            job.finish(self.store.save_pngs(job.id, pngs))
-
-    def _generate(self, job: GenerationJob) -> None:
-        pipeline = self.library.open(job.generation.selection)
-        resolved = pipeline.resolve(job.request)
-        job.request = resolved.request  # whose prompts are drawn again, from files that may have changed
-        stream = pipeline.stream(resolved)
-        stream.on_opening(job.load)
-        job.attach(stream.close)
-        try:
-            _follow(job, stream)
-            result = _result(stream)
-            if result is None:
-                job.end(State.CANCELLED, step=job.step)
-            else:
-                _check_refusals(result)
-                job.finish(result, self.store.save(job.id, result))
-        except sdonnx.SafetyError:  # without the latents
-            raise
-        except (sdonnx.SdonnxError, MemoryError) as error:
-            described = _as_sdonnx_error(error)
-            raise type(described)(f"{described}{self._save_latents(job, stream)}") from None
-        finally:
-            stream.close()
-
-    def _save_latents(self, job: GenerationJob, stream: sdonnx.Stream) -> str:
-        """Save what a failed job has denoised; the end of its error."""
-        if stream.latents is None:
-            return ""
-        try:
-            model = self.library.find(job.generation.selection.model).package.name
-            name = self.store.save_latents(job.id, stream.latents, stream.latents_request, model)
-        except sdonnx.SdonnxError as error:
-            return f"; could not save latents either: {error}"
-        safety = self.library.settings.safety
-        option = "" if safety == "off" else f" --safety {safety}"
-        return f"; latents saved beside the images; resume with: sdonnx decode {name}{option}"
-
-
-def _follow(job: GenerationJob, stream: sdonnx.Stream) -> None:
-    """Generate, and note each step."""
-    generation, every = job.generation, job.generation.preview_every
-    for number, step in enumerate(stream, 1):
-        is_due = generation.is_partial(step) or (every > 0 and number % every == 0)
-        has_preview = is_due and step.projection is not None
-        job.advance(step, Preview(number=number, step=step, size=job.size) if has_preview else None)
-
-
-def _result(stream: sdonnx.Stream) -> sdonnx.Result | None:
-    """The images of a stream that has ended; None if it was cancelled before it had them."""
-    try:
-        return stream.result
-    except sdonnx.RequestError:
-        return None
-
-
-def _check_refusals(result: sdonnx.Result) -> None:
-    """Raise SafetyError if every image is refused."""
-    if len(result.refused) == len(result.images):
-        scores = ", ".join(f"{each.score:.2f}" for each in result.safety)
-        what = "the image is" if len(result.images) == 1 else f"all {len(result.images)} images are"
-        raise sdonnx.SafetyError(f"{what} refused: {result.safety[0].checker} gives a score of {scores}")
-
-
-def _as_sdonnx_error(error: Exception) -> sdonnx.SdonnxError:
-    if isinstance(error, sdonnx.SdonnxError):
-        return error
-    if isinstance(error, MemoryError):
-        return sdonnx.DeviceError("out of memory; choose a smaller size")
-    return sdonnx.SdonnxError("the generation failed for an unknown reason; the server's log has it")
 
 
 def _new_id() -> str:

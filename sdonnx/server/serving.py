@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, cast
 import h11
 import python_multipart  # noqa: F401 # pyright: ignore[reportUnusedImport] — starlette wants it when a form comes
 import uvicorn
+from sdonnx_runtime.execution.process_memory import set_malloc_thresholds
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import sdonnx
 from sdonnx.server.app import create_app
+from sdonnx.server.running import LocalRunner, MakeRunner
 from sdonnx.server.settings import Settings
 
 if TYPE_CHECKING:
@@ -31,21 +33,28 @@ _MAX_CONNECTIONS = 400
 """More get 503; most systems give a process 1,024 files."""
 
 
-def serve(settings: Settings, on_start: Callable[[str], None], on_end: Callable[[], None]) -> None:
+def serve(
+    settings: Settings,
+    on_start: Callable[[str], None],
+    on_end: Callable[[], None],
+    make_runner: MakeRunner = LocalRunner,
+) -> None:
     """Serve until a KeyboardInterrupt; the jobs that run or wait are cancelled then, and finished images are on disk.
 
     Args:
         settings: the settings.
         on_start: is called with the server's URL once it answers.
         on_end: is called before it waits for the jobs' end.
+        make_runner: makes what runs the jobs.
 
     Raises:
         RequestError: a setting is invalid.
         SdonnxError: the port can't be used, a package can't be opened, or the output directory can't be used.
     """
+    set_malloc_thresholds(one_heap=True)  # before threads have heaps of their own, which fragment
     with ExitStack() as stack:
         listeners = [stack.enter_context(each) for each in listen(settings.host, settings.port)]
-        server = JobServer(create_app(settings))
+        server = JobServer(create_app(settings, make_runner))
         ended = _start_thread(lambda: server.run(listeners))
         try:
             while not server.started and not ended.wait(0.01):

@@ -217,6 +217,19 @@ def test_a_slow_reader_misses_steps_alone():
     assert asyncio.run(follow())[0] == told
 
 
+def test_steps_of_several_running_jobs_do_not_replace_each_other():
+    async def follow():
+        told, jobs = Feed(), [Job(name, model="x", num_images=1, size=(64, 64)) for name in ("a", "b")]
+        with told.follow() as follower:
+            for number in range(3):
+                for job in jobs:
+                    told.tell(Message(kind="step", job=job, data={"step": number}))
+            batch = await anext(follower.batches(1))
+        return [(each.job.id, each.data["step"]) for each in batch if each.kind == "step"]
+
+    assert asyncio.run(follow()) == [("a", 2), ("b", 2)]
+
+
 def test_who_reads_nothing_for_long_loses_the_stream():
     async def follow():
         told = Feed()

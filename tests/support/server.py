@@ -16,6 +16,7 @@ from starlette.applications import Starlette
 
 from sdonnx.server.app import create_app
 from sdonnx.server.context import Context
+from sdonnx.server.running import LocalRunner
 from sdonnx.server.serving import JobServer
 from sdonnx.server.settings import Settings
 from support.cli import start_cli
@@ -46,13 +47,13 @@ class RunningServer:
 
 
 @contextmanager
-def running_server(**settings):
+def running_server(make_runner=LocalRunner, **settings):
     """Run a server of these `Settings` on a free port; pictogram, kept open, and a temporary output by default."""
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         defaults = {"packages": (bundled()[DEFAULT],), "output": Path(folder) / "images", "port": port}
         defaults |= {"threads": 1, "memory": "max"}
-        app = create_app(Settings(**{**defaults, **settings}))
+        app = create_app(Settings(**{**defaults, **settings}), make_runner)
         server = JobServer(app)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
@@ -104,9 +105,9 @@ def server_process(*arguments, cwd=None, **environment):
         process.wait()
 
 
-def wait_until(condition):
-    """Wait until a condition holds, for at most 30 seconds."""
-    deadline = time.monotonic() + 30
+def wait_until(condition, seconds=30):
+    """Wait until a condition holds, for at most so many seconds."""
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.005)

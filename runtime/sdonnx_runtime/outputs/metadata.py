@@ -161,14 +161,26 @@ def save_png(
         SafetyError: the safety checker refuses the image.
         SdonnxError: the file can't be written.
     """
-    if index in result.refused:
-        raise SafetyError(f"image {index + 1} of {len(result.images)} {result.safety[index]}; it is not saved")
-    request = result.request.for_image(index)
-    xmp = xmp_packet(request) if provenance else None
-    data = json.dumps(_image_json(result, index), ensure_ascii=False)
-    info = png_text({"parameters": infotext(result, index), "sdonnx": data}, xmp)
+    info = _describe_image(result, index, provenance=provenance)
     image = _enlarge(result.images[index], enlarge)
     return write_file(path, lambda stream: image.save(stream, format="PNG", pnginfo=info), overwrite=overwrite)
+
+
+def encode_png(result: Result, index: int, *, enlarge: int = 1, provenance: bool = True) -> bytes:
+    """Encode an image of a result as the content of a file of `save_png`; raises SafetyError as it does."""
+    content = io.BytesIO()
+    info = _describe_image(result, index, provenance=provenance)
+    _enlarge(result.images[index], enlarge).save(content, format="PNG", pnginfo=info)
+    return content.getvalue()
+
+
+def _describe_image(result: Result, index: int, *, provenance: bool) -> PngInfo:
+    """The text chunks of an image of a result; raises SafetyError."""
+    if index in result.refused:
+        raise SafetyError(f"image {index + 1} of {len(result.images)} {result.safety[index]}; it is not saved")
+    xmp = xmp_packet(result.request.for_image(index)) if provenance else None
+    data = json.dumps(_image_json(result, index), ensure_ascii=False)
+    return png_text({"parameters": infotext(result, index), "sdonnx": data}, xmp)
 
 
 def _image_json(result: Result, index: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The package on disk: opening one, ours or an optimum export, and checking that it is whole."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -44,6 +45,13 @@ class Package:
     def title(self) -> str:
         """Its family, in a few words."""
         return FAMILIES[self.manifest.family].title
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of its manifest's list of files, hexadecimal: one name for all weights."""
+        parts = self.manifest.components.items()
+        files = sorted(f"{path} {file.sha256} {file.size}" for _, part in parts for path, file in part.files.items())
+        return hashlib.sha256("\n".join(files).encode()).hexdigest()
 
     @property
     def vae(self) -> "Package | None":

@@ -7,6 +7,8 @@ import typer
 from sdonnx_models import DEFAULT
 from sdonnx_runtime.images.canny import canny
 from sdonnx_runtime.images.preprocess import UPSCALERS, flatten_alpha, open_image
+from sdonnx_runtime.libraries import required
+from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.request import FIELDS, IMAGE_TO_IMAGE, SPEED
 
 import sdonnx
@@ -25,7 +27,15 @@ from sdonnx.cli.options import (
     parse_request,
     request_option,
 )
-from sdonnx.cli.parsing import decode_argument, parse_control, parse_embedding, parse_lora, parse_margins, parse_refiner
+from sdonnx.cli.parsing import (
+    decode_argument,
+    is_url,
+    parse_control,
+    parse_embedding,
+    parse_lora,
+    parse_margins,
+    parse_refiner,
+)
 from sdonnx.loading import find_model
 
 
@@ -143,6 +153,29 @@ def run(
             metavar="T", envvar="SDONNX_TOKEN", help="The servers' token; or http://:T@HOST.", rich_help_panel=SERVERS
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT|auto",
+            help="Generate a batch on a Ray cluster; [b]auto[/b] is this machine's, or one that is started here. "
+            "It goes on as with --server. OUT.png may be a URL, such as s3://BUCKET/OUT.png.",
+            rich_help_panel=SERVERS,
+        ),
+    ] = None,
+    actors: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes on the cluster. Default: as many as fit.", rich_help_panel=SERVERS),
+    ] = None,
+    threads_per_actor: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU threads of each. Default: the CPUs are shared.", rich_help_panel=SERVERS),
+    ] = None,
+    memory_per_actor: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Memory of each. Default: what the largest request needs.", rich_help_panel=SERVERS
+        ),
+    ] = None,
     preview: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Write a live preview to this file.")] = None,
     preview_vae: Annotated[
         str | None, typer.Option(metavar="PACKAGE", help="VAE package for previews, e.g. TAESD.")
@@ -204,6 +237,44 @@ def run(
         inputs=inputs,
     )
     fields = {**values, "prompt": decode_argument(prompt or "")}
+    if ray is not None:
+        with required('pip install "sdonnx[cpu,ray]"', purpose="--ray"):
+            from sdonnx.cli.cluster_batch import ClusterOptions, check_options, run_on_cluster
+            from sdonnx.cluster.actors import Opening
+
+        check_options(context, outputs)
+        if batch_file is None or lines is None:
+            raise sdonnx.RequestError("--ray requires --batch-file; a single image is made here")
+        if upscaler is not None:
+            fields["hires_upscaler"] = Package.open(find_model(upscaler)).name
+        opening = Opening(
+            arguments={
+                "model": _bundled() if model is None else model,
+                "vae": vae,
+                "refiner": refiner_package,
+                "controls": [package for package, _, _ in controls],
+                "ip_adapters": [package for package, _, _ in adapters],
+                "upscaler": upscaler,
+                "lora_folder": lora_dir,
+                "wildcard_folder": wildcards,
+                "styles": styles,
+                "device": device,
+                "safety": safety,
+            },
+            loras=[parse_lora(each) for each in lora or []],
+            ignore_unmatched=lora_ignore_unmatched,
+            embeddings=[(str(path), word) for path, word in map(parse_embedding, embedding or [])],
+            margins=margins,
+            enlarge=enlarge,
+            provenance=provenance,
+        )
+        asked = ClusterOptions(address=ray, actors=actors, threads=threads_per_actor, memory=memory_per_actor)
+        run_on_cluster(asked, opening, fields, outputs, batch_file, lines, as_json=as_json)
+        return
+    if (actors, threads_per_actor, memory_per_actor) != (None, None, None):
+        raise sdonnx.RequestError("--actors, --threads-per-actor and --memory-per-actor require --ray")
+    if output is not None and is_url(output):
+        raise sdonnx.RequestError("a URL as -o requires --ray")
     if server is not None:
         from sdonnx.cli.remote import Selection, connect, run_remotely
 

@@ -1,8 +1,13 @@
 """``sdonnx serve``."""
 
 import logging
+import os
+import socket
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from sdonnx_models import DEFAULT
@@ -14,7 +19,11 @@ from sdonnx.cli.options import Device, Memory, Provenance, SafetyMode, Threads
 from sdonnx.cli.signals import SIGNALS
 from sdonnx.loading import find_model
 
-_ACCESS, _LIMITS = "Access", "Limits"
+if TYPE_CHECKING:
+    from sdonnx.server.running import MakeRunner
+    from sdonnx.server.settings import Settings
+
+_ACCESS, _LIMITS, _CLUSTER = "Access", "Limits", "Cluster"
 _BUNDLED = f"serving {DEFAULT}, the small bundled model; for a published one: sdonnx export sd15, then -m sd15-onnx"
 
 
@@ -71,6 +80,22 @@ def serve(
         int,
         typer.Option(min=64, help="Images are at most as large as this square.", rich_help_panel=_LIMITS),
     ] = 4096,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS|auto",
+            help="Run the jobs on a Ray cluster, HOST:PORT; auto: this machine's, or one that is started.",
+            rich_help_panel=_CLUSTER,
+        ),
+    ] = None,
+    replicas: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MIN:MAX",
+            help="Jobs that run at once, each with --threads and --memory. Default: 1 to what the nodes have room for.",
+            rich_help_panel=_CLUSTER,
+        ),
+    ] = None,
     as_asked: Annotated[
         bool, typer.Option("--as-asked", help="Take clients' steps and guidance also where a model is distilled.")
     ] = False,
@@ -85,16 +110,20 @@ def serve(
 
     [dim]sdonnx serve[/dim]
     [dim]sdonnx serve -m sd15-onnx --models ~/packages --lora-dir ~/loras[/dim]
+    [dim]sdonnx serve -m sd15-onnx --ray 192.168.1.7:6379 --replicas 1:4[/dim]
     [dim]SDONNX_TOKEN=... sdonnx serve --host 0.0.0.0 --allow-host nas.local[/dim]
     """
     with required('pip install "sdonnx[serve]"', purpose="sdonnx serve"):
         from sdonnx.server.serving import serve as run_server
         from sdonnx.server.settings import Settings
+    if replicas is not None and ray is None:
+        raise sdonnx.RequestError("--replicas requires --ray; add --ray auto, or the address of a Ray cluster")
     folders = {"--lora-dir": lora_dir, "--embedding-dir": embedding_dir, "--wildcards": wildcards}
     for option, folder in folders.items():
         if folder is not None and not folder.is_dir():
             raise sdonnx.RequestError(f"{folder} is not a directory; give another {option}")
-    packages = tuple(find_model(each) for each in model or ([] if models else [DEFAULT]))
+    named = model or ([] if models else [DEFAULT])
+    packages = tuple(find_model(each) for each in named)
     settings = Settings(
         packages=packages,
         model_folders=tuple(models or ()),
@@ -128,4 +157,34 @@ def serve(
         print_note(f"sdonnx answers at {url} in a browser; Ctrl-C stops it")
         print_note(f"A1111's API is at {url}/sdapi/v1, OpenAI's at {url}/v1")
 
-    run_server(settings, print_url, SIGNALS.exit_at_once)  # a second signal does not wait
+    if ray is None:
+        run_server(settings, print_url, SIGNALS.exit_at_once)  # a second signal does not wait
+        return
+    files = [each for each in (lora_dir, embedding_dir, wildcards, styles) if each is not None]
+    with _replicas(ray, settings, replicas, named, files) as (used, make_runner):
+        run_server(used, print_url, SIGNALS.exit_at_once, make_runner)
+
+
+@contextmanager
+def _replicas(
+    address: str, settings: "Settings", asked: str | None, packages: Sequence[str], files: Sequence[Path]
+) -> "Generator[tuple[Settings, MakeRunner], None, None]":
+    """Connect to a Ray cluster, whose replicas run the jobs; gives the server's own settings too."""
+    with required('pip install "sdonnx[cpu,ray,serve]"', purpose="sdonnx serve --ray"):
+        from sdonnx.cluster.connection import connect
+        from sdonnx.cluster.scaling import Bounds, choose_replicas
+        from sdonnx.cluster.serving import replicas
+    if asked is not None:
+        Bounds.parse(asked)
+    with connect(address) as is_started:
+        SIGNALS.interrupt()  # Ray has a handler of its own
+        chosen = choose_replicas(settings, asked, packages, files)
+        where = "on a Ray cluster of this machine alone" if is_started else f"on the Ray cluster at {address}"
+        memory = "" if chosen.memory is None else f" and {chosen.memory / 1e9:.1f} GB"
+        threads = chosen.settings.threads
+        print_note(
+            f"jobs run {where}: {chosen.bounds}, each with {threads} thread{'s' if threads != 1 else ''}{memory}"
+        )
+        name = f"sdonnx-{socket.gethostname()}-{settings.port or os.getpid()}"
+        with replicas(chosen, name) as make_runner:
+            yield replace(settings, memory=chosen.settings.memory, threads=None), make_runner

@@ -1,4 +1,7 @@
-"""Progress of the running job, and of a job by its id; interrupting."""
+"""Progress of the running job, and of a job by its id; interrupting.
+
+Of several running jobs, AUTOMATIC1111's routes mean the one that has been running for the longest time.
+"""
 
 import asyncio
 import base64

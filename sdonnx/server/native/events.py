@@ -1,4 +1,4 @@
-"""``/api/events``: what every open page shows, the queue and how its running job goes on."""
+"""``/api/events``: what every open page shows, the queue and how its running jobs go on."""
 
 import json
 from collections.abc import AsyncIterator, Mapping
@@ -36,8 +36,7 @@ def _event_text(message: Message, context: Context) -> str:
 
 
 def _queue_json(context: Context) -> dict[str, Any]:
-    running = context.queue.current
-    jobs = [*([] if running is None else [running]), *context.queue.waiting]
+    jobs = [*context.queue.running, *context.queue.waiting]
     return {"jobs": [job_json(each, context) for each in jobs if not each.state.is_final]}
 
 

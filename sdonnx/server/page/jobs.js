@@ -38,6 +38,15 @@ export function isMine(id) {
   return recall("jobs", []).includes(id)
 }
 
+/**
+ * How many jobs have to end before this one begins.
+ * @param {Job} job
+ */
+export function countAhead(job) {
+  const running = active.filter((each) => each.state === "running").length
+  return Math.max(active.indexOf(job) - Math.max(running - 1, 0), 0) // the first of several that run to end makes room
+}
+
 /** This browser's first job that runs or waits. */
 export function ownJob() {
   return active.find((job) => isMine(job.id))
@@ -88,13 +97,14 @@ function setActive(found) {
 function showQueue() {
   find("queue-count", HTMLSpanElement).textContent = active.length > 0 ? `(${active.length})` : ""
   find("queue-empty", HTMLParagraphElement).hidden = active.length > 0
-  const entry = (/** @type {Job} */ job, /** @type {number} */ index) => {
+  const entry = (/** @type {Job} */ job) => {
     const cancel = button("Cancel job", () => void attempt(find("queue-error", HTMLParagraphElement), () => cancelJob(job.id)))
     const { prompt, width, height } = job.request
     const what = job.kind === "upscaling" ? "Upscaling" : String(prompt || "No prompt")
     cancel.ariaDescription = what
     const size = `${job.num_images > 1 ? `${job.num_images} × ` : ""}${width} × ${height}, ${job.model}`
-    const state = job.state === "running" ? "Running" : index === 0 ? "Next" : `${index} before it`
+    const ahead = countAhead(job)
+    const state = job.state === "running" ? "Running" : ahead === 0 ? "Next" : `${ahead} before it`
     const text = make("p", {}, make("strong", { textContent: isMine(job.id) ? "Yours" : "Another's" }),
       ` · ${state} · ${size}`)
     const progress = make("progress", { max: 1, value: job.progress, ariaLabel: "Progress", hidden: job.state !== "running" })

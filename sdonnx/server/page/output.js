@@ -5,7 +5,7 @@ import { api, attempt } from "./api.js"
 import { button, find, make } from "./dom.js"
 import { setField } from "./form.js"
 import { setInitImage } from "./inputs.js"
-import { activeJobs, cancelJob, isMine, jobs, latestOwn, ownJob } from "./jobs.js"
+import { cancelJob, countAhead, isMine, jobs, latestOwn, ownJob } from "./jobs.js"
 import { duration, planAgain } from "./plan.js"
 import { keep, recall, recallInputs } from "./store.js"
 import { view } from "./viewer.js"
@@ -89,7 +89,7 @@ function begin(job) {
 
 /** @param {Job} job */
 function showPosition(job) {
-  const ahead = activeJobs().indexOf(job)
+  const ahead = countAhead(job)
   announce(ahead === 0 ? "Starting" : `Waiting for ${ahead === 1 ? "another job" : `${ahead} other jobs`}`)
 }
 

@@ -1,0 +1,278 @@
+"""Pipelines on the nodes of a cluster, and the requests that each of them takes when it is free."""
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any, TypeAlias, cast
+
+from ray.exceptions import RayError, RayTaskError
+from sdonnx_runtime.adapters.lora import Lora
+from sdonnx_runtime.execution.ort import DEVICES, candidates, runtime_version
+from sdonnx_runtime.execution.process_memory import peak_memory
+from sdonnx_runtime.outputs.metadata import encode_png
+
+import sdonnx
+from sdonnx.benchmark.cpu import cpu_name
+from sdonnx.cli.generate import Margins, resolve_fields
+from sdonnx.cluster.connection import ray
+from sdonnx.cluster.packages import Source, check_sources
+from sdonnx.cluster.resources import Actors
+
+_MAX_LOSSES = 3
+"""Actors that a request may lose; the next one would be lost too."""
+
+_FIRST_NOTE, _PATIENCE = 30.0, 900.0
+"""Seconds without any actor: until it is said, and until it is an error; cloud machines take minutes to start."""
+
+Prepare: TypeAlias = Callable[[], dict[str, Any]]
+"""Makes the fields of a `Request`, or raises SdonnxError; called again for another attempt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """How an actor opens its pipeline, and writes its images."""
+
+    arguments: Mapping[str, Any]
+    """Of `sdonnx.load`, but threads and memory."""
+    loras: Sequence[Lora] = ()
+    ignore_unmatched: bool = False
+    embeddings: Sequence[tuple[str, str | None]] = ()
+    sources: tuple[Source, ...] = ()
+    """All packages and files."""
+    margins: Margins | None = None
+    """Pixels to outpaint."""
+    enlarge: bool = True
+    """Whether the images of very small models are saved larger."""
+    provenance: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What images depend on in their last bits."""
+
+    node: str
+    """Its IP address."""
+    cpu: str
+    provider: str
+    onnxruntime: str
+    sdonnx: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """The images of a request."""
+
+    index: int
+    """Which request."""
+    result: sdonnx.Result
+    """Without images."""
+    pngs: tuple[bytes | None, ...]
+    """PNG files; None where an image is refused."""
+    machine: Machine
+    actor: str
+    """A name of the actor."""
+    seconds: float
+    """Of its pipeline."""
+    peak_memory: int
+    """Of the actor's process up to now, in bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """A request is invalid, or failed."""
+
+    index: int
+    error: sdonnx.SdonnxError | MemoryError
+
+
+class ImageActor:
+    """A pipeline on a node, in a process of its own."""
+
+    def __init__(self, opening: Opening, actors: Actors) -> None:
+        self._opening, self._actors = opening, actors
+        self._pipe: sdonnx.Pipeline | None = None
+        self._machine: Machine | None = None
+
+    def open(self) -> Machine | sdonnx.SdonnxError:
+        """Open the pipeline, and say on which machine."""
+        node = str(ray.util.get_node_ip_address())
+        try:
+            check_sources(self._opening.sources, node)
+            pipe = sdonnx.load(
+                **self._opening.arguments, threads=self._actors.threads, memory=self._actors.memory, keep_loaded=True
+            )
+            pipe.set_loras(self._opening.loras, ignore_unmatched=self._opening.ignore_unmatched)
+            pipe.set_embeddings(self._opening.embeddings)
+            self._pipe, device = pipe, candidates(self._opening.arguments["device"])[0]
+        except sdonnx.SdonnxError as error:
+            return error if str(error).startswith("node ") else type(error)(f"node {node}: {error}")
+        self._machine = Machine(
+            node=node,
+            cpu=cpu_name(),
+            provider=DEVICES[device].provider,
+            onnxruntime=runtime_version(),
+            sdonnx=version("sdonnx"),
+        )
+        return self._machine
+
+    def generate(self, index: int, fields: dict[str, Any]) -> Generated | Failed:
+        """Generate the images of a request."""
+        pipe, opening = self._pipe, self._opening
+        assert pipe is not None and self._machine is not None  # noqa: S101 — for the type checker
+        start = time.monotonic()
+        try:
+            resolved = resolve_fields(pipe, fields, opening.margins)
+            result = pipe.generate(resolved)
+        except (sdonnx.SdonnxError, MemoryError) as error:
+            return Failed(index=index, error=error)
+        keeps_size = resolved.request.padding_mask_crop is not None
+        factor = pipe.package.manifest.defaults.enlarge if opening.enlarge and not keeps_size else 1
+        pngs = tuple(
+            None if each in result.refused else encode_png(result, each, enlarge=factor, provenance=opening.provenance)
+            for each in range(len(result.images))
+        )
+        return Generated(
+            index=index,
+            result=replace(result, images=()),
+            pngs=pngs,
+            machine=self._machine,
+            actor=ray.get_runtime_context().get_actor_id(),
+            seconds=time.monotonic() - start,
+            peak_memory=peak_memory(),
+        )
+
+
+class ActorPool:
+    """The actors of a run; one that ends before its request is replaced, on any node that has room.
+
+    Args:
+        opening: what they open.
+        actors: how many they are, and what each takes.
+        note: is called with a line about actors that are lost, or missing.
+    """
+
+    def __init__(self, opening: Opening, actors: Actors, note: Callable[[str], object]) -> None:
+        self._actors, self._note = actors, note
+        self._class = ray.remote(ImageActor).options(
+            num_cpus=actors.threads,
+            num_gpus=int(opening.arguments["device"] == "cuda"),
+            memory=actors.memory,
+            max_restarts=0,
+            scheduling_strategy="SPREAD",
+        )
+        self._opening = ray.put(opening)
+        self._starting: dict[Any, Any] = {}
+        """Actors, by the reference of what `open` will return."""
+        self._running: dict[Any, tuple[Any, int]] = {}
+        """Actors and requests, by the reference of the images."""
+        self._idle: list[Any] = []
+        self._lost_starts = 0
+        self._absent_since: float | None = None
+        self._noted = False
+
+    def run(self, requests: Sequence[Prepare]) -> Generator[Generated | Failed, None, None]:
+        """Generate the images of requests, the first ones first; closing the generator ends the actors.
+
+        Raises:
+            SdonnxError: an actor can't open the pipeline, or no actor can be started.
+        """
+        waiting, losses = deque(range(len(requests))), Counter[int]()
+        try:
+            for _ in range(min(self._actors.count, len(requests))):
+                self._start()
+            while waiting or self._running:
+                while waiting and self._idle:
+                    index = waiting.popleft()
+                    try:
+                        fields = requests[index]()
+                    except (sdonnx.SdonnxError, MemoryError) as error:
+                        yield Failed(index=index, error=error)
+                    else:
+                        actor = self._idle.pop()
+                        self._running[actor.generate.remote(index, fields)] = actor, index
+                for done in self._wait():
+                    if done in self._starting:
+                        self._open(done)
+                        continue
+                    _, index = self._running[done]
+                    outcome = self._finish(done, losses)
+                    if outcome is None:
+                        waiting.appendleft(index)
+                    else:
+                        yield outcome
+        finally:
+            self._stop()
+
+    def _start(self) -> None:
+        actor = self._class.remote(self._opening, self._actors)
+        self._starting[actor.open.remote()] = actor
+
+    def _wait(self) -> list[Any]:
+        """Wait a little for anything to be done."""
+        pending = [*self._starting, *self._running]
+        if not pending:
+            return []
+        done, _ = cast("tuple[list[Any], list[Any]]", ray.wait(pending, timeout=0.5))
+        if self._running or self._idle or done:
+            self._absent_since = None
+            return done
+        now = time.monotonic()
+        self._absent_since = now if self._absent_since is None else self._absent_since
+        needed = f"a node with {self._actors.threads} free CPUs and {self._actors.memory / 1e6:.0f} MB of memory"
+        if now - self._absent_since > _PATIENCE:
+            raise sdonnx.SdonnxError(f"{needed} did not come within {_PATIENCE / 60:.0f} minutes; see: ray status")
+        if now - self._absent_since > _FIRST_NOTE and not self._noted:
+            self._noted = True
+            self._note(f"waiting for {needed}; Ctrl-C stops it")
+        return done
+
+    def _open(self, done: Any) -> None:
+        """Let an actor that has opened its pipeline wait for requests."""
+        actor = self._starting.pop(done)
+        try:
+            opened = ray.get(done)
+        except RayTaskError:
+            raise
+        except RayError as error:
+            self._lost_starts += 1
+            if self._lost_starts < _MAX_LOSSES:
+                self._start()
+            elif not (self._idle or self._running or self._starting):
+                raise sdonnx.SdonnxError(f"no actor can be started: {_first_line(error)}") from None
+            return
+        if isinstance(opened, sdonnx.SdonnxError):
+            raise opened
+        self._lost_starts = 0
+        self._idle.append(actor)
+
+    def _finish(self, done: Any, losses: Counter[int]) -> Generated | Failed | None:
+        """The outcome of a request; None if its actor is lost, and another one is to try."""
+        actor, index = self._running.pop(done)
+        try:
+            outcome = ray.get(done)
+            self._idle.append(actor)
+            return outcome
+        except RayTaskError:
+            raise
+        except RayError as error:
+            self._start()
+            losses[index] += 1
+            if losses[index] < _MAX_LOSSES:
+                self._note(f"an actor is lost, its request is done by another one: {_first_line(error)}")
+                return None
+        remedy = "give a smaller size, or more --memory-per-actor"
+        lost = sdonnx.DeviceError(f"{_MAX_LOSSES} actors ended while they generated it, maybe out of memory; {remedy}")
+        return Failed(index=index, error=lost)
+
+    def _stop(self) -> None:
+        """End all actors."""
+        for actor in (*self._idle, *self._starting.values(), *(actor for actor, _ in self._running.values())):
+            with suppress(RayError, ValueError):
+                ray.kill(actor)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -16,12 +16,12 @@ from sdonnx_runtime.outputs.latents_file import save_latents
 import sdonnx
 from sdonnx.cli.batch import Line, parse_line
 from sdonnx.cli.console import print_note, progress, result_json
-from sdonnx.cli.distributed import DistributedRequest, fields_json, generate_lines
+from sdonnx.cli.distributed import DistributedRequest, fields_json, generate_lines, refuse_options
 from sdonnx.cli.generate import OutputPaths
-from sdonnx.cli.parsing import check_not_inputs, is_url
+from sdonnx.cli.parsing import is_url
 from sdonnx.cluster.actors import ActorPool, Failed, Generated, Machine, Opening
 from sdonnx.cluster.connection import check_address, connect, nodes
-from sdonnx.cluster.packages import Source, file_source, package_source
+from sdonnx.cluster.packages import Source, file_source, package_source, portable_name
 from sdonnx.cluster.resources import ACTOR_BYTES, Actors, choose_actors
 from sdonnx.cluster.storage import check_url, exists_at, write_url
 
@@ -55,10 +55,7 @@ def check_options(context: typer.Context, outputs: OutputPaths) -> None:
     Raises:
         RequestError: there is one.
     """
-    for option, remedy in _OTHER_OPTIONS.items():
-        source = context.get_parameter_source(option)
-        if source is not None and source.name == "COMMANDLINE":
-            raise sdonnx.RequestError(f"--{option.replace('_', '-')} has no effect with --ray; {remedy}")
+    refuse_options(context, _OTHER_OPTIONS, "with --ray")
     if outputs.images is not None and is_url(outputs.images):
         if outputs.grid or outputs.latents is not None:
             raise sdonnx.RequestError("--grid and --save-latents require images on this machine; give another -o")
@@ -81,9 +78,7 @@ class ClusterRequest(DistributedRequest):
 
     def check_paths(self, images: list[Path]) -> None:
         """Check that the images can be written; those at a URL when they are."""
-        if is_url(images[0]):
-            check_not_inputs((), self._outputs.inputs)
-        else:
+        if not is_url(images[0]):
             super().check_paths(images)
 
     def save(self, outcome: Generated | Failed) -> dict[str, Any]:
@@ -215,7 +210,7 @@ def _portable(opening: Opening) -> dict[str, Any]:
     """The arguments of `sdonnx.load` by the names that nodes have for them."""
 
     def portable(value: Any) -> Any:
-        return None if value is None else package_source(value).name
+        return None if value is None else portable_name(value)
 
     found = dict(opening.arguments)
     found |= {name: portable(found[name]) for name in _PACKAGES}

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import typer
 from PIL.Image import Image
 from sdonnx_runtime.images.preprocess import open_image
 from sdonnx_runtime.outputs.atomic import write_file
@@ -80,6 +81,11 @@ class DistributedRequest:
         """Note the digest of what makes the images, as JSON has it."""
         self.digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def num_images(self) -> int:
+        """How many images it has, once it is prepared."""
+        return len(self._paths)
+
     def save_images(self, pngs: Sequence[bytes | None]) -> tuple[list[str | None], str | None]:
         """Save the images, and their grid; returns the paths or URLs, None for an image that is None.
 
@@ -102,6 +108,18 @@ class DistributedRequest:
     def is_saved(self, path: Path) -> bool:
         """Whether there is a file that `save_image` wrote."""
         return path.is_file()
+
+
+def refuse_options(context: typer.Context, options: Mapping[str, str], where: str) -> None:
+    """Refuse the options that were typed and have no effect ``where``; each has what to do instead.
+
+    Raises:
+        RequestError: there is one.
+    """
+    for option, remedy in options.items():
+        source = context.get_parameter_source(option)
+        if source is not None and source.name == "COMMANDLINE":
+            raise sdonnx.RequestError(f"--{option.replace('_', '-')} has no effect {where}; {remedy}")
 
 
 def fields_json(fields: Mapping[str, Any], request: Request) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from sdonnx_runtime.request import PACKAGE_FIELDS
 import sdonnx
 from sdonnx.cli.batch import Line
 from sdonnx.cli.console import print_note, print_report, progress
-from sdonnx.cli.distributed import DistributedRequest, fields_json, generate_lines
+from sdonnx.cli.distributed import DistributedRequest, fields_json, generate_lines, refuse_options
 from sdonnx.cli.generate import OutputPaths
 from sdonnx.client.connection import ServerError, parse_address
 from sdonnx.client.pool import Advanced, Failed, Finished, Lost, Pool, Previewed
@@ -48,10 +48,7 @@ def connect(context: typer.Context, servers: str, token: str | None, selection: 
         ServerError: a server is of no use, or none is there.
         PackageError: the model has no previews, which are asked for.
     """
-    for option, remedy in _LOCAL_OPTIONS.items():
-        source = context.get_parameter_source(option)
-        if source is not None and source.name == "COMMANDLINE":
-            raise sdonnx.RequestError(f"--{option.replace('_', '-')} has no effect on a --server; {remedy}")
+    refuse_options(context, _LOCAL_OPTIONS, "on a --server")
     addresses = [parse_address(url.strip(), token) for url in servers.split(",")]
     pool = Pool([Server(address=each) for each in dict.fromkeys(addresses)], selection, previews=previews)
     if previews and not pool.packages.has_preview:
@@ -84,9 +81,10 @@ class RemoteRequest(DistributedRequest):
         if isinstance(outcome, Failed):
             raise outcome.error
         answer, images = outcome.answer, iter(outcome.images)
-        refused = [sdonnx.Safety(**each).is_refused for each in answer["safety"]] or [False] * len(answer["seeds"])
-        if len(outcome.images) != refused.count(False):
-            raise ServerError(f"{outcome.server} made {len(outcome.images)} images; expected {refused.count(False)}")
+        refused = [sdonnx.Safety(**each).is_refused for each in answer["safety"]] or [False] * self.num_images
+        expected = self.num_images - sum(refused)
+        if len(outcome.images) != expected or len(refused) != self.num_images:
+            raise ServerError(f"{outcome.server} made {len(outcome.images)} images; expected {expected}")
         paths, grid = self.save_images([None if each else next(images) for each in refused])
         made = zip(paths, answer["seeds"], answer["prompts"], strict=True)
         shown = [{"path": path, "seed": seed, **prompts} for path, seed, prompts in made]

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, cast
 
 from ray.exceptions import RayError, RayTaskError
 from sdonnx_runtime.adapters.lora import Lora
-from sdonnx_runtime.execution.ort import DEVICES, candidates, runtime_version
+from sdonnx_runtime.execution.ort import DEVICES, candidates, first_line, runtime_version
 from sdonnx_runtime.execution.process_memory import peak_memory
 from sdonnx_runtime.outputs.metadata import encode_png
 
@@ -241,7 +241,7 @@ class ActorPool:
             if self._lost_starts < _MAX_LOSSES:
                 self._start()
             elif not (self._idle or self._running or self._starting):
-                raise sdonnx.SdonnxError(f"no actor can be started: {_first_line(error)}") from None
+                raise sdonnx.SdonnxError(f"no actor can be started: {first_line(error)}") from None
             return
         if isinstance(opened, sdonnx.SdonnxError):
             raise opened
@@ -261,7 +261,7 @@ class ActorPool:
             self._start()
             losses[index] += 1
             if losses[index] < _MAX_LOSSES:
-                self._note(f"an actor is lost, its request is done by another one: {_first_line(error)}")
+                self._note(f"an actor is lost, its request is done by another one: {first_line(error)}")
                 return None
         remedy = "give a smaller size, or more --memory-per-actor"
         lost = sdonnx.DeviceError(f"{_MAX_LOSSES} actors ended while they generated it, maybe out of memory; {remedy}")
@@ -272,7 +272,3 @@ class ActorPool:
         for actor in (*self._idle, *self._starting.values(), *(actor for actor, _ in self._running.values())):
             with suppress(RayError, ValueError):
                 ray.kill(actor)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -40,10 +40,15 @@ class Source:
             )
 
 
+def portable_name(model: str | Path) -> str:
+    """The name of a package for `find_model` on every node: an absolute path, a bundled name or a Hub id."""
+    name = str(model)
+    return name if name in bundled() or not Path(name).exists() else str(Path(name).absolute())
+
+
 def package_source(model: str | Path) -> Source:
     """Describe a package; raises PackageError if there is none."""
-    name = str(model)
-    name = name if name in bundled() or not Path(name).exists() else str(Path(name).absolute())
+    name = portable_name(model)
     return Source(name=name, digest=_digest(name, is_package=True), is_package=True)
 
 

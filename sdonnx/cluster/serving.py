@@ -16,6 +16,7 @@ from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
+from sdonnx_runtime.execution.ort import first_line
 
 import sdonnx
 from sdonnx.cluster.connection import ray
@@ -294,15 +295,10 @@ _LOST = "the replica that ran it was lost"
 def _describe(error: Exception) -> Exception:
     """What became of a job whose replica did not end it."""
     if isinstance(error, RayServeException):
-        return sdonnx.SdonnxError(f"the cluster does not take the job: {_first_line(error)}")
+        return sdonnx.SdonnxError(f"the cluster does not take the job: {first_line(error)}")
     if isinstance(error, RayTaskError) and not isinstance(error, TaskCancelledError):
         return error  # a fault of the replica's, which another one would have as well
     return _ReplicaLost(_LOST)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _reason(message: str) -> str:

@@ -49,6 +49,11 @@ def all_threads(monkeypatch):
     monkeypatch.setattr(onnxruntime.InferenceSession, "__init__", _open_session)
 
 
+def pytest_xdist_auto_num_workers():
+    """One process more than there are cores: some always wait, for a server, a browser, a cluster or a file."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_finish():
     """Keep the garbage collector from looking in every test at what imports and collecting made."""
     gc.collect()

@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx_ir as ir
+import onnxscript
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -9,6 +10,7 @@ from safetensors.numpy import save_file
 from sdonnx_export.checkpoint_model import Checkpoint, Part, Weight
 from sdonnx_export.checkpoints.fuse_lora import fuse_loras
 from sdonnx_export.models.components import build
+from sdonnx_export.operators import base
 from sdonnx_export.operators.base import Operators
 from sdonnx_export.operators.int8 import Int8Operators
 from sdonnx_export.operators.partition import cut
@@ -37,6 +39,19 @@ def test_unet_equals_diffusers(variation, tmp_path):
     feeds = unet_feeds(unet.config)
     found = run(build("unet", part, "fp32"), tmp_path, **feeds)["out_sample"]
     np.testing.assert_allclose(found, unet_reference(unet, feeds), atol=2e-5)
+
+
+@pytest.mark.parametrize("operators", [Operators, Int8Operators])
+def test_types_and_shapes_are_those_that_onnxscript_infers(operators, monkeypatch):
+    part = part_of(UNet2DConditionModel(**UNET))
+
+    def described():
+        model = build("unet", part, "fp32", operators)
+        return [(node.op_type, [(str(y.type), str(y.shape)) for y in node.outputs]) for node in model.graph]
+
+    found = described()
+    monkeypatch.setattr(base, "InferringBuilder", onnxscript.GraphBuilder)
+    assert found == described()
 
 
 @pytest.mark.core

@@ -1,6 +1,7 @@
 """What narrowing one group of layers does to a U-Net is what torch's own fake quantization does in diffusers' model."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -81,9 +82,8 @@ def observed(unet, moments):
     return ends
 
 
-def fake_error(unet, group, ends, moments):
-    """Relative, root mean square over the moments, with a group's layers, or all, in 8 bits."""
-    wanted = [unet_reference(unet, moment) for moment in moments]
+def fake_error(unet, group, *, ends, moments, wanted):
+    """Relative to ``wanted``, root mean square over the moments, with a group's layers, or all, in 8 bits."""
     changed = [
         (name, module)
         for name, module in unet.named_modules()
@@ -113,25 +113,27 @@ def measured(tmp_path_factory):
     ranges = {name: Range.from_min_max(*pair) for name, pair in ends.items()}
     weights = saved(build("unet", part, "fp32"), tmp_path_factory.mktemp("unet"))
     error, groups = measure(part, "int8", ranges, moments, weights)
-    return unet, moments, ends, error, {group.name: group for group in groups}
+    wanted = [unet_reference(unet, moment) for moment in moments]
+    find_error = partial(fake_error, unet, ends=ends, moments=moments, wanted=wanted)
+    return unet, find_error, error, {group.name: group for group in groups}
 
 
 def test_the_error_of_each_group_is_that_of_fake_quantization(measured):
     """But for values and zero points halfway between two codes, which fall to either and move what comes later."""
-    unet, moments, ends, _, groups = measured
+    _, find_error, _, groups = measured
     found = {name: group.error for name, group in groups.items()}
-    assert found == pytest.approx({name: fake_error(unet, name, ends, moments) for name in groups}, rel=0.01)
+    assert found == pytest.approx({name: find_error(name) for name in groups}, rel=0.01)
 
 
 def test_the_groups_are_all_layers_that_int8_quantizes_the_costliest_first(measured):
-    unet, moments, ends, error, groups = measured
+    unet, find_error, error, groups = measured
     narrow = {name for name, value in unet.named_parameters() if value.ndim > 1} - {"conv_in.weight", "conv_out.weight"}
     assert all(sum(name.startswith(f"{group}.") for group in groups) == 1 for name in narrow)
     kernels = 32 * 32 * 9 * 2 + 128 * 32
     resnet = groups["down_blocks.0.resnets.0"]
     assert resnet.saved == pytest.approx(3 * kernels, rel=0.02)  # scales are what is missing
     assert resnet.extra_bytes == pytest.approx(kernels, rel=0.03)
-    assert error == pytest.approx(fake_error(unet, "", ends, moments), rel=0.03)
+    assert error == pytest.approx(find_error(""), rel=0.03)
     costs = [group.cost for group in groups.values()]
     assert costs == sorted(costs, reverse=True)
     share = sum(group.cost * group.saved for group in groups.values()) / sum(group.saved for group in groups.values())

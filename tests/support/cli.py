@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -53,6 +54,7 @@ def limit_file_size(size):
     resource = pytest.importorskip("resource")
 
     def limit():
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # a .pyc that is cut off would break the next process
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnxscript import GraphBuilder, OpBuilder
+from onnxscript import OpBuilder
 from onnxscript.nn import Parameter
 from sdonnx_runtime.adapters.quantization import BLOCK
 from sdonnx_runtime.arrays import AnyArray
 
 from sdonnx_export.checkpoint_model import Weight
+from sdonnx_export.operators.inference import InferringBuilder
 from sdonnx_export.operators.precision import PrecisionLookup
 from sdonnx_export.operators.quantized import quantized_tensors
 
@@ -87,7 +88,7 @@ class Operators(OpBuilder):
     """
 
     def __init__(self, graph: ir.Graph, weights: Mapping[str, Weight], find_precision: PrecisionLookup) -> None:
-        super().__init__(GraphBuilder(graph), "", graph.opset_imports[""])
+        super().__init__(InferringBuilder(graph), "", graph.opset_imports[""])
         self.find_precision = find_precision
         self._weights = weights
         self._float32: dict[str, ir.Value] = {}

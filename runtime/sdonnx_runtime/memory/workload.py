@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from math import inf
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +15,7 @@ from sdonnx_runtime.denoising.ip_adapter import component_prefix as ip_adapter_p
 from sdonnx_runtime.denoising.step_cache import unet_graphs
 from sdonnx_runtime.execution.components import CIRCULAR, REFINER, UPSCALER
 from sdonnx_runtime.execution.strategy import UPSCALER_TILES
+from sdonnx_runtime.graphs.onnx_proto import ValueInfo, package_errors
 from sdonnx_runtime.graphs.partition import read_stages
 from sdonnx_runtime.graphs.shape_inference import ITEMSIZES, TensorInfo, UnsupportedGraph, unsupported_graphs
 from sdonnx_runtime.memory.estimates import Graph, graph_outputs
@@ -225,7 +227,7 @@ def _component(component: str, graphs: Sequence[Graph], applied: Adapters) -> Lo
 def _graph(path: Path, sizes: Mapping[str, int], known: Mapping[str, TensorInfo] = MappingProxyType({})) -> Graph:
     """A graph with the shapes of its inputs: as ``known``, or with symbolic sizes replaced by ``sizes``."""
     inputs = dict[str, TensorInfo]()
-    for name, port in read_stages(path).inputs.items():
+    for name, port in _ports(path).items():
         values = {**{f"{name}.{axis}": 1 for axis in ("batch", "channels", "height", "width")}, **sizes}
         shape = [size if isinstance(size, int) else values.get(size) for size in port.shape]
         whole = tuple(size for size in shape if size is not None)
@@ -236,3 +238,14 @@ def _graph(path: Path, sizes: Mapping[str, int], known: Mapping[str, TensorInfo]
         else:
             inputs[name] = TensorInfo(whole, ITEMSIZES[port.data_type])
     return Graph(path=path, inputs=tuple(inputs.items()))
+
+
+def _ports(path: Path) -> Mapping[str, ValueInfo]:
+    """A graph's inputs by name, read once until the file changes."""
+    with package_errors(path):
+        return _cached_ports(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _cached_ports(path: Path, _modified: int) -> Mapping[str, ValueInfo]:
+    return read_stages(path).inputs

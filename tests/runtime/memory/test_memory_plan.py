@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager, suppress
@@ -268,6 +269,16 @@ def test_a_graph_with_an_unknown_operator_runs_without_a_limit_or_with_the_least
         sdonnx.load("pictogram", memory=memory).generate("a cat", seed=1, width=72, height=72, num_inference_steps=1)
     with pytest.raises(sdonnx.RequestError, match="cannot estimate the memory of .*not exported by sdonnx"):
         sdonnx.load("pictogram", memory="1GB").generate("a cat", seed=1, width=104)
+
+
+def test_a_graph_that_changes_is_read_again(package, tmp_path):
+    copy = shutil.copytree(package, tmp_path / "copy")
+    pipe = sdonnx.load(copy, memory="min")
+    assert pipe.plan("a cat", **ASKED).peak == pytest.approx(pipe.plan("a cat", **ASKED).peak, rel=0.01)
+    graph = copy / "unet" / "model.onnx"
+    graph.write_bytes(b"\0" * graph.stat().st_size)
+    with pytest.raises(sdonnx.PackageError, match="unet.model.onnx starts with zeros"):
+        pipe.plan("a cat", **ASKED)
 
 
 def test_the_plan_covers_controls_hires_img2img_and_step_caching(export_once, tmp_path):

@@ -5,7 +5,7 @@ activations by NNCF with SmoothQuant, the VAE's weights alone.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class OpenVinoSession:
             self._compiled[key] = core.compile_model(model, "CPU", OPTIONS)
         return self._compiled[key]
 
-    def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
+    def run(self, feeds: Feeds, _keep: Container[str] = ()) -> dict[str, np.ndarray]:
         inputs = repeat_latents(feeds)
         model = self._compile({name: value.shape for name, value in inputs.items()})
         return {"output": np.array(model(inputs)[0])}

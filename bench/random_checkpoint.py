@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 from sdonnx_export.models.components import COMPONENTS
-from sdonnx_export.operators.base import checkpoint_shape
+from sdonnx_export.operators.layouts import checkpoint_shape
 from sdonnx_export.packaging.clip_tokenizer import write_clip_tokenizer
 
 UNET = {
@@ -144,6 +144,20 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
+_TINY = SIZES["tiny"]
+SIZES["tiny-sdxl"] = {
+    **_TINY,
+    "unet": {
+        **_TINY["unet"],
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "cross_attention_dim": 128,
+        "projection_class_embeddings_input_dim": BIG_TEXT["projection_dim"] + 6 * 8,
+        "use_linear_projection": True,
+    },
+    "text_encoder_2": {**BIG_TEXT, **_TINY["text_encoder"], "architectures": BIG_TEXT["architectures"],
+                       "hidden_act": "gelu", "projection_dim": BIG_TEXT["projection_dim"]},
+}  # fmt: skip
 
 
 def weight_shapes(component: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -152,13 +166,17 @@ def weight_shapes(component: str, config: dict[str, Any]) -> dict[str, tuple[int
     return {name: checkpoint_shape(parameter) for name, parameter in module.named_parameters()}
 
 
+def fan_in(name: str, shape: tuple[int, ...]) -> int:
+    """Return how many values of a layer's input each of its outputs is a sum of."""
+    return shape[-1] if "embedding.weight" in name else int(np.prod(shape[1:]))
+
+
 def random_weights(rng: np.random.Generator, shapes: dict[str, tuple[int, ...]], dtype: Any) -> dict[str, Any]:
     """Draw weights that keep the scale of activations: variance 1 / fan-in, unit norms."""
     weights = {}
     for name, shape in shapes.items():
         if len(shape) > 1:
-            fan_in = shape[-1] if "embedding.weight" in name else int(np.prod(shape[1:]))
-            data = rng.standard_normal(shape, np.float32) / np.sqrt(fan_in)
+            data = rng.standard_normal(shape, np.float32) / np.sqrt(fan_in(name, shape))
         else:
             data = np.full(shape, name.endswith("weight"), np.float32)
         weights[name] = data.astype(dtype)

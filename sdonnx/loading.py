@@ -41,7 +41,7 @@ def load(
         model: the directory of a package or of an optimum export, the name of a bundled model, or a Hub id.
         vae: a package whose VAE is used instead; a VAE-only package works too.
         preview_vae: a package whose VAE, such as TAESD, decodes `Progress.preview` in full size.
-        device: auto (the fastest available), cuda, directml or cpu.
+        device: auto (the first that can run the package), cuda, directml, webgpu or cpu, see docs/devices.md.
         threads: CPU threads; None is the number of physical cores.
         memory: memory limit of the process, in bytes or such as "600MB" or "2GiB"; "auto" is the free memory, "max"
             keeps every component loaded between images, "min" uses as little as possible.
@@ -92,7 +92,7 @@ def load_upscaler(
 
     Args:
         model: the directory of a package, or its Hub id.
-        device: auto (the fastest available), cuda, directml or cpu.
+        device: auto (the first that can run the package), cuda, directml, webgpu or cpu, see docs/devices.md.
         threads: CPU threads; None is the number of physical cores.
         memory: memory limit of the process, as of `load`; tiles are as large as it allows.
 

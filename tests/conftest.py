@@ -227,12 +227,12 @@ def recorded_inputs(monkeypatch):
     """What every call of a U-Net was given from now on, and every call of a text encoder."""
     calls, texts, real = [], [], chain.Session.run
 
-    def run(self, feeds):
+    def run(self, feeds, keep=()):
         if "timestep" in feeds:
             calls.append(feeds)
         if "input_ids" in feeds:
             texts.append(feeds["input_ids"])
-        return real(self, feeds)
+        return real(self, feeds, keep)
 
     monkeypatch.setattr(chain.Session, "run", run)
     return calls, texts

@@ -5,40 +5,29 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
-import onnx_ir as ir
 from sdonnx_runtime.adapters.lora import Lora
 from sdonnx_runtime.errors import ExportError, RequestError
 from sdonnx_runtime.packages.manifest import Manifest, Source, write_manifest
-from sdonnx_runtime.packages.package import VAE
-from sdonnx_runtime.packages.variant import EMBEDDED, PLAIN, TILED, UNET_VARIANTS
+from sdonnx_runtime.packages.variant import PLAIN
 from sdonnx_runtime.sampling.scheduler_config import PREDICTION_TYPES
 
 from sdonnx_export.checkpoint_model import Checkpoint, Report
 from sdonnx_export.checkpoints.fuse_lora import fuse_loras
 from sdonnx_export.checkpoints.open import NOTHING, check_pipeline, open_source
 from sdonnx_export.checkpoints.safety_checker import add_safety_checker
-from sdonnx_export.models.components import COMPONENTS, build, components_in, has_norms, layer_shapes
-from sdonnx_export.models.unet import cache_stage
-from sdonnx_export.models.unet_config import UNetConfig
-from sdonnx_export.operators.int8 import Int8Operators
-from sdonnx_export.operators.partition import make_cache_graphs, make_embedded_graph
-from sdonnx_export.operators.precision import (
-    MixedPrecision,
-    Precision,
-    PrecisionSpec,
-    make_precision_lookup,
-    parse_precision,
-)
+from sdonnx_export.models.variants import VariantBuilder
+from sdonnx_export.operators.precision import MixedPrecision, PrecisionSpec, parse_precision
+from sdonnx_export.operators.targets import OPERATORS, find_operators
 from sdonnx_export.packaging.output_directory import default_output, replace_package
 from sdonnx_export.packaging.preview import fit_preview
 from sdonnx_export.packaging.verify import verify
-from sdonnx_export.packaging.writer import GRAPH, hash_files, make_manifest, write_components
+from sdonnx_export.packaging.writer import GRAPH, hash_files, make_manifest, write_components, write_graph
 from sdonnx_export.quantization.calibration import ActivationRanges, Calibration, calibrate, delete_work
 
 logger = logging.getLogger(__name__)
@@ -51,7 +40,8 @@ def export(
     source: str | None,
     output: Path | None = None,
     *,
-    precision: str | MixedPrecision = "fp32",
+    precision: str | MixedPrecision | None = None,
+    target: str = "generic",
     vae: str | None = None,
     unet: str | None = None,
     text_encoders: Sequence[str] = (),
@@ -75,7 +65,9 @@ def export(
             alone.
         output: the package's directory; None is the source's name with ``-onnx`` in the working directory.
         precision: fp32; fp16, int8-weights or int4 for smaller weights (the arithmetic stays float32); int8 computes
-            in 8 bits; mixed:FILE, or a `MixedPrecision`, chooses for each layer.
+            in 8 bits; mixed:FILE, or a `MixedPrecision`, chooses for each layer. Targets other than generic support
+            fp16, in which they compute, and fp32. None is fp32, or fp16 for such a target.
+        target: what the graphs are made for: ``generic`` runs on every device, cuda, directml and webgpu on that one.
         vae: where to take the VAE from instead of ``source``; also a VAE's own directory, Hub id or package.
         unet: where to take the U-Net from instead of ``source``, with its scheduler and settings; also a file or
             directory of a U-Net alone.
@@ -104,12 +96,17 @@ def export(
     Raises:
         RequestError: the precision or the prediction type is unknown, there is neither a source nor a VAE, or an
             adapter can't be read or is for another model.
-        ExportError: the source can't be read or exported, the precision file is invalid, or the output can't be
-            written.
+        ExportError: the source can't be read or exported, the precision file is invalid, the target does not support
+            the precision, or the output can't be written.
     """
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise RequestError(f"prediction type '{prediction_type}' is unknown; choose {', '.join(PREDICTION_TYPES)}")
+    if target not in OPERATORS:
+        raise RequestError(f"target '{target}' is unknown; choose {', '.join(OPERATORS)}")
+    if precision is None:
+        precision = "fp32" if target == "generic" else "fp16"
     spec = parse_precision(precision) if isinstance(precision, str) else precision
+    find_operators(target, spec.named if isinstance(spec, MixedPrecision) else {spec})
     name = next((each for each in (source, unet, vae) if each is not None), None)
     if name is None:
         raise RequestError(NOTHING)
@@ -119,6 +116,7 @@ def export(
     mix = precision.removeprefix("mixed:") if isinstance(precision, str) else None
     prompts = None if calibration in _BUILT_IN_CALIBRATIONS else calibration
     files = (source, vae, unet, *text_encoders, base, image_encoder, prompts, mix, *(lora.path for lora in loras))
+    builder: VariantBuilder | None = None
     with replace_package(output, sources=[each for each in files if each is not None], force=force) as directory:
         if via == "native":
             opened = open_source(
@@ -138,18 +136,19 @@ def export(
             if source is not None and "unet" not in checkpoint.parts and calibration not in _BUILT_IN_CALIBRATIONS:
                 raise ExportError(f"{name} has no U-Net to calibrate on prompts; leave out --calibration")
             defaults = {**checkpoint.defaults, **defaults}
-            manifest = _export_native(checkpoint, directory, output, spec, calibration, defaults, report)
+            builder = VariantBuilder(checkpoint=checkpoint, precision=spec, target=target)
+            manifest = _export_native(builder, directory, output, calibration, defaults, report)
         elif via == "optimum":
             given = any(each is not None for each in (base, unet, image_encoder, prediction_type))
-            if loras or text_encoders or safety_checker or given:
+            if loras or text_encoders or safety_checker or given or target != "generic":
                 raise ExportError(
                     "--via optimum does not support --lora, --base, --unet, --text-encoder, --image-encoder, "
-                    "--prediction-type and --safety-checker; leave them out"
+                    "--prediction-type, --safety-checker and --target; leave them out"
                 )
             manifest = _export_optimum(source, directory, spec, vae, revision, report)
         else:
             raise ExportError(f"via '{via}' is unknown; choose native or optimum")
-        manifest = _complete_manifest(directory, manifest, defaults)
+        manifest = _complete_manifest(directory, manifest, defaults, builder)
         write_manifest(directory, manifest)
         verify(directory, manifest, report)
     delete_work(_calibration_cache(output))
@@ -157,74 +156,27 @@ def export(
 
 
 def _export_native(
-    checkpoint: Checkpoint,
+    builder: VariantBuilder,
     directory: Path,
     output: Path,
-    precision: PrecisionSpec,
     calibration: str,
     defaults: Mapping[str, Any],
     report: Report,
 ) -> Manifest:
     """Write the components to ``directory``, after calibration where a layer is int8."""
-    ranges = None
-    if "int8" in _layer_precisions(checkpoint, precision) and checkpoint.parts.keys() & {"upscaler", "vae"}:
+    checkpoint = builder.checkpoint
+    if "int8" in builder.check() and checkpoint.parts.keys() & {"upscaler", "vae"}:
         parsed = Calibration.parse(calibration)
-        ranges = _calibrate(checkpoint, precision, parsed, _calibration_cache(output), defaults, report)
-    files = write_components(directory, checkpoint, partial(_build_graphs, checkpoint, precision, ranges), report)
+        ranges = _calibrate(checkpoint, builder.precision, parsed, _calibration_cache(output), defaults, report)
+        builder = builder if ranges is None else replace(builder, ranges=ranges)
+    files = write_components(directory, checkpoint, builder.build, report)
     source = Source(
         name=checkpoint.source,
         revision=checkpoint.revision,
         exporter=f"sdonnx {version('sdonnx')}",
         stated=checkpoint.stated,
     )
-    return make_manifest(directory, files, precision, source)
-
-
-def _layer_precisions(checkpoint: Checkpoint, precision: PrecisionSpec) -> set[Precision]:
-    """The precisions that layers have.
-
-    Raises:
-        ExportError: a mixed precision names layers that do not exist.
-    """
-    components = components_in(checkpoint).items()
-    known = {name: layer_shapes(name, checkpoint.parts[each.part].config) for name, each in components}
-    if isinstance(precision, MixedPrecision):
-        precision.check(known)
-    return {make_precision_lookup(precision, name)(layer) for name, listed in known.items() for layer in listed}
-
-
-def _build_graphs(
-    checkpoint: Checkpoint, precision: PrecisionSpec, ranges: ActivationRanges | None, name: str
-) -> dict[str, ir.Model]:
-    """Build the variants of a component by name."""
-    build_model = partial(_build_model, checkpoint, precision, ranges, name)
-    plain = build_model()
-    if name.startswith("text_encoder"):
-        return {PLAIN: plain, EMBEDDED: make_embedded_graph(plain)}
-    if name in VAE and has_norms(checkpoint.parts["vae"].config):
-        return {PLAIN: plain, TILED: build_model(tiled=True)}
-    if name != "unet":
-        return {PLAIN: plain}
-    stage = cache_stage(UNetConfig.from_dict(checkpoint.parts["unet"].config))
-    graphs: dict[str, ir.Model] = {}
-    for whole in (variant for variant in UNET_VARIANTS if variant.cache is None):
-        choices = {"token_downsampling": whole.token_downsampling, "controlled": whole.controlled}
-        model = build_model(**choices) if any(choices.values()) else plain
-        graphs[whole.name] = model
-        graphs |= {replace(whole, cache=step).name: graph for step, graph in make_cache_graphs(model, stage).items()}
-    return graphs
-
-
-def _build_model(
-    checkpoint: Checkpoint, precision: PrecisionSpec, ranges: ActivationRanges | None, name: str, **choices: bool
-) -> ir.Model:
-    """Build a component's model; convolutions are int8 where they have ranges."""
-    part = checkpoint.parts[COMPONENTS[name].part]
-    find = make_precision_lookup(precision, name)
-    make = partial(build, name, part, precision, **choices)
-    if not any(find(layer) == "int8" for layer in layer_shapes(name, part.config)):
-        return make()
-    return make(partial(Int8Operators, ranges={} if ranges is None else ranges.get(name, {})))
+    return make_manifest(directory, files, builder.precision, source, target=builder.target)
 
 
 def _calibrate(
@@ -273,10 +225,20 @@ def _export_optimum(
     return make_manifest(directory, files, precision, Source(name=name, revision=revision, exporter=exporter))
 
 
-def _complete_manifest(directory: Path, manifest: Manifest, defaults: Mapping[str, Any]) -> Manifest:
-    """Add the defaults and, where there is a VAE, the preview fitted to it."""
+def _complete_manifest(
+    directory: Path, manifest: Manifest, defaults: Mapping[str, Any], builder: VariantBuilder | None
+) -> Manifest:
+    """Add the defaults and, where there is a VAE, the preview fitted to it.
+
+    Of a package that the CPU may not run, to a generic graph of the same weights.
+    """
     square = {"height": None} if "size" in defaults else {}
     manifest = replace(manifest, defaults=replace(manifest.defaults, **{**square, **defaults}))
-    if "vae_decoder" not in manifest.components:
+    if "vae_encoder" not in manifest.components:
         return manifest
-    return replace(manifest, latents=replace(manifest.latents, preview=fit_preview(directory, manifest)))
+    with TemporaryDirectory(dir=directory.parent) as work:
+        encoder = directory / manifest.components["vae_encoder"].graphs[PLAIN]
+        if builder is not None and builder.target != "generic":
+            generic = replace(builder, target="generic", precision="fp32").build("vae_encoder")
+            encoder = write_graph(generic[PLAIN], Path(work))
+        return replace(manifest, latents=replace(manifest.latents, preview=fit_preview(encoder, manifest.latents)))

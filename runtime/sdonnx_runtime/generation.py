@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -29,6 +29,7 @@ from sdonnx_runtime.execution.strategy import ExecutionPlan
 from sdonnx_runtime.hires import upscale_images, upscale_latents
 from sdonnx_runtime.packages.manifest import Manifest
 from sdonnx_runtime.packages.package import Package
+from sdonnx_runtime.packages.variant import CACHED_FEATURES
 from sdonnx_runtime.progress import Progress, SampledLatents
 from sdonnx_runtime.request import CompleteRequest
 from sdonnx_runtime.resolved import ResolvedRequest
@@ -227,7 +228,13 @@ def _denoise_image(
         )
         for prefix, unet in unets.items()
     ]
-    denoise = _make_denoiser(models, resolved, per_step_models)
+
+    def unload_base() -> None:
+        for each in (unets[""], *([] if controlled is None else [controlled])):
+            each.forget()
+        models.unload_base()
+
+    denoise = _make_denoiser(models, resolved, per_step_models, unload_base)
     x, denoise = _initial_state(request, schedule, noise, unit_noise, denoise, original)
     before = time.perf_counter()
     for step in SAMPLERS[request.sampler](denoise, x, schedule, noise, **resolved.sampler_options):
@@ -284,15 +291,17 @@ def _cached_unet(models: Models, request: CompleteRequest, prefix: str, controll
 
 
 def _unet(run: Runner, prefix: str) -> RunUNetGraph:
-    return lambda inputs, graph: run(f"{prefix}unet", inputs, graph.name)
+    return lambda inputs, graph: run(f"{prefix}unet", inputs, graph.name, (CACHED_FEATURES,))
 
 
-def _make_denoiser(models: Models, resolved: ResolvedRequest, step_models: Sequence[Model]) -> Denoise:
-    """Make a denoiser of the package's model, and of the refiner's where there is one."""
+def _make_denoiser(
+    models: Models, resolved: ResolvedRequest, step_models: Sequence[Model], on_refiner: Callable[[], None]
+) -> Denoise:
+    """Make a denoiser of the package's model, and of the refiner's where there is one; ``on_refiner`` is in between."""
     scheduler, sampler = models.scheduler, resolved.request.sampler
     model, *refiner = step_models
     if refiner and resolved.refiner_timestep is not None:
         models.run.components.unload(f"{REFINER}unet")  # of the image before
-        model = refiner_handoff(model, refiner[0], resolved.refiner_timestep, models.unload_base)
+        model = refiner_handoff(model, refiner[0], resolved.refiner_timestep, on_refiner)
     limit = None if sampler == "ddim" else clip_or_threshold_x0(scheduler, sampler)
     return predict_x0(model, scheduler.prediction_type, limit)

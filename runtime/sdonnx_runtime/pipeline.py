@@ -7,19 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL.Image import Image
 
 from sdonnx_runtime.adapters.adapter_set import AdapterSet
 from sdonnx_runtime.adapters.lora import AnyLora
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.denoising.control import check_control, component_prefix
-from sdonnx_runtime.denoising.decoding import decode
+from sdonnx_runtime.denoising.decoding import check_latents, decode
 from sdonnx_runtime.denoising.denoiser import check_refiner
 from sdonnx_runtime.denoising.ip_adapter import check_ip_adapter
 from sdonnx_runtime.denoising.ip_adapter import component_prefix as ip_adapter_prefix
-from sdonnx_runtime.errors import RequestError
-from sdonnx_runtime.execution.components import REFINER, UPSCALER, Components, OpenModel, Runner
+from sdonnx_runtime.execution.components import REFINER, UPSCALER, Components, OpenModel, Runner, check_device
 from sdonnx_runtime.execution.cpu import check_threads
 from sdonnx_runtime.execution.staged_model import open_model
 from sdonnx_runtime.execution.strategy import ExecutionPlan
@@ -31,7 +29,7 @@ from sdonnx_runtime.memory.planner import Plan
 from sdonnx_runtime.memory.workload import decode_phases, memory_phases
 from sdonnx_runtime.packages.package import Package, check_model
 from sdonnx_runtime.packages.upscaler_config import UpscalerConfig
-from sdonnx_runtime.request import TILINGS, Request
+from sdonnx_runtime.request import Request
 from sdonnx_runtime.resolution import resolve_request
 from sdonnx_runtime.resolved import ResolvedRequest
 from sdonnx_runtime.result import Result
@@ -40,7 +38,7 @@ from sdonnx_runtime.safety.policy import SAFETY_PREFIX, CheckedImages, check_ima
 from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig
 from sdonnx_runtime.stream import Stream
 from sdonnx_runtime.text.styles import read_styles
-from sdonnx_runtime.validation import check_names
+from sdonnx_runtime.validation import check_folder, check_names
 
 _PIXEL = 8192
 """Bytes per pixel, more than the widest VAE needs."""
@@ -52,7 +50,7 @@ class Pipeline:
     Args:
         package: the package.
         preview_vae: a package whose VAE (a tiny one, say) decodes `Progress.preview` in full size, and stays loaded.
-        device: auto, cuda, directml or cpu.
+        device: auto, or the name of a device: cuda, directml, webgpu or cpu, with an adapter's number: cuda:1.
         threads: CPU threads, at most the CPUs that this process may use; None is the number of physical cores.
         memory: the process's limit, in bytes or such as "600MB" or "2GiB", to which each request is planned; "auto" is
             the free memory. Components are then unloaded between the phases of a generation. "max" keeps every
@@ -71,9 +69,10 @@ class Pipeline:
         open_model: opens a graph, as `execution.staged_model.open_model`.
 
     Raises:
-        RequestError: ``threads``, ``memory``, ``styles``, ``safety`` or a folder is not valid, or there is no safety
-            checker.
+        RequestError: ``device``, ``threads``, ``memory``, ``styles``, ``safety`` or a folder is not valid, or there is
+            no safety checker.
         PackageError: a package is of another kind or family, or its scheduler is not supported.
+        DeviceError: a package is made for another device.
     """
 
     def __init__(
@@ -105,9 +104,9 @@ class Pipeline:
         if upscaler is not None:
             check_upscaler(upscaler)
         check_threads(threads)
-        for name, folder in {"lora_folder": lora_folder, "wildcard_folder": wildcard_folder}.items():
-            if folder is not None and not folder.is_dir():
-                raise RequestError(f"{name} {folder} is not a directory; give the folder of the {_FOLDERS[name]}")
+        check_device(device, package, refiner, *controls, *ip_adapters, upscaler, preview_vae)
+        check_folder("lora_folder", lora_folder, "LoRAs")
+        check_folder("wildcard_folder", wildcard_folder, "wildcard files")
         if styles is not None:
             read_styles(styles)
         self.package, self.refiner, self.controls, self.upscaler = package, refiner, tuple(controls), upscaler
@@ -301,15 +300,9 @@ class Pipeline:
 
     def decode_and_check(self, latents: Array, *, tiling: str | None = None) -> CheckedImages:
         """Like `decode`, with what the safety checker says of each image."""
-        space = self.package.manifest.latents
-        if tiling not in (None, *TILINGS):
-            raise RequestError(f"tiling is {tiling!r}; choose {', '.join(TILINGS)}")
-        if latents.ndim != 4 or latents.shape[1] != space.channels or 0 in latents.shape:
-            raise RequestError(f"the latents are {latents.shape}; {self.package.name} has (N, {space.channels}, h, w)")
-        if not np.isfinite(latents).all():
-            raise RequestError("the latents are not finite; give those of a Result")
+        check_latents(latents, self.package, tiling)
         count, _, height, width = latents.shape
-        enough = self.memory_upper_bound(height * width * space.downscale**2)
+        enough = self.memory_upper_bound(height * width * self.package.manifest.latents.downscale**2)
         phases = partial(decode_phases, self.package, height, width, count, self._checker, tiling=tiling)
         held = self._components.held_bytes
         plan = self._budget.plan(phases, enough, self.package.name, held=held)
@@ -346,9 +339,6 @@ class Pipeline:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-_FOLDERS = {"lora_folder": "LoRAs", "wildcard_folder": "wildcard files"}
 
 
 def _largest(plans: Iterable[Plan | None]) -> Plan | None:

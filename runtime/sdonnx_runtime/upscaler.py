@@ -6,7 +6,7 @@ from math import prod
 from PIL.Image import Image, Resampling
 
 from sdonnx_runtime.errors import PackageError, RequestError
-from sdonnx_runtime.execution.components import Components, OpenModel, Runner
+from sdonnx_runtime.execution.components import Components, OpenModel, Runner, check_device
 from sdonnx_runtime.execution.cpu import check_threads
 from sdonnx_runtime.execution.staged_model import open_model
 from sdonnx_runtime.execution.strategy import UPSCALER_TILES
@@ -32,15 +32,16 @@ class Upscaler:
 
     Args:
         package: the package.
-        device: auto, cuda, directml or cpu.
+        device: auto, or the name of a device: cuda, directml, webgpu or cpu, with an adapter's number: cuda:1.
         threads: CPU threads, at most the CPUs that this process may use; None is the number of physical cores.
         memory: the process's limit, as of `Pipeline`: the size of tiles is planned to it. "max" keeps the model loaded
             between images.
         open_model: opens a graph, as `execution.staged_model.open_model`.
 
     Raises:
-        RequestError: ``threads`` or ``memory`` is not valid.
+        RequestError: ``device``, ``threads`` or ``memory`` is not valid.
         PackageError: the package is of another kind.
+        DeviceError: the package is made for another device.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Upscaler:
         if package.kind is not PackageKind.UPSCALER:
             raise PackageError(f"{package.root} is {package.title}, not an upscaler; give the package of one")
         check_threads(threads)
+        check_device(device, package)
         self.package = package
         self._config, self._budget = UpscalerConfig.read(package.root), Budget(memory)
         self._components = Components(

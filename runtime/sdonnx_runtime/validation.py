@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 from PIL.Image import Image
@@ -21,6 +22,12 @@ def check_names(names: Iterable[str]) -> None:
     unknown = [name for name in names if name not in FIELDS]
     if unknown:
         raise RequestError(f"a request has no '{unknown[0]}'; its fields are {', '.join(FIELDS)}")
+
+
+def check_folder(name: str, folder: Path | None, contents: str) -> None:
+    """Check that a folder of ``contents`` is one, if there is one; or raise RequestError."""
+    if folder is not None and not folder.is_dir():
+        raise RequestError(f"{name} {folder} is not a directory; give the folder of the {contents}")
 
 
 def check_fields(request: Request) -> Request:

@@ -115,7 +115,7 @@ def bench(
         height: pixels; None is the package's default.
         batch: images that each component runs on at once.
         repeat: timed runs of each component, after the first.
-        device: auto, cuda, directml or cpu.
+        device: auto, or the name of a device, as of `sdonnx.load`.
         threads: CPU threads; None is the number of physical cores.
         progress: called with the current task, and the share that is done, 0 to 1.
 

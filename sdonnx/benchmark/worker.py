@@ -19,8 +19,10 @@ import numpy as np
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import DeviceError
 from sdonnx_runtime.execution.components import Components, Runner
-from sdonnx_runtime.execution.ort import DEVICES, runtime_version
+from sdonnx_runtime.execution.devices.table import DEVICES, DeviceName
+from sdonnx_runtime.execution.ort import runtime_version
 from sdonnx_runtime.execution.process_memory import peak_memory
+from sdonnx_runtime.execution.running.device_array import Tensor, all_numpy
 from sdonnx_runtime.execution.session import Session
 from sdonnx_runtime.generation import Models, generate_images, run_to_end
 from sdonnx_runtime.graphs.onnx_proto import single_node_model
@@ -97,7 +99,7 @@ def measure_component(
     runtime_version()  # imports ONNX Runtime, which is not to be measured
     path = package.graph(name)
     start = time.perf_counter()
-    session = Session(path, device=device, threads=threads)
+    session = Session(path, device=device, target=package.target(name), threads=threads)
     seconds = [time.perf_counter() - start]
     outputs: list[dict[str, AnyArray]] = []
     for index in range(runs):
@@ -108,11 +110,15 @@ def measure_component(
             outputs.append(output)
     peak, used_device = peak_memory(), session.device
     del session
-    by_provider = {} if used_device == "cpu" else count_operators(path, feeds[0], device=used_device, threads=threads)
+    by_provider = (
+        {}
+        if used_device == "cpu"
+        else count_operators(path, feeds[0], device=used_device, target=package.target(name), threads=threads)
+    )
     figures = ComponentFigures(
         component=name,
         precision=package.manifest.components[name].precision,
-        provider=DEVICES[used_device].provider,
+        provider=DeviceName.parse(used_device).device.provider,
         load_s=seconds[0],
         first_s=seconds[1],
         median_s=statistics.median(seconds[2:]),
@@ -123,7 +129,12 @@ def measure_component(
 
 
 def count_operators(
-    path: Path, feeds: Mapping[str, AnyArray], *, device: str = "auto", threads: int | None = None
+    path: Path,
+    feeds: Mapping[str, AnyArray],
+    *,
+    device: str = "auto",
+    target: str = "generic",
+    threads: int | None = None,
 ) -> dict[str, dict[str, int]]:
     """Run a graph once and count its nodes by execution provider and operator.
 
@@ -133,7 +144,7 @@ def count_operators(
     temporary = Path(tempfile.gettempdir())
     remove_stale(temporary)
     with open_staging(temporary) as folder:
-        session = Session(path, device=device, threads=threads, profile=folder / "run")
+        session = Session(path, device=device, target=target, threads=threads, profile=folder / "run")
         session.run(feeds)
         events = session.finish_profile()
     counts: dict[str, Counter[str]] = {}
@@ -172,13 +183,13 @@ def measure_image(package: Package, request: CompleteRequest, device: str, threa
 
     calls = dict[str, tuple[Call, ...]]()
 
-    def open_model(path: Path, *_: object, **__: object) -> Session:
-        return Session(path, device=device, threads=threads)
+    def open_model(path: Path, *_: object, target: str, **__: object) -> Session:
+        return Session(path, device=device, target=target, threads=threads)
 
     def record(
-        name: str, _variant: str, inputs: Mapping[str, AnyArray], outputs: Mapping[str, AnyArray], _seconds: float
+        name: str, _variant: str, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], _seconds: float
     ) -> None:
-        calls[name] = (*calls.get(name, ()), Call(inputs=dict(inputs), outputs=outputs))
+        calls[name] = (*calls.get(name, ()), Call(inputs=all_numpy(inputs), outputs=all_numpy(outputs)))
 
     run = Runner(Components(package, open_model, keep_loaded=False), record)
     models = Models(run=run, package=package, scheduler=SchedulerConfig.from_dict(package.manifest.scheduler))

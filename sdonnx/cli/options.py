@@ -9,14 +9,25 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 import typer
 from PIL.Image import Image
 from rich.markup import escape
+from sdonnx_runtime.execution.devices.table import DEVICES, check_name
 from sdonnx_runtime.images.preprocess import open_image
 from sdonnx_runtime.request import FIELDS, Request
 
 from sdonnx.cli.parsing import decode_argument, parse_hires, parse_interval, parse_numbers, parse_size, parse_variation
 
+
+def _check_device(name: str) -> str:
+    check_name(name)
+    return name
+
+
 Device: TypeAlias = Annotated[
-    Literal["auto", "cpu", "cuda", "directml"],
-    typer.Option(help="Execution device; auto picks the fastest available."),
+    str,
+    typer.Option(
+        metavar="|".join(("auto", *DEVICES)),
+        callback=_check_device,
+        help="Execution device; auto: the first that can run the package; cuda:1: a second GPU. sdonnx info lists all.",
+    ),
 ]
 Threads: TypeAlias = Annotated[
     int | None, typer.Option(metavar="N", help="CPU threads. Default: number of physical cores.")

@@ -10,7 +10,8 @@ from typing import Any, TypeAlias, cast
 
 from ray.exceptions import RayError, RayTaskError
 from sdonnx_runtime.adapters.lora import Lora
-from sdonnx_runtime.execution.ort import DEVICES, candidates, first_line, runtime_version
+from sdonnx_runtime.execution.devices.table import DeviceName
+from sdonnx_runtime.execution.ort import candidates, first_line, runtime_version
 from sdonnx_runtime.execution.process_memory import peak_memory
 from sdonnx_runtime.outputs.metadata import encode_png
 
@@ -19,7 +20,7 @@ from sdonnx.benchmark.cpu import cpu_name
 from sdonnx.cli.generate import Margins, resolve_fields
 from sdonnx.cluster.connection import ray
 from sdonnx.cluster.packages import Source, check_sources
-from sdonnx.cluster.resources import Actors
+from sdonnx.cluster.resources import Actors, num_gpus
 
 _MAX_LOSSES = 3
 """Actors that a request may lose; the next one would be lost too."""
@@ -106,13 +107,14 @@ class ImageActor:
             )
             pipe.set_loras(self._opening.loras, ignore_unmatched=self._opening.ignore_unmatched)
             pipe.set_embeddings(self._opening.embeddings)
-            self._pipe, device = pipe, candidates(self._opening.arguments["device"])[0]
+            self._pipe, manifest = pipe, pipe.package.manifest
+            device = candidates(self._opening.arguments["device"], manifest.target, str(pipe.package.root))[0]
         except sdonnx.SdonnxError as error:
             return error if str(error).startswith("node ") else type(error)(f"node {node}: {error}")
         self._machine = Machine(
             node=node,
             cpu=cpu_name(),
-            provider=DEVICES[device].provider,
+            provider=DeviceName.parse(device).device.provider,
             onnxruntime=runtime_version(),
             sdonnx=version("sdonnx"),
         )
@@ -158,7 +160,7 @@ class ActorPool:
         self._actors, self._note = actors, note
         self._class = ray.remote(ImageActor).options(
             num_cpus=actors.threads,
-            num_gpus=int(opening.arguments["device"] == "cuda"),
+            num_gpus=num_gpus(opening.arguments["device"]),
             memory=actors.memory,
             max_restarts=0,
             scheduling_strategy="SPREAD",

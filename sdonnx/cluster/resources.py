@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from sdonnx_runtime.execution.devices.table import base_name
+
 import sdonnx
 from sdonnx.cluster.connection import Node
 
@@ -56,6 +58,18 @@ def choose_actors(
         threads = min(each.cpus // _actors_on(each, 1, memory, share) for each in able)
     room = sum(_actors_on(each, threads, memory, wanted) for each in able)
     return Actors(count=min(wanted, room) if count is None else wanted, threads=threads, memory=memory)
+
+
+def num_gpus(device: str) -> int:
+    """The GPUs that Ray reserves for a process whose pipeline is on a device.
+
+    Raises RequestError for a GPU by its number: a process sees the one alone that Ray reserves for it, as the first.
+    """
+    if base_name(device) != "cuda":
+        return 0
+    if device not in ("cuda", "cuda:0"):
+        raise sdonnx.RequestError(f"--device is {device}, but Ray chooses the GPU of each process; use --device cuda")
+    return 1
 
 
 def _actors_on(node: Node, threads: int, memory: int, most: int) -> int:

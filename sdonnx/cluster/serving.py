@@ -22,6 +22,7 @@ import sdonnx
 from sdonnx.cluster.connection import ray
 from sdonnx.cluster.orders import Order, Update, follow
 from sdonnx.cluster.replica import Replica
+from sdonnx.cluster.resources import num_gpus
 from sdonnx.cluster.scaling import Bounds, Replicas
 from sdonnx.server.generation import GenerationJob
 from sdonnx.server.images import ImageStore
@@ -118,9 +119,8 @@ def _has_serve() -> bool:
 def _deploy(chosen: Replicas, library: Library, name: str) -> Any:
     """Deploy the replicas; returns the handle by which they are called."""
     settings, bounds = chosen.settings, chosen.bounds
-    options: dict[str, Any] = {"num_cpus": settings.threads or 1}
+    options: dict[str, Any] = {"num_cpus": settings.threads or 1, "num_gpus": num_gpus(settings.device)}
     options |= {} if chosen.memory is None else {"memory": chosen.memory}
-    options |= {"num_gpus": 1} if settings.device == "cuda" else {}
     deployment = serve.deployment(
         Replica,
         name=_DEPLOYMENT,

@@ -11,10 +11,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 from PIL import Image
 from sdonnx_runtime.outputs.latents_file import load_latents
 from support.cli import limit_file_size, run_cli, running_cli, start_cli
+
+from sdonnx.benchmark.cpu import instruction_set
 
 FAST = ["--size", "64x64", "--steps", "2", "--seed", "1"]
 
@@ -43,6 +46,16 @@ def test_json_is_all_that_stdout_gets(package, tmp_path):
     assert len(report["timings"]["steps"]) >= 4
     manifest = json.loads(run_cli("info", package, "--json", cwd=tmp_path).stdout)
     assert manifest["components"]["unet"]["precision"] == "fp32"
+
+
+def test_the_devices_of_this_machine(package):
+    listed = json.loads(run_cli("info", "--json").stdout)["devices"]
+    assert [each["device"] for each in listed] == ["cuda", "directml", "webgpu", "cpu"]
+    assert listed[-1]["version"] == onnxruntime.__version__
+    table = run_cli("info").stdout
+    assert "sdonnx[cuda]" in table
+    assert instruction_set() in table
+    assert "all nodes on the CPU" in run_cli("info", package, "--device", "cpu").stdout
 
 
 def test_names_that_look_like_markup(package, tmp_path):
@@ -141,6 +154,10 @@ def test_without_a_name_images_do_not_overwrite_one_another(package, tmp_path):
         (["sensitivity", "CHECKPOINT", "--budget", "inf", "--write", "x"], 2, "budget is inf; give 0 to 1000000"),
         (["sensitivity", "CHECKPOINT", "--write", "no/such/place.toml"], 1, "can't be written"),
         (["info", "nowhere"], 1, "nowhere"),
+        (["info", "--device", "cpu"], 2, "requires a PACKAGE"),
+        (["info", "PACKAGE", "--device", "npu"], 2, "there is no device 'npu'; choose auto, cuda"),
+        (["run", "a cat", "-m", "PACKAGE", "--device", "webgpu:fast"], 2, "webgpu:low-power"),
+        (["serve", "-m", "PACKAGE", "--device", "cuda:1"], 1, "sdonnx[cuda]"),
         (["info", "a" * 300], 1, "there is no model 'aaa"),
         (["run", "a cat", "--lora-dir", "a" * 300], 1, "can't be used: File name too long; give another path"),
     ],

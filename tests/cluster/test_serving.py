@@ -24,6 +24,7 @@ from sdonnx.cli.app import app
 from sdonnx.cluster import serving
 from sdonnx.cluster.connection import connect
 from sdonnx.cluster.replica import Replica
+from sdonnx.cluster.resources import num_gpus
 from sdonnx.cluster.scaling import Bounds, Replicas
 from sdonnx.cluster.serving import replicas
 from sdonnx.server.settings import Settings
@@ -264,3 +265,10 @@ def test_malformed_bounds_are_refused(text):
 def test_bounds():
     assert Bounds.parse("0:4") == Bounds(least=0, most=4)
     assert Bounds.parse("2") == Bounds(least=2, most=2)
+
+
+def test_ray_chooses_the_gpu_of_a_process():
+    devices = ("cpu", "auto", "webgpu:1", "cuda", "cuda:0")
+    assert [num_gpus(each) for each in devices] == [0, 0, 0, 1, 1]
+    with pytest.raises(sdonnx.RequestError, match="--device is cuda:1, but Ray chooses .*; use --device cuda"):
+        num_gpus("cuda:1")

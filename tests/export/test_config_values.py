@@ -35,7 +35,7 @@ from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel
 import sdonnx
 
 UNET_WITHOUT_EFFECT = {
-    "sample_size", "dropout", "upcast_attention", "addition_embed_type_num_heads",
+    "sample_size", "dropout", "addition_embed_type_num_heads",
     "addition_time_embed_dim", "projection_class_embeddings_input_dim",
 }  # fmt: skip
 """Without ``addition_embed_type``, diffusers reads the last two for nothing."""
@@ -43,7 +43,7 @@ UNET_WITHOUT_EFFECT = {
 CLASSES = {
     UNet2DConditionModel: (UNetConfig, UNET_WITHOUT_EFFECT),
     ControlNetModel: (ControlNetConfig, UNET_WITHOUT_EFFECT - {"sample_size", "dropout"}),
-    AutoencoderKL: (VaeConfig, {"sample_size", "force_upcast"}),
+    AutoencoderKL: (VaeConfig, {"sample_size"}),
     AutoencoderTiny: (TinyVaeConfig, {"latent_magnitude", "latent_shift", "force_upcast"}),
     T2IAdapter: (T2IAdapterConfig, set()),
 }

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from sdonnx_export.checkpoint_model import Checkpoint, Part, Weight
 from sdonnx_export.checkpoints.fuse_lora import fuse_loras
 from sdonnx_export.models.components import build
-from sdonnx_export.operators import base
+from sdonnx_export.operators import stored
 from sdonnx_export.operators.base import Operators
 from sdonnx_export.operators.int8 import Int8Operators
 from sdonnx_export.operators.partition import cut
@@ -50,7 +50,7 @@ def test_types_and_shapes_are_those_that_onnxscript_infers(operators, monkeypatc
         return [(node.op_type, [(str(y.type), str(y.shape)) for y in node.outputs]) for node in model.graph]
 
     found = described()
-    monkeypatch.setattr(base, "InferringBuilder", onnxscript.GraphBuilder)
+    monkeypatch.setattr(stored, "InferringBuilder", onnxscript.GraphBuilder)
     assert found == described()
 
 

@@ -20,6 +20,11 @@ def psnr(found, wanted):
     return np.inf if error == 0 else 10 * np.log10(255**2 / error)
 
 
+def relative_error(found, wanted):
+    """The norm of the difference over the norm of what is wanted."""
+    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+
+
 def reference(pipe, **settings):
     """Latents and image of diffusers; with DDIM where sampling starts midway, as its PNDM differs there."""
     if "strength" in settings and pipe.scheduler.config._class_name == "PNDMScheduler":

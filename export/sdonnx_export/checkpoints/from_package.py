@@ -14,7 +14,7 @@ from sdonnx_runtime.packages.package import Package
 
 from sdonnx_export.checkpoint_model import Checkpoint, Part, Weight
 from sdonnx_export.models.components import COMPONENTS
-from sdonnx_export.operators.base import checkpoint_shape, transpose_linear
+from sdonnx_export.operators.layouts import checkpoint_shape, find_layout, to_checkpoint_layout
 
 
 def open_package(root: Path) -> Checkpoint:
@@ -50,9 +50,9 @@ def open_package(root: Path) -> Checkpoint:
 
 def _weights(graph: Path, name: str, config: dict[str, Any]) -> dict[str, Weight]:
     module, _ = COMPONENTS[name].module(config)
-    parameters = dict(module.named_parameters())
     stored = ir.load(graph).graph.initializers
-    tensors = {key: stored[key].const_value for key in parameters if key in stored}
+    parameters = {key: find_layout(each, stored[key]) for key, each in module.named_parameters() if key in stored}
+    tensors = {key: stored[key].const_value for key in parameters}
     return {key: _weight(parameters[key], tensor) for key, tensor in tensors.items() if tensor is not None}
 
 
@@ -66,6 +66,6 @@ def _reader(parameter: ir.Value, tensor: ir.TensorProtocol) -> Callable[[], AnyA
         data = np.array(tensor.numpy())
         if isinstance(tensor, ir.ExternalTensor):
             tensor.release()  # a memory map that stays open keeps gigabytes resident
-        return transpose_linear(parameter, data)
+        return to_checkpoint_layout(parameter, data)
 
     return read

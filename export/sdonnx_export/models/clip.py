@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
 import onnx_ir as ir
 from onnxscript.nn import Module, ModuleList, Parameter
 from sdonnx_runtime.packages.variant import EMBEDS
@@ -12,6 +11,7 @@ from sdonnx_runtime.packages.variant import EMBEDS
 from sdonnx_export.models.config_reader import ConfigReader
 from sdonnx_export.models.layers import LayerNorm, Linear
 from sdonnx_export.operators.base import Operators
+from sdonnx_export.operators.stored import FLOAT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +25,15 @@ class ClipLayerConfig:
     hidden_act: str
     """quick_gelu or gelu."""
     layer_norm_eps: float
+    is_causal: ClassVar[bool] = False
+    """Whether no token attends to a later one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipTextConfig(ClipLayerConfig):
     """A CLIP text encoder, with transformers' keys as names."""
+
+    is_causal: ClassVar[bool] = True
 
     vocab_size: int
     max_position_embeddings: int
@@ -105,7 +109,8 @@ class ClipTextTransformer(Module):
     def forward(self, op: Operators, input_ids: ir.Value) -> tuple[ir.Value, ir.Value, list[ir.Value]]:
         op.begin_stage("embeddings")
         x = self.embeddings(op, input_ids)  # (N, 77, C)
-        states = self.encoder(op, x, causal_bias(op, self._config.max_position_embeddings))
+        op.use_causal_mask(self._config.max_position_embeddings)
+        states = self.encoder(op, x)
         op.begin_stage("final_layer_norm")
         hidden = self.final_layer_norm(op, states[-1])
         return hidden, self._pool(op, hidden, input_ids), states
@@ -113,16 +118,9 @@ class ClipTextTransformer(Module):
     def _pool(self, op: Operators, hidden: ir.Value, input_ids: ir.Value) -> ir.Value:
         """Return the hidden state (N, C) at the first end-of-text token."""
         eos = self._config.eos_token_id
-        marks = input_ids if eos == 2 else op.Cast(op.Equal(input_ids, eos), to=ir.DataType.INT32)
+        marks = op.Cast(input_ids if eos == 2 else op.Equal(input_ids, eos), to=FLOAT)  # CUDA has no ArgMax of integers
         index = op.ArgMax(marks, axis=1, keepdims=0)  # (N,)
         return op.GatherND(hidden, op.Unsqueeze(index, [1]), batch_dims=1)  # (N, C)
-
-
-def causal_bias(op: Operators, length: int) -> ir.Value:
-    """Return what is added to attention scores so that no token sees a later one: (1, 1, length, length)."""
-    lowest = np.finfo(np.float32).min
-    bias = np.triu(np.full((1, 1, length, length), lowest, np.float32), k=1)
-    return op.constant("causal_bias", bias)
 
 
 class ClipEmbeddings(Module):
@@ -138,7 +136,7 @@ class ClipEmbeddings(Module):
         tokens = self.token_embedding(op, input_ids)
         tokens.name, tokens.type = EMBEDS, ir.TensorType(ir.DataType.FLOAT)
         tokens.shape = ir.Shape(["batch", self._config.max_position_embeddings, self._config.hidden_size])
-        return op.Add(tokens, self.position_embedding(op))
+        return op.Add(op.cast(tokens, op.dtype), self.position_embedding(op))
 
 
 class Embedding(Module):
@@ -150,7 +148,7 @@ class Embedding(Module):
 
     def forward(self, op: Operators, ids: ir.Value | None = None) -> ir.Value:
         """Return the vectors of ``ids`` (N, S), or the whole table."""
-        return op.to_float32(self.weight) if ids is None else op.embed(ids, self.weight)
+        return op.matrix(self.weight) if ids is None else op.embed(ids, self.weight)
 
 
 class ClipEncoder(Module):
@@ -160,11 +158,11 @@ class ClipEncoder(Module):
         super().__init__()
         self.layers = ModuleList([ClipLayer(config) for _ in range(config.num_hidden_layers)])
 
-    def forward(self, op: Operators, x: ir.Value, bias: ir.Value | None = None) -> list[ir.Value]:
+    def forward(self, op: Operators, x: ir.Value) -> list[ir.Value]:
         states = [x]
         for index, layer in enumerate(self.layers):
             op.begin_stage(f"layers.{index}")
-            states.append(layer(op, states[-1], bias))
+            states.append(layer(op, states[-1]))
         return states
 
 
@@ -178,13 +176,13 @@ class ClipLayer(Module):
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = ClipMlp(config)
 
-    def forward(self, op: Operators, x: ir.Value, bias: ir.Value | None = None) -> ir.Value:
-        x = op.Add(x, self.self_attn(op, self.layer_norm1(op, x), bias))
+    def forward(self, op: Operators, x: ir.Value) -> ir.Value:
+        x = op.Add(x, self.self_attn(op, self.layer_norm1(op, x)))
         return op.Add(x, self.mlp(op, self.layer_norm2(op, x)))
 
 
 class ClipAttention(Module):
-    """Multi-head self-attention, causal with the bias that says so."""
+    """Multi-head self-attention; of texts causal."""
 
     def __init__(self, config: ClipLayerConfig) -> None:
         super().__init__()
@@ -192,11 +190,12 @@ class ClipAttention(Module):
         self.k_proj = Linear(config.hidden_size, config.hidden_size)
         self.v_proj = Linear(config.hidden_size, config.hidden_size)
         self.out_proj = Linear(config.hidden_size, config.hidden_size)
-        self._heads = config.num_attention_heads
+        self._heads, self._causal = config.num_attention_heads, config.is_causal
 
-    def forward(self, op: Operators, x: ir.Value, bias: ir.Value | None = None) -> ir.Value:
+    def forward(self, op: Operators, x: ir.Value) -> ir.Value:
         q, k, v = self.q_proj(op, x), self.k_proj(op, x), self.v_proj(op, x)
-        return self.out_proj(op, op.attention(q, k, v, self._heads, bias))
+        attend = op.causal_attention if self._causal else op.attention
+        return self.out_proj(op, attend(q, k, v, self._heads))
 
 
 class ClipMlp(Module):

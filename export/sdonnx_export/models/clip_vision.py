@@ -113,7 +113,8 @@ class ClipVisionEmbeddings(Module):
 
     def forward(self, op: Operators, pixel_values: ir.Value) -> ir.Value:
         patches = self.patch_embedding(op, pixel_values)
-        first = op.repeat_batch(op.Reshape(self.class_embedding, [1, 1, self._width]), pixel_values, rank=3)
+        first = op.Reshape(op.parameter(self.class_embedding), [1, 1, self._width])
+        first = op.repeat_batch(first, pixel_values, rank=3)
         return op.Add(op.Concat(first, patches, axis=1), self.position_embedding(op))
 
 
@@ -130,5 +131,5 @@ class PatchEmbedding(Module):
 
     def forward(self, op: Operators, pixel_values: ir.Value) -> ir.Value:
         stride = [self._config.patch_size] * 2
-        grid = op.Conv(pixel_values, op.to_float32(self.weight), strides=stride)  # (N, C, rows, columns)
+        grid = op.Conv(op.cast(pixel_values, op.dtype), op.matrix(self.weight), strides=stride)  # (N, C, rows, columns)
         return op.Transpose(op.Reshape(grid, [0, self._config.hidden_size, -1]), perm=[0, 2, 1])

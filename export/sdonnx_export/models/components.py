@@ -1,6 +1,6 @@
 """The registry of components: build a component's graph from its config, and bind the checkpoint's weights to it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,24 +26,17 @@ from sdonnx_export.models.unet import UNet, residual_names
 from sdonnx_export.models.unet_config import UNetConfig
 from sdonnx_export.models.upscaler import RRDBNet, RRDBNetConfig, SRVGGNet, SRVGGNetConfig
 from sdonnx_export.models.vae import VaeConfig, VaeDecoder, VaeEncoder
-from sdonnx_export.operators.base import (
-    CONTRIB,
-    IR_VERSION,
-    IR_VERSION_4_BITS,
-    OPSET,
-    OPSET_4_BITS,
-    Operators,
-    checkpoint_shape,
-    sizes,
-    transpose_linear,
-)  # fmt: skip
+from sdonnx_export.operators.base import CONTRIB, IR_VERSION, IR_VERSION_4_BITS, OPSET, OPSET_4_BITS, Operators
+from sdonnx_export.operators.layouts import checkpoint_shape, sizes, to_graph_layout
 from sdonnx_export.operators.partition import name_edges
 from sdonnx_export.operators.precision import PrecisionSpec, make_precision_lookup
+from sdonnx_export.operators.stored import FLOAT, FLOAT16
+from sdonnx_export.operators.targets import find_operators
 
 _INLINE = 256
 """Bytes up to which `onnx_ir.save` keeps a weight in the graph's own file."""
 
-_FLOAT, _HALF, _INT64 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT64
+_INT64 = ir.DataType.INT64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +61,8 @@ class ComponentSpec:
     """Make the module and its inputs from the config and the options of `build`."""
     outputs: tuple[str, ...]
     """Names of the first outputs, unless the module has ``outputs``; further ones are ``hidden_states.0`` and so on."""
+    float32_layers: Callable[[Mapping[str, Any]], Sequence[str]] = lambda _config: ()
+    """Patterns of layers that a graph of float16 computes in float32, from the config."""
 
 
 def _text_encoder(config: Mapping[str, Any], *, projected: bool = False) -> tuple[ClipTextEncoder, tuple[Port, ...]]:
@@ -90,7 +85,7 @@ def _safety_checker(config: Mapping[str, Any]) -> tuple[SafetyChecker, tuple[Por
 def pixel_values(config: ClipVisionConfig) -> Port:
     """Return the input of a CLIP image encoder: normalized images of the size it was trained at."""
     shape = ("batch", config.num_channels, config.image_size, config.image_size)
-    return Port(name="pixel_values", dtype=_FLOAT, shape=shape)
+    return Port(name="pixel_values", dtype=FLOAT, shape=shape)
 
 
 def _unet(config: Mapping[str, Any], **options: bool) -> tuple[UNet, tuple[Port, ...]]:
@@ -109,7 +104,7 @@ def _unet(config: Mapping[str, Any], **options: bool) -> tuple[UNet, tuple[Port,
     unet = UNet(parsed)
     if parsed.controlled:
         ports |= dict.fromkeys((IMAGE_KEYS, IMAGE_VALUES), ("batch", "image_prompts", "image_tokens", unet.image_width))
-    return unet, tuple(Port(name=name, dtype=_FLOAT, shape=shape) for name, shape in ports.items())
+    return unet, tuple(Port(name=name, dtype=FLOAT, shape=shape) for name, shape in ports.items())
 
 
 def _controlnet(config: Mapping[str, Any]) -> tuple[ControlNet, tuple[Port, ...]]:
@@ -125,19 +120,19 @@ def _controlnet(config: Mapping[str, Any]) -> tuple[ControlNet, tuple[Port, ...]
         time_ids = FAMILIES["sdxl"].time_ids
         pooled = unet.projection_class_embeddings_input_dim - time_ids * unet.addition_time_embed_dim
         ports |= {"text_embeds": ("batch", pooled), "time_ids": ("batch", time_ids)}
-    return ControlNet(parsed), tuple(Port(name=name, dtype=_FLOAT, shape=shape) for name, shape in ports.items())
+    return ControlNet(parsed), tuple(Port(name=name, dtype=FLOAT, shape=shape) for name, shape in ports.items())
 
 
 def _adapter(config: Mapping[str, Any]) -> tuple[T2IAdapter, tuple[Port, ...]]:
     parsed = T2IAdapterConfig.from_dict(config)
     shape = ("batch", parsed.in_channels, "height", "width")
-    return T2IAdapter(parsed), (Port(name="control_image", dtype=_FLOAT, shape=shape),)
+    return T2IAdapter(parsed), (Port(name="control_image", dtype=FLOAT, shape=shape),)
 
 
 def _ip_adapter(config: Mapping[str, Any]) -> tuple[IPAdapter, tuple[Port, ...]]:
     parsed = IPAdapterConfig.from_dict(config)
     axes = ("batch",) if parsed.resampler is None else ("batch", "patches")
-    return IPAdapter(parsed), (Port(name=parsed.image_state, dtype=_FLOAT, shape=(*axes, parsed.image_width)),)
+    return IPAdapter(parsed), (Port(name=parsed.image_state, dtype=FLOAT, shape=(*axes, parsed.image_width)),)
 
 
 UPSCALERS = {"RRDBNet": (RRDBNetConfig, RRDBNet), "SRVGGNetCompact": (SRVGGNetConfig, SRVGGNet)}
@@ -147,7 +142,7 @@ UPSCALERS = {"RRDBNet": (RRDBNetConfig, RRDBNet), "SRVGGNetCompact": (SRVGGNetCo
 def _upscaler(config: Mapping[str, Any]) -> tuple[Module, tuple[Port, ...]]:
     class_name = ConfigReader("upscaler", config).one_of("_class_name", tuple(UPSCALERS))
     parser, module = UPSCALERS[class_name]
-    port = Port(name="image", dtype=_FLOAT, shape=("batch", 3, "height", "width"))
+    port = Port(name="image", dtype=FLOAT, shape=("batch", 3, "height", "width"))
     return module(parser.from_dict(config)), (port,)
 
 
@@ -169,15 +164,20 @@ def has_norms(config: Mapping[str, Any]) -> bool:
     return config.get("_class_name", "AutoencoderKL") == "AutoencoderKL"
 
 
+def _vae_float32_layers(config: Mapping[str, Any]) -> Sequence[str]:
+    parsed, _, _ = _vae(config)
+    return parsed.float32_layers if isinstance(parsed, VaeConfig) else ()
+
+
 def _vae_decoder(config: Mapping[str, Any], **options: bool) -> tuple[Module, tuple[Port, ...]]:
     parsed, decoder, _ = _vae(config)
-    port = Port(name="latent_sample", dtype=_FLOAT, shape=("batch", parsed.latent_channels, "height", "width"))
+    port = Port(name="latent_sample", dtype=FLOAT, shape=("batch", parsed.latent_channels, "height", "width"))
     return _vae_half(decoder(replace(parsed, **options)), port)
 
 
 def _vae_encoder(config: Mapping[str, Any], **options: bool) -> tuple[Module, tuple[Port, ...]]:
     parsed, _, encoder = _vae(config)
-    port = Port(name="sample", dtype=_FLOAT, shape=("batch", parsed.in_channels, "height", "width"))
+    port = Port(name="sample", dtype=FLOAT, shape=("batch", parsed.in_channels, "height", "width"))
     return _vae_half(encoder(replace(parsed, **options)), port)
 
 
@@ -187,8 +187,8 @@ def _vae_half(module: Any, image: Port) -> tuple[Module, tuple[Port, ...]]:
     if shape is None:
         return module, (image,)
     norms = (
-        Port(name=NORM_STATS, dtype=_FLOAT, shape=("batch", *shape)),
-        Port(name=USE_NORM_STATS, dtype=_FLOAT, shape=()),
+        Port(name=NORM_STATS, dtype=FLOAT, shape=("batch", *shape)),
+        Port(name=USE_NORM_STATS, dtype=FLOAT, shape=()),
     )
     return module, (image, *norms)
 
@@ -205,10 +205,18 @@ COMPONENTS = {
     ),
     "unet": ComponentSpec(part="unet", prefixes=(), module=_unet, outputs=("out_sample",)),
     "vae_decoder": ComponentSpec(
-        part="vae", prefixes=("decoder.", "post_quant_conv."), module=_vae_decoder, outputs=("sample",)
+        part="vae",
+        prefixes=("decoder.", "post_quant_conv."),
+        module=_vae_decoder,
+        outputs=("sample",),
+        float32_layers=_vae_float32_layers,
     ),
     "vae_encoder": ComponentSpec(
-        part="vae", prefixes=("encoder.", "quant_conv."), module=_vae_encoder, outputs=("latent_parameters",)
+        part="vae",
+        prefixes=("encoder.", "quant_conv."),
+        module=_vae_encoder,
+        outputs=("latent_parameters",),
+        float32_layers=_vae_float32_layers,
     ),
     "controlnet": ComponentSpec(part="controlnet", prefixes=(), module=_controlnet, outputs=()),
     "image_encoder": ComponentSpec(part="image_encoder", prefixes=(), module=_image_encoder, outputs=()),
@@ -247,7 +255,9 @@ def build(
     name: str,
     part: Part,
     precision: PrecisionSpec,
-    operators: Callable[..., Operators] = Operators,
+    operators: Callable[..., Operators] | None = None,
+    *,
+    target: str = "generic",
     **options: bool,
 ) -> ir.Model:
     """Build the model of a component; its weights are read, and checked to be finite, when it is saved.
@@ -256,16 +266,18 @@ def build(
         name: a key of COMPONENTS.
         part: its config and weights.
         precision: the package's.
-        operators: the class of operators to write the graph in.
+        operators: the class of operators to write the graph in; None is that of the target.
+        target: what the graph is made for, one of TARGETS; all but generic compute fp16 layers in float16.
         **options: ``token_downsampling`` and ``controlled`` for the U-Net; ``tiled`` for a half of a KL autoencoder.
 
     Raises:
-        ExportError: the config has an unsupported value; or a weight is missing, unexpected, or of a shape that
-            contradicts the config.
+        ExportError: the config or the precision has an unsupported value; or a weight is missing, unexpected, or of a
+            shape that contradicts the config.
     """
     component = COMPONENTS[name]
     module, ports = component.module(part.config, **options)
-    find = make_precision_lookup(precision, name)
+    float32_layers = () if target == "generic" else component.float32_layers(part.config)
+    find = make_precision_lookup(precision, name, float32_layers)
     in_4_bits = any(find(layer) == "int4" for layer in _layers(module))
     opset, version = (OPSET_4_BITS, IR_VERSION_4_BITS) if in_4_bits else (OPSET, IR_VERSION)
     graph = ir.Graph([], [], nodes=[], name=name, opset_imports={"": opset, CONTRIB: 1})
@@ -274,6 +286,8 @@ def build(
         for key, weight in part.weights.items()
         if not component.prefixes or key.startswith(component.prefixes)
     }
+    if operators is None:
+        operators = find_operators(target, {find(layer) for layer in _layers(module)})
     op = operators(graph, weights, find)
     inputs = [op.builder.input(port.name, port.dtype, port.shape) for port in ports]
     _add_outputs(op, module(op, *inputs), getattr(module, "outputs", component.outputs))
@@ -286,7 +300,7 @@ def _add_outputs(op: Operators, results: ir.Value | tuple[ir.Value, ...], names:
     results = results if isinstance(results, tuple) else (results,)
     hidden_states = (f"hidden_states.{index}" for index in range(len(results) - len(names)))
     for value, name in zip(results, (*names, *hidden_states), strict=True):
-        op.builder.add_output(value, name)
+        op.builder.add_output(op.cast(value, FLOAT), name)
 
 
 def _bind(graph: ir.Graph, component: str, weights: Mapping[str, Weight]) -> None:
@@ -318,10 +332,10 @@ def _tensor(name: str, value: ir.Value, weight: Weight, component: str) -> ir.Te
     expected = checkpoint_shape(value)
     if weight.shape != expected:
         raise ExportError(f"{component}: '{name}' has shape {weight.shape}; the config requires {expected}")
-    dtype = np.dtype(np.float16 if value.dtype == _HALF else np.float32)
+    dtype = np.dtype(np.float16 if value.dtype == FLOAT16 else np.float32)
 
     def read() -> ir.Tensor:
-        return ir.Tensor(_convert(name, transpose_linear(value, weight.read()), dtype), name=name)
+        return ir.Tensor(_convert(name, to_graph_layout(value, weight.read()), dtype), name=name)
 
     lazy = ir.LazyTensor(read, dtype=ir.DataType.from_numpy(dtype), shape=ir.Shape(sizes(value)), name=name)
     return read() if lazy.nbytes <= _INLINE else lazy

@@ -90,6 +90,7 @@ class ControlNet(UNetDown):
         *added_cond: ir.Value,
     ) -> tuple[ir.Value, ...]:
         op.begin_stage("conv_in")
+        context = op.cast(context, op.dtype)
         image = op.Gather(image, [2, 1, 0], axis=1) if self._is_bgr else image
         temb = self.embed(op, timestep, added_cond)
         embedded = self.controlnet_cond_embedding(op, op.from_input(image))

@@ -124,7 +124,7 @@ class Resampler(Module):
 
     def forward(self, op: Operators, state: ir.Value) -> ir.Value:
         x = self.proj_in(op, state)
-        latents = op.repeat_batch(self.latents, x, rank=3)
+        latents = op.repeat_batch(op.parameter(self.latents), x, rank=3)
         for attention, (norm, widen, _, narrow) in cast("Iterable[tuple[Module, Iterable[Module]]]", self.layers):
             latents = op.Add(attention(op, x, latents), latents)
             latents = op.Add(narrow(op, op.gelu(widen(op, norm(op, latents)))), latents)

@@ -6,7 +6,8 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript.nn import Module, ModuleList, Parameter
 
-from sdonnx_export.operators.base import ConvSpec, Operators, TransposedWeight
+from sdonnx_export.operators.base import ConvSpec, Operators
+from sdonnx_export.operators.layouts import TransposedWeight
 
 
 class Linear(Module):
@@ -55,8 +56,9 @@ class GroupNorm(Module):
         self.bias = Parameter([channels])
         self._groups, self._eps = groups, eps
 
-    def forward(self, op: Operators, x: ir.Value) -> ir.Value:
-        return op.group_norm(x, self.weight, self.bias, groups=self._groups, eps=self._eps)
+    def forward(self, op: Operators, x: ir.Value, *, silu: bool = False) -> ir.Value:
+        """Normalize ``x``, with ``silu`` followed by SiLU."""
+        return op.group_norm(x, self.weight, self.bias, groups=self._groups, eps=self._eps, silu=silu)
 
 
 class LayerNorm(Module):
@@ -88,23 +90,25 @@ class ResnetBlock(Module):
 
     def forward(self, op: Operators, x: ir.Value, temb: ir.Value | None = None) -> ir.Value:
         """Apply it to ``x`` (N, C, H, W); the caller has applied SiLU to ``temb`` (N, T), once for all blocks."""
-        h = self.conv1(op, op.silu(self.norm1(op, x)))
+        h = self.conv1(op, self.norm1(op, x, silu=True))
         if self.time_emb_proj is not None:
             h = op.add_per_channel(h, self.time_emb_proj(op, temb))
-        h = self.conv2(op, op.silu(self.norm2(op, h)))
+        h = self.conv2(op, self.norm2(op, h, silu=True))
         return op.Add(h, x if self.conv_shortcut is None else self.conv_shortcut(op, x))
 
 
 class Attention(Module):
     """Multi-head attention; keys and values come from ``context``, if any, else from ``x``."""
 
-    def __init__(self, channels: int, heads: int, *, context: int | None = None, bias: bool = False) -> None:
+    def __init__(
+        self, channels: int, heads: int, *, context: int | None = None, bias: bool = False, upcast: bool = False
+    ) -> None:
         super().__init__()
         self.to_q = Linear(channels, channels, bias=bias)
         self.to_k = Linear(context if context is not None else channels, channels, bias=bias)
         self.to_v = Linear(context if context is not None else channels, channels, bias=bias)
         self.to_out = ModuleList([Linear(channels, channels)])
-        self._heads = heads
+        self._heads, self._upcast = heads, upcast
 
     def forward(self, op: Operators, x: ir.Value, context: ir.Value | None = None) -> ir.Value:
         source = x if context is None else context
@@ -113,7 +117,7 @@ class Attention(Module):
 
     def attend(self, op: Operators, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
         """Attend with queries (N, S, C) to keys and values (N, T, C)."""
-        return op.attention(q, k, v, self._heads)
+        return op.attention(q, k, v, self._heads, upcast=self._upcast)
 
 
 class Downsample(Module):
@@ -130,9 +134,10 @@ class Downsample(Module):
 
 def pixel_unshuffle(op: Operators, image: ir.Value, channels: int, factor: int) -> ir.Value:
     """Turn squares of pixels into channels in torch's order: all of the first channel, then of the second."""
-    pixels = op.SpaceToDepth(image, blocksize=factor)  # channels vary fastest
-    split = op.Reshape(pixels, [0, factor**2, channels, -1])
-    return op.Reshape(op.Transpose(split, perm=[0, 2, 1, 3]), op.Shape(pixels))
+    rows, columns = (op.Div(op.Shape(image, start=axis, end=axis + 1), factor) for axis in (2, 3))
+    squares = op.Reshape(image, op.Concat([0, channels], rows, [factor], columns, [factor], axis=0))
+    by_pixel = op.Transpose(squares, perm=[0, 1, 3, 5, 2, 4])
+    return op.Reshape(by_pixel, op.Concat([0, channels * factor**2], rows, columns, axis=0))
 
 
 class Upsample(Module):

@@ -7,6 +7,7 @@ from sdonnx_runtime.safety.checkers import CONCEPTS, SPECIAL_CARE
 from sdonnx_export.models.clip_vision import ClipVisionConfig, ClipVisionTransformer
 from sdonnx_export.models.layers import Linear
 from sdonnx_export.operators.base import Operators
+from sdonnx_export.operators.stored import FLOAT
 
 _CONCEPTS, _SPECIAL_CARE = 17, 3
 """How many there are, in diffusers."""
@@ -30,7 +31,7 @@ class SafetyChecker(Module):
         self.special_care_embeds_weights = Parameter([_SPECIAL_CARE])
 
     def forward(self, op: Operators, pixel_values: ir.Value) -> tuple[ir.Value, ir.Value]:
-        embeds = _normalize(op, self.visual_projection(op, self.vision_model(op, pixel_values)))
+        embeds = _normalize(op, op.cast(self.visual_projection(op, self.vision_model(op, pixel_values)), FLOAT))
         special_care = _similarities(op, embeds, self.special_care_embeds)
         concepts = _similarities(op, embeds, self.concept_embeds)
         return (

@@ -65,9 +65,9 @@ class TransformerBlock(Module):
         width, heads = config.block_out_channels[level], config.num_attention_heads[level]
         self._first, self._width, self._downsampled = first, width, level == config.downsampled_level
         self.norm1 = LayerNorm(width)
-        self.attn1 = Attention(width, heads)
+        self.attn1 = Attention(width, heads, upcast=config.upcast_attention)
         self.norm2 = LayerNorm(width)
-        self.attn2 = CrossAttention(width, heads, context=config.cross_attention_dim)
+        self.attn2 = CrossAttention(width, heads, context=config.cross_attention_dim, upcast=config.upcast_attention)
         self.norm3 = LayerNorm(width)
         self.ff = FeedForward(width)
 
@@ -84,8 +84,8 @@ class TransformerBlock(Module):
 class CrossAttention(Attention):
     """Attention to the text and, if the graph has `Operators.image_prompts`, also to these."""
 
-    def __init__(self, channels: int, heads: int, *, context: int) -> None:
-        super().__init__(channels, heads, context=context)
+    def __init__(self, channels: int, heads: int, *, context: int, upcast: bool) -> None:
+        super().__init__(channels, heads, context=context, upcast=upcast)
         self.channels = channels
         self.image_columns = slice(0, 0)
         """Its keys and values among those of all layers."""
@@ -102,7 +102,7 @@ class CrossAttention(Attention):
         heads, size = self._heads, self.channels // self._heads
         columns = [self.image_columns.start], [self.image_columns.stop], [3]
         k, v = (op.Reshape(op.Slice(each, *columns), [0, -1, heads, size]) for each in (keys, values))  # (N, A T, h, d)
-        scale = op.constant(f"attention_scale_{size}", np.array(size**-0.5, np.float32))
+        scale = op.constant(f"attention_scale_{size}", np.array(size**-0.5, np.float32), k.dtype)
         q = op.Transpose(op.Reshape(q, [0, 0, heads, size]), perm=[0, 2, 1, 3])  # (N, h, S, d)
         scores = op.MatMul(q, op.Mul(op.Transpose(k, perm=[0, 2, 3, 1]), scale))  # (N, h, S, A T)
         by_image = op.Concat([0, 0, 0], op.Shape(keys, start=1, end=3), axis=0)

@@ -101,13 +101,14 @@ class UNet(UNetDown):
         context: ir.Value,
         *more: ir.Value,
     ) -> ir.Value:
+        op.begin_stage("conv_in")
+        context = op.cast(context, op.dtype)
         if self._config.controlled:
-            op.image_prompts = more[-2], more[-1]
+            op.image_prompts = op.cast(more[-2], op.dtype), op.cast(more[-1], op.dtype)
             more = more[:-2]
         split = len(more) - len(residual_names(self._config))
         added_cond, residuals = more[:split], more[split:]
         controlnet, adapter = residuals[: self._config.num_skips + 1], residuals[self._config.num_skips + 1 :]
-        op.begin_stage("conv_in")
         temb = self.embed(op, timestep, added_cond)
         skips = self.down(op, self.conv_in(op, op.from_input(sample)), temb, context, adapter)
         x = self.mid(op, skips[-1], temb, context)
@@ -117,7 +118,7 @@ class UNet(UNetDown):
             x = op.add_residual(op.add_residual(x, adapter[-1]), mid)
         x = self._up(op, x, skips, temb, context)
         op.begin_stage("conv_out")
-        return op.to_output(self.conv_out(op, op.silu(self.conv_norm_out(op, x))))
+        return op.to_output(self.conv_out(op, self.conv_norm_out(op, x, silu=True)))
 
     def _up(self, op: Operators, x: ir.Value, skips: list[ir.Value], temb: ir.Value, context: ir.Value) -> ir.Value:
         shared = self._config.num_skips_before_text(len(skips))

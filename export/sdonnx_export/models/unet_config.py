@@ -36,9 +36,8 @@ _SUPPORTED: Mapping[str, tuple[Any, ...]] = {
 }
 """Keys that change the graph, with the values that have a written graph."""
 
-_IGNORED = ("addition_embed_type_num_heads", "dropout", "sample_size", "upcast_attention")
-"""Keys that don't change it: of "text" embeddings and of training; the default size; the precision, as all arithmetic
-is float32."""
+_IGNORED = ("addition_embed_type_num_heads", "dropout", "sample_size")
+"""Keys that don't change it: of "text" embeddings and of training; the default size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +78,8 @@ class UNetConfig:
     """Width of the sinusoidal embedding of each time id; 0 without any."""
     time_cond_proj_dim: int | None
     """Width of the embedded guidance scale, arXiv:2310.04378."""
+    upcast_attention: bool
+    """Whether the scores of attention overflow float16, and are float32 where all else is float16."""
     token_downsampling: bool = False
     """Whether keys and values of the highest self-attention are downsampled by 2 per axis (ToDo, arXiv:2402.13573)."""
     controlled: bool = False
@@ -159,6 +160,7 @@ class UNetConfig:
             ),
             addition_time_embed_dim=read.integer("addition_time_embed_dim") if has_time_ids else 0,
             time_cond_proj_dim=read.integer("time_cond_proj_dim") if has_guidance else None,
+            upcast_attention=read.boolean("upcast_attention", False),
         )
         only_cross = read.value("only_cross_attention", False)
         if only_cross is not False and only_cross != [False] * levels:

@@ -6,6 +6,7 @@ from typing import Any
 
 import onnx_ir as ir
 from onnxscript.nn import Module, ModuleList
+from sdonnx_runtime.packages.families import FAMILIES
 from sdonnx_runtime.packages.variant import MEASURED_STATS
 
 from sdonnx_export.models.config_reader import ConfigReader
@@ -32,8 +33,21 @@ class VaeConfig:
     scaling_factor: float
     """The U-Net's latents are (the encoder's - shift_factor) * scaling_factor."""
     shift_factor: float
+    force_upcast: bool
+    """Whether activations overflow float16, where its model computes in that."""
     tiled: bool = False
     """Whether it runs on tiles, with norms over the whole image."""
+
+    @property
+    def float32_layers(self) -> tuple[str, ...]:
+        """Patterns of the layers whose activations overflow float16: the encoder, the decoder after its mid block.
+
+        As in diffusers, whose pipelines of Stable Diffusion 1 and 2 run their VAE in float16 whatever ``force_upcast``
+        says.
+        """
+        if not self.force_upcast or self.scaling_factor == FAMILIES["sd1"].scaling_factor:
+            return ()
+        return "encoder", "quant_conv", "decoder.up_blocks", "decoder.conv_norm_out", "decoder.conv_out"
 
     @property
     def downscale(self) -> int:
@@ -51,7 +65,7 @@ class VaeConfig:
         read.require_value("act_fn", "silu", "swish")
         read.require_value("latents_mean", None)
         read.require_value("latents_std", None)
-        read.ignore("sample_size", "force_upcast")  # float32 throughout
+        read.ignore("sample_size")
         parsed = cls(
             in_channels=read.integer("in_channels", 3),
             out_channels=read.integer("out_channels", 3),
@@ -64,6 +78,7 @@ class VaeConfig:
             use_post_quant_conv=read.boolean("use_post_quant_conv", True),
             scaling_factor=read.number("scaling_factor", 0.18215),
             shift_factor=read.number("shift_factor", 0.0),
+            force_upcast=read.boolean("force_upcast", True),
         )
         for width in channels:
             if width % parsed.norm_num_groups != 0:
@@ -161,7 +176,7 @@ class _Decoder(Module):
         x = between(self.mid_block(op, self.conv_in(op, x)))
         for block in self.up_blocks:
             x = block(op, x)
-        return self.conv_out(op, op.silu(self.conv_norm_out(op, x)))
+        return self.conv_out(op, self.conv_norm_out(op, x, silu=True))
 
 
 class _Encoder(Module):
@@ -184,7 +199,7 @@ class _Encoder(Module):
         for block in self.down_blocks:
             x = block(op, x)
         x = self.mid_block(op, between(x))
-        return self.conv_out(op, op.silu(self.conv_norm_out(op, x)))
+        return self.conv_out(op, self.conv_norm_out(op, x, silu=True))
 
 
 class VaeBlock(Module):

@@ -1,23 +1,20 @@
 """The operators that layers are written in: the one place where precision and target choose ONNX nodes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnxscript import OpBuilder
 from onnxscript.nn import Parameter
-from sdonnx_runtime.adapters.quantization import BLOCK
-from sdonnx_runtime.arrays import AnyArray
 
 from sdonnx_export.checkpoint_model import Weight
-from sdonnx_export.operators.inference import InferringBuilder
+from sdonnx_export.operators.layouts import sizes
 from sdonnx_export.operators.precision import PrecisionLookup
-from sdonnx_export.operators.quantized import quantized_tensors
+from sdonnx_export.operators.stored import FLOAT, FLOAT16, StoredTensors
 
 OPSET = 20
-"""Every ONNX Runtime from 1.20 on supports it, DirectML's included; it is the first with Gelu."""
+"""Every ONNX Runtime from 1.20 on supports it, DirectML's included."""
 
 IR_VERSION = 9
 """The model format that came with opset 20."""
@@ -26,20 +23,6 @@ OPSET_4_BITS, IR_VERSION_4_BITS = 21, 10
 """The first with int4 and with a scale for each block."""
 
 CONTRIB = "com.microsoft"
-
-
-class TransposedWeight(Parameter):
-    """A linear weight, stored (in_features, out_features): the transpose of the checkpoint's."""
-
-
-def checkpoint_shape(weight: ir.Value) -> tuple[int, ...]:
-    """Return the shape of a weight of the graph in the checkpoint."""
-    return sizes(weight)[::-1] if isinstance(weight, TransposedWeight) else sizes(weight)
-
-
-def transpose_linear(weight: ir.Value, data: AnyArray) -> AnyArray:
-    """Transpose a linear weight from the checkpoint's layout to the graph's or back; others stay as they are."""
-    return data.T if isinstance(weight, TransposedWeight) else data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,33 +57,33 @@ class ConvSpec:
         return {"strides": [self.stride, self.stride], "pads": list(self.pads)}
 
 
-class Operators(OpBuilder):
+class Operators(StoredTensors):
     """Any ONNX operator by its name, and the compound ones of diffusion models by theirs.
 
-    Values are float32: sequences (N, S, C), and images or feature maps, which enter and leave the graph as
-    (N, C, H, W). Their layout in between is this class's own affair: layers use `concat_channels`, `add_per_channel`
-    and the like.
+    Values are sequences (N, S, C), and images or feature maps, which enter and leave the graph as float32
+    (N, C, H, W). Their type and layout in between is this class's own affair: layers use `concat_channels`,
+    `add_per_channel` and the like.
 
     Args:
         graph: the graph to write to.
         weights: the checkpoint's.
         find_precision: the precision that each weight is stored in.
+        dtype: the type that layers compute in, see `StoredTensors`.
     """
 
-    def __init__(self, graph: ir.Graph, weights: Mapping[str, Weight], find_precision: PrecisionLookup) -> None:
-        super().__init__(InferringBuilder(graph), "", graph.opset_imports[""])
-        self.find_precision = find_precision
-        self._weights = weights
-        self._float32: dict[str, ir.Value] = {}
+    def __init__(
+        self,
+        graph: ir.Graph,
+        weights: Mapping[str, Weight],
+        find_precision: PrecisionLookup,
+        dtype: ir.DataType = FLOAT,
+    ) -> None:
+        super().__init__(graph, weights, find_precision, dtype)
         self._image_stats: tuple[ir.Value, ir.Value] | None = None
         self._tile_stats: list[ir.Value] = []
-        self.stage = ""
+        self._causal_mask: tuple[ir.Value, int] | None = None
         self.image_prompts: tuple[ir.Value, ir.Value] | None = None
         """The inputs IMAGE_KEYS and IMAGE_VALUES of a U-Net, which every cross-attention reads a part of."""
-
-    def begin_stage(self, name: str) -> None:
-        """Begin the stage ``name``, which all operators up to the next call belong to (see `partition.cut`)."""
-        self.stage = name
 
     def use_norm_stats(self, stats: ir.Value, use: ir.Value) -> None:
         """Treat feature maps as tiles of an image from here on: norms take the statistics of the whole image.
@@ -114,122 +97,115 @@ class Operators(OpBuilder):
         self._image_stats = None
         return self.Concat(*self._tile_stats, axis=1)
 
-    def _call_op(self, op_type: str, inputs: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        result = super()._call_op(op_type, inputs, kwargs)
-        node = (result if isinstance(result, ir.Value) else result[0]).producer()
-        if node is not None:
-            node.metadata_props.clear()
-            node.metadata_props["stage"] = self.stage
-        return result
-
-    def to_float32(self, weight: Parameter) -> ir.Value:
-        """Return a linear or conv weight as float32: cast or dequantized where it is stored in another type."""
-        name = str(weight.name)
-        precision = self.find_precision(name)
-        if precision == "fp32":
-            return weight
-        if name not in self._float32:
-            if precision == "fp16":
-                weight.type = ir.TensorType(ir.DataType.FLOAT16)
-                self._float32[name] = self.Cast(weight, to=ir.DataType.FLOAT)
-            else:
-                self._float32[name] = self._dequantize(weight, bits=4 if precision == "int4" else 8)
-        return self._float32[name]
-
-    def _dequantize(self, weight: Parameter, *, bits: int) -> ir.Value:
-        shape, inputs = sizes(weight), 0 if isinstance(weight, TransposedWeight) else 1
-        name, read = str(weight.name), self.stored_reader(weight)
-        if bits == 4 and shape[inputs] % BLOCK == 0:
-            quantized, scale = self.store_quantized(name, read, shape, axis=inputs, bits=4)
-            return self.DequantizeLinear(quantized, scale, axis=inputs, block_size=BLOCK)
-        quantized, scale = self.store_quantized(name, read, shape, axis=1 - inputs)
-        return self.DequantizeLinear(quantized, scale, self.zero_point(quantized, scale), axis=1 - inputs)
-
-    def zero_point(self, quantized: ir.Value, scale: ir.Value) -> ir.Value:
-        """A weight's zero points: zeros; without them, or shared, some of ONNX Runtime's CPU kernels fail."""
-        count = scale.shape.numpy() if scale.shape is not None else 1
-        return self.constant(f"{quantized.name}_zero", np.zeros(count, np.int8))
-
-    def store_quantized(
-        self, name: str, read: Callable[[], AnyArray], shape: tuple[int, ...], *, axis: int, bits: int = 8
-    ) -> list[ir.Value]:
-        """Store a weight's quantized values and their scales; for the arguments see `quantized_tensors`."""
-        tensors = quantized_tensors(f"{name}_quantized", read, shape, axis=axis, bits=bits)
-        return [self.store(tensor) for tensor in tensors]
-
-    def store(self, tensor: ir.TensorProtocol) -> ir.Value:
-        """Store a tensor in the graph under its own name, once."""
-        initializers, name = self.builder.root.graph.initializers, str(tensor.name)
-        if name not in initializers:
-            self.builder.initializer(tensor, name=name, qualify=False)
-        return initializers[name]
-
-    def stored_reader(self, weight: Parameter) -> Callable[[], AnyArray]:
-        """Return a function that reads a weight as float32 in the graph's layout."""
-        name = str(weight.name)
-        return lambda: transpose_linear(weight, self._weights[name].read().astype(np.float32))
-
     def linear(self, x: ir.Value, weight: Parameter, bias: Parameter | None) -> ir.Value:
         """``x @ weight + bias``: weight (in_features, out_features), bias (out_features,)."""
-        y = self.MatMul(x, self.to_float32(weight))
-        return y if bias is None else self.Add(y, bias)
+        dtype = self.dtype_of(weight)
+        y = self.MatMul(self.cast(x, dtype), self.matrix(weight))
+        return y if bias is None else self.Add(y, self.parameter(bias, dtype))
 
     def embed(self, ids: ir.Value, table: Parameter) -> ir.Value:
-        """Look up ``ids`` (N, S) in ``table`` (entries, C)."""
+        """Look up ``ids`` (N, S) in ``table`` (entries, C); the vectors are float32, whatever layers compute in."""
         precision = self.find_precision(str(table.name))
         if precision == "fp32":
             return self.Gather(table, ids)
         if precision == "fp16":
-            table.type = ir.TensorType(ir.DataType.FLOAT16)
-            return self.Cast(self.Gather(table, ids), to=ir.DataType.FLOAT)
+            table.type = ir.TensorType(FLOAT16)
+            return self.Cast(self.Gather(table, ids), to=FLOAT)
         quantized, scale = self.store_quantized(str(table.name), self.stored_reader(table), sizes(table), axis=0)
-        vectors = self.Cast(self.Gather(quantized, ids), to=ir.DataType.FLOAT)
+        vectors = self.Cast(self.Gather(quantized, ids), to=FLOAT)
         return self.Mul(vectors, self.Unsqueeze(self.Gather(scale, ids), [-1]))
 
     def conv(self, x: ir.Value, spec: ConvSpec) -> ir.Value:
         """2-D convolution."""
-        bias = [] if spec.bias is None else [spec.bias]
-        return self.Conv(self._conv_input(x, spec), self.to_float32(spec.weight), *bias, **spec.attributes)
+        dtype = self.dtype_of(spec.weight)
+        bias = [] if spec.bias is None else [self.parameter(spec.bias, dtype)]
+        x = self.cast(self._conv_input(x, spec), dtype)
+        return self.Conv(x, self.matrix(spec.weight), *bias, **spec.attributes)
 
     def _conv_input(self, x: ir.Value, spec: ConvSpec) -> ir.Value:
         return self.upsample(x, spec.like) if spec.upsample else x
 
-    def attention(self, q: ir.Value, k: ir.Value, v: ir.Value, heads: int, bias: Any = None) -> ir.Value:
-        """Scaled dot-product attention over (N, S, heads * d); ``bias`` (1, 1, S, S) is added to the scores."""
-        mask = [None, None, bias] if bias is not None else []
-        return self._contrib("MultiHeadAttention", q, k, v, *mask, num_heads=heads)
+    def attention(self, q: ir.Value, k: ir.Value, v: ir.Value, heads: int, *, upcast: bool = False) -> ir.Value:
+        """Scaled dot-product attention over (N, S, heads * d); with ``upcast`` its scores are float32."""
+        q, k, v = self.same_type(*((self.cast(each, FLOAT) for each in (q, k, v)) if upcast else (q, k, v)))
+        return self._contrib("MultiHeadAttention", q, k, v, num_heads=heads)
 
-    def group_norm(self, x: ir.Value, weight: Parameter, bias: Parameter, *, groups: int, eps: float) -> ir.Value:
-        """Group normalization (arXiv:1803.08494): weight and bias (C,).
+    def decomposed_attention(
+        self, q: ir.Value, k: ir.Value, v: ir.Value, heads: int, mask: ir.Value | None = None
+    ) -> ir.Value:
+        """Attention as two MatMul and a Softmax; ``mask`` is added to the scores (N, heads, S, T)."""
+        width = channels_of(q)
+        size = width // heads
+        q, k, v = (self.Reshape(each, [0, 0, heads, size]) for each in self.same_type(q, k, v))
+        scale = self.constant(f"attention_scale_{size}", np.array(size**-0.5, np.float32), q.dtype)
+        q, k = self.Mul(self.Transpose(q, perm=[0, 2, 1, 3]), scale), self.Transpose(k, perm=[0, 2, 3, 1])
+        scores = self.MatMul(q, k)
+        weights = self.Softmax(scores if mask is None else self.Add(scores, mask), axis=-1)
+        attended = self.MatMul(weights, self.Transpose(v, perm=[0, 2, 1, 3]))  # (N, heads, S, d)
+        return self.Reshape(self.Transpose(attended, perm=[0, 2, 1, 3]), [0, 0, width])
 
-        Instance normalization over (N, groups, C / groups * H * W), then the affine map per channel; of a tile, with
-        the statistics of the whole image.
+    def use_causal_mask(self, length: int) -> None:
+        """Prepare for `causal_attention` over sequences of ``length`` tokens."""
+        lowest = np.full((1, 1, length, length), np.finfo(np.float32).min, np.float32)
+        self._causal_mask = self.constant("causal_bias", np.triu(lowest, k=1)), length
+
+    def causal_attention(self, q: ir.Value, k: ir.Value, v: ir.Value, heads: int) -> ir.Value:
+        """Attention over (N, S, heads * d) in which no token sees a later one, after `use_causal_mask`.
+
+        DirectML takes the bias at its full size (N, heads, S, S) alone.
         """
-        if self._image_stats is not None:
-            return self._normalize_groups(x, weight, bias, groups=groups, eps=eps)
+        if self._causal_mask is None:
+            raise TypeError("causal_attention requires use_causal_mask before it")
+        mask, length = self._causal_mask
+        bias = self.Expand(mask, self.Concat(self.Shape(q, end=1), [heads, length, length], axis=0))
+        bias.shape = ir.Shape([None, heads, length, length])
+        return self._contrib("MultiHeadAttention", q, k, v, None, None, bias, num_heads=heads)
+
+    def group_norm(
+        self, x: ir.Value, weight: Parameter, bias: Parameter, *, groups: int, eps: float, silu: bool = False
+    ) -> ir.Value:
+        """Group normalization (arXiv:1803.08494), and SiLU after it if ``silu``: weight and bias (C,).
+
+        Of a tile, with the statistics of the whole image.
+        """
+        normalize = self._instance_norm if self._image_stats is None else self._normalize_groups
+        y = normalize(x, weight, bias, groups=groups, eps=eps)
+        return self.silu(y) if silu else y
+
+    def _instance_norm(self, x: ir.Value, weight: Parameter, bias: Parameter, *, groups: int, eps: float) -> ir.Value:
+        """Instance normalization over (N, groups, C / groups * H * W), then the affine map per channel."""
+        dtype = self.dtype_of(weight)
+        x = self.cast(x, dtype)
         grouped = self.Reshape(x, [0, groups, -1])
-        ones = self.constant(f"ones_{groups}", np.ones(groups, np.float32))
-        zeros = self.constant(f"zeros_{groups}", np.zeros(groups, np.float32))
+        ones = self.constant(f"ones_{groups}", np.ones(groups, np.float32), dtype)
+        zeros = self.constant(f"zeros_{groups}", np.zeros(groups, np.float32), dtype)
         normed = self.InstanceNormalization(grouped, ones, zeros, epsilon=eps)
         normed = self.Reshape(normed, self.Shape(x))
-        return self.Add(self.Mul(normed, self._per_channel(weight)), self._per_channel(bias))
+        scaled = self.Mul(normed, self._per_channel(self.norm_parameter(weight)))
+        return self.Add(scaled, self._per_channel(self.norm_parameter(bias)))
+
+    def norm_parameter(self, vector: Parameter) -> ir.Value:
+        """A group norm's weight or bias, in the type that all variants of a component store it in."""
+        return self.parameter(vector)
 
     def _normalize_groups(
         self, x: ir.Value, weight: Parameter, bias: Parameter, *, groups: int, eps: float
     ) -> ir.Value:
-        """Group normalization from each group's mean and mean square."""
+        """Group normalization from each group's mean and mean square, in float32."""
+        dtype, x = self.dtype_of(weight), self.cast(x, FLOAT)
+        scale, shift = (self.cast(self.norm_parameter(each), FLOAT) for each in (weight, bias))
         mean, square = (self._global_stat(each, groups) for each in self._group_stats(x, groups))
         variance = self.Relu(self.Sub(square, self.Mul(mean, mean)))  # rounding may leave less than 0
         deviation = self.Sqrt(self.Add(variance, self.constant(f"eps_{eps:g}", np.array(eps, np.float32))))
-        scale = self.Div(self.Reshape(weight, [1, groups, -1]), deviation)  # (N, G, C / G)
-        shift = self.Sub(self.Reshape(bias, [1, groups, -1]), self.Mul(mean, scale))
+        scale = self.Div(self.Reshape(scale, [1, groups, -1]), deviation)  # (N, G, C / G)
+        shift = self.Sub(self.Reshape(shift, [1, groups, -1]), self.Mul(mean, scale))
         scale, shift = (self.Reshape(each, self._per_channel_shape(sizes(weight)[0])) for each in (scale, shift))
-        return self.Add(self.Mul(x, scale), shift)
+        return self.cast(self.Add(self.Mul(x, scale), shift), dtype)
 
     def _group_stats(self, x: ir.Value, groups: int) -> tuple[ir.Value, ir.Value]:
         """Mean and mean square of each group, (N, G, 1)."""
         grouped = self.Reshape(x, [0, groups, -1])
-        count = self.Cast(self.Shape(grouped, start=2), to=ir.DataType.FLOAT)
+        count = self.Cast(self.Shape(grouped, start=2), to=FLOAT)
         return self.ReduceMean(grouped, [2], keepdims=1), self.Div(
             self.ReduceSumSquare(grouped, [2], keepdims=1), count
         )
@@ -250,7 +226,9 @@ class Operators(OpBuilder):
 
     def layer_norm(self, x: ir.Value, weight: Parameter, bias: Parameter, *, eps: float) -> ir.Value:
         """Layer normalization over the last axis: weight and bias (C,)."""
-        return self.LayerNormalization(x, weight, bias, axis=-1, epsilon=eps)
+        dtype = self.dtype_of(weight)
+        affine = self.parameter(weight, dtype), self.parameter(bias, dtype)
+        return self.LayerNormalization(self.cast(x, dtype), *affine, axis=-1, epsilon=eps)
 
     def silu(self, x: ir.Value) -> ir.Value:
         """``x * sigmoid(x)``, as one node."""
@@ -262,11 +240,11 @@ class Operators(OpBuilder):
 
     def gelu(self, x: ir.Value) -> ir.Value:
         """``x * Phi(x)``, exact (arXiv:1606.08415)."""
-        return self.Gelu(x)
+        return self._contrib("Gelu", x)  # of which DirectML has a kernel, unlike ai.onnx' own
 
     def prelu(self, x: ir.Value, slopes: Parameter) -> ir.Value:
         """A feature map with what is below 0 multiplied by its channel's slope (C,), arXiv:1502.01852."""
-        return self.PRelu(x, self._per_channel(slopes))
+        return self.PRelu(x, self._per_channel(self.parameter(slopes)))
 
     def geglu(self, x: ir.Value, weight: Parameter, bias: Parameter | None) -> ir.Value:
         """``a * gelu(b)`` of the two halves of ``x @ weight + bias`` (arXiv:2002.05202)."""
@@ -291,12 +269,12 @@ class Operators(OpBuilder):
         return self.Shape(x, start=2)
 
     def from_input(self, x: ir.Value) -> ir.Value:
-        """Convert an input of the graph from (N, C, H, W) to the layout of feature maps."""
-        return x
+        """Convert an input of the graph, float32 (N, C, H, W), to the type and layout of feature maps."""
+        return self.cast(x, self.dtype)
 
     def to_output(self, x: ir.Value) -> ir.Value:
-        """Convert an output of the graph to (N, C, H, W)."""
-        return x
+        """Convert an output of the graph to float32 (N, C, H, W)."""
+        return self.cast(x, FLOAT)
 
     def concat_channels(self, x: ir.Value, y: ir.Value) -> ir.Value:
         """Concatenate the channels of two feature maps."""
@@ -331,15 +309,14 @@ class Operators(OpBuilder):
         y.type, y.shape = x.type, x.shape
         return y
 
-    def _per_channel(self, vector: Parameter) -> ir.Value:
+    def _per_channel(self, vector: ir.Value) -> ir.Value:
         """(C,) to (C, 1, 1), which broadcasts over feature maps; folded into the weight when a session loads."""
         return self.Unsqueeze(vector, [1, 2])
 
-    def constant(self, name: str, data: AnyArray) -> ir.Value:
-        """Store an array under its own name, once however often it is used."""
-        return self.store(ir.tensor(data, name=name))
 
-
-def sizes(parameter: ir.Value) -> tuple[int, ...]:
-    """Return a parameter's shape in the graph."""
-    return tuple(parameter.shape.numpy()) if parameter.shape is not None else ()
+def channels_of(x: ir.Value) -> int:
+    """Return the size of the last axis of a sequence."""
+    channels = x.shape[-1] if x.shape is not None else None
+    if not isinstance(channels, int):
+        raise TypeError(f"{x.name} has shape {x.shape}; expected a known number of channels")
+    return channels

@@ -20,6 +20,7 @@ class InferringBuilder(GraphBuilder):
     """onnxscript's builder of graphs, without its inference for each node anew."""
 
     def _infer_shapes(self, node: ir.Node) -> None:
+        """Called by onnxscript for each node that is added; if it is not, all are inferred anew."""
         key = _key(node)
         if key in _known:
             for value, (dtype, shape) in zip(node.outputs, _known[key], strict=True):

@@ -1,7 +1,7 @@
 """Operators that compute in 8 bits, for ONNX Runtime's CPU kernels: channels-last, with quantized activations."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
@@ -10,7 +10,9 @@ from onnxscript.nn import Parameter
 from sdonnx_runtime.arrays import AnyArray
 
 from sdonnx_export.checkpoint_model import Weight
-from sdonnx_export.operators.base import ConvSpec, Operators, TransposedWeight, sizes
+from sdonnx_export.operators.base import ConvSpec, channels_of
+from sdonnx_export.operators.channels_last import ChannelsLast
+from sdonnx_export.operators.layouts import TransposedWeight, sizes
 from sdonnx_export.operators.precision import PrecisionLookup
 from sdonnx_export.operators.quantized import Range
 
@@ -26,8 +28,8 @@ class _QTensor:
     zero: ir.Value
 
 
-class Int8Operators(Operators):
-    """`Operators` whose feature maps are (N, H, W, C), and whose int8 layers read quantized activations.
+class Int8Operators(ChannelsLast):
+    """`ChannelsLast` whose int8 layers read quantized activations.
 
     Linear layers and 1x1 convolutions run as int8 MatMul with float32 output (``MatMulIntegerToFloat``); the range of
     their input is found in each run, so that it follows timestep and prompt and never clips. Other convolutions run as
@@ -80,8 +82,7 @@ class Int8Operators(Operators):
         if is_int8 and spec.is_pointwise:
             return self._pointwise_conv(x, spec)
         if not is_int8 or f"{spec.name}.output" not in self._ranges:
-            x = self.Transpose(self._conv_input(x, spec), perm=[0, 3, 1, 2])
-            return self.Transpose(super().conv(x, replace(spec, upsample=False)), perm=[0, 2, 3, 1])
+            return super().conv(x, spec)
         quantized = self._quantize(x, spec.name)
         values = self._conv_input(quantized.values, spec)
         weight, scale = self.store_quantized(spec.name, self.stored_reader(spec.weight), sizes(spec.weight), axis=0)
@@ -92,74 +93,18 @@ class Int8Operators(Operators):
         y = self.DequantizeLinear(y, *output_range)
         return y if spec.bias is None else self.Add(y, spec.bias)
 
-    def group_norm(self, x: ir.Value, weight: Parameter, bias: Parameter, *, groups: int, eps: float) -> ir.Value:
-        """Group normalization (arXiv:1803.08494) of (N, H, W, C), from each channel's mean and mean square."""
-        return self._normalize_groups(x, weight, bias, groups=groups, eps=eps)
-
-    def _group_stats(self, x: ir.Value, groups: int) -> tuple[ir.Value, ir.Value]:
-        """Mean and mean square of each group, (N, G, 1)."""
-        sums = self.ReduceSum(x, [2], keepdims=0), self.ReduceSumSquare(x, [2], keepdims=0)  # of each row: in parallel
-        width = self.Cast(self.Shape(x, start=2, end=3), to=ir.DataType.FLOAT)
-        means, squares = (self.ReduceMean(self.Div(each, width), [1]) for each in sums)  # (N, 1, C)
-        mean, square = (
-            self.ReduceMean(self.Reshape(each, [0, groups, -1]), [2], keepdims=1) for each in (means, squares)
-        )
-        return mean, square
-
-    def _per_channel_shape(self, channels: int) -> list[int]:
-        """The shape of one value per channel of a feature map."""
-        return [0, 1, 1, channels]
-
-    def _per_channel(self, vector: Parameter) -> ir.Value:
-        """(C,), which broadcasts over feature maps."""
-        return vector
-
-    def _spatial_shape(self, x: ir.Value) -> ir.Value:
-        """Height and width."""
-        return self.Shape(x, start=1, end=3)
-
-    def from_input(self, x: ir.Value) -> ir.Value:
-        """(N, C, H, W) to (N, H, W, C)."""
-        return self.Transpose(x, perm=[0, 2, 3, 1])
-
-    def to_output(self, x: ir.Value) -> ir.Value:
-        """(N, H, W, C) to (N, C, H, W)."""
-        return self.Transpose(x, perm=[0, 3, 1, 2])
-
     def concat_channels(self, x: ir.Value, y: ir.Value) -> ir.Value:
         """Concatenate the channels of two feature maps; a MatMul over them has a range for each."""
-        both = self.Concat(x, y, axis=-1)
+        both = super().concat_channels(x, y)
         self._concatenated[both] = (x, y)
         return both
-
-    def add_per_channel(self, x: ir.Value, vector: ir.Value) -> ir.Value:
-        """Add ``vector`` (N, C) to every pixel of a feature map."""
-        return self.Add(x, self.Unsqueeze(vector, [1, 2]))
-
-    def to_sequence(self, x: ir.Value, channels: int) -> ir.Value:
-        """(N, H, W, C) to (N, H * W, C)."""
-        return self.Reshape(x, [0, -1, channels])
-
-    def to_feature_map(self, x: ir.Value, like: ir.Value) -> ir.Value:
-        """(N, H * W, C) to (N, H, W, C), with the shape of ``like``."""
-        return self.Reshape(x, self.Shape(like))
-
-    def upsample(self, x: ir.Value, like: ir.Value | None = None) -> ir.Value:
-        """Nearest-neighbour upsampling of (N, H, W, C), by 2 or to the height and width of ``like``."""
-        options = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-        if like is None:
-            return self.Resize(x, None, [1.0, 2.0, 2.0, 1.0], **options)
-        size = self.Concat(self.Shape(x, end=1), self.Shape(like, start=1, end=3), self.Shape(x, start=3), axis=0)
-        return self.Resize(x, None, None, size, **options)
 
     def _pointwise_conv(self, x: ir.Value, spec: ConvSpec) -> ir.Value:
         """A 1x1 convolution: a MatMul over channels."""
         if x not in self._concatenated:
             return self._matmul(self._quantize(x), spec.weight, spec.bias)
         first, second = self._concatenated[x]
-        border = first.shape[-1] if first.shape is not None else None
-        if not isinstance(border, int):
-            raise TypeError(f"{first.name} has shape {first.shape}; expected a known number of channels")
+        border = channels_of(first)
         y = self._matmul(self._quantize(first), spec.weight, spec.bias, rows=slice(0, border))
         return self.Add(y, self._matmul(self._quantize(second), spec.weight, None, rows=slice(border, None)))
 

@@ -61,9 +61,44 @@ def make_cache_graphs(model: ir.Model, stage: str) -> dict[CacheStep, ir.Model]:
     edge = next(value for node in graph for value in node.outputs if value.name == stage)
     caching = _extract(graph, graph.inputs, [*graph.outputs, edge])
     cached = _extract(graph, [*graph.inputs, edge], graph.outputs)
-    caching.outputs[-1].name = cached.inputs[-1].name = CACHED_FEATURES
+    caching.outputs[-1] = _float32_output(caching, caching.outputs[-1], CACHED_FEATURES)
+    cached.inputs[-1] = _float32_input(cached, cached.inputs[-1], CACHED_FEATURES)
     pieces: dict[CacheStep, ir.Graph] = {"caching": caching, "cached": cached}
     return {step: ir.Model(piece, ir_version=model.ir_version) for step, piece in pieces.items()}
+
+
+def _float32_output(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
+    """Name an output; what is float16 is cast by the stage that computes it, as all ports are float32."""
+    producer = value.producer()
+    if value.dtype != ir.DataType.FLOAT16 or producer is None:
+        value.name = name
+        return value
+    node = _cast_node(value, ir.DataType.FLOAT, producer)
+    graph.insert_after(producer, node)
+    node.outputs[0].name = name
+    return node.outputs[0]
+
+
+def _float32_input(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
+    """Name an input; what is float16 is cast by the first stage that reads it."""
+    if value.dtype != ir.DataType.FLOAT16:
+        value.name = name
+        return value
+    readers = {each.node for each in value.uses()}
+    first = next(node for node in graph if node in readers)
+    port = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=value.shape)
+    node = _cast_node(port, ir.DataType.FLOAT16, first)
+    graph.insert_before(first, node)
+    value.replace_all_uses_with(node.outputs[0])
+    return port
+
+
+def _cast_node(value: ir.Value, dtype: ir.DataType, neighbour: ir.Node) -> ir.Node:
+    """A cast in the stage of another node."""
+    output = ir.Value(name=f"{value.name}.cast", type=ir.TensorType(dtype), shape=value.shape)
+    node = ir.Node("", "Cast", [value], [ir.AttrInt64("to", dtype)], outputs=[output])
+    node.metadata_props["stage"] = get_stage(neighbour)
+    return node
 
 
 def make_embedded_graph(model: ir.Model) -> ir.Model:

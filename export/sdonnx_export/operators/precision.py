@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -88,6 +88,11 @@ class MixedPrecision:
             }
         return cls(base=base, patterns=tables)
 
+    @property
+    def named(self) -> set[Precision]:
+        """The precisions that it names."""
+        return {self.base, *(precision for table in self.patterns.values() for precision in table.values())}
+
     def check(self, layers: Mapping[str, Iterable[str]]) -> None:
         """Check that its components exist and its patterns match; ``layers`` are weight names by component.
 
@@ -129,16 +134,22 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
-def make_precision_lookup(package: PrecisionSpec, component: str) -> PrecisionLookup:
-    """Return the function from a layer of a component to its precision."""
+def make_precision_lookup(
+    package: PrecisionSpec, component: str, float32_layers: Sequence[str] = ()
+) -> PrecisionLookup:
+    """Return the function from a layer of a component to its precision.
+
+    ``float32_layers`` are patterns of layers that are fp32 unless the package says otherwise.
+    """
     base, patterns = (
         (package.base, package.patterns.get(component, {})) if isinstance(package, MixedPrecision) else (package, {})
     )
 
     def find(name: str) -> Precision:
         chosen = [precision for pattern, precision in patterns.items() if matches(pattern, name)]
+        upcast = [_BY_NAME["fp32"] for pattern in float32_layers if matches(pattern, name)]
         usual = [precision for pattern, precision in _EXCEPTIONS[base] if re.search(pattern, name)]
-        return [*chosen, *usual, base][0]
+        return [*chosen, *upcast, *usual, base][0]
 
     return find
 

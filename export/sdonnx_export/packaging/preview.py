@@ -7,28 +7,25 @@ from PIL import Image
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.execution.session import Session
 from sdonnx_runtime.images.preprocess import to_values
-from sdonnx_runtime.packages.manifest import Manifest
-from sdonnx_runtime.packages.variant import PLAIN
+from sdonnx_runtime.packages.manifest import Latents
 
 _LATENT_SIZE, _NUM_IMAGES = 16, 8
 
 
-def fit_preview(directory: Path, manifest: Manifest) -> tuple[tuple[float, ...], ...] | None:
-    """Fit `Latents.preview` by least squares to smooth images of random colors; None without an encoder.
+def fit_preview(encoder: Path, space: Latents) -> tuple[tuple[float, ...], ...]:
+    """Fit `Latents.preview` by least squares to smooth images of random colors.
 
     Args:
-        directory: of the package, with its VAE encoder.
-        manifest: the package's, not yet written.
+        encoder: the VAE encoder's graph, which the CPU runs.
+        space: the latent space, yet without a preview.
 
     Raises:
         SdonnxError: the encoder can't be loaded or run.
     """
-    space, size = manifest.latents, _LATENT_SIZE
-    if "vae_encoder" not in manifest.components:
-        return None
+    size = _LATENT_SIZE
     values = np.concatenate([to_values(image) for image in smooth_color_images(size * space.downscale)])
-    encoder = Session(directory / manifest.components["vae_encoder"].graphs[PLAIN], device="cpu")
-    moments = np.concatenate([next(iter(encoder.run({"sample": one[None]}).values())) for one in values])
+    session = Session(encoder, device="cpu")
+    moments = np.concatenate([next(iter(session.run({"sample": one[None]}).values())) for one in values])
     latents = (moments[:, : space.channels] - space.shift_factor) * space.scaling_factor
     colors = values.reshape(len(values), 3, size, space.downscale, size, space.downscale).mean(axis=(3, 5))
     solution, *_ = np.linalg.lstsq(_append_ones(_to_pixels(latents)), _to_pixels(colors), rcond=None)  # (C + 1, 3)

@@ -1,12 +1,15 @@
-"""The last step of an export: run every graph of every component once, on a small image."""
+"""The last step of an export: run every graph of every component once, or let ONNX Runtime check it."""
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sdonnx_runtime.arrays import AnyArray
-from sdonnx_runtime.errors import ExportError
+from sdonnx_runtime.errors import DeviceError, ExportError, PackageError
+from sdonnx_runtime.execution.devices.table import DEVICES, DeviceName
+from sdonnx_runtime.execution.ort import candidates
 from sdonnx_runtime.execution.session import Port, Session
 from sdonnx_runtime.graphs.partition import read_stages
 from sdonnx_runtime.packages.concat import CONCAT
@@ -19,19 +22,29 @@ from sdonnx_runtime.safety.checkers import SAFETY_CHECKER
 from sdonnx_runtime.text.conditioning import make_conditioning
 from sdonnx_runtime.text.prompt_schedule import StepPrompts
 
+logger = logging.getLogger(__name__)
+
 _LATENT_SIZE = 8
 """Width and height of the latents: enough for a U-Net of four resolutions to halve it thrice."""
 
 
 def verify(directory: Path, manifest: Manifest, report: Callable[[str, float], None]) -> None:
-    """Run all graphs of a package just written on the CPU, each component on the outputs of those before it.
+    """Run all graphs of a package just written, each component on the outputs of those before it.
 
-    A graph of several stages runs a stage at a time, so that no more than one stage's weights are in memory.
+    They run on the CPU, or on the device that they are made for. Where this machine does not have it, ONNX Runtime
+    checks operators, shapes and types. A graph of several stages runs a stage at a time, so that no more than one
+    stage's weights are in memory.
 
     Raises:
         ExportError: an output has another shape than its neighbours need.
         SdonnxError: a component can't be loaded, or returns values that are not finite.
     """
+    device = _find_device(manifest.target)
+    if device is None:
+        title = DEVICES[manifest.target].title
+        logger.warning("the package is checked, but was not run: %s is not available on this machine", title)
+        _check_types(directory, manifest, report)
+        return
     channels, pixels = manifest.latents.channels, _LATENT_SIZE * manifest.latents.downscale
     image: AnyArray = np.zeros((1, 3, pixels, pixels), np.float32)
     latents: AnyArray = np.ones((1, channels, _LATENT_SIZE, _LATENT_SIZE), np.float32)
@@ -43,7 +56,7 @@ def verify(directory: Path, manifest: Manifest, report: Callable[[str, float], N
         stage_outputs: dict[bytes, dict[str, AnyArray]] = {}
         graphs = manifest.components[component].graphs
         for variant in sorted(graphs, key=VARIANT_NAMES.index):
-            outputs[variant] = _run_graph(directory / graphs[variant], feeds, stage_outputs)
+            outputs[variant] = _run_graph(directory / graphs[variant], feeds, stage_outputs, device)
             if CACHED_FEATURES in outputs[variant]:
                 feeds[CACHED_FEATURES] = outputs[variant].pop(CACHED_FEATURES)
             _expect_shape(f"{component} ({variant})", _first(outputs[variant]), _first(outputs[PLAIN]).shape)
@@ -74,6 +87,36 @@ def verify(directory: Path, manifest: Manifest, report: Callable[[str, float], N
     if "vae_encoder" in manifest.components:
         shapes = [(1, count * channels, *latents.shape[2:]) for count in (2, 1)]  # a tiny autoencoder returns latents
         _expect_shape("vae_encoder", _first(run("vae_encoder")), *shapes)
+
+
+def _find_device(target: str) -> str | None:
+    """Return the device to run a target's graphs on; None if this machine has none."""
+    if target in _CPU_TARGETS:
+        return "cpu"
+    try:
+        return candidates("auto", target)[0]
+    except DeviceError:
+        return None
+
+
+_CPU_TARGETS = ("generic", "webgpu")
+"""Targets whose graphs have a kernel for each node on the CPU, too."""
+
+
+def _check_types(directory: Path, manifest: Manifest, report: Callable[[str, float], None]) -> None:
+    """Open all graphs on the CPU; that it has no kernel for a node means that ONNX Runtime has accepted the graph."""
+    for name, component in manifest.components.items():
+        report(f"checking {name}", 0.0)
+        for path in component.graphs.values():
+            try:
+                Session(directory / path, device="cpu", no_arena=True)
+            except PackageError as error:
+                if _NO_KERNEL not in str(error):
+                    raise
+
+
+_NO_KERNEL = "NOT_IMPLEMENTED"
+"""How ONNX Runtime names this reason."""
 
 
 def _unet_inputs(
@@ -121,9 +164,12 @@ def _expect_shape(component: str, output: AnyArray, *shapes: tuple[int, ...]) ->
 
 
 def _run_graph(
-    path: Path, feeds: Mapping[str, AnyArray], stage_outputs: dict[bytes, dict[str, AnyArray]]
+    path: Path,
+    feeds: Mapping[str, AnyArray],
+    stage_outputs: dict[bytes, dict[str, AnyArray]],
+    device: str,
 ) -> dict[str, AnyArray]:
-    """Run a graph stage by stage; inputs that ``feeds`` lacks are zeros.
+    """Run a graph stage by stage on a device; inputs that ``feeds`` lacks are zeros.
 
     A stage that is in another graph too runs once: ``stage_outputs`` has the outputs of each, by its encoded model.
     """
@@ -131,7 +177,8 @@ def _run_graph(
     graph = read_stages(path)
     for stage in graph.stages:
         if stage.model not in stage_outputs:
-            session = Session(path, model=stage.model, device="cpu", no_arena=True)
+            target = DeviceName.parse(device).device.targets[0]
+            session = Session(path, model=stage.model, device=device, target=target, no_arena=True)
             outputs = session.run({port.name: _zeros(port) for port in session.inputs} | values)
             # Copies: the outputs themselves would keep the session's memory alive.
             stage_outputs[stage.model] = {name: value.copy() for name, value in outputs.items()}

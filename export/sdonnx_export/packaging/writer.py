@@ -40,7 +40,7 @@ def write_components(
         digests: dict[str, Future[dict[str, File]]] = {}
         for name in components_in(checkpoint):
             graphs = dict(make(name))
-            _save(graphs.pop(PLAIN), directory / name, lambda done, name=name: report(f"writing {name}", done))
+            write_graph(graphs.pop(PLAIN), directory / name, lambda done, name=name: report(f"writing {name}", done))
             _save_variants(graphs, directory / name)
             digests[name] = pool.submit(hash_files, directory, name)
         report("checksums", 1.0)
@@ -48,14 +48,19 @@ def write_components(
 
 
 def make_manifest(
-    directory: Path, files: Mapping[str, dict[str, File]], precision: PrecisionSpec, source: Source
+    directory: Path,
+    files: Mapping[str, dict[str, File]],
+    precision: PrecisionSpec,
+    source: Source,
+    *,
+    target: str = "generic",
 ) -> Manifest:
     """Make the manifest of the components in ``directory``."""
     components = {
         name: Component(graphs=_list_graphs(listed), files=listed, precision=precision_label(precision, name))
         for name, listed in files.items()
     }
-    return replace(infer_manifest(directory, source=source), components=components)
+    return replace(infer_manifest(directory, source=source), components=components, target=target)
 
 
 def _list_graphs(files: Mapping[str, File]) -> dict[str, str]:
@@ -119,8 +124,8 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(drop_non_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _save(model: ir.Model, folder: Path, done: Callable[[float], None]) -> None:
-    """Write graph and weights; each weight is read, converted and written before the next."""
+def write_graph(model: ir.Model, folder: Path, done: Callable[[float], None] = lambda _done: None) -> Path:
+    """Write a graph and its weights to a folder; each weight is read, converted and written before the next."""
     written = 0
 
     def count(_tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
@@ -137,6 +142,7 @@ def _save(model: ir.Model, folder: Path, done: Callable[[float], None]) -> None:
         alignment=_ALIGNMENT,
         callback=count,
     )
+    return folder / GRAPH
 
 
 def _save_variants(graphs: Mapping[str, ir.Model], folder: Path) -> None:

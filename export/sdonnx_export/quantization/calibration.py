@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.denoising.init_image import encode_image, example_images
 from sdonnx_runtime.errors import ExportError
 from sdonnx_runtime.execution.components import Components, Runner
+from sdonnx_runtime.execution.running.device_array import Tensor, all_numpy
 from sdonnx_runtime.execution.session import Session
 from sdonnx_runtime.generation import Models, generate_images, run_to_end
 from sdonnx_runtime.images.preprocess import to_values
@@ -274,9 +275,9 @@ class _RecordedModel:
         self._path, self._recorder = path, recorder
         self._session: Session | None = None
 
-    def run(self, feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
-        """As `Session.run`, without the taps."""
-        return self._recorder.run(self._path.parent.name, feeds, self._run)
+    def run(self, feeds: Mapping[str, Tensor], keep: Container[str] = ()) -> dict[str, AnyArray]:
+        """As `Session.run`, without the taps; all outputs are numpy arrays."""
+        return self._recorder.run(self._path.parent.name, all_numpy(feeds), self._run)
 
     def cancel(self) -> None:
         """As `Session.cancel`."""

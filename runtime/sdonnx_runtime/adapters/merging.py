@@ -179,7 +179,7 @@ def _merge_pieces(
 
 def _store(initializer: Initializer, values: Array) -> TensorData:
     """Convert merged values that aren't quantized to an initializer's type."""
-    if not np.isfinite(values).all():
+    if not max(values.max(), -values.min()) <= np.finfo(initializer.dtype).max:  # without a copy; false of NaN
         raise RequestError(f"merging LoRA into '{initializer.name}' overflows; use a smaller scale")
     return TensorData.of(values, initializer.data_type, is_inline=not initializer.external)
 
@@ -190,8 +190,26 @@ def _parse_name(piece: Initializer) -> re.Match[str]:
     return match
 
 
+def _from_stored(piece: Initializer, weight: Array) -> Array:
+    """A weight in the checkpoint's layout, (out, n), from its initializer's."""
+    if weight.ndim == 2:
+        return weight.T
+    weight = weight.transpose(0, 3, 1, 2) if piece.is_channels_last else weight
+    return weight.reshape(len(weight), -1)
+
+
+def _to_stored(piece: Initializer, weight: Array) -> Array:
+    """The inverse of `_from_stored`."""
+    if len(piece.shape) == 2:
+        return weight.T
+    if not piece.is_channels_last:
+        return weight.reshape(piece.shape)
+    outputs, height, width, inputs = piece.shape
+    return weight.reshape(outputs, inputs, height, width).transpose(0, 2, 3, 1)
+
+
 class _Layer:
-    """The pieces of one layer's weight: linear weights (in, out) or conv weights (out, in, k, k).
+    """The pieces of one layer's weight: linear weights (in, out), as 1x1 convolutions may be too, or conv weights.
 
     A layer over concatenated inputs has a piece for each input; a gated linear layer (GEGLU) has two pieces of fewer
     outputs, and so has a wide conv. ``outputs`` is the layer's number of outputs, which tells them apart.
@@ -214,8 +232,7 @@ class _Layer:
             stop = start + sides[axis] if len(self._pieces) > 1 else weight.shape[axis]
             part = weight[start:stop] if self._by_output else weight[:, start:stop]
             start = stop
-            data = part.T if len(piece.shape) == 2 else part.reshape(piece.shape)
-            yield from self._quantize(piece, np.ascontiguousarray(data))
+            yield from self._quantize(piece, np.ascontiguousarray(_to_stored(piece, part)))
 
     def _read(self, piece: Initializer) -> Array:
         data = piece.read()
@@ -223,7 +240,7 @@ class _Layer:
             weight = data.astype(np.float32)
         else:
             weight = dequantize(data, self._stored[f"{piece.name}_scale"].read(), self._axis(piece))
-        return weight.T if weight.ndim == 2 else weight.reshape(len(weight), -1)
+        return _from_stored(piece, weight)
 
     def _axis(self, piece: Initializer) -> int:
         """The axis of the scales: in int8 that of outputs, in int4 that of blocks of inputs."""

@@ -1,14 +1,15 @@
 """ControlNets (arXiv:2302.05543) and T2I-Adapters (arXiv:2302.08453): residuals of a U-Net from conditioning images."""
 
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
 
-from sdonnx_runtime.arrays import AnyArray, Array
+from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import PackageError, RequestError
+from sdonnx_runtime.execution.running.device_array import ALL_OUTPUTS, Tensor, as_numpy, freeze, last_entries
 from sdonnx_runtime.images.crop import CropRegion
 from sdonnx_runtime.images.preprocess import flatten_alpha, resize_to_fit
 from sdonnx_runtime.packages.families import PackageKind
@@ -179,36 +180,49 @@ class ControlModel:
 
     kind: str
     """controlnet or adapter."""
-    run: Callable[[Mapping[str, AnyArray]], Mapping[str, AnyArray]]
+    run: Callable[[Mapping[str, Tensor], Container[str]], Mapping[str, Tensor]]
+    """Returns its outputs, of which those in the second argument may be in a device's memory."""
     image: Array
-    """(1, C, H, W), 0 to 1."""
+    """(1, C, H, W), 0 to 1, read-only."""
     added_cond: tuple[str, ...] = ()
     """Further inputs that it shares with the U-Net (SDXL's)."""
     channels: int = 4
     """How many of the U-Net's input channels it takes; those of concat conditioning are not among them."""
     control: Control
     features: Mapping[str, Array] | None = field(default=None, init=False)
-    """An adapter's outputs, the same in each step."""
+    """An adapter's residuals, the same in each step."""
 
-    def __call__(self, inputs: Mapping[str, AnyArray], *, guess: bool) -> dict[str, Array]:
+    def __call__(self, inputs: Mapping[str, Tensor], *, guess: bool) -> Mapping[str, Tensor]:
         """Compute the residuals for a U-Net's ``inputs``, by its names, with one batch entry or as many as the text."""
         if self.kind == "adapter":
             if self.features is None:
-                self.features = dict(self.run({"control_image": self.image}))
-            return {name: self.control.scale * value for name, value in self.features.items()}
-        entries = slice(-1, None) if guess else slice(None)
-        feeds = {name: inputs[name][entries] for name in ("sample", "encoder_hidden_states", *self.added_cond)}
-        feeds["sample"] = feeds["sample"][:, : self.channels]
-        outputs = self.run({**feeds, "timestep": inputs["timestep"], "controlnet_cond": self.image})
+                outputs = self.run({"control_image": self.image}, ())
+                self.features = {
+                    name: freeze(as_numpy(_scaled(value, self.control.scale))) for name, value in outputs.items()
+                }
+            return self.features
+        feeds = {name: inputs[name] for name in ("sample", "encoder_hidden_states", *self.added_cond)}
+        feeds = {name: last_entries(value, 1) for name, value in feeds.items()} if guess else feeds
+        feeds["sample"] = as_numpy(feeds["sample"])[:, : self.channels]
+        feeds |= {"timestep": inputs["timestep"], "controlnet_cond": self.image}
+        outputs = self.run(feeds, ALL_OUTPUTS if self.control.scale == 1 and not guess else ())
         weights = np.logspace(-1, 0, len(outputs)) if guess else np.ones(len(outputs))
         residuals = {
-            name: np.float32(self.control.scale * weight) * value
+            name: _scaled(value, self.control.scale * weight)
             for name, value, weight in zip(residual_names(self.kind, outputs), outputs.values(), weights, strict=True)
         }
         if not guess:
             return residuals
         others = len(inputs["encoder_hidden_states"]) - 1  # guess mode doesn't control the unconditional batch entries
-        return {name: np.concatenate([*[np.zeros_like(value)] * others, value]) for name, value in residuals.items()}
+        return {
+            name: np.concatenate([*[np.zeros_like(value)] * others, as_numpy(value)])
+            for name, value in residuals.items()
+        }
+
+
+def _scaled(value: Tensor, factor: float) -> Tensor:
+    """A residual times a factor; itself, wherever it is, times 1."""
+    return value if factor == 1 else np.float32(factor) * as_numpy(value)
 
 
 def residual_names(kind: str, outputs: Collection[str]) -> list[str]:
@@ -238,8 +252,8 @@ def make_control(
     pixels = np.asarray(image.convert("L"))[..., None] if gray else np.asarray(image)
     return ControlModel(
         kind=kind,
-        run=lambda feeds: run(f"{component_prefix(index)}{kind}", feeds),
-        image=np.moveaxis(pixels.astype(np.float32) / np.float32(255), 2, 0)[None],
+        run=lambda feeds, keep: run(f"{component_prefix(index)}{kind}", feeds, keep=keep),
+        image=freeze(np.array(np.moveaxis(pixels.astype(np.float32) / np.float32(255), 2, 0)[None], order="C")),
         added_cond=("text_embeds", "time_ids") if config.get("addition_embed_type") is not None else (),
         channels=config.get("in_channels", 4),
         control=control,

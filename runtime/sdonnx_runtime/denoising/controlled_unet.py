@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from sdonnx_runtime.arrays import AnyArray, Array
 from sdonnx_runtime.denoising.control import LEVEL, MIDDLE, SKIP, ControlModel, ResidualSpec, make_control
 from sdonnx_runtime.denoising.denoiser import is_within_steps
 from sdonnx_runtime.denoising.ip_adapter import CrossAttentions, ImagePrompt, ImagePrompts
 from sdonnx_runtime.denoising.step_cache import RunUNetGraph
 from sdonnx_runtime.errors import PackageError
+from sdonnx_runtime.execution.running.device_array import Tensor, as_numpy, freeze, last_entries
 from sdonnx_runtime.images.crop import CropRegion
 from sdonnx_runtime.packages.manifest import read_json
 from sdonnx_runtime.packages.package import Package
@@ -35,22 +35,28 @@ class ControlledUNet:
         self._images = ImagePrompts(images, width, num_conditional=num_conditional, steps=steps)
         skips = (f"{SKIP}.{index}" for index in range(len(unet.skips)))
         levels = (f"{LEVEL}.{index}" for index in range(len(unet.levels)))
-        self._zeros: dict[str, Array] = dict.fromkeys((*skips, MIDDLE, *levels), np.zeros((1, 1, 1, 1), np.float32))
+        zero = freeze(np.zeros((1, 1, 1, 1), np.float32))
+        self._zeros: dict[str, Tensor] = {name: zero for name in (*skips, MIDDLE, *levels)}  # noqa: C420
         self._last, self._step = self._zeros, 0
 
     def next_step(self) -> None:
         """Go on to the next step."""
         self._step += 1
 
-    def __call__(self, inputs: Mapping[str, AnyArray], graph: Variant) -> Mapping[str, AnyArray]:
+    def forget(self) -> None:
+        """Drop the residuals, which keep the controls that made them in a device's memory."""
+        self._last = self._zeros
+
+    def __call__(self, inputs: Mapping[str, Tensor], graph: Variant) -> Mapping[str, Tensor]:
         """Run a graph of the U-Net with the step's residuals and images."""
         entries = len(inputs["encoder_hidden_states"])
         if graph.cache != "cached":
             self._last = self._residuals(inputs)
-        residuals = {name: value[-entries:] for name, value in self._last.items()}
+        residuals = {name: last_entries(value, entries) for name, value in self._last.items()}
         return self._run({**inputs, **residuals, **self._images(self._step, entries)}, graph)
 
-    def _residuals(self, inputs: Mapping[str, AnyArray]) -> dict[str, Array]:
+    def _residuals(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sum the residuals of all controls of the step; those of a single one stay where they are."""
         total = dict(self._zeros)
         for model in self._controls:
             control = model.control
@@ -59,7 +65,8 @@ class ControlledUNet:
             for name, value in model(inputs, guess=self._guess).items():
                 if name not in total:
                     raise PackageError(f"a control's output '{name}' is not for this U-Net; export the control again")
-                total[name] = total[name] + value
+                none = total[name] is self._zeros[name]
+                total[name] = value if none else as_numpy(total[name]) + as_numpy(value)
         return total
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from sdonnx_runtime.arrays import AnyArray, Array
 from sdonnx_runtime.errors import PackageError
+from sdonnx_runtime.execution.running.device_array import freeze
 from sdonnx_runtime.packages.families import PackageKind
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.request import CompleteRequest
@@ -97,7 +98,9 @@ def _guided_model(
     *,
     guided: bool,
 ) -> Model:
-    """Make a model of one batch entry, with the request's guidance if ``guided``."""
+    """Make a model of one batch entry, with the request's guidance if ``guided``; makes the ``inputs`` read-only."""
+    for value in inputs.values():
+        freeze(value)
     count, model = len(weights), make_model(run, inputs, concat)
     if len(inputs["encoder_hidden_states"]) == count:
         return conditional_only(model, weights)

@@ -12,6 +12,7 @@ from sdonnx_runtime.denoising.control import config_errors
 from sdonnx_runtime.denoising.denoiser import is_within_steps
 from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.execution.components import Runner
+from sdonnx_runtime.execution.running.device_array import freeze
 from sdonnx_runtime.graphs.partition import read_stages
 from sdonnx_runtime.images.clip import clip_pixels
 from sdonnx_runtime.packages.families import PackageKind
@@ -229,7 +230,7 @@ class ImagePrompts:
 
     def __init__(self, prompts: Sequence[ImagePrompt], width: int, *, num_conditional: int, steps: int) -> None:
         self._prompts, self._steps, self._num_conditional = prompts, steps, num_conditional
-        absent = np.zeros((1, 1, 1, width), np.float32)
+        absent = freeze(np.zeros((1, 1, 1, width), np.float32))
         self._absent: Mapping[str, Array] = {IMAGE_KEYS: absent, IMAGE_VALUES: absent}
         self._made: dict[tuple[int, ...], Mapping[str, Array]] = {}
 
@@ -257,7 +258,7 @@ class ImagePrompts:
 
         def stack(arrays: Sequence[Array]) -> Array:
             repeated = [np.repeat(each, tokens // each.shape[1], axis=1)[rows] for each in arrays]
-            return np.stack(repeated, axis=1)  # (N, A, T, W)
+            return freeze(np.stack(repeated, axis=1))  # (N, A, T, W)
 
         return {
             IMAGE_KEYS: stack([each.keys for each in active]),

@@ -7,11 +7,13 @@ from typing import TypeAlias
 
 import numpy as np
 
-from sdonnx_runtime.arrays import AnyArray, Array
+from sdonnx_runtime.arrays import Array
+from sdonnx_runtime.execution.running.device_array import Tensor, as_numpy, last_entries
 from sdonnx_runtime.packages.variant import CACHED_FEATURES, Variant
 
-RunUNetGraph: TypeAlias = Callable[[Mapping[str, AnyArray], Variant], Mapping[str, AnyArray]]
-"""Runs one of a U-Net's graphs on its inputs by name; returns its outputs."""
+RunUNetGraph: TypeAlias = Callable[[Mapping[str, Tensor], Variant], Mapping[str, Tensor]]
+"""Runs one of a U-Net's graphs on its inputs by name; returns its outputs, of which the cached features may be in a
+device's memory."""
 
 
 def unet_graphs(cache_interval: int, *, token_downsampling: bool, controlled: bool = False) -> tuple[Variant, Variant]:
@@ -32,24 +34,32 @@ class DeepCache:
     def __init__(self, run: RunUNetGraph, graphs: tuple[Variant, Variant], interval: int) -> None:
         self._run, self._graphs, self._interval = run, graphs, interval
         self._age, self._is_first_run, self._last_timestep = 0, True, math.inf
-        self._features: AnyArray = np.empty(0)
+        self._features: Tensor = np.empty(0)
 
     def next_step(self, *, last: bool) -> None:
         """Go on to the next step; ``last`` says whether it is the last one."""
         self._age = 0 if last else (self._age + 1) % self._interval
         self._is_first_run = True
 
-    def __call__(self, inputs: Mapping[str, AnyArray]) -> Array:
+    def forget(self) -> None:
+        """Drop the features, which keep the U-Net that made them in a device's memory."""
+        self._features = np.empty(0)
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Array:
         """Run the step's graph; returns the prediction."""
-        entries, timestep = max(len(value) for value in inputs.values() if value.ndim > 0), float(inputs["timestep"])
+        entries, timestep = (
+            max(len(value) for value in inputs.values() if value.ndim > 0),
+            float(as_numpy(inputs["timestep"])),
+        )
         if self._is_first_run:
             self._age = 0 if timestep > self._last_timestep else self._age
             self._is_first_run, self._last_timestep = False, timestep
         if self._age > 0 and entries <= len(self._features):  # the conditional entry, which may run alone, is the last
-            (output,) = self._run({**inputs, CACHED_FEATURES: self._features[-entries:]}, self._graphs[1]).values()
-            return output
+            features = last_entries(self._features, entries)
+            (output,) = self._run({**inputs, CACHED_FEATURES: features}, self._graphs[1]).values()
+            return as_numpy(output)
         self._age = 0
         outputs = dict(self._run(inputs, self._graphs[0]))
         self._features = outputs.pop(CACHED_FEATURES, self._features)
         (output,) = outputs.values()
-        return output
+        return as_numpy(output)

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from sdonnx_runtime.execution.ort import DEVICES, load_onnxruntime, session_options
+from sdonnx_runtime.execution.devices.table import DEVICES
+from sdonnx_runtime.execution.ort import load_onnxruntime, session_options
 from sdonnx_runtime.execution.process_memory import set_malloc_thresholds, trim_heap
 from sdonnx_runtime.execution.strategy import ExecutionPlan
 from sdonnx_runtime.graphs.onnx_proto import single_node_model

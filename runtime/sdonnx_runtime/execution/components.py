@@ -3,18 +3,22 @@
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Container, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any, TypeAlias
+from weakref import WeakValueDictionary
 
 from sdonnx_runtime.adapters.merging import LayerDeltas
-from sdonnx_runtime.arrays import AnyArray
-from sdonnx_runtime.errors import RequestError
+from sdonnx_runtime.errors import DeviceError, RequestError
 from sdonnx_runtime.execution.arena import PROCESS_MEMORY
+from sdonnx_runtime.execution.devices.table import check_name
+from sdonnx_runtime.execution.ort import candidates, check_target
 from sdonnx_runtime.execution.output_shapes import check_outputs
 from sdonnx_runtime.execution.process_memory import resident_memory
+from sdonnx_runtime.execution.running.device_array import Tensor
+from sdonnx_runtime.execution.running.shared_weights import SharedWeights
 from sdonnx_runtime.execution.session import Cancelled
 from sdonnx_runtime.execution.staged_model import Model
 from sdonnx_runtime.execution.strategy import ExecutionPlan, ExecutionStrategy
@@ -31,11 +35,30 @@ UPSCALER = "upscaler/"
 CIRCULAR = ("unet", "controlnet", "adapter", "vae_decoder", "vae_encoder")
 """The components that pad circularly where images tile seamlessly; an upscaler gets images that go on around them."""
 
-Observer: TypeAlias = Callable[[str, str, Mapping[str, AnyArray], Mapping[str, AnyArray], float], None]
+Observer: TypeAlias = Callable[[str, str, Mapping[str, Tensor], Mapping[str, Tensor], float], None]
 """Receives each run of a component: its name and variant, inputs and outputs, and the seconds that it took."""
 
 OpenModel: TypeAlias = Callable[..., Model]
-"""Opens a graph, called as `staged_model.open_model` is, with the keywords ``tile_size`` and ``memory_limit``."""
+"""Opens a graph, called as `staged_model.open_model` is, with the keywords ``tile_size``, ``target``,
+``memory_limit`` and ``shared_weights``."""
+
+
+def check_device(device: str, *packages: Package | None) -> None:
+    """Check that a device runs the graphs of packages, whether it can be used here or not.
+
+    Raises RequestError for an unknown device; DeviceError for one that doesn't, or if ``auto`` finds none that does.
+    """
+    check_name(device)
+    for root in (each for each in packages if each is not None):
+        for package in (root, *root.component_packages.values()):
+            target, source = package.manifest.target, str(package.root)
+            try:
+                if device != "auto":
+                    check_target(device, target, source)
+                elif target != "generic":
+                    candidates(device, target, source)
+            except DeviceError as error:
+                raise DeviceError(f"{package.root}: {error}") from None
 
 
 class Components:
@@ -58,6 +81,7 @@ class Components:
         self._package, self._extra_packages = package, extra_packages
         self._open_model, self._keep_loaded = open_model, keep_loaded
         self._models: dict[tuple[str, str], Model] = {}
+        self._weights = WeakValueDictionary[str, SharedWeights]()
         self._used = set[tuple[str, str]]()
         self._bytes_without_models = 0
         self._deltas: Mapping[str, LayerDeltas] = {}
@@ -78,7 +102,9 @@ class Components:
                 self._deltas.get(name, {}),
                 strategy,
                 tile_size=self._tile_size(component, strategy),
+                target=package.target(component),
                 memory_limit=self._plan.device_limit,
+                shared_weights=self._weights.setdefault(name, SharedWeights()),
             )
         return self._models[key]
 
@@ -127,7 +153,10 @@ class Components:
             raise RequestError("this pipeline is generating another image; finish or close that stream first")
         try:
             if deltas is not None:
-                self._close(_changed_keys(deltas, self._deltas))
+                changed = _changed_keys(deltas, self._deltas)
+                self._close(changed)
+                for name in changed:  # whose weights a session may still hold, in the traceback of an error
+                    self._weights.pop(name, None)
                 self._deltas = deltas
             with self._close_changed():
                 self._plan, self._circular = self._unplanned if plan is None else plan, circular
@@ -200,8 +229,13 @@ class Runner:
         self._load: dict[str, float] = defaultdict(float)
         self._run: dict[str, float] = defaultdict(float)
 
-    def __call__(self, name: str, feeds: Mapping[str, AnyArray], variant: str = PLAIN) -> dict[str, AnyArray]:
-        """Run a component; returns its outputs by name. Raises as `Session`, `Session.run` and `check_outputs` do."""
+    def __call__(
+        self, name: str, feeds: Mapping[str, Tensor], variant: str = PLAIN, keep: Container[str] = ()
+    ) -> dict[str, Any]:
+        """Run a component; returns its outputs by name, those in ``keep`` as `Session.run` does.
+
+        Raises as `Session`, `Session.run` and `check_outputs` do.
+        """
         start = time.perf_counter()
         model = self._open(name, variant)
         loaded = time.perf_counter()
@@ -210,7 +244,7 @@ class Runner:
         try:
             if self._cancelled:
                 raise Cancelled("the generation was cancelled")
-            outputs = model.run(feeds)
+            outputs = model.run(feeds, keep)
         finally:
             self._active = None
             seconds = time.perf_counter() - loaded

@@ -1,85 +1,26 @@
-"""ONNX Runtime: its import, its execution providers and their options."""
+"""ONNX Runtime: its import, its execution providers, those of plugins among them, and the options of sessions."""
 
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from sdonnx_runtime.errors import DeviceError, RequestError
+import numpy as np
+
+from sdonnx_runtime.arrays import AnyArray
+from sdonnx_runtime.errors import DeviceError
 from sdonnx_runtime.execution import cpu
+from sdonnx_runtime.execution.devices.table import DEVICES, Device, DeviceName
 from sdonnx_runtime.graphs.initializers import TensorData
 from sdonnx_runtime.libraries import required
 
 
-@dataclass(frozen=True, kw_only=True)
-class Device:
-    """An ONNX Runtime execution provider and its options."""
-
-    provider: str
-    """ONNX Runtime's name of it."""
-    options: Mapping[str, str] = field(default_factory=lambda: dict[str, str]())
-    """Provider options."""
-    memory_limit_option: str | None = None
-    """The provider option that caps its memory, in bytes."""
-    has_wrap: bool = False
-    """Whether it is known to have the mode wrap of Pad."""
-    memory_pattern: bool = True
-    """Whether buffers are planned from the first run. DirectML can't; on the CPU it needs more memory, no less time."""
-
-
-DEVICES: dict[str, Device] = {
-    "cuda": Device(
-        provider="CUDAExecutionProvider",
-        # Growing by powers of two could take twice the memory of a small GPU.
-        options={"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_use_max_workspace": "0"},
-        memory_limit_option="gpu_mem_limit",
-    ),
-    "directml": Device(provider="DmlExecutionProvider", memory_pattern=False),
-    "cpu": Device(provider="CPUExecutionProvider", has_wrap=True, memory_pattern=False),
-}
-"""In the order in which ``auto`` tries them; the extra of sdonnx that installs a device has its name."""
-
-
-def provider_options(name: str, memory_limit: int | None = None) -> dict[str, str]:
-    """The provider options for a device, with a memory limit in bytes where it supports one."""
-    device = DEVICES[name]
-    if memory_limit is None or device.memory_limit_option is None:
-        return dict(device.options)
-    return {**device.options, device.memory_limit_option: str(memory_limit)}
-
-
-def runtime_version() -> str:
-    """ONNX Runtime's version."""
-    return str(load_onnxruntime().__version__)
-
-
-def candidates(device: str) -> list[str]:
-    """The devices to try: ``device`` itself, or for ``auto`` all that this ONNX Runtime was built with.
-
-    Raises RequestError for an unknown device, DeviceError if this ONNX Runtime was built without it.
-    """
-    built = set(load_onnxruntime().get_available_providers())
-    if device == "auto":
-        return [name for name, known in DEVICES.items() if known.provider in built]
-    if device not in DEVICES:
-        raise RequestError(f"there is no device '{device}'; choose auto, {', '.join(DEVICES)}")
-    if DEVICES[device].provider not in built:
-        raise DeviceError(
-            f"device '{device}' is not available: the installed ONNX Runtime {runtime_version()} has no "
-            f"{DEVICES[device].provider}; {install_hint(device)}"
-        )
-    return [device]
-
-
-def has_wrap(device: str) -> bool:
-    """Whether each device that may be opened for ``device`` has Pad's mode wrap; raises as `candidates` does."""
-    return all(DEVICES[name].has_wrap for name in candidates(device))
-
-
 def load_onnxruntime() -> ModuleType:
     """Import onnxruntime; DeviceError if it is not installed or can't be loaded."""
-    with required(f"{install_hint('cpu')} (or cuda, or directml)", error=DeviceError):
+    with required(_INSTALL, error=DeviceError):
         import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
 
         if not hasattr(onnxruntime, "InferenceSession"):
@@ -87,22 +28,227 @@ def load_onnxruntime() -> ModuleType:
     return onnxruntime
 
 
+_INSTALL = f"""install it with pip install "sdonnx[cpu]" (or {", ".join(name for name in DEVICES if name != "cpu")})"""
+
+
+def runtime_version() -> str:
+    """ONNX Runtime's version."""
+    return str(load_onnxruntime().__version__)
+
+
 def install_hint(device: str) -> str:
-    """The pip command that installs the ONNX Runtime for a device."""
-    return f"""install it with pip install "sdonnx[{device}]\""""
+    """The pip command that installs the ONNX Runtime for a device, and the one that removes what is in its way."""
+    text = f"""install it with pip install "sdonnx[{device}]\""""
+    others = [name for name in _installed_wheels() if name != DEVICES[device].wheel]
+    if not others:
+        return text
+    return f"{text} after pip uninstall -y {' '.join(others)}, which has the same files"
+
+
+def _installed_wheels() -> list[str]:
+    """The distributions of ONNX Runtime that pip has installed: onnxruntime, onnxruntime-gpu, ..."""
+    from importlib.metadata import distributions  # with all of email: 2 MB that only a message of an error needs
+
+    names = {str(each.metadata["Name"]).lower().replace("_", "-") for each in distributions()}
+    wheels = {"onnxruntime", *(f"onnxruntime-{kind}" for kind in _WHEELS)}
+    return sorted(names & wheels)
+
+
+_WHEELS = ("directml", "gpu", "migraphx", "openvino", "qnn", "rocm", "webgpu", "windowsml")
+"""The distributions that are ONNX Runtime with other providers."""
+
+
+def candidates(device: str, target: str = "generic", source: str = "SRC") -> list[str]:
+    """The devices to try for graphs of a target: ``device`` itself, or for ``auto`` all that can be used here.
+
+    ``source`` is what the package was exported from, for the messages.
+
+    Raises RequestError for an unknown device, DeviceError for one that does not run such graphs or can't be used here.
+    """
+    if device == "auto":
+        suited = [name for name, known in DEVICES.items() if target in known.targets]
+        usable = [name for name in suited if _is_usable(name)]
+        if not usable:
+            _check_available(suited[0], target, source)
+            raise DeviceError(
+                f"device '{suited[0]}' finds a software adapter alone, which auto does not take; "
+                f"use --device {suited[0]}, or export the package for every device: {_export_command(source)}"
+            )
+        return usable
+    check_target(device, target, source)
+    _check_available(DeviceName.parse(device).base, target, source)
+    return [device]
+
+
+def check_target(device: str, target: str, source: str = "SRC") -> None:
+    """Check that a device other than ``auto`` runs graphs of a target, whether it can be used here or not.
+
+    Raises RequestError for an unknown device, DeviceError for one that does not.
+    """
+    if target not in DeviceName.parse(device).device.targets:
+        raise DeviceError(
+            f"the package is made for {DEVICES[target].title}, and can't run on device '{device}'; "
+            f"use --device {target}, or export it for every device: {_export_command(source)}"
+        )
+
+
+def _check_available(base: str, target: str, source: str) -> None:
+    """Raise DeviceError if a device can't be used here."""
+    device = DEVICES[base]
+    otherwise = f"; or export the package for every device: {_export_command(source)}" if target != "generic" else ""
+    if not is_installed(device):
+        raise DeviceError(
+            f"device '{base}' is not available: the installed ONNX Runtime {runtime_version()} has no "
+            f"{device.provider}; {install_hint(base)}{otherwise}"
+        )
+    if not is_built_in(device) and not provider_devices(base):
+        raise DeviceError(f"device '{base}' finds no adapter: it requires {device.requires}{otherwise}")
+
+
+def _export_command(source: str) -> str:
+    return f"sdonnx export {source} --target generic"
+
+
+def _is_usable(base: str) -> bool:
+    """Whether ``auto`` may take a device: a plugin's must have hardware, not a software adapter."""
+    device = DEVICES[base]
+    if not is_installed(device) or is_built_in(device):
+        return is_installed(device)
+    try:
+        return any(each.device.type.name != "CPU" for each in provider_devices(base))
+    except DeviceError:
+        return False
+
+
+def is_installed(device: Device) -> bool:
+    """Whether a device's provider is here: ONNX Runtime's own, or a plugin."""
+    return is_built_in(device) or (device.plugin is not None and find_spec(device.plugin) is not None)
+
+
+def is_built_in(device: Device) -> bool:
+    """Whether the installed ONNX Runtime has a device's provider by itself; newer ones also list those of plugins."""
+    return device.plugin not in PLUGINS.modules and device.provider in load_onnxruntime().get_available_providers()
+
+
+def has_wrap(device: str, target: str = "generic") -> bool:
+    """Whether each device that may be opened for ``device`` has Pad's mode wrap; raises as `candidates` does."""
+    return all(DeviceName.parse(name).device.has_wrap for name in candidates(device, target))
+
+
+class Plugins:
+    """The libraries of execution providers that this process has registered with ONNX Runtime; PLUGINS is the one."""
+
+    def __init__(self) -> None:
+        self.modules = set[str]()
+        """The modules whose libraries are registered."""
+        self._lock = threading.Lock()
+
+    def register(self, module: str, extra: str) -> None:
+        """Register a plugin's library, once; DeviceError if it can't be loaded, which names sdonnx' ``extra``.
+
+        A library is registered for the whole process under a name that is its own; a name ending in ``.virtual`` would
+        also offer devices that compile and can't run.
+        """
+        runtime = load_onnxruntime()
+        with self._lock:
+            if module in self.modules:
+                return
+            try:
+                library = str(import_module(module).get_library_path())
+                runtime.register_execution_provider_library(module, library)
+            except Exception as error:
+                if "already registered" not in str(error):  # by another library of this process
+                    raise DeviceError(
+                        f'{module} can\'t be loaded: {first_line(error)}; update both: pip install -U "sdonnx[{extra}]"'
+                    ) from None
+            self.modules.add(module)
+
+
+PLUGINS = Plugins()
+
+
+def provider_devices(base: str) -> list[Any]:
+    """ONNX Runtime's OrtEpDevices of a device's provider, which may be a plugin's; empty where it lists none.
+
+    Raises DeviceError if the plugin can't be loaded.
+    """
+    runtime, device = load_onnxruntime(), DEVICES[base]
+    if device.plugin is not None and not is_built_in(device):
+        PLUGINS.register(device.plugin, base)
+    if not hasattr(runtime, "get_ep_devices"):
+        return []
+    found = [each for each in runtime.get_ep_devices() if each.ep_name == device.provider]
+    return [each for each in found if each.device.metadata.get("is_virtual") != "1"]
+
+
+def device_memory(device: str) -> tuple[str, int] | None:
+    """ONNX Runtime's name and index of the memory of a device such as cuda or cuda:1; None if it is the CPU's."""
+    name = DeviceName.parse(device)
+    number = name.adapter if isinstance(name.adapter, int) and name.device.adapter_option is not None else 0
+    return None if name.device.memory is None else (name.device.memory, number)
+
+
+def bound_outputs(binding: Any) -> list[Any]:
+    """The OrtValues of the last run with an IO binding, in the order in which the outputs were bound.
+
+    They outlive the binding of other outputs; those of its ``get_outputs`` do not, in 1.27 and before.
+    """
+    outputs = binding.get_outputs_as_ortvaluevector()
+    return [load_onnxruntime().OrtValue(outputs[index]) for index in range(len(outputs))]
+
+
+def borrowed(value: Any, dtype: np.dtype[Any], memory: tuple[str, int], session: Any) -> Any:
+    """An OrtValue on the memory of another, which must outlive it: sessions take no initializer that owns its memory.
+
+    The binding of any ``session`` on the device with an output ``y`` makes it; nothing runs.
+    """
+    binding = session.io_binding()
+    binding.bind_output("y", *memory, dtype, value.shape(), value.data_ptr())
+    made = bound_outputs(binding)[0]
+    if made.device_name() != memory[0]:  # sessions would take it, and fail when they run
+        raise ValueError(f"ONNX Runtime {runtime_version()} says that it is memory of {made.device_name()}")
+    return made
+
+
+def upload(values: AnyArray, ep_device: Any) -> Any:
+    """Copy an array to the memory of a plugin's OrtEpDevice; an OrtValue.
+
+    A session must have been opened there before: the first use of a device chooses its adapter.
+    """
+    runtime = load_onnxruntime()
+    memory = ep_device.memory_info(runtime.OrtDeviceMemoryType.DEFAULT)
+    uploaded = runtime.OrtValue.ortvalue_from_shape_and_type(values.shape, values.dtype, memory_info=memory)
+    runtime.copy_tensors([runtime.OrtValue.ortvalue_from_numpy(values)], [uploaded])
+    return uploaded
+
+
+def read_value(value: Any) -> AnyArray:
+    """Copy an OrtValue from a device's memory."""
+    try:
+        return value.numpy()
+    except Exception:  # newer releases say that a WebGPU buffer is to be copied explicitly
+        runtime = load_onnxruntime()
+        host = runtime.OrtValue.ortvalue_from_shape_and_type(value.shape(), value.element_type())
+        runtime.copy_tensors([value], [host])
+        return host.numpy()
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error message, at most 300 characters."""
+    """The first line of an error message, at most 300 characters; of a check of ONNX Runtime's, what it says."""
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")[:300]
+    return text.splitlines()[0].rpartition(" was false. ")[2].rstrip(".")[:300]
+
+
+def quiet_options() -> Any:
+    """ONNX Runtime's options for a session, by default: failures come back as exceptions alone."""
+    settings = load_onnxruntime().SessionOptions()
+    settings.log_severity_level = 4
+    return settings
 
 
 def session_options(threads: int | None, profile: Path | None, weights: Mapping[str, TensorData]) -> Any:
     """ONNX Runtime's options for a session."""
-    runtime = load_onnxruntime()
-    settings = runtime.SessionOptions()
-    settings.log_severity_level = 4  # failures come back as exceptions
+    runtime, settings = load_onnxruntime(), quiet_options()
     settings.intra_op_num_threads = threads if threads is not None else 0
     settings.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
     settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # compute int4 MatMul in float32
@@ -114,3 +260,7 @@ def session_options(threads: int | None, profile: Path | None, weights: Mapping[
     make = runtime.OrtValue.ortvalue_from_numpy_with_onnx_type
     settings.add_external_initializers(list(weights), [make(each.data, each.data_type) for each in weights.values()])
     return settings
+
+
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+"""ONNX Runtime's option for the folder of the weights file of a graph that isn't opened from a file."""

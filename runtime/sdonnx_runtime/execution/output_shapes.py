@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 
-from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import PackageError
+from sdonnx_runtime.execution.running.device_array import Tensor
 from sdonnx_runtime.packages.manifest import Latents
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.packages.variant import CACHED_FEATURES
 
-Values = Mapping[str, AnyArray]
+Values = Mapping[str, Tensor]
 """Inputs or outputs by name."""
 
 

@@ -1,14 +1,11 @@
 """A thin wrapper over onnxruntime.InferenceSession: devices, running, cancelling, errors with a remedy."""
 
 import json
-import logging
-import threading
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -16,10 +13,21 @@ from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import DeviceError, PackageError, SdonnxError
 from sdonnx_runtime.execution import ort
 from sdonnx_runtime.execution.arena import PROCESS_MEMORY, USE_ENV_ALLOCATORS
-from sdonnx_runtime.execution.ort import DEVICES, first_line, load_onnxruntime
-from sdonnx_runtime.graphs.initializers import TensorData, embed_values
+from sdonnx_runtime.execution.devices.opening import Opened, Opening, open_session
+from sdonnx_runtime.execution.devices.sized_sessions import SizedSessions
+from sdonnx_runtime.execution.devices.table import DeviceName
+from sdonnx_runtime.execution.ort import first_line, load_onnxruntime
+from sdonnx_runtime.execution.running.device_array import DeviceArray, Tensor, all_numpy, as_numpy
+from sdonnx_runtime.execution.running.device_binding import DeviceBinding
+from sdonnx_runtime.execution.running.shared_weights import SharedWeights
+from sdonnx_runtime.execution.running.worker import Worker
+from sdonnx_runtime.graphs.initializers import DTYPES, TensorData, embed_values
+from sdonnx_runtime.graphs.onnx_proto import ValueInfo, decode_model, package_errors
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from sdonnx_runtime.execution.devices.node_assignment import NodeAssignment
+
+_T = TypeVar("_T", bound=Tensor)
 
 
 class Cancelled(SdonnxError):  # noqa: N818
@@ -40,44 +48,69 @@ class Session:
 
     Args:
         path: the ``.onnx`` file; its weights file is memory-mapped.
-        device: auto, or a key of DEVICES.
+        device: auto, or the name of a device, see `DeviceName`.
+        target: what the graph is made for: one of TARGETS.
         threads: CPU threads; None is the number of physical cores.
         memory_limit: bytes that the device may use, where it has such an option (CUDA).
         profile: the beginning of the path of ONNX Runtime's profile; None writes none.
         weights: values that replace initializers, by name.
         model: an encoded graph that replaces the file's, with the same weights file.
         no_arena: on the CPU, return each buffer to the system at once instead of to the shared arena; slower.
+        shared_weights: those of other graphs over the same weights file with the same ``weights``.
 
     Raises:
-        DeviceError: the device is absent or fails to initialise.
+        DeviceError: the device is absent, fails to initialise, or does not run graphs of the target.
         PackageError: the graph can't be loaded.
     """
 
     def __init__(
-        self, path: Path, *, device: str = "auto", threads: int | None = None, memory_limit: int | None = None,
-        profile: Path | None = None, weights: Mapping[str, TensorData] = MappingProxyType({}),
-        model: bytes | None = None, no_arena: bool = False,
+        self, path: Path, *, device: str = "auto", target: str = "generic", threads: int | None = None,
+        memory_limit: int | None = None, profile: Path | None = None,
+        weights: Mapping[str, TensorData] = MappingProxyType({}), model: bytes | None = None, no_arena: bool = False,
+        shared_weights: SharedWeights | None = None,
     ) -> None:  # fmt: skip
         self.path = path
+        if not path.is_file():
+            raise PackageError(f"{path} is missing; run 'sdonnx export' again")
         inline = {name: each for name, each in weights.items() if each.is_inline}
         if inline:
             model = embed_values(path.read_bytes() if model is None else model, inline)
-        self._weights = {name: each for name, each in weights.items() if name not in inline}
-        settings = ort.session_options(threads, profile, self._weights)  # reads the weights where they are
-        if model is not None:
-            settings.add_session_config_entry(_WEIGHTS_FOLDER, str(path.resolve().parent))
-        settings.enable_cpu_mem_arena = not no_arena
-        settings.add_session_config_entry(USE_ENV_ALLOCATORS, str(int(not no_arena and PROCESS_MEMORY.share_arena())))
-        self.device, self._session = _open(path, model, device, settings, memory_limit)
-        self.inputs = _ports(self._session.get_inputs())
-        self.outputs = _ports(self._session.get_outputs())
+        replaced = {name: each for name, each in weights.items() if name not in inline}
+        self._weights, self._shared_weights = replaced, shared_weights  # for as long as the session
+
+        def make_settings() -> Any:
+            settings = ort.session_options(threads, profile, replaced)  # reads the weights where they are
+            settings.enable_cpu_mem_arena = not no_arena
+            shared = not no_arena and PROCESS_MEMORY.share_arena()
+            settings.add_session_config_entry(USE_ENV_ALLOCATORS, str(int(shared)))
+            return settings
+
+        opening = Opening(
+            path=path, model=model, settings=make_settings, device=device, target=target, memory_limit=memory_limit,
+            weights=replaced, shared=shared_weights,
+        )  # fmt: skip
+        self.device = ort.candidates(device, target)[0]
+        self.assignment: NodeAssignment | None = None
+        """Which nodes the device runs; None on the CPU, before a first run, and where ONNX Runtime doesn't say."""
+        self._sized: SizedSessions | None = None
+        self._binding: DeviceBinding | None = None
+        self._session: Any = None
+        if DeviceName.parse(self.device).device.fixed_sizes:
+            self.inputs, self.outputs = _read_ports(path, model)
+            self._sized = SizedSessions(opening, {port.name: port.shape for port in self.inputs})
+        else:
+            self._use(open_session(opening))
+            self.inputs, self.outputs = _ports(self._session.get_inputs()), _ports(self._session.get_outputs())
+        self._worker = Worker(self, f"sdonnx {path.parent.name}")
         self._options: Any = None
 
-    def run(self, feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
-        """Run the graph; returns all outputs by name.
+    def run(self, feeds: Mapping[str, Tensor], keep: Container[str] = ()) -> dict[str, Any]:
+        """Run the graph; returns all outputs by name: numpy arrays, or `DeviceArray` for the outputs in ``keep``.
 
         Inputs are cast to the graph's element types and ranks, and batches repeated as `broadcast_batch` does. Ctrl-C
-        stops the run between two operators.
+        stops the run between two operators. On a device with memory of its own, outputs in ``keep`` stay there, and
+        read-only inputs that are the same arrays as in the last run are not uploaded again; on the CPU, ``keep`` makes
+        no difference. Outputs that are kept are not checked for finite values: what is computed from them is.
 
         Raises:
             PackageError: an input of the graph is not in ``feeds``, or an output is not finite.
@@ -87,32 +120,21 @@ class Session:
         options = load_onnxruntime().RunOptions()
         batch_axes = {port.name: port.shape[0] for port in self.inputs if port.shape and isinstance(port.shape[0], str)}
         prepared = broadcast_batch({port.name: self._cast_input(port, feeds) for port in self.inputs}, batch_axes)
-        outcome: list[Any] = []
-        done = threading.Event()  # not Thread.join: an interrupted join marks the thread as finished
+        if self._sized is not None:
+            self._use(self._sized.find(prepared))
 
-        def work() -> None:
-            try:
-                outcome.append(self._session.run(None, prepared, options))
-            except Exception as error:
-                outcome.append(error)
-            finally:
-                done.set()
+        def run() -> list[Any]:
+            if self._binding is None:
+                return self._session.run(None, prepared, options)
+            outputs = {port.name: port.dtype for port in self.outputs}
+            return self._binding.run(feeds, prepared, outputs, keep, options)
 
         self._options = options
-        worker = threading.Thread(target=work, name=f"sdonnx {self.path.parent.name}", daemon=True)
-        worker.start()
         try:
-            while not done.wait(timeout=0.2):  # a wait without limit would keep Ctrl-C out on Windows
-                pass
-        except BaseException:
-            options.terminate = True
-            while not done.is_set():
-                with suppress(KeyboardInterrupt):  # an impatient second one must not leave the thread behind
-                    done.wait(timeout=0.2)
-            raise
+            outcome = self._worker.call(run, lambda: setattr(options, "terminate", True))
         finally:
             self._options = None
-        return self._collect_outputs(outcome[0], prepared, terminated=bool(options.terminate))
+        return self._collect_outputs(outcome, prepared, terminated=bool(options.terminate))
 
     def finish_profile(self) -> list[dict[str, Any]]:
         """End ONNX Runtime's profile; returns its events."""
@@ -123,13 +145,23 @@ class Session:
         if (options := self._options) is not None:
             options.terminate = True
 
-    def _cast_input(self, port: Port, feeds: Mapping[str, AnyArray]) -> AnyArray:
+    def _use(self, opened: Opened) -> None:
+        """Let an open graph run from now on."""
+        if opened.session is not self._session:
+            self.device, self._session, self.assignment = opened.device, opened.session, opened.assignment
+            memory = ort.device_memory(self.device)
+            self._binding = None if memory is None else DeviceBinding(self._session, self.device, memory)
+
+    def _cast_input(self, port: Port, feeds: Mapping[str, Tensor]) -> Tensor:
         if port.name not in feeds:
             raise missing_input(self.path, port.name, feeds)
-        value = feeds[port.name].astype(port.dtype, copy=False)
+        given = feeds[port.name]
+        if isinstance(given, DeviceArray) and (given.device, given.dtype) == (self.device, port.dtype):
+            return given
+        value = as_numpy(given).astype(port.dtype, copy=False)
         return value.reshape((1,) * (len(port.shape) - value.ndim) + value.shape)
 
-    def _collect_outputs(self, outcome: Any, feeds: Mapping[str, AnyArray], *, terminated: bool) -> dict[str, AnyArray]:
+    def _collect_outputs(self, outcome: Any, feeds: Mapping[str, Tensor], *, terminated: bool) -> dict[str, Any]:
         if isinstance(outcome, Exception):
             if terminated:
                 raise Cancelled("the run was cancelled") from None
@@ -138,7 +170,7 @@ class Session:
             raise DeviceError(f"{self.path} failed on device '{self.device}': {reason}; {remedy}") from None
         results = dict(zip((port.name for port in self.outputs), outcome, strict=True))
         for name in _non_finite(results):
-            for given in _non_finite(feeds):
+            for given in _non_finite(all_numpy(feeds)):
                 raise PackageError(
                     f"{self.path}: output '{name}' is not finite, because its input '{given}' is not; "
                     "use a lower guidance scale, other images or embeddings, or export with --precision fp32"
@@ -150,18 +182,19 @@ class Session:
         return results
 
 
-def _non_finite(arrays: Mapping[str, AnyArray]) -> list[str]:
-    """Names of arrays with an infinity or a NaN."""
+def _non_finite(values: Mapping[str, Tensor]) -> list[str]:
+    """Names of numpy arrays with an infinity or a NaN."""
+    arrays = {name: value for name, value in values.items() if not isinstance(value, DeviceArray)}
     return [name for name, value in arrays.items() if value.dtype.kind == "f" and not np.isfinite(value).all()]
 
 
-def missing_input(path: Path, name: str, feeds: Mapping[str, AnyArray]) -> PackageError:
+def missing_input(path: Path, name: str, feeds: Mapping[str, Tensor]) -> PackageError:
     """The error for an input of a graph that ``feeds`` doesn't have."""
     provided = ", ".join(feeds)
     return PackageError(f"{path} requires input '{name}', which this version does not provide (provided: {provided})")
 
 
-def broadcast_batch(feeds: Mapping[str, AnyArray], batch_axes: Mapping[str, str]) -> dict[str, AnyArray]:
+def broadcast_batch(feeds: Mapping[str, _T], batch_axes: Mapping[str, str]) -> dict[str, _T | AnyArray]:
     """Repeat smaller batches to the size of the largest one of the same batch axis, where that is a multiple.
 
     ``batch_axes`` has the symbolic names of the inputs' first axes.
@@ -170,45 +203,12 @@ def broadcast_batch(feeds: Mapping[str, AnyArray], batch_axes: Mapping[str, str]
     sizes: dict[str, int] = {}
     for name, axis in axes.items():
         sizes[axis] = max(sizes.get(axis, 1), len(feeds[name]))
-    broadcast = dict(feeds)
+    broadcast = dict[str, _T | AnyArray](feeds)
     for name, axis in axes.items():
         times, rest = divmod(sizes[axis], len(feeds[name]))
         if times > 1 and rest == 0:
-            broadcast[name] = np.concatenate([feeds[name]] * times)
+            broadcast[name] = np.concatenate([as_numpy(feeds[name])] * times)
     return broadcast
-
-
-def _open(path: Path, model: bytes | None, device: str, settings: Any, memory_limit: int | None) -> tuple[str, Any]:
-    if not path.is_file():
-        raise PackageError(f"{path} is missing; run 'sdonnx export' again")
-    names = ort.candidates(device)
-    for index, name in enumerate(names):
-        try:
-            return name, _open_on(path, model, name, settings, memory_limit)
-        except DeviceError as error:
-            if index == len(names) - 1:
-                raise
-            logger.warning("%s; trying %s", error, names[index + 1])
-    raise DeviceError(f"this ONNX Runtime offers none of {', '.join(DEVICES)}; {ort.install_hint('cpu')}")
-
-
-def _open_on(path: Path, model: bytes | None, name: str, settings: Any, memory_limit: int | None) -> Any:
-    runtime, device = load_onnxruntime(), DEVICES[name]
-    settings.enable_mem_pattern = device.memory_pattern
-    providers = [(device.provider, ort.provider_options(name, memory_limit))]
-    if name != "cpu":
-        providers.append((DEVICES["cpu"].provider, {}))  # for the few operators that a device leaves out
-    try:
-        graph = str(path) if model is None else model
-        session = runtime.InferenceSession(graph, settings, providers=providers, enable_fallback=0)
-        if device.provider in session.get_providers():
-            return session
-        reason = f"ONNX Runtime could not start {device.provider}"
-    except Exception as error:
-        reason = first_line(error)
-        if name == "cpu":
-            raise PackageError(f"{path} can't be loaded: {reason}; run 'sdonnx export' again") from None
-    raise DeviceError(f"device '{name}' failed to initialise: {reason}; check its driver, or use --device cpu")
 
 
 def _ports(described: Sequence[Any]) -> tuple[Port, ...]:
@@ -216,8 +216,24 @@ def _ports(described: Sequence[Any]) -> tuple[Port, ...]:
     return tuple(Port(name=each.name, dtype=dtypes[each.name], shape=tuple(each.shape)) for each in described)
 
 
-_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-"""ONNX Runtime's option for the folder of the weights file of a graph that isn't opened from a file."""
+def _read_ports(path: Path, model: bytes | None) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+    """The inputs and outputs of a graph, without opening a session."""
+    with package_errors(path):
+        graph = decode_model(memoryview(path.read_bytes() if model is None else model))
+        return _decode_ports(graph.inputs), _decode_ports(graph.outputs)
+
+
+def _decode_ports(described: Mapping[str, memoryview]) -> tuple[Port, ...]:
+    values = {name: ValueInfo.decode(each) for name, each in described.items()}
+    return tuple(
+        Port(
+            name=name,
+            dtype=np.dtype(DTYPES[each.data_type]),
+            shape=tuple(None if axis == "" else axis for axis in each.shape),
+        )
+        for name, each in values.items()
+    )
+
 
 _DTYPES: dict[str, type[np.generic]] = {
     "tensor(float16)": np.float16, "tensor(double)": np.float64, "tensor(int64)": np.int64, "tensor(int32)": np.int32,

@@ -1,7 +1,7 @@
 """Open a graph for an execution strategy: as one session, as stages run one after another, or in tiles."""
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +12,8 @@ from sdonnx_runtime.adapters.merging import LayerDeltas, merge_lora, merge_weigh
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.execution.ort import has_wrap
 from sdonnx_runtime.execution.process_memory import trim_heap, unmap_code
+from sdonnx_runtime.execution.running.device_array import Tensor, all_numpy
+from sdonnx_runtime.execution.running.shared_weights import SharedWeights
 from sdonnx_runtime.execution.session import Cancelled, Session, broadcast_batch, missing_input
 from sdonnx_runtime.execution.strategy import ExecutionStrategy
 from sdonnx_runtime.execution.tiling import run_tiled, run_tiled_with_global_norms
@@ -22,8 +24,8 @@ from sdonnx_runtime.packages.variant import MEASURED_STATS, NORM_STATS, USE_NORM
 class Model(Protocol):
     """An open graph."""
 
-    def run(self, feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
-        """Run it; returns all outputs by name."""
+    def run(self, feeds: Mapping[str, Tensor], keep: Container[str] = ()) -> dict[str, Any]:
+        """Run it; returns all outputs by name, of which those in ``keep`` may be in a device's memory."""
         ...
 
     def cancel(self) -> None:
@@ -75,8 +77,9 @@ class StagedModel(_CancellableModel):
         self._last_use = {name: index for index, stage in enumerate(graph.stages) for name in stage.inputs}
         self._last_use |= dict.fromkeys(graph.outputs, len(graph.stages))
 
-    def run(self, feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
-        """As `Session.run`."""
+    def run(self, feeds: Mapping[str, Tensor], keep: Container[str] = ()) -> dict[str, AnyArray]:
+        """As `Session.run`; all outputs are numpy arrays."""
+        feeds = all_numpy(feeds)
         stages = self._graph.stages
         missing = next((name for name in self._inputs() if name not in feeds), None)
         if missing is not None:
@@ -123,6 +126,7 @@ class StagedModel(_CancellableModel):
         try:
             for values in entries:
                 values |= self._run_tiles(index, values)
+            self._options["device"] = self._active.device  # what auto came to, once for all stages
         finally:
             self._active = None
             if index not in self._open:
@@ -142,7 +146,6 @@ class StagedModel(_CancellableModel):
     def _open_stage(self, stage: Stage) -> Session:
         weights = merge_weights(self.path, stage.weights, self._deltas)
         session = Session(self.path, model=stage.model, weights=weights, **self._options)
-        self._options["device"] = session.device  # what auto came to, once for all stages
         unmap_code()  # of ONNX Runtime's graph optimizers, mainly
         return session
 
@@ -154,33 +157,38 @@ class TiledModel(_CancellableModel):
         super().__init__()
         self._active, self._tile_size, self._circular = session, tile_size, circular
 
-    def run(self, feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
-        """As `Session.run`."""
+    def run(self, feeds: Mapping[str, Tensor], keep: Container[str] = ()) -> dict[str, AnyArray]:
+        """As `Session.run`; all outputs are numpy arrays."""
         try:
-            return run_tiled(self._run_active, feeds, self._tile_size, circular=self._circular)
+            return run_tiled(self._run_active, all_numpy(feeds), self._tile_size, circular=self._circular)
         finally:
             self._cancelled = False
 
 
 def open_model(
-    path: Path, deltas: LayerDeltas, strategy: ExecutionStrategy, /, *, tile_size: int | None = None, **options: Any
-) -> Model:
+    path: Path, deltas: LayerDeltas, strategy: ExecutionStrategy, /, *, tile_size: int | None = None,
+    shared_weights: SharedWeights | None = None, **options: Any,
+) -> Model:  # fmt: skip
     """Open a graph with merged adapters; without stages it runs as one session.
 
     ``tile_size``, in pixels of the graph's input, replaces the strategy's ``tile``; ``options`` are of `Session`.
+    Stages don't use ``shared_weights``, because their own are to be freed with them.
     Raises RequestError if a delta is of another size than its weight, and what `Session` does; in stages, when it runs.
     """
     cut, no_arena, circular = strategy.staged, strategy.no_arena, strategy.circular
     read = partial(read_stages, path)
     if circular:
-        read = partial(read, circular=circular, has_wrap=has_wrap(options.get("device", "auto")))
+        device, target = options.get("device", "auto"), options.get("target", "generic")
+        read = partial(read, circular=circular, has_wrap=has_wrap(device, target))
     graph = read(cut=cut) if cut or strategy.split_batch else None
     if graph is not None and (len(graph.stages) > 1 or not cut):
         resident = {index for name, index in strategy.resident_stages if name == path.name} if cut else {0}
         options |= {"split_batch": strategy.split_batch, "tile_size": tile_size, "no_arena": no_arena}
         return StagedModel(path, graph, deltas, resident_stages=resident, circular=circular, **options)
     model = read(cut=False).stages[0].model if circular else None
-    session = Session(path, model=model, weights=merge_lora(path, deltas), no_arena=no_arena, **options)
+    session = Session(
+        path, model=model, weights=merge_lora(path, deltas), no_arena=no_arena, shared_weights=shared_weights, **options
+    )
     if deltas:
         trim_heap()
     unmap_code()

@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 from sdonnx_runtime.graphs.onnx_proto import Node, make_node
 
-_CONVS = ("Conv", "QLinearConv")
+_CONVS = ("Conv", "NhwcConv", "QLinearConv")
 _WRAP_OPSET = 19
 """The first in which Pad has the mode wrap."""
 _END = 1 << 31
@@ -42,7 +42,8 @@ def _circular_sizes(node: Node, axes: str) -> tuple[list[int], _Sizes]:
     pads = [*node.attributes.get("pads", ())] if node.op in _CONVS else []
     if len(pads) != 4:  # of images: top, left, bottom, right
         return pads, {}
-    first, sizes = 1 if node.attributes.get("channels_last") else 2, dict[int, tuple[int, int]]()
+    is_last = node.op == "NhwcConv" or node.attributes.get("channels_last")
+    first, sizes = 1 if is_last else 2, dict[int, tuple[int, int]]()
     for index, name in enumerate("yx"):
         if name in axes and (pads[index] > 0 or pads[index + 2] > 0):
             sizes[first + index] = pads[index], pads[index + 2]

@@ -2,7 +2,7 @@
 
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,14 @@ import numpy as np
 
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import PackageError
-from sdonnx_runtime.graphs.onnx_proto import Tensor, decode_model, package_errors
+from sdonnx_runtime.graphs.onnx_proto import Node, Tensor, decode_model, package_errors
 
-FLOAT, INT4 = 1, 22
-"""Two of TensorProto.DataType; int4 has two elements to a byte, the first in its lower half."""
+FLOAT, FLOAT16, INT4 = 1, 10, 22
+"""Of TensorProto.DataType; int4 has two elements to a byte, the first in its lower half."""
 
-_DTYPES: Mapping[int, Any] = {
-    FLOAT: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16, 11: np.float64,
-    INT4: np.int8,
+DTYPES: Mapping[int, Any] = {
+    FLOAT: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64, 9: np.bool_, FLOAT16: np.float16,
+    11: np.float64, INT4: np.int8,
 }  # fmt: skip
 """numpy's types by TensorProto.DataType; int4 is unpacked to int8."""
 
@@ -40,10 +40,17 @@ class Initializer:
     """Bytes from the file's beginning."""
     length: int
     """Bytes."""
+    is_channels_last: bool = False
+    """Whether it is a conv weight (out, kH, kW, in); others are (out, in, kH, kW)."""
 
     @classmethod
-    def from_tensor(cls, tensor: Tensor, path: Path, data: memoryview) -> "Initializer":
-        """An initializer of the ``.onnx`` file at ``path`` with content ``data``; ValueError for unsafe locations."""
+    def from_tensor(
+        cls, tensor: Tensor, path: Path, data: memoryview, channels_last: Collection[str] = ()
+    ) -> "Initializer":
+        """An initializer of the ``.onnx`` file at ``path`` with content ``data``; ValueError for unsafe locations.
+
+        ``channels_last`` are the names of those that are `is_channels_last`.
+        """
         location = tensor.external.get("location", "")
         if Path(location).name != location:
             raise ValueError(f"'{location}' is not in its directory")
@@ -53,7 +60,7 @@ class Initializer:
             offset, length = first - start, len(tensor.raw_data)
         return cls(
             name=tensor.name, data_type=tensor.data_type, shape=tensor.shape, offset=offset, length=length,
-            file=path.with_name(location or path.name),
+            file=path.with_name(location or path.name), is_channels_last=tensor.name in channels_last,
         )  # fmt: skip
 
     @property
@@ -64,7 +71,7 @@ class Initializer:
     @property
     def dtype(self) -> Any:
         """numpy's; int8 of int4."""
-        return _DTYPES.get(self.data_type)
+        return DTYPES.get(self.data_type)
 
     def read(self) -> AnyArray:
         """Read its elements; int4 as int8. PackageError if the file is truncated or missing, or the type unknown."""
@@ -105,7 +112,7 @@ class TensorData:
     @classmethod
     def of(cls, values: AnyArray, data_type: int, *, is_inline: bool = False) -> "TensorData":
         """Convert values to a type; of int4, they are int8."""
-        dtype = np.dtype(_DTYPES[data_type] if data_type != INT4 else np.uint8)
+        dtype = np.dtype(DTYPES[data_type] if data_type != INT4 else np.uint8)
         stored = values.reshape(-1) if data_type != INT4 else pack_int4(values)
         # a memory mapping of its own, which goes back to the system at once when it is freed
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
@@ -127,11 +134,21 @@ def pack_int4(values: AnyArray) -> AnyArray:
     return nibbles[0::2] | (nibbles[1::2] << 4)
 
 
-def read_initializers(path: Path) -> dict[str, Initializer]:
-    """The initializers of an ``.onnx`` file by name; PackageError if it is damaged or missing."""
+def read_initializers(path: Path, encoded: bytes | None = None) -> dict[str, Initializer]:
+    """The initializers of an ``.onnx`` file by name, or those of an ``encoded`` graph that replaces it.
+
+    Raises PackageError if it is damaged or missing.
+    """
     with package_errors(path):
-        model = decode_model(memoryview(path.read_bytes()))
-        return {name: Initializer.from_tensor(each, path, model.data) for name, each in model.initializers.items()}
+        model = decode_model(memoryview(path.read_bytes() if encoded is None else encoded))
+        last = channels_last_weights(model.nodes)
+        tensors = model.initializers.items()
+        return {name: Initializer.from_tensor(each, path, model.data, last) for name, each in tensors}
+
+
+def channels_last_weights(nodes: Iterable[Node]) -> set[str]:
+    """The names of the conv weights that are (out, kH, kW, in): those that NhwcConv reads."""
+    return {name for node in nodes if node.op == "NhwcConv" for name in node.inputs[1:2]}
 
 
 def embed_values(model: bytes, values: Mapping[str, TensorData]) -> bytes:

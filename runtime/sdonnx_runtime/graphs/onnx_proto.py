@@ -21,7 +21,7 @@ Field: TypeAlias = "tuple[int, int | str | bytes | memoryview]"
 _IR_VERSION, _PRODUCER_NAME, _GRAPH, _OPSET_IMPORT = 1, 2, 7, 8  # ModelProto
 _OPSET_DOMAIN, _OPSET_VERSION = 1, 2  # OperatorSetIdProto
 _NODE, _GRAPH_NAME, _INITIALIZER, _INPUT, _OUTPUT, _VALUE_INFO = 1, 2, 5, 11, 12, 13  # GraphProto
-_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _OP_TYPE, _ATTRIBUTE, _METADATA = 1, 2, 3, 4, 5, 9  # NodeProto
+_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _OP_TYPE, _ATTRIBUTE, _DOMAIN, _METADATA = 1, 2, 3, 4, 5, 7, 9  # NodeProto
 _ATTRIBUTE_NAME, _FLOAT, _INT, _TEXT, _INTS, _ATTRIBUTE_TYPE = 1, 2, 3, 4, 8, 20  # AttributeProto
 _TYPE_INT, _TYPE_TEXT, _TYPE_INTS = 2, 3, 7  # AttributeProto.AttributeType
 _DIMS, _DATA_TYPE, _TENSOR_NAME, _RAW_DATA, _EXTERNAL_DATA = 1, 2, 8, 9, 13  # TensorProto
@@ -65,6 +65,11 @@ class Node:
     outputs: tuple[str, ...]
     stage: str
     """The stage that its metadata puts it in; empty without one."""
+
+    @cached_property
+    def name(self) -> str:
+        """The name of the node itself; empty without one."""
+        return next(iter(_texts(_group(self.encoded)[_NODE_NAME])), "")
 
     @cached_property
     def attributes(self) -> Mapping[str, Any]:
@@ -177,14 +182,22 @@ def make_node(
     return _decode_node(memoryview(_encode(*ends, (_OP_TYPE, op), *encoded, *metadata)))
 
 
-def single_node_model(op: str, inputs: int, *sizes: int) -> bytes:
-    """Encode a model of one operator of opset 13 in float32: ``y = op(x, x, …)``, of ``sizes``."""
+def single_node_model(
+    op: str, inputs: int, *sizes: int, domain: str = "", data_type: int = 1, any_shape: bool = False, **attributes: int
+) -> bytes:  # fmt: skip
+    """Encode a model of one operator of opset 13, or of another domain: ``y = op(x, x, …)``, of ``sizes``."""
     shape = _encode(*((_DIM, _encode((_DIM_VALUE, size))) for size in sizes))
-    kind = _encode((_TENSOR_TYPE, _encode((_ELEMENT_TYPE, 1), (_SHAPE, shape))))
+    shapes: list[Field] = [] if any_shape else [(_SHAPE, shape)]
+    kind = _encode((_TENSOR_TYPE, _encode((_ELEMENT_TYPE, data_type), *shapes)))
     x, y = (_encode((_VALUE_NAME, name), (_TYPE, kind)) for name in (b"x", b"y"))
-    node = _encode(*[(_NODE_INPUT, b"x")] * inputs, (_NODE_OUTPUT, b"y"), (_OP_TYPE, op))
+    details: list[Field] = [(_OP_TYPE, op), *(_encode_attribute(*each) for each in attributes.items())]
+    imports: list[Field] = [(_OPSET_IMPORT, _encode((_OPSET_VERSION, 13)))]
+    if domain:
+        details.append((_DOMAIN, domain))
+        imports.append((_OPSET_IMPORT, _encode((_OPSET_DOMAIN, domain), (_OPSET_VERSION, 1))))
+    node = _encode(*[(_NODE_INPUT, b"x")] * inputs, (_NODE_OUTPUT, b"y"), *details)
     graph = _encode((_NODE, node), (_GRAPH_NAME, b"one"), (_INPUT, x), (_OUTPUT, y))
-    return _encode((_IR_VERSION, 8), (_OPSET_IMPORT, _encode((_OPSET_VERSION, 13))), (_GRAPH, graph))
+    return _encode((_IR_VERSION, 8), *imports, (_GRAPH, graph))
 
 
 def _decode_node(encoded: memoryview) -> Node:

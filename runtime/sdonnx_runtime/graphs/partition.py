@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.graphs.circular_padding import pad_circularly
-from sdonnx_runtime.graphs.initializers import Initializer
+from sdonnx_runtime.graphs.initializers import Initializer, channels_last_weights
 from sdonnx_runtime.graphs.onnx_proto import Model, Node, Tensor, ValueInfo, decode_model, package_errors
 from sdonnx_runtime.graphs.split_convs import ConvSplitter
 
@@ -95,7 +95,8 @@ def _partition(path: Path, model: Model, nodes: Iterable[Node], cut: bool) -> Pa
         inputs = tuple(value for value in read if value not in tensors)
         outputs = tuple(value for value in produced if last_use.get(value, index) > index)
         data = model.encode_part(name, piece, [_encode_resolved(path, each) for each in weights], inputs, outputs)
-        initializers = {each.name: Initializer.from_tensor(each, path, model.data) for each in weights}
+        last = channels_last_weights(piece)
+        initializers = {each.name: Initializer.from_tensor(each, path, model.data, last) for each in weights}
         stages.append(Stage(name=name, model=data, inputs=inputs, outputs=outputs, weights=initializers))
         total += len(data)
         if total > 4 * len(model.data) + _OVERHEAD:

@@ -116,6 +116,16 @@ def _conv(inputs: Sequence[TensorInfo], attributes: Mapping[str, Any]) -> tuple[
     return (count, *sizes, weight[0]) if last else (count, weight[0], *sizes)
 
 
+def _nhwc_conv(inputs: Sequence[TensorInfo], attributes: Mapping[str, Any]) -> tuple[int, ...]:
+    outputs, *kernel, channels = inputs[1].shape
+    weight = TensorInfo((outputs, channels, *kernel), inputs[1].itemsize)
+    return _conv([inputs[0], weight], {**attributes, "channels_last": 1})
+
+
+def _bias_split_gelu(inputs: Sequence[TensorInfo], _attributes: Mapping[str, Any]) -> tuple[int, ...]:
+    return *inputs[0].shape[:-1], inputs[0].shape[-1] // 2
+
+
 def _reshape(inputs: Sequence[TensorInfo], _attributes: Mapping[str, Any]) -> tuple[int, ...]:
     x, target = inputs
     shape = [x.shape[axis] if size == 0 else int(size) for axis, size in enumerate(_ints(target))]
@@ -199,8 +209,9 @@ def _depth_to_space(shape: Sequence[int], side: int) -> tuple[int, ...]:
 
 _RULES: Mapping[str, Rule] = {
     **dict.fromkeys(
-        ("Cos", "DequantizeLinear", "Gelu", "Identity", "InstanceNormalization", "LayerNormalization", "LeakyRelu",
-         "MultiHeadAttention", "PRelu", "QuantizeLinear", "QuickGelu", "Relu", "Sin", "Softmax", "Sqrt", "Tanh"),
+        ("Cos", "DequantizeLinear", "Gelu", "GroupNorm", "Identity", "InstanceNormalization", "LayerNormalization",
+         "LeakyRelu", "MultiHeadAttention", "PRelu", "QuantizeLinear", "QuickGelu", "Relu", "Sin", "Softmax", "Sqrt",
+         "Tanh"),
         _same_as_input,
     ),
     **dict.fromkeys(("Add", "Div", "Equal", "Mul", "Sub"), _elementwise),
@@ -208,6 +219,7 @@ _RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("Conv", "QLinearConv"), _conv),
     **dict.fromkeys(("ArgMax", "ReduceMean", "ReduceSum", "ReduceSumSquare"), _reduce),
     **dict.fromkeys(("AveragePool", "MaxPool"), _window),
+    "BiasSplitGelu": _bias_split_gelu,
     "Cast": lambda inputs, attributes: [TensorInfo(inputs[0].shape, ITEMSIZES[attributes["to"]])],
     "Concat": _concat,
     "DepthToSpace": lambda inputs, attributes: _depth_to_space(inputs[0].shape, attributes["blocksize"]),
@@ -215,6 +227,7 @@ _RULES: Mapping[str, Rule] = {
     "Expand": lambda inputs, _: np.broadcast_shapes(inputs[0].shape, tuple(_ints(inputs[1]))),
     "Gather": _gather,
     "GatherND": _gather_nd,
+    "NhwcConv": _nhwc_conv,
     "Pad": _pad,
     "Reshape": _reshape,
     "Resize": _resize,
@@ -230,8 +243,7 @@ _RULES: Mapping[str, Rule] = {
 }  # fmt: skip
 
 _OUTPUT_ITEMSIZES: Mapping[str, float] = {
-    "ArgMax": 8, "AveragePool": 4, "Conv": 4, "DequantizeLinear": 4, "Equal": 1, "MatMul": 4, "MatMulIntegerToFloat": 4,
-    "QLinearConv": 1, "QuantizeLinear": 1, "ReduceMean": 4, "ReduceSum": 4, "ReduceSumSquare": 4, "SpaceToDepth": 4,
+    "ArgMax": 8, "DequantizeLinear": 4, "Equal": 1, "MatMulIntegerToFloat": 4, "QLinearConv": 1, "QuantizeLinear": 1,
 }  # fmt: skip
 
 _COMPUTED: Mapping[str, Callable[[Sequence[AnyArray], Mapping[str, Any]], AnyArray]] = {

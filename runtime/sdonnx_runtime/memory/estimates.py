@@ -78,7 +78,7 @@ def estimate_stages(graph: Graph, cut: bool, split_batch: bool = False) -> tuple
 @lru_cache(maxsize=64)
 def _cached_estimates(graph: Graph, cut: bool, split_batch: bool, _modified: int) -> tuple[StageEstimate, ...]:
     whole, estimates = read_stages(graph.path, cut=cut, circular=graph.circular), list[StageEstimate]()
-    values, tiles = _one_tile(graph)
+    values, tiles = one_tile(graph)
     splits = split_batch and whole.batch_independent
     count = max((values[name].shape[0] for name in whole.batch_axes), default=1) if splits else 1
     if count > 1:
@@ -104,7 +104,7 @@ def _cached_estimates(graph: Graph, cut: bool, split_batch: bool, _modified: int
     return tuple(estimates)
 
 
-def _one_tile(graph: Graph) -> tuple[dict[str, TensorInfo], int]:
+def one_tile(graph: Graph) -> tuple[dict[str, TensorInfo], int]:
     """The inputs of a graph, for one tile where it has a margin; and how many of these there are."""
     values, side, margin = dict(graph.inputs), graph.tile_size, graph.margin
     if side is None or margin is None:

@@ -5,9 +5,10 @@ copies of weights.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TypeAlias
 
 from sdonnx_runtime.graphs.initializers import Initializer
 from sdonnx_runtime.graphs.onnx_proto import Node
@@ -56,30 +57,18 @@ class Footprint:
 def footprint(stage: Stage, inputs: Mapping[str, TensorInfo]) -> Footprint:
     """Estimate the footprint of a stage for inputs of these shapes; raises UnsupportedGraph as `infer_shapes` does."""
     nodes = _execution_order(stage.nodes)
-    values = {**inputs, **{name: _weight_info(each) for name, each in stage.weights.items()}}
+    values = {**inputs, **{name: weight_info(each) for name, each in stage.weights.items()}}
     producers = {name: node for node in nodes for name in node.outputs}
     readers = Counter(name for node in nodes for name in node.inputs)
     fused = _fused(nodes, readers, stage.weights)
-    last_use = {name: index for index, node in enumerate(nodes) for name in node.inputs}
-    last_use |= dict.fromkeys(stage.outputs, len(nodes))
-    buffers: dict[str, str] = {}  # the value that a value's buffer was allocated for
-    users: dict[str, int] = {}  # the last node that reads a buffer
-    live = peak = allocated = 0
+
+    def workspace(node: Node, dying: Collection[str]) -> int:
+        return _workspace(node, values, producers, fused, dying)
+
+    peak, allocated = trace_buffers(nodes, values, stage.outputs, fused, workspace)
     macs = Counter[bool]()
-    for index, node in enumerate(infer_shapes(nodes, values)):
-        dying = {buffers[name] for name in node.inputs if name in buffers and users[buffers[name]] == index}
-        for name in node.outputs:
-            if name == "" or name in fused:
-                continue
-            buffer = _in_place(node, values, buffers, dying) or name
-            buffers[name] = buffer
-            live += values[name].nbytes if buffer == name else 0
-            allocated += values[name].nbytes if buffer == name else 0
-            users[buffer] = max(users.get(buffer, index), last_use.get(name, index))
-        peak = max(peak, live + _workspace(node, values, producers, fused, dying))
+    for node in nodes:
         macs[node.op in _INT8_OPS] += _macs(node, values)
-        unread = {*dying, *(buffers[name] for name in node.outputs if name in buffers)}
-        live -= sum(values[name].nbytes for name in unread if users[name] == index)
     outputs = {name: values[name] for name in stage.outputs}
     return Footprint(
         **_weight_bytes(stage, nodes, values),
@@ -91,7 +80,46 @@ def footprint(stage: Stage, inputs: Mapping[str, TensorInfo]) -> Footprint:
     )
 
 
-def _weight_info(weight: Initializer) -> TensorInfo:
+Workspace: TypeAlias = Callable[[Node, Collection[str]], int]
+"""The bytes of an operator's temporary buffers; the second argument are the buffers that it is the last to read."""
+
+
+def trace_buffers(
+    nodes: Sequence[Node], values: dict[str, TensorInfo], outputs: Iterable[str], fused: Collection[str],
+    workspace: Workspace,
+) -> tuple[int, int]:  # fmt: skip
+    """Follow the buffers of a run: the peak of those that are live at a time, and the bytes of all together.
+
+    Args:
+        nodes: in the order of running.
+        values: the inputs and weights; those that the nodes compute are added.
+        outputs: what is live at the end.
+        fused: the values that are never allocated.
+        workspace: of each operator.
+    """
+    last_use = {name: index for index, node in enumerate(nodes) for name in node.inputs}
+    last_use |= dict.fromkeys(outputs, len(nodes))
+    buffers: dict[str, str] = {}  # the value that a value's buffer was allocated for
+    users: dict[str, int] = {}  # the last node that reads a buffer
+    live = peak = allocated = 0
+    for index, node in enumerate(infer_shapes(nodes, values)):
+        dying = {buffers[name] for name in node.inputs if name in buffers and users[buffers[name]] == index}
+        for name in node.outputs:
+            if name == "" or name in fused:
+                continue
+            buffer = _in_place(node, values, buffers, dying) or name
+            buffers[name] = buffer
+            live += values[name].nbytes if buffer == name else 0
+            allocated += values[name].nbytes if buffer == name else 0
+            users[buffer] = max(users.get(buffer, index), last_use.get(name, index))
+        peak = max(peak, live + workspace(node, dying))
+        unread = {*dying, *(buffers[name] for name in node.outputs if name in buffers)}
+        live -= sum(values[name].nbytes for name in unread if users[name] == index)
+    return peak, allocated
+
+
+def weight_info(weight: Initializer) -> TensorInfo:
+    """The shape and element size of a weight, with its values where they may be part of a shape."""
     known = weight.read() if prod(weight.shape) <= _SHAPE_ELEMENTS and not weight.external else None
     return TensorInfo(weight.shape, weight.length / max(prod(weight.shape), 1), known)
 
@@ -205,7 +233,7 @@ def _workspace(
 def _macs(node: Node, values: Mapping[str, TensorInfo]) -> int:
     if node.op in ("MatMul", "MatMulIntegerToFloat"):
         return prod(values[node.outputs[0]].shape) * values[node.inputs[0]].shape[-1]
-    if node.op in ("Conv", "QLinearConv"):
+    if node.op in ("Conv", "NhwcConv", "QLinearConv"):
         weight = values[node.inputs[3 if node.op == "QLinearConv" else 1]].shape
         return prod(values[node.outputs[0]].shape) * prod(weight[1:])
     if node.op == "MultiHeadAttention":

@@ -47,8 +47,8 @@ COMPONENT_NAMES = (
 )  # fmt: skip
 """Every component of a package, of any kind."""
 
-TARGETS = ("generic",)
-"""What graphs are written for."""
+TARGETS = ("generic", "cuda", "directml", "webgpu")
+"""What graphs are made for: every device, or the one of this name."""
 
 
 @dataclass(frozen=True, kw_only=True)

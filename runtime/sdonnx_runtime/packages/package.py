@@ -74,6 +74,10 @@ class Package:
             raise PackageError(f"{self.root} has no {component} ({variant}); run 'sdonnx export' again")
         return self.component_packages.get(component, self).root / found.graphs[variant]
 
+    def target(self, component: str) -> str:
+        """What the graphs of a component are made for: one of TARGETS."""
+        return self.component_packages.get(component, self).manifest.target
+
     def with_vae(self, other: "Package") -> "Package":
         """Replace the VAE by another package's: its graphs, scaling and shift.
 

@@ -23,6 +23,7 @@ _USE = {
 }
 """The command that uses an exported package, by kind."""
 
+Target: TypeAlias = Literal["generic", "cuda", "directml", "webgpu"]
 Via: TypeAlias = Literal["native", "optimum"]
 Prediction: TypeAlias = Literal["epsilon", "v_prediction", "sample"]
 
@@ -42,13 +43,22 @@ def export(
         typer.Option("--output", "-o", metavar="DIR", help="Output directory. Default: SRC's name + -onnx."),
     ] = None,
     precision: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="fp32|fp16|int8|int8-weights|int4|mixed:FILE",
             help="int8 is fastest on a CPU; fp16, int8-weights and int4 are smaller, not faster; "
-            "mixed reads the precision of each layer from a TOML file.",
+            "mixed reads the precision of each layer from a TOML file. A GPU's --target takes fp16 and fp32. "
+            "Default: fp32 for generic, fp16 for a GPU.",
+            show_default=False,
         ),
-    ] = "fp32",
+    ] = None,
+    target: Annotated[
+        Target,
+        typer.Option(
+            help="What the package is made for: generic runs on every device; the others run on that one alone, and "
+            "compute in float16."
+        ),
+    ] = "generic",
     calibration: Annotated[
         str,
         typer.Option(
@@ -117,6 +127,7 @@ def export(
             source,
             Path(f"{recipe.name}-onnx") if output is None and recipe is not None else output,
             precision=precision,
+            target=target,
             vae=companion(vae) or (None if recipe is None else recipe.vae),
             unet=companion(unet),
             text_encoders=[find_source(each)[0] for each in text_encoder or []],

@@ -9,6 +9,7 @@ from rich.text import Text
 from sdonnx_models import bundled, recipes
 from sdonnx_runtime.denoising.control import describe_control
 from sdonnx_runtime.denoising.ip_adapter import describe_ip_adapter
+from sdonnx_runtime.execution.devices.table import DEVICES, check_name
 from sdonnx_runtime.packages.families import PackageKind
 from sdonnx_runtime.packages.upscaler_config import UpscalerConfig
 from sdonnx_runtime.safety.checkers import find_checker
@@ -16,19 +17,37 @@ from sdonnx_runtime.safety.checkers import find_checker
 import sdonnx
 from sdonnx.benchmark.cpu import cpu_name, instruction_set
 from sdonnx.cli.console import defaults_text, out, print_json, recipe_lines, samplers_table, tasks
+from sdonnx.cli.devices import devices_json, devices_table, node_rows
 from sdonnx.loading import find_model
 
 
 def info(
-    package: Annotated[str, typer.Argument(metavar="PACKAGE", help="A package's directory, or a Hub id of one.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    package: Annotated[
+        str | None, typer.Argument(metavar="PACKAGE", help="A package's directory, or a Hub id of one.")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="DEVICE", help="Open the package on this device, and say which nodes the device runs."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest, or the devices, as JSON.")] = False,
 ) -> None:
-    """Show a package: its source, components, precision and size; and this machine's CPU."""
+    """Show a package: its source, components, precision and size; or without one, the devices of this machine."""
+    if device is not None:
+        check_name(device)
+        if package is None:
+            raise sdonnx.RequestError("--device requires a PACKAGE to open; leave it out to list the devices")
+    if package is None:
+        if as_json:
+            print_json(devices_json())
+        else:
+            out.print(devices_table(), highlight=False, soft_wrap=True)
+        return
     opened = sdonnx.Package.open(find_model(package))
     manifest = opened.manifest
     if as_json:
         context = {"path": str(opened.root), "inferred": opened.is_optimum, "instruction_set": instruction_set()}
         context |= {"safety": _safety(opened)}
+        context |= {} if device is None else {"nodes": dict(node_rows(opened, device))}
         print_json({**context, **asdict(manifest)})
         return
     table = _grid()
@@ -36,6 +55,7 @@ def info(
     table.add_row("package", str(opened.root))
     table.add_row("family", opened.title)
     table.add_row(*_usage(opened))
+    table.add_row("made for", "every device" if manifest.target == "generic" else DEVICES[manifest.target].title)
     table.add_row("source", source.name if source.revision is None else f"{source.name} at {source.revision}")
     table.add_row("exporter", source.exporter)
     for what, said in source.stated.items():
@@ -52,6 +72,8 @@ def info(
         megabytes = sum(file.size for file in component.files.values()) / 1e6
         table.add_row(name, f"{component.precision}, {megabytes:,.1f} MB")
     table.add_row("CPU", f"{cpu_name()}, {instruction_set()}")
+    for name, text in () if device is None else node_rows(opened, device):
+        table.add_row(name, text)
     out.print(table, highlight=False, soft_wrap=True)
 
 

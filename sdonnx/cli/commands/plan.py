@@ -1,10 +1,15 @@
 """``sdonnx plan``."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from sdonnx_runtime.graphs.shape_inference import UnsupportedGraph
+from sdonnx_runtime.memory.device_memory import OUTSIDE, DevicePlan, plan_device
+from sdonnx_runtime.memory.planner import MemoryPhase
+from sdonnx_runtime.memory.workload import memory_phases, upscaler_phase
 from sdonnx_runtime.packages.families import PackageKind
 
 import sdonnx
@@ -25,19 +30,43 @@ def plan(
     cache_interval: Annotated[int | None, request_option("cache_interval")] = None,
     vae: Vae = None,
     safety: SafetyMode = "off",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(("cpu", *OUTSIDE)),
+            help="A GPU's memory is predicted from the graphs: this machine needs no GPU for it. Default: what the "
+            "package is made for, else cpu.",
+        ),
+    ] = None,
     threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Predict the memory and time of a request on the CPU, without running it.
+    """Predict the memory and time of a request on the CPU, or its memory on a GPU, without running it.
 
-    [dim]sdonnx plan sd15-onnx --size 512x512 --memory 600MB[/dim]
+    [dim]sdonnx plan sd15-onnx --size 512x512 --memory 600MB[/dim] or [dim]sdonnx plan sd15-cuda --device cuda[/dim]
     """
     opened = sdonnx.Package.open(find_model(package))
     options = {"size": size, "guidance": guidance, "cache_interval": cache_interval}
+    if opened.kind is PackageKind.UPSCALER and (
+        any(each is not None for each in (guidance, cache_interval, vae)) or safety != "off"
+    ):
+        raise sdonnx.RequestError(f"{opened.root} is an upscaler; of the request's options it has --size alone")
+    if device is None:
+        device = "cpu" if opened.manifest.target == "generic" else opened.manifest.target
+    if device == "cpu":
+        _plan_cpu(opened, options, memory=memory, vae=vae, safety=safety, threads=threads, as_json=as_json)
+    elif memory != "auto" or threads is not None:
+        raise sdonnx.RequestError(f"--memory and --threads are about the CPU; leave them out with --device {device}")
+    else:
+        _plan_gpu(opened, options, vae=vae, safety=safety, device=device, as_json=as_json)
+
+
+def _plan_cpu(
+    opened: sdonnx.Package, options: Mapping[str, Any], *, memory: str, vae: str | None, safety: SafetyMode,
+    threads: int | None, as_json: bool,
+) -> None:  # fmt: skip
     if opened.kind is PackageKind.UPSCALER:
-        if any(each is not None for each in (guidance, cache_interval, vae)) or safety != "off":
-            raise sdonnx.RequestError(f"{opened.root} is an upscaler; of the request's options it has --size alone")
-        sides = {**_UPSCALED, **parse_request({"size": size})}
+        sides = {**_UPSCALED, **parse_request({"size": options["size"]})}
         width, height, component = sides["width"], sides["height"], "upscaler"
         with sdonnx.Upscaler(opened, memory=memory, device="cpu", threads=threads) as upscaler:
             memory_plan = upscaler.plan((width, height), always=True)
@@ -56,10 +85,7 @@ def plan(
         peaks = {"peak": memory_plan.peak, "minimum_budget": memory_plan.minimum_budget}
         print_json({**peaks, "components": components})
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("component", "strategy", "memory", "time per run"):
-        right = heading in ("memory", "time per run")
-        table.add_column(heading, justify="right" if right else "left", overflow="fold")
+    table = _make_table("component", "strategy", right=("memory", "time per run"))
     for planned, seconds in rows:
         table.add_row(planned.component, strategy_text(planned), f"{planned.peak / 1e6:,.0f} MB", f"{seconds:.2g} s")
     out.print(table, highlight=False, soft_wrap=True)
@@ -69,3 +95,57 @@ def plan(
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _plan_gpu(
+    opened: sdonnx.Package, options: Mapping[str, Any], *, vae: str | None, safety: SafetyMode, device: str,
+    as_json: bool,
+) -> None:  # fmt: skip
+    try:
+        phases, (width, height) = _phases(opened, options, vae=vae, safety=safety, device=device)
+        planned = plan_device(phases, device)
+    except UnsupportedGraph:
+        raise sdonnx.RequestError(
+            f"cannot predict the memory of {opened.name} (not exported by sdonnx); export its checkpoint with "
+            "'sdonnx export'"
+        ) from None
+    if as_json:
+        print_json({"device": device, **asdict(planned)})
+        return
+    table = _make_table("component", right=("on disk", "weights", "activations"))
+    for each in planned.components:
+        sizes = (each.disk, each.weights, each.activations)
+        table.add_row(each.component, *(f"{size / 1e6:,.0f} MB" for size in sizes))
+    out.print(table, highlight=False, soft_wrap=True)
+    out.print(_describe(planned, f"{width}x{height} on {device}"), highlight=False, soft_wrap=True)
+
+
+def _phases(
+    opened: sdonnx.Package, options: Mapping[str, Any], *, vae: str | None, safety: SafetyMode, device: str
+) -> tuple[Sequence[MemoryPhase], tuple[int, int]]:
+    """What a request opens at a time, and its width and height."""
+    if opened.kind is PackageKind.UPSCALER:
+        sides = {**_UPSCALED, **parse_request({"size": options["size"]})}
+        width, height = sides["width"], sides["height"]
+        return [upscaler_phase(opened, width, height)], (width, height)
+    with sdonnx.load(opened.root, vae=vae, device=device, safety=safety) as pipe:
+        resolved = pipe.resolve("", **parse_request(options))
+        checker = None if pipe.safety is None else pipe.safety.checker
+        phases = memory_phases(pipe.package, resolved, checker=checker)
+        return phases, (resolved.request.width, resolved.request.height)
+
+
+def _describe(planned: DevicePlan, what: str) -> str:
+    resident, single = (f"{peak / 1e9:,.1f} GB" for peak in (planned.resident_peak, planned.single_peak))
+    return (
+        f"\n{what}: {resident} of VRAM with all components resident, {single} with one at a time (predicted, not "
+        f"measured). Weights are exact, activations are the values that live together; {planned.outside / 1e9:.1f} GB "
+        "in each sum is an estimate for the driver's context, libraries and workspaces."
+    )
+
+
+def _make_table(*left: str, right: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in (*left, *right):
+        table.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
+    return table

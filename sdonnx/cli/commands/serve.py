@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from sdonnx_models import DEFAULT
+from sdonnx_runtime.execution.ort import candidates
 from sdonnx_runtime.libraries import required
 
 import sdonnx
@@ -122,6 +123,8 @@ def serve(
     for option, folder in folders.items():
         if folder is not None and not folder.is_dir():
             raise sdonnx.RequestError(f"{folder} is not a directory; give another {option}")
+    if ray is None and device != "auto":
+        candidates(device)  # an absent one ends the server now, not its first job
     named = model or ([] if models else [DEFAULT])
     packages = tuple(find_model(each) for each in named)
     settings = Settings(

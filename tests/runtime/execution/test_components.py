@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from sdonnx_models import bundled
 from sdonnx_runtime.execution.components import REFINER, Components, Runner
+from sdonnx_runtime.execution.running.shared_weights import SharedWeights
 from sdonnx_runtime.execution.strategy import MIN_MEMORY, ExecutionPlan, ExecutionStrategy
 from sdonnx_runtime.memory.budget import Budget
 from sdonnx_runtime.packages.package import Package
@@ -13,7 +14,7 @@ from sdonnx_runtime.packages.variant import PLAIN
 class Doubler:
     """A model that doubles its input."""
 
-    def run(self, feeds):
+    def run(self, feeds, keep=()):
         return {"y": 2 * feeds["x"]}
 
     def cancel(self):
@@ -26,6 +27,7 @@ def opened():
     package, calls = Package.open(bundled()["pictogram"]), []
 
     def open_model(path, _deltas, strategy, **options):
+        assert isinstance(options.pop("shared_weights"), SharedWeights)
         calls.append((path.parent.name, strategy, options))
         return Doubler()
 
@@ -35,6 +37,22 @@ def opened():
         )
 
     return package, components, calls
+
+
+def test_weights_are_shared_while_the_adapters_are_the_same():
+    """Also if something keeps what was opened with other adapters."""
+    package, shared = Package.open(bundled()["pictogram"]), []
+
+    def open_model(_path, _deltas, _strategy, *, shared_weights, **_options):
+        shared.append(shared_weights)
+        return Doubler()
+
+    components = Components(package, open_model, keep_loaded=False)
+    for deltas in ({}, {}, {"unet": {"weight": ()}}, {"unet": {"weight": ()}}, {}):
+        with components.exclusive(deltas):
+            components.model("unet")
+    assert [each is shared[0] for each in shared] == [True, True, False, False, False]
+    assert shared[2] is shared[3] is not shared[4]
 
 
 def test_minimal_memory_is_for_every_package(opened):
@@ -52,7 +70,9 @@ def test_a_tile_is_in_latent_pixels_in_a_plan_and_in_the_inputs_where_a_graph_is
     for name in ("vae_decoder", "vae_encoder", "unet"):
         found.model(name)
     sizes = [32, 32 * package.manifest.latents.downscale, None]
-    assert [options for _, _, options in calls] == [{"tile_size": size, "memory_limit": 10**9} for size in sizes]
+    assert [options for _, _, options in calls] == [
+        {"tile_size": size, "target": "generic", "memory_limit": 10**9} for size in sizes
+    ]
 
 
 def test_a_plan_is_for_one_generation(opened):
@@ -118,3 +138,18 @@ def test_what_pads_otherwise_is_opened_again(opened):
                 found.model(name)
     pads = [("unet", ""), ("vae_decoder", ""), ("unet", "xy"), ("vae_decoder", "xy"), ("unet", ""), ("vae_decoder", "")]
     assert calls == [("text_encoder", ""), *pads]
+
+
+def test_graphs_of_a_component_are_opened_with_the_same_weights():
+    given = []
+
+    def open_model(_path, _deltas, _strategy, *, shared_weights, **_options):
+        given.append(shared_weights)
+        return Doubler()
+
+    package = Package.open(bundled()["pictogram"])
+    found = Components(package, open_model, keep_loaded=False, extra_packages={REFINER: package})
+    for name, variant in (("unet", PLAIN), ("unet", "cached"), ("vae_decoder", PLAIN), (f"{REFINER}unet", PLAIN)):
+        found.model(name, variant)
+    assert given[0] is given[1]
+    assert len({*map(id, given)}) == 3

@@ -9,7 +9,9 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from sdonnx_runtime.errors import DeviceError, PackageError, RequestError
-from sdonnx_runtime.execution.ort import DEVICES, candidates, provider_options
+from sdonnx_runtime.execution.devices.opening import provider_options
+from sdonnx_runtime.execution.devices.table import DEVICES
+from sdonnx_runtime.execution.ort import candidates
 from sdonnx_runtime.execution.session import Cancelled, Session
 
 
@@ -42,7 +44,7 @@ def test_an_absent_device_is_named_with_its_extra(device, unet):
 
 
 def test_an_unknown_device_lists_the_known(unet):
-    with pytest.raises(RequestError, match="choose auto, cuda, directml, cpu"):
+    with pytest.raises(RequestError, match="choose auto, cuda, directml, webgpu, cpu"):
         Session(unet, device="tpu")
 
 

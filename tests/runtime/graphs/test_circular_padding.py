@@ -2,11 +2,13 @@
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 from onnx import helper, numpy_helper
 from sdonnx_runtime.graphs.partition import read_stages
+from support.lowering import lowered
 from support.tiling import pad_along
 
 IMAGE = np.random.default_rng(5).standard_normal((2, 3, 6, 8)).astype(np.float32)
@@ -63,3 +65,18 @@ def test_an_int8_convolution_of_channels_last(has_wrap, tmp_path):
     (stage,) = read_stages(tmp_path / "model.onnx", cut=False, circular="xy", has_wrap=has_wrap).stages
     np.testing.assert_array_equal(run(stage.model, x), wanted)
     assert not np.array_equal(run(tmp_path / "model.onnx", x), wanted)
+
+
+@pytest.mark.parametrize("pads", PADS)
+def test_a_convolution_of_channels_last_that_only_cuda_has(pads, tmp_path):
+    (top, left, bottom, right), stride = PADS[pads]
+    x, weight = IMAGE.transpose(0, 2, 3, 1), np.random.default_rng(6).standard_normal((4, 3, 3, 3)).astype(np.float32)
+    attributes = {"pads": PADS[pads][0], "strides": [stride, stride], "domain": "com.microsoft"}
+    node = helper.make_node("NhwcConv", ["x", "w"], ["y"], **attributes)
+    save(tmp_path / "model.onnx", [node], {"w": weight.transpose(0, 2, 3, 1)}, x, opset=20)
+    (stage,) = read_stages(tmp_path / "model.onnx", cut=False, circular="xy", has_wrap=False).stages
+    model = lowered(ir.from_proto(onnx.load_from_string(stage.model)), emulate=False)
+    padded = pad_along("xy", torch.from_numpy(IMAGE), left, right, top, bottom)
+    wanted = torch.nn.functional.conv2d(padded, torch.from_numpy(weight), stride=stride).numpy()
+    found = run(ir.to_proto(model).SerializeToString(), x)
+    np.testing.assert_allclose(found, wanted.transpose(0, 2, 3, 1), atol=1e-4)

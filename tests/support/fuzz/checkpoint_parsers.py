@@ -14,7 +14,7 @@ from sdonnx_export.checkpoints.open import open_checkpoint
 from sdonnx_export.checkpoints.text_encoders import text_encoders_of_file
 from sdonnx_export.checkpoints.upscaler import read_upscaler
 from sdonnx_export.models.components import COMPONENTS, components_in
-from sdonnx_export.operators.base import sizes
+from sdonnx_export.operators.layouts import sizes
 
 from support import families, ldm
 from support.fuzz.campaign import Target

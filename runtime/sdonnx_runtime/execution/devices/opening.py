@@ -1,0 +1,215 @@
+"""Open a graph on a device."""
+
+import io
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from itertools import pairwise
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from sdonnx_runtime.errors import DeviceError, PackageError, SdonnxError
+from sdonnx_runtime.execution import ort
+from sdonnx_runtime.execution.devices.adapters import Choice, choose_adapter
+from sdonnx_runtime.execution.devices.fitting import fit_graph
+from sdonnx_runtime.execution.devices.kernel_checks import KernelChecks
+from sdonnx_runtime.execution.devices.node_assignment import RECORD, NodeAssignment, check_assignment
+from sdonnx_runtime.execution.devices.table import DEVICES, DeviceName
+from sdonnx_runtime.execution.running.shared_weights import DeviceMemory, SharedWeights
+from sdonnx_runtime.graphs.initializers import TensorData, read_initializers
+from sdonnx_runtime.graphs.onnx_proto import single_node_model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """What is opened, and where."""
+
+    path: Path
+    """The ``.onnx`` file."""
+    model: bytes | None
+    """An encoded graph that replaces the file's."""
+    settings: Callable[[], Any]
+    """Makes the options of a session."""
+    device: str
+    """auto, or the name of a device."""
+    target: str
+    """What the graph is made for: one of TARGETS."""
+    memory_limit: int | None
+    """Bytes that the device may use, where it has such an option."""
+    weights: Mapping[str, TensorData] = field(default_factory=lambda: dict[str, TensorData]())
+    """Values that replace initializers, by name; the settings have them too."""
+    shared: SharedWeights | None = None
+    """The weights of the sessions of other graphs over the same weights file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """An open graph."""
+
+    device: str
+    """The name of the device that it is on."""
+    session: Any
+    """ONNX Runtime's InferenceSession."""
+    assignment: NodeAssignment | None
+    """Which nodes the device runs; None on the CPU, and where ONNX Runtime doesn't say."""
+
+
+def open_session(opening: Opening, sizes: Mapping[str, int] = MappingProxyType({})) -> Opened:
+    """Open a graph, with fixed ``sizes`` of free dimensions by their names.
+
+    Raises:
+        DeviceError: no device can be used, or the one asked for fails to initialise.
+        PackageError: the graph can't be loaded.
+    """
+    names = ort.candidates(opening.device, opening.target)
+    for name, following in pairwise(names):
+        try:
+            return _open_on(opening, DeviceName.parse(name), sizes)
+        except DeviceError as error:
+            logger.warning("%s; trying %s", error, following)
+    return _open_on(opening, DeviceName.parse(names[-1]), sizes)
+
+
+def _open_on(opening: Opening, name: DeviceName, sizes: Mapping[str, int]) -> Opened:
+    device, settings = name.device, opening.settings()
+    choice = _choose(name, opening.memory_limit)
+    settings.enable_mem_pattern = device.memory_pattern
+    for dimension, size in sizes.items():
+        settings.add_free_dimension_override_by_name(dimension, size)
+    if name.base == "cuda":
+        PRELOADED.load()
+    if name.base != "cpu":
+        settings.add_session_config_entry(RECORD, "1")
+    try:
+        model = fit_graph(opening.path, opening.model, _kernel_checks(name)) if device.checks_kernels else opening.model
+        if model is not None:
+            settings.add_session_config_entry(ort.WEIGHTS_FOLDER, str(opening.path.resolve().parent))
+        _share_weights(settings, replace(opening, model=model), name, choice)
+        session = _start(str(opening.path) if model is None else model, settings, name, choice)
+        if device.provider in session.get_providers():
+            ADAPTERS.add(name, choice.options)
+            assignment = _check(session, replace(opening, model=model), name)
+            return Opened(device=str(name), session=session, assignment=assignment)
+        reason = f"ONNX Runtime could not start {device.provider}"
+    except SdonnxError:
+        raise
+    except Exception as error:
+        reason = ort.first_line(error)
+        if name.base == "cpu":
+            raise PackageError(f"{opening.path} can't be loaded: {reason}; run 'sdonnx export' again") from None
+    raise DeviceError(
+        f"device '{name}' failed to initialise: {reason}; check its driver (it requires {device.requires}), "
+        "or use --device cpu"
+    )
+
+
+def _share_weights(settings: Any, opening: Opening, name: DeviceName, choice: Choice) -> None:
+    """Add the weights that a session has together with others to its settings."""
+    memory = ort.device_memory(str(name))
+    can_share = name.device.shares_memory and (name.device.plugin is None or choice.ep_device is not None)
+    if opening.shared is not None and memory is not None and can_share:
+        start = partial(_start, settings=ort.quiet_options(), name=name, choice=choice)
+        initializers = read_initializers(opening.path, opening.model)
+        shared = DeviceMemory(
+            name=memory, start=start, ep_device=choice.ep_device, packs_kernels=name.device.packs_kernels
+        )
+        opening.shared.add_to(settings, shared, initializers, opening.weights)
+
+
+def _choose(name: DeviceName, memory_limit: int | None = None) -> Choice:
+    choice = choose_adapter(name)
+    options = {**provider_options(name.base, memory_limit), **choice.options}
+    if name.device.one_adapter:
+        ADAPTERS.check(name, options)
+    return replace(choice, options=options)
+
+
+def _start(graph: str | bytes, settings: Any, name: DeviceName, choice: Choice) -> Any:
+    """Start a session on an adapter; the CPU runs the few operators that it leaves out."""
+    open_graph = ort.load_onnxruntime().InferenceSession
+    if choice.ep_device is not None:
+        settings.add_provider_for_devices([choice.ep_device], choice.options)
+        return open_graph(graph, settings, enable_fallback=0)
+    providers = [(name.device.provider, choice.options)]
+    providers += [(DEVICES["cpu"].provider, {})] if name.base != "cpu" else []
+    return open_graph(graph, settings, providers=providers, enable_fallback=0)
+
+
+@cache
+def _kernel_checks(name: DeviceName) -> KernelChecks:
+    """What the kernels of an adapter can do; raises what ONNX Runtime does if no session starts on it."""
+
+    def start(model: bytes) -> Any:
+        return _start(model, ort.quiet_options(), name, _choose(name))
+
+    start(single_node_model("Identity", 1))
+    return KernelChecks(lambda model, x: start(model).run(None, {"x": x})[0])
+
+
+def _check(session: Any, opening: Opening, name: DeviceName) -> NodeAssignment | None:
+    """Check how much of a graph its device runs; raises as `check_assignment` does."""
+    if name.base == "cpu":
+        return None
+    assignment = NodeAssignment.read(session, name, opening.path, opening.model)
+    if assignment is not None:
+        check_assignment(assignment, name, opening.path)
+    return assignment
+
+
+def provider_options(base: str, memory_limit: int | None = None) -> dict[str, str]:
+    """The provider options for a device, with a memory limit in bytes where it supports one."""
+    device = DEVICES[base]
+    limit = {} if device.memory_limit_option is None else {device.memory_limit_option: str(memory_limit)}
+    return {**device.options, **(limit if memory_limit is not None else {})}
+
+
+class OpenedAdapters:
+    """The adapters that this process has opened; ADAPTERS is the one."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, tuple[DeviceName, dict[str, str]]] = {}
+
+    def add(self, name: DeviceName, options: dict[str, str]) -> None:
+        """Remember the first adapter of a device, with the provider options that chose it."""
+        self._first.setdefault(name.base, (name, options))
+
+    def check(self, name: DeviceName, options: dict[str, str]) -> None:
+        """Raise DeviceError if the process has opened another adapter of a device than these options choose."""
+        used, others = self._first.get(name.base, (name, options))
+        if others != options:
+            raise DeviceError(
+                f"device '{name}' can't be used in a process that has used '{used}': {name.device.title} has one "
+                "adapter in a process; start another program for it"
+            )
+
+
+ADAPTERS = OpenedAdapters()
+
+
+class CudaLibraries:
+    """CUDA's and cuDNN's libraries from pip's packages, which this process loads before its first session on CUDA."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loaded = False
+
+    def load(self) -> None:
+        """Load them, once: ONNX Runtime finds no libraries in pip's packages by itself."""
+        with self._lock:
+            preload = getattr(ort.load_onnxruntime(), "preload_dlls", None)
+            if self._loaded or preload is None:
+                return
+            with redirect_stdout(io.StringIO()) as said:  # it prints what is missing
+                preload()
+            self._loaded = True
+        for line in said.getvalue().splitlines():
+            logger.info("%s", line)
+
+
+PRELOADED = CudaLibraries()

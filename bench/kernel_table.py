@@ -3,11 +3,11 @@
     python bench/kernel_table.py ONNXRUNTIME_1.21 ONNXRUNTIME_NEWEST
 
 Each argument is a checkout or an unpacked source archive of github.com/microsoft/onnxruntime, whose
-docs/OperatorKernels.md is generated from the registered kernels of CPU, CUDA and DirectML. WebGPU is not in it: its
-kernels are asked of the plugin itself (onnxruntime-ep-webgpu, beside ONNX Runtime 1.32 or newer), which needs a GPU or
-a software Vulkan: with Debian's chromium, LD_LIBRARY_PATH=/usr/lib/chromium and
-VK_ICD_FILENAMES=/usr/lib/chromium/vk_swiftshader_icd.json. Kept is what a graph of sdonnx can meet: its operators at
-its opsets, and its types.
+docs/OperatorKernels.md is generated from the registered kernels of CPU, CUDA and DirectML. WebGPU is not in it:
+the plugin onnxruntime-ep-webgpu reports its own kernels, with ONNX Runtime 1.32 or newer and a GPU or a software Vulkan
+(with Debian's chromium, LD_LIBRARY_PATH=/usr/lib/chromium and
+VK_ICD_FILENAMES=/usr/lib/chromium/vk_swiftshader_icd.json). The table keeps the operators, opsets and types that
+sdonnx' graphs have.
 """
 
 import json
@@ -127,7 +127,7 @@ def ask_plugin() -> Iterator[Kernel]:
 
 
 def add(kernels: Table, release: str, found: Iterable[Kernel]) -> None:
-    """Add those kernels of a release that a graph of sdonnx can meet."""
+    """Add a release's kernels of the operators, opsets and types that sdonnx' graphs have."""
     for provider, domain, name, (first, last), types in found:
         known = name in OPERATORS.get(domain, ())
         if not known or not any(matches(domain, name, first, last, opset) for opset in OPSETS):

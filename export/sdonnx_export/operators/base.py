@@ -314,6 +314,18 @@ class Operators(StoredTensors):
         return self.Unsqueeze(vector, [1, 2])
 
 
+class UnidirectionalAttention(Operators):
+    """`Operators` whose MultiHeadAttention masks later tokens by itself."""
+
+    def use_causal_mask(self, length: int) -> None:
+        """Prepare nothing: `causal_attention` needs no mask."""
+
+    def causal_attention(self, q: ir.Value, k: ir.Value, v: ir.Value, heads: int) -> ir.Value:
+        """Attention over (N, S, heads * d) in which no token sees a later one."""
+        q, k, v = self.same_type(q, k, v)
+        return self._contrib("MultiHeadAttention", q, k, v, num_heads=heads, unidirectional=1)
+
+
 def channels_of(x: ir.Value) -> int:
     """Return the size of the last axis of a sequence."""
     channels = x.shape[-1] if x.shape is not None else None

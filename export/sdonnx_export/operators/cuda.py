@@ -6,7 +6,7 @@ The constraints are those of onnxruntime/contrib_ops/cuda/diffusion, of 1.22 to 
 import onnx_ir as ir
 from onnxscript.nn import Parameter
 
-from sdonnx_export.operators.base import ConvSpec
+from sdonnx_export.operators.base import ConvSpec, UnidirectionalAttention
 from sdonnx_export.operators.channels_last import ChannelsLast
 from sdonnx_export.operators.layouts import ConvLayout, Kernel, PointwiseKernel, lay_out, sizes
 from sdonnx_export.operators.stored import FLOAT
@@ -18,7 +18,7 @@ _SPLIT_GELU_WIDTHS = (2560, 5120, 6144, 10240, 12288)
 """Widths that BiasSplitGelu is compiled for."""
 
 
-class CudaOperators(ChannelsLast):
+class CudaOperators(UnidirectionalAttention, ChannelsLast):
     """`Operators` for CUDA: convolutions of (N, H, W, C), group norms with SiLU in one pass, GEGLU in one pass.
 
     Where a fused operator has no kernel for a layer's sizes, the layer is written in others that have one.
@@ -75,11 +75,3 @@ class CudaOperators(ChannelsLast):
         y = self._contrib("BiasSplitGelu", y, self.parameter(bias, dtype))
         y.shape = ir.Shape([None, None, width // 2])
         return y
-
-    def use_causal_mask(self, length: int) -> None:
-        """Nothing to prepare: `causal_attention` has no mask."""
-
-    def causal_attention(self, q: ir.Value, k: ir.Value, v: ir.Value, heads: int) -> ir.Value:
-        """Attention over (N, S, heads * d) in which no token sees a later one, by the kernels themselves."""
-        q, k, v = self.same_type(q, k, v)
-        return self._contrib("MultiHeadAttention", q, k, v, num_heads=heads, unidirectional=1)

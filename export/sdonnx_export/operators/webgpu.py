@@ -2,15 +2,15 @@
 
 import onnx_ir as ir
 
-from sdonnx_export.operators.base import Operators, channels_of
+from sdonnx_export.operators.base import UnidirectionalAttention, channels_of
 from sdonnx_export.operators.stored import FLOAT
 
 _WIDEST_HEAD = 256
 """Wider heads in float32 take MultiHeadAttention more workgroup memory than most adapters have."""
 
 
-class WebGpuOperators(Operators):
-    """`Operators` whose causal attention is one node without a bias, and whose widest heads have nodes of their own."""
+class WebGpuOperators(UnidirectionalAttention):
+    """`Operators` whose causal attention is one node without a bias, and whose widest heads are written in MatMul."""
 
     def attention(self, q: ir.Value, k: ir.Value, v: ir.Value, heads: int, *, upcast: bool = False) -> ir.Value:
         """Scaled dot-product attention over (N, S, heads * d); with ``upcast`` its scores are float32."""
@@ -19,11 +19,3 @@ class WebGpuOperators(Operators):
             q, k, v = (self.cast(each, FLOAT) for each in (q, k, v))
             return self.decomposed_attention(q, k, v, heads)
         return super().attention(q, k, v, heads, upcast=upcast)
-
-    def use_causal_mask(self, length: int) -> None:
-        """Prepare for `causal_attention`: which needs no mask."""
-
-    def causal_attention(self, q: ir.Value, k: ir.Value, v: ir.Value, heads: int) -> ir.Value:
-        """Attention over (N, S, heads * d) in which no token sees a later one."""
-        q, k, v = self.same_type(q, k, v)
-        return self._contrib("MultiHeadAttention", q, k, v, num_heads=heads, unidirectional=1)

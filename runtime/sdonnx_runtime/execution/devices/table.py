@@ -27,7 +27,7 @@ class Device:
     shares_memory: bool = False
     """Whether sessions can have weights in the same memory; if it has a plugin, with that alone."""
     packs_kernels: bool = False
-    """Whether each session keeps the kernels of convolutions in an order of its own, and frees those of the file."""
+    """Whether each session prepacks the conv weights for itself, and frees the original ones."""
     memory_limit_option: str | None = None
     """The provider option that caps its memory, in bytes."""
     adapter_option: str | None = None

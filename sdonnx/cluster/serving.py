@@ -56,6 +56,9 @@ _SCALING = {
 }
 """Jobs take seconds to minutes, so replicas are started at once, and ended after five minutes without work."""
 
+_PARTING_SECONDS = 10.0
+"""For the last look at the replicas to end; of a cluster that is gone, it may not."""
+
 _BACKOFF = 0.05
 """Seconds at most between the router's looks for a replica that is free; Ray's own half second is lost to each job."""
 
@@ -82,9 +85,9 @@ def replicas(chosen: Replicas, name: str) -> Generator[MakeRunner, None, None]:
     try:
         yield make_runner
     finally:
-        for runner in deployed:
-            runner.close()
         with suppress(RayError, RayServeException, TimeoutError):
+            for runner in deployed:
+                runner.close()
             if deployed:
                 _delete(name)
             if not had_serve and not serve.status().applications:
@@ -176,7 +179,8 @@ class ClusterRunner:
         self._closed = threading.Event()
         self._last_replica = time.monotonic()
         self._told: set[str] = set()
-        threading.Thread(target=self._watch, name="sdonnx replicas", daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, name="sdonnx replicas", daemon=True)
+        self._watcher.start()
 
     def run(self, job: Job, begin: Callable[[], bool]) -> None:
         """Run a job to its end, again on another replica if its own is lost."""
@@ -195,8 +199,12 @@ class ClusterRunner:
         """Nothing: the replicas do so by themselves."""
 
     def close(self) -> None:
-        """Stop watching the replicas."""
+        """Stop watching the replicas, and the requests of the handle, before the connection to the cluster ends."""
         self._closed.set()
+        self._watcher.join(_PARTING_SECONDS)
+        with suppress(AttributeError, ImportError):  # of another version of Ray
+            _stop_updates(self._handle)
+        self._handle.shutdown()  # which reports to the controller every second how many jobs wait
 
     def _digests(self, job: Job) -> dict[str, str]:
         """The digests of the packages that a job takes."""
@@ -287,6 +295,18 @@ class ClusterRunner:
     def _give_up(calls: list[_Call], message: str) -> None:
         for call in calls:
             call.give_up(sdonnx.SdonnxError(message))
+
+
+def _stop_updates(handle: Any) -> None:
+    """Stop asking for a handle's replicas; after their first answers, all handles of a process ask together."""
+    from ray.serve._private.router import SharedRouterLongPollClient
+
+    router = handle._router._asyncio_router
+    shared: Any = SharedRouterLongPollClient.get_or_create(router._controller_handle, router._event_loop)
+    shared.routers.pop(router.deployment_id, None)
+    if not shared.routers:
+        shared.long_poll_client.stop()
+    router.long_poll_client.stop()
 
 
 _LOST = "the replica that ran it was lost"

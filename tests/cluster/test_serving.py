@@ -99,6 +99,11 @@ def replica_processes():
     return [each for each in children if any("ServeReplica:sdonnx-test" in part for part in each.cmdline())]
 
 
+def applications():
+    """The names of Ray Serve's applications; none where it does not run."""
+    return list(serving.serve.status().applications) if serving._has_serve() else []
+
+
 def test_twenty_clients_get_their_own_images(server, pipeline, tmp_path):
     before = {each.name for each in server.context.store.folder.iterdir()}
 
@@ -234,14 +239,17 @@ def test_a_job_fails_if_no_replica_ever_comes(cluster, monkeypatch):
 
 def test_a_signal_removes_the_replicas(cluster, tmp_path):
     options = ["--ray", cluster.address, "--replicas", "0:1", "--threads", "1", "--memory", "600MB", "-o", tmp_path]
-    with server_process(*options) as running:
-        ours = [name for name in serving.serve.status().applications if name.endswith(f"-{running.process.pid}")]
+    late = "import atexit, time; atexit.register(time.sleep, 1.5)"  # what Ray does every second has its time to fail
+    (tmp_path / "sitecustomize.py").write_text(late)
+    path = [str(tmp_path), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    with server_process(*options, PYTHONPATH=os.pathsep.join(filter(None, path))) as running:
+        ours = [name for name in applications() if name.endswith(f"-{running.process.pid}")]
         assert len(ours) == 1
         assert "0 to 1 replicas, each with 1 thread and 0.6 GB" in running.printed
         code, _ = running.end(signal.SIGTERM)
     assert code == 128 + signal.SIGTERM
     assert running.printed.splitlines()[-1] == "stopped", "Ray says nothing"
-    assert ours[0] not in serving.serve.status().applications
+    assert ours[0] not in applications()
 
 
 @pytest.mark.parametrize(

@@ -92,9 +92,16 @@ class Signals:
 SIGNALS = Signals()
 
 
+def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Print what Python ignores, as in finalizers, but not that a signal came there: its number is known."""
+    if not issubclass(unraisable.exc_type, Interrupted):
+        sys.__unraisablehook__(unraisable)
+
+
 def run_until_signal(run: Callable[[], object], clean_up: Callable[[], object]) -> None:
     """Call ``run``; if a signal interrupts it, clean up, print "stopped" and exit, whichever error came of it."""
     atexit.register(SIGNALS.ignore)
+    sys.unraisablehook = _report_unraisable
     try:
         try:
             SIGNALS.interrupt()

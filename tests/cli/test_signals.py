@@ -115,6 +115,26 @@ def test_at_the_end(script, printed):
     assert process.returncode == 130
 
 
+IN_A_FINALIZER = """
+import os, signal
+from sdonnx.cli.signals import run_until_signal
+class Array:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        print("freed")
+def run():
+    Array()
+    print("ran")
+run_until_signal(run, lambda: None)
+"""
+
+
+def test_where_python_ignores_exceptions():
+    ran = subprocess.run([sys.executable, "-c", IN_A_FINALIZER], capture_output=True, text=True)
+    assert (ran.stdout, ran.stderr) == ("ran\n", "stopped\n")
+    assert ran.returncode == 130
+
+
 def test_signals_of_windows(monkeypatch):
     """There is no SIGHUP; Ctrl-Break is SIGBREAK."""
     handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, 21: signal.SIG_DFL}

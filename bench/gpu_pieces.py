@@ -10,13 +10,13 @@ from functools import partial
 
 import onnx_ir as ir
 import torch
+from checkpoint_sizes import TEXT
 from diffusers.models.attention import FeedForward as TorchFeedForward
 from diffusers.models.attention_processor import Attention as TorchAttention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from onnxscript.nn import Module
-from random_checkpoint import TEXT
 from sdonnx_export.models.clip import ClipLayer, ClipTextConfig
 from sdonnx_export.models.components import COMPONENTS, ComponentSpec, Port
 from sdonnx_export.models.layers import Attention, Conv2d, Downsample, GroupNorm, LayerNorm, ResnetBlock, Upsample

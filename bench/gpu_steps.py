@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from checkpoint_sizes import SIZES
 from gpu_memory import PeakMemory
 from gpu_models import load_torch, write_graph
 from openvino_models import repeat_latents
-from random_checkpoint import SIZES
-from runtimes import Feeds, Sdonnx
+from runtime_base import Feeds
 from sdonnx_export.models.components import COMPONENTS
 from sdonnx_export.operators.precision import Precision
 from sdonnx_runtime.execution import ort
@@ -26,6 +26,7 @@ from sdonnx_runtime.execution.devices.adapters import device_statuses
 from sdonnx_runtime.execution.devices.table import DEVICES, DeviceName
 from sdonnx_runtime.execution.running.device_array import freeze
 from sdonnx_runtime.execution.session import Session
+from sdonnx_runtimes import Sdonnx
 
 from sdonnx.benchmark.cpu import cpu_name
 

@@ -1,6 +1,7 @@
 """Measure memory and time of an image under several memory limits, and compare them with the prediction.
 
     python bench/memory.py PACKAGE… --size 512x512 --memory min --memory 600MB --memory auto --json FILE --plot FILE.svg
+    python bench/memory.py PACKAGE… --device openvino --compute bf16
     python bench/memory.py PACKAGE… --leaks
 
 Each figure is a median over processes that do nothing else. The peak is of the resident memory (VmHWM); its anonymous
@@ -24,12 +25,12 @@ from sdonnx_runtime.execution.process_memory import peak_memory
 import sdonnx
 
 
-def run_worker(package: Path, memory: str, steps: int, fields: Mapping[str, Any]) -> None:
+def run_worker(package: Path, options: Mapping[str, Any], steps: int, fields: Mapping[str, Any]) -> None:
     """Generate an image; print measured and predicted figures."""
     start = time.perf_counter()
     request: dict[str, Any] = {"num_inference_steps": steps, "seed": 1, "sampler": "euler", **fields}
     prompt = request.pop("prompt", "a photograph of a cat")
-    with sdonnx.load(package, memory=memory) as pipe:
+    with sdonnx.load(package, **options) as pipe:
         plan = pipe.plan(prompt, always=True, **request)
         result = pipe.generate(prompt, **request)
     peak = peak_memory() / 1e6
@@ -125,6 +126,8 @@ def main() -> None:
     parser.add_argument(
         "--fields", default="{}", help='more fields of the request as JSON: {"guidance_scale": 1, "prompt": "a cat"}'
     )
+    parser.add_argument("--device", default="cpu", help="as for sdonnx run")
+    parser.add_argument("--compute", default="auto", help="as for sdonnx run")
     parser.add_argument("--leaks", action="store_true", help="generate many images in one process")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, metavar="FILE.svg")
@@ -135,10 +138,12 @@ def main() -> None:
         if args.leaks:
             measure_leaks(args.packages[0], args.memory[0], args.steps, size)
         else:
-            run_worker(args.packages[0], args.memory[0], args.steps, {**size, **json.loads(args.fields)})
+            opening = {"memory": args.memory[0], "device": args.device, "compute": args.compute}
+            run_worker(args.packages[0], opening, args.steps, {**size, **json.loads(args.fields)})
         return
     options = ["--steps", str(args.steps), *(["--size", args.size] if args.size is not None else [])]
-    options += ["--fields", args.fields, *(["--leaks"] if args.leaks else [])]
+    options += ["--device", args.device, "--compute", args.compute, "--fields", args.fields]
+    options += ["--leaks"] if args.leaks else []
     rows = []
     for package in args.packages:
         rounds = {memory: [] for memory in args.memory or ["auto", "min"]}

@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 
-OPTIONS = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-"""float32 unless quantized, as the other runtimes; by default OpenVINO uses bfloat16 on CPUs that have it."""
+OPTIONS = {
+    "f32": {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"},
+    "default": {"PERFORMANCE_HINT": "LATENCY"},
+}
+"""By what is computed in unless quantized; by default OpenVINO uses bfloat16 on CPUs that have it."""
 
 Feeds = Mapping[str, np.ndarray]
 
@@ -20,9 +23,16 @@ Feeds = Mapping[str, np.ndarray]
 class OpenVinoSession:
     """An OpenVINO model with the interface of `Session`; compiled once for each set of input shapes."""
 
-    def __init__(self, path: Path, shapes: Mapping[str, Sequence[int]] | None = None) -> None:
-        """Compile for these shapes of the inputs; None compiles at the first run."""
-        self._path = path
+    def __init__(self, path: Path, shapes: Mapping[str, Sequence[int]] | None = None, *, compute: str = "f32") -> None:
+        """Compile for these shapes of the inputs; None compiles at the first run.
+
+        Args:
+            path: the model.
+            shapes: those of its inputs, by name.
+            compute: a key of OPTIONS.
+        """
+        self._path, self._options = path, OPTIONS[compute]
+        self.compute = "f32"
         self._compiled: dict[tuple[Any, ...], Any] = {}
         if shapes is not None:
             self._compile(shapes)
@@ -35,8 +45,16 @@ class OpenVinoSession:
             core = openvino.Core()
             model = core.read_model(self._path)
             model.reshape({name: list(shape) for name, shape in shapes.items()})
-            self._compiled[key] = core.compile_model(model, "CPU", OPTIONS)
+            self._compiled[key] = core.compile_model(model, "CPU", self._options)
+            hint = self._compiled[key].get_property("INFERENCE_PRECISION_HINT")
+            self.compute = {"bfloat16": "bf16", "float16": "f16"}.get(hint.to_string(), "f32")
         return self._compiled[key]
+
+    def is_open_for(self, _feeds: Feeds) -> bool:
+        return False
+
+    def open_for(self, feeds: Feeds) -> None:
+        self._compile({name: value.shape for name, value in repeat_latents(feeds).items()})
 
     def run(self, feeds: Feeds, _keep: Container[str] = ()) -> dict[str, np.ndarray]:
         inputs = repeat_latents(feeds)
@@ -56,28 +74,29 @@ def repeat_latents(feeds: Feeds) -> dict[str, np.ndarray]:
     return inputs
 
 
-def model_opener(models: Mapping[str, Path]) -> Any:
+def model_opener(models: Mapping[str, Path], compute: str = "f32") -> Any:
     """Make an ``open_model`` for `Pipeline` that opens these OpenVINO models in place of the components' graphs."""
     from sdonnx_runtime.execution.staged_model import open_model
 
     def open_either(path: Path, *arguments: Any, **options: Any) -> Any:
         model = models.get(path.parent.name)
-        return open_model(path, *arguments, **options) if model is None else OpenVinoSession(model)
+        return open_model(path, *arguments, **options) if model is None else OpenVinoSession(model, compute=compute)
 
     return open_either
 
 
-def convert(checkpoint: Path, component: str, path: Path) -> None:
-    """Convert a component of a diffusers checkpoint from torch to float32 with dynamic shapes."""
+def convert(checkpoint: Path, component: str, path: Path, *, vae: str = "vae", compress_to_fp16: bool = False) -> None:
+    """Convert a component of a diffusers checkpoint, whose VAE is in ``vae``, from torch with dynamic shapes."""
     import openvino
     import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoModel
+
+    part = checkpoint / ("unet" if component == "unet" else vae)
 
     class Traced(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            kind, part = (UNet2DConditionModel, "unet") if component == "unet" else (AutoencoderKL, "vae")
-            self.model = kind.from_pretrained(checkpoint / part, torch_dtype=torch.float32).eval()
+            self.model = AutoModel.from_pretrained(str(part), torch_dtype=torch.float32).eval()
 
     class UNet(Traced):
         def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any) -> Any:
@@ -94,7 +113,7 @@ def convert(checkpoint: Path, component: str, path: Path) -> None:
         def forward(self, latent_sample: Any) -> Any:
             return self.model.decode(latent_sample, return_dict=False)[0]
 
-    config = json.loads((checkpoint / ("unet" if component == "unet" else "vae") / "config.json").read_text())
+    config = json.loads((part / "config.json").read_text())
     is_xl = config.get("addition_embed_type") is not None
     module = Decoder() if component != "unet" else XlUNet() if is_xl else UNet()
     sample = torch.randn(2, 4, 16, 16)
@@ -112,8 +131,9 @@ def convert(checkpoint: Path, component: str, path: Path) -> None:
     with torch.no_grad():
         model = openvino.convert_model(module, example_input=example)
     model.reshape(shapes)
+    model.outputs[0].get_tensor().set_names({"sample"})  # optimum-intel finds it by a name
     path.parent.mkdir(parents=True, exist_ok=True)
-    openvino.save_model(model, path, compress_to_fp16=is_xl)  # the XL checkpoint is fp16 already
+    openvino.save_model(model, path, compress_to_fp16=compress_to_fp16 or is_xl)  # XL's checkpoint is fp16 already
 
 
 def quantize(source: Path, feeds: Sequence[Feeds], path: Path) -> None:

@@ -21,7 +21,7 @@ def unet_inputs(package: str, images: int) -> list[openvino_models.Feeds]:
     opened = sdonnx.Package.open(find_model(package))
     pipe = sdonnx.Pipeline(opened)
     requests = [pipe.resolve(case.caption, seed=case.seed - FIRST_SEED).request for case in Judge().cases(images)]
-    runs = [measure_image(opened, request, "cpu", None) for request in requests]
+    runs = [measure_image(opened, request, {"device": "cpu"}) for request in requests]
     return [call.inputs for run in runs for call in run.calls["unet"]]
 
 

@@ -7,9 +7,9 @@ from sdonnx_models import Recipe, bundled, recipes
 from sdonnx_runtime.adapters.lora import AnyLora
 from sdonnx_runtime.errors import PackageError
 from sdonnx_runtime.memory.budget import AUTO
-from sdonnx_runtime.outputs.staging import remove_stale
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.pipeline import Pipeline
+from sdonnx_runtime.storage.staging import remove_stale
 from sdonnx_runtime.upscaler import Upscaler
 
 _HUB_FILES = ("*.json", "*.txt", "*.onnx", "*.onnx_data", "*.onnx.data")
@@ -21,7 +21,9 @@ def load(
     vae: str | Path | None = None,
     preview_vae: str | Path | None = None,
     device: str = "auto",
+    compute: str = "auto",
     threads: int | None = None,
+    cache: bool = True,
     memory: str | int = AUTO,
     keep_loaded: bool = False,
     refiner: str | Path | None = None,
@@ -41,8 +43,11 @@ def load(
         model: the directory of a package or of an optimum export, the name of a bundled model, or a Hub id.
         vae: a package whose VAE is used instead; a VAE-only package works too.
         preview_vae: a package whose VAE, such as TAESD, decodes `Progress.preview` in full size.
-        device: auto (the first that can run the package), cuda, directml, webgpu or cpu, see docs/devices.md.
+        device: auto (the first that can run the package), cuda, directml, webgpu, openvino or cpu, see docs/devices.md.
+        compute: what the device computes in: f32, of which images equal diffusers'; bf16 or f16, where it has
+            instructions for them; auto is the device's own choice.
         threads: CPU threads; None is the number of physical cores.
+        cache: keep the graphs that openvino compiles on disk, from where they open in a fraction of the time.
         memory: memory limit of the process, in bytes or such as "600MB" or "2GiB"; "auto" is the free memory, "max"
             keeps every component loaded between images, "min" uses as little as possible.
         keep_loaded: keep components loaded between images where ``memory`` allows it: for many images, one by one.
@@ -60,15 +65,18 @@ def load(
 
     Raises:
         PackageError: a package does not exist, is damaged, or does not fit the model.
-        RequestError: ``threads``, ``memory``, ``styles``, ``safety`` or a folder is invalid, there is no safety
-            checker, or a LoRA or textual inversion file is damaged or made for another model.
+        RequestError: ``compute``, ``threads``, ``memory``, ``styles``, ``safety`` or a folder is invalid, there is no
+            safety checker, or a LoRA or textual inversion file is damaged or made for another model.
+        DeviceError: a package is made for another device, or the device does not compute so.
     """
     package = Package.open(find_model(model))
     pipeline = Pipeline(
         package if vae is None else package.with_vae(Package.open(find_model(vae))),
         preview_vae=None if preview_vae is None else Package.open(find_model(preview_vae)),
         device=device,
+        compute=compute,
         threads=threads,
+        cache=cache,
         memory=memory,
         keep_loaded=keep_loaded,
         refiner=None if refiner is None else Package.open(find_model(refiner)),
@@ -86,21 +94,32 @@ def load(
 
 
 def load_upscaler(
-    model: str | Path, *, device: str = "auto", threads: int | None = None, memory: str | int = AUTO
+    model: str | Path,
+    *,
+    device: str = "auto",
+    compute: str = "auto",
+    threads: int | None = None,
+    cache: bool = True,
+    memory: str | int = AUTO,
 ) -> Upscaler:
     """Open an upscaler's package as an `Upscaler`; the model is loaded for each image.
 
     Args:
         model: the directory of a package, or its Hub id.
-        device: auto (the first that can run the package), cuda, directml, webgpu or cpu, see docs/devices.md.
+        device: auto (the first that can run the package), cuda, directml, webgpu, openvino or cpu, see docs/devices.md.
+        compute: what the device computes in: f32, of which images equal diffusers'; bf16 or f16, where it has
+            instructions for them; auto is the device's own choice.
         threads: CPU threads; None is the number of physical cores.
+        cache: keep the graphs that openvino compiles on disk, from where they open in a fraction of the time.
         memory: memory limit of the process, as of `load`; tiles are as large as it allows.
 
     Raises:
         PackageError: the package does not exist, is damaged, or is of another kind.
-        RequestError: ``threads`` or ``memory`` is invalid.
+        RequestError: ``compute``, ``threads`` or ``memory`` is invalid.
     """
-    return Upscaler(Package.open(find_model(model)), device=device, threads=threads, memory=memory)
+    return Upscaler(
+        Package.open(find_model(model)), device=device, compute=compute, threads=threads, cache=cache, memory=memory
+    )
 
 
 def find_model(model: str | Path) -> Path:

@@ -21,8 +21,9 @@ import pytest
 import random_checkpoint
 from filelock import FileLock
 from sdonnx_export.export import export
-from sdonnx_runtime.execution import arena
+from sdonnx_runtime.execution import arena, ort
 from sdonnx_runtime.execution import staged_model as chain
+from sdonnx_runtime.execution.devices import choosing
 from sdonnx_runtime.text.tokenizer import Tokenizer
 from sdonnx_runtime.text.tokenizer_files import is_fast
 
@@ -93,6 +94,20 @@ def equal_tokenizers_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tokenizer, "open", get)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_plugins():
+    """Plugins of execution providers are not installed but where a fixture imports them: `auto` is the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ort, "find_spec", sys.modules.get)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def first_notes(monkeypatch):
+    """A process that has said nothing about devices, as that of a command."""
+    monkeypatch.setattr(choosing, "NOTES", choosing.Notes())
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -201,6 +216,34 @@ def image_prompter(checkpoint, export_once, tmp_path_factory) -> Path:
     state = ip_adapter(UNet2DConditionModel.from_pretrained(checkpoint / "unet"))
     source = save_ip_adapter(state, directory / "ip-adapter_tiny.bin")
     return export_once(source, tmp_path_factory.mktemp("packages") / "style-onnx")
+
+
+@pytest.fixture(scope="session")
+def openvino_folder(tmp_path_factory):
+    """The folder where Python finds a plugin that lists OpenVINO's CPU device."""
+    from support import openvino
+
+    if (what := openvino.missing()) is not None:
+        pytest.skip(what)
+    return openvino.find_plugin(tmp_path_factory.mktemp("openvino"))
+
+
+@pytest.fixture(scope="session")
+def compiled_folder(tmp_path_factory):
+    """The directory of compiled graphs, for all tests."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture
+def openvino(openvino_folder, compiled_folder, monkeypatch):
+    """OpenVINO's CPU device for a test, and for the processes that it starts."""
+    from support import openvino
+
+    for variable in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.setenv(variable, str(compiled_folder))
+    monkeypatch.setenv("PYTHONPATH", str(openvino_folder), prepend=os.pathsep)
+    with openvino.installed(openvino_folder):
+        yield openvino_folder
 
 
 @pytest.fixture(scope="session")

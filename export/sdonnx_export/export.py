@@ -17,7 +17,7 @@ from sdonnx_runtime.packages.manifest import Manifest, Source, write_manifest
 from sdonnx_runtime.packages.variant import PLAIN
 from sdonnx_runtime.sampling.scheduler_config import PREDICTION_TYPES
 
-from sdonnx_export.checkpoint_model import Checkpoint, Report
+from sdonnx_export.checkpoint_model import Report
 from sdonnx_export.checkpoints.fuse_lora import fuse_loras
 from sdonnx_export.checkpoints.open import NOTHING, check_pipeline, open_source
 from sdonnx_export.checkpoints.safety_checker import add_safety_checker
@@ -65,9 +65,10 @@ def export(
             alone.
         output: the package's directory; None is the source's name with ``-onnx`` in the working directory.
         precision: fp32; fp16, int8-weights or int4 for smaller weights (the arithmetic stays float32); int8 computes
-            in 8 bits; mixed:FILE, or a `MixedPrecision`, chooses for each layer. Targets other than generic support
-            fp16, in which they compute, and fp32. None is fp32, or fp16 for such a target.
-        target: what the graphs are made for: ``generic`` runs on every device, cuda, directml and webgpu on that one.
+            in 8 bits; mixed:FILE, or a `MixedPrecision`, chooses for each layer. Targets of GPUs support fp16, in which
+            they compute, and fp32. None is fp32 for generic, int8 for openvino, and fp16 for a GPU.
+        target: what the graphs are made for: ``generic`` runs on every device, cuda, directml, webgpu and openvino on
+            that one. Graphs for openvino differ from generic ones in int8 alone.
         vae: where to take the VAE from instead of ``source``; also a VAE's own directory, Hub id or package.
         unet: where to take the U-Net from instead of ``source``, with its scheduler and settings; also a file or
             directory of a U-Net alone.
@@ -104,7 +105,7 @@ def export(
     if target not in OPERATORS:
         raise RequestError(f"target '{target}' is unknown; choose {', '.join(OPERATORS)}")
     if precision is None:
-        precision = "fp32" if target == "generic" else "fp16"
+        precision = _DEFAULT_PRECISIONS.get(target, "fp16")
     spec = parse_precision(precision) if isinstance(precision, str) else precision
     find_operators(target, spec.named if isinstance(spec, MixedPrecision) else {spec})
     name = next((each for each in (source, unet, vae) if each is not None), None)
@@ -167,7 +168,7 @@ def _export_native(
     checkpoint = builder.checkpoint
     if "int8" in builder.check() and checkpoint.parts.keys() & {"upscaler", "vae"}:
         parsed = Calibration.parse(calibration)
-        ranges = _calibrate(checkpoint, builder.precision, parsed, _calibration_cache(output), defaults, report)
+        ranges = _calibrate(builder, parsed, _calibration_cache(output), defaults, report)
         builder = builder if ranges is None else replace(builder, ranges=ranges)
     files = write_components(directory, checkpoint, builder.build, report)
     source = Source(
@@ -180,8 +181,7 @@ def _export_native(
 
 
 def _calibrate(
-    checkpoint: Checkpoint,
-    precision: PrecisionSpec,
+    builder: VariantBuilder,
     calibration: Calibration | None,
     work: Path,
     defaults: Mapping[str, Any],
@@ -191,7 +191,7 @@ def _calibrate(
     if calibration is None:
         return None
     try:
-        return calibrate(checkpoint, precision, calibration, work, defaults, report)
+        return calibrate(builder.checkpoint, builder.precision, calibration, work, defaults, report, builder.target)
     except KeyboardInterrupt:
         logger.warning("the calibration so far is in %s; the same command resumes it", work)
         raise
@@ -204,6 +204,9 @@ def _calibration_cache(output: Path) -> Path:
     name = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16] if long else target.name
     return target.with_name(f".{name}.calibration")
 
+
+_DEFAULT_PRECISIONS = {"generic": "fp32", "openvino": "int8"}
+"""By target; others compute in fp16."""
 
 _LONG_NAME = 240
 """Bytes of a name; most file systems take 255."""

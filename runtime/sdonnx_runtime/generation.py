@@ -143,6 +143,7 @@ def generate_images(
             request=request,
             model=models.package.name,
             timings=run.timings(seconds),
+            compute=checked.compute,
             vae=None if models.package.vae is None else models.package.vae.name,
             loras=models.adapters.loras,
             refiner=None if models.refiner is None else models.refiner.name,

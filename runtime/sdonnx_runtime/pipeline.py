@@ -25,6 +25,7 @@ from sdonnx_runtime.generation import Models
 from sdonnx_runtime.hires import check_upscaler
 from sdonnx_runtime.lora_groups import LoraGroup, generate_groups
 from sdonnx_runtime.memory.budget import AUTO, MAX, Budget
+from sdonnx_runtime.memory.placement import Placement
 from sdonnx_runtime.memory.planner import Plan
 from sdonnx_runtime.memory.workload import decode_phases, memory_phases
 from sdonnx_runtime.packages.package import Package, check_model
@@ -50,8 +51,10 @@ class Pipeline:
     Args:
         package: the package.
         preview_vae: a package whose VAE (a tiny one, say) decodes `Progress.preview` in full size, and stays loaded.
-        device: auto, or the name of a device: cuda, directml, webgpu or cpu, with an adapter's number: cuda:1.
+        device: auto, or a device's name: cuda, directml, webgpu, openvino or cpu, with an adapter's number: cuda:1.
+        compute: what the device computes in: auto (its own choice), f32, bf16 or f16, see `computing.compute_of`.
         threads: CPU threads, at most the CPUs that this process may use; None is the number of physical cores.
+        cache: keep the graphs that openvino compiles on disk, see `compiled_graphs.CompiledGraphs`.
         memory: the process's limit, in bytes or such as "600MB" or "2GiB", to which each request is planned; "auto" is
             the free memory. Components are then unloaded between the phases of a generation. "max" keeps every
             component loaded between generations; "min" uses the least memory. Except with "max" the C library (glibc)
@@ -69,10 +72,10 @@ class Pipeline:
         open_model: opens a graph, as `execution.staged_model.open_model`.
 
     Raises:
-        RequestError: ``device``, ``threads``, ``memory``, ``styles``, ``safety`` or a folder is not valid, or there is
-            no safety checker.
+        RequestError: ``device``, ``compute``, ``threads``, ``memory``, ``styles``, ``safety`` or a folder is not valid,
+            or there is no safety checker.
         PackageError: a package is of another kind or family, or its scheduler is not supported.
-        DeviceError: a package is made for another device.
+        DeviceError: a package is made for another device, or the device does not compute so.
     """
 
     def __init__(
@@ -81,7 +84,9 @@ class Pipeline:
         *,
         preview_vae: Package | None = None,
         device: str = "auto",
+        compute: str = "auto",
         threads: int | None = None,
+        cache: bool = True,
         memory: str | int = AUTO,
         keep_loaded: bool = False,
         refiner: Package | None = None,
@@ -104,7 +109,7 @@ class Pipeline:
         if upscaler is not None:
             check_upscaler(upscaler)
         check_threads(threads)
-        check_device(device, package, refiner, *controls, *ip_adapters, upscaler, preview_vae)
+        check_device(device, package, refiner, *controls, *ip_adapters, upscaler, preview_vae, compute=compute)
         check_folder("lora_folder", lora_folder, "LoRAs")
         check_folder("wildcard_folder", wildcard_folder, "wildcard files")
         if styles is not None:
@@ -115,21 +120,19 @@ class Pipeline:
         self.ip_adapters = tuple(ip_adapters)
         self._scheduler = SchedulerConfig.from_dict(package.manifest.scheduler)
         self._budget = Budget(memory, keep_loaded)
-        opened = partial(open_model, device=device, threads=threads)
+        opened = partial(open_model, device=device, compute=compute, threads=threads, cache=cache)
         others = {component_prefix(index): control for index, control in enumerate(self.controls)}
         others |= {ip_adapter_prefix(index): adapter for index, adapter in enumerate(self.ip_adapters)}
         others |= {} if refiner is None else {REFINER: refiner}
         others |= {} if upscaler is None else {UPSCALER: upscaler}
         others |= {} if self.safety is None else {SAFETY_PREFIX: self.safety.checker.package}
         self._preview_package = None if preview_vae is None else package.with_vae(preview_vae)
-        decoder = package if self._preview_package is None else self._preview_package
-        unplanned = self._budget.unplanned()
-        self._components = Components(
-            package, opened, keep_loaded=memory == MAX, extra_packages=others, unplanned=unplanned
-        )
-        self._preview_components = Components(
-            decoder, opened, keep_loaded=True, unplanned=ExecutionPlan(device_limit=unplanned.device_limit)
-        )
+        self._placement = Placement(packages=(package, *others.values()), device=device, compute=compute, cache=cache)
+        unplanned = self._budget.unplanned(device)
+        make = partial(Components, open_model=opened)
+        self._components = make(package, keep_loaded=memory == MAX, extra_packages=others, unplanned=unplanned)
+        of_previews = ExecutionPlan(device_limit=unplanned.device_limit, avoided=unplanned.avoided)
+        self._preview_components = make(self._preview_package or package, keep_loaded=True, unplanned=of_previews)
         self._adapters, self._lora_folder = AdapterSet(package, refiner), lora_folder
         self._wildcard_folder, self._styles = wildcard_folder, styles
 
@@ -262,11 +265,11 @@ class Pipeline:
         )
         budget = self._budget if memory is None else replace(self._budget, asked=memory)
         enough, held = self._enough(resolved), self._components.held_bytes
-        return budget.plan(phases, enough, self.package.name, always=always, held=held)
+        return self._placement.plan(budget, phases, enough, always=always, held=held)
 
     def _execution(self, plan: Plan | None, resolved: ResolvedRequest) -> ExecutionPlan:
         """How the components of a request run, which has this plan."""
-        return self._budget.execution(plan, self._enough(resolved), self._components.held_bytes)
+        return self._budget.execution(plan, self._enough(resolved), self._components.held_bytes, self._placement.device)
 
     def _enough(self, resolved: ResolvedRequest) -> int:
         largest = resolved.passes[-1]
@@ -285,7 +288,8 @@ class Pipeline:
         if self._checker is not None:
             components.append(self._checker.package.manifest.components[SAFETY_CHECKER])
         enlarged = 1 if self.upscaler is None else UpscalerConfig.read(self.upscaler.root).scale ** 2
-        return 4 * sum(file.size for part in components for file in part.files.values()) + _PIXEL * pixels * enlarged
+        files = sum(file.size for part in components for file in part.files.values())
+        return 4 * self._placement.copies * files + _PIXEL * pixels * enlarged
 
     def decode(self, latents: Array, *, tiling: str | None = None) -> tuple[Image, ...]:
         """Decode latents, (N, C, h, w), as `Result.latents` has them; images are checked as `generate` does.
@@ -305,8 +309,8 @@ class Pipeline:
         enough = self.memory_upper_bound(height * width * self.package.manifest.latents.downscale**2)
         phases = partial(decode_phases, self.package, height, width, count, self._checker, tiling=tiling)
         held = self._components.held_bytes
-        plan = self._budget.plan(phases, enough, self.package.name, held=held)
-        execution = self._budget.execution(plan, enough, held)
+        plan = self._placement.plan(self._budget, phases, enough, held=held)
+        execution = self._budget.execution(plan, enough, held, self._placement.device)
         with self._components.exclusive(plan=execution, circular=tiling or ""):
             run = Runner(self._components)
             checked = check_images(self.safety, run, decode(run, self.package.manifest, latents), latents)

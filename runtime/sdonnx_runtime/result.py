@@ -49,6 +49,8 @@ class Result:
     model: str
     """Name of the package."""
     timings: Timings
+    compute: str = "f32"
+    """What it was computed in: f32, bf16 or f16; of several components the coarsest."""
     vae: str | None = None
     """Name of the package whose VAE replaced the model's own."""
     refiner: str | None = None

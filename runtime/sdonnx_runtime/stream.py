@@ -50,6 +50,11 @@ class Stream(Iterator[Progress]):
         return None if self._sampled is None else self._sampled.latents
 
     @property
+    def compute(self) -> str:
+        """What was computed in so far: f32, bf16 or f16."""
+        return self._run.compute
+
+    @property
     def latents_request(self) -> CompleteRequest:
         """The request of ``latents``: without hires fix until the second pass has done its steps."""
         return self.request if self._sampled is None else self._sampled.request

@@ -12,6 +12,7 @@ from sdonnx_runtime.execution.staged_model import open_model
 from sdonnx_runtime.execution.strategy import UPSCALER_TILES
 from sdonnx_runtime.images.preprocess import check_image, split_alpha
 from sdonnx_runtime.memory.budget import AUTO, MAX, Budget
+from sdonnx_runtime.memory.placement import Placement
 from sdonnx_runtime.memory.planner import Plan
 from sdonnx_runtime.memory.workload import upscaler_phase
 from sdonnx_runtime.packages.families import PackageKind
@@ -32,16 +33,18 @@ class Upscaler:
 
     Args:
         package: the package.
-        device: auto, or the name of a device: cuda, directml, webgpu or cpu, with an adapter's number: cuda:1.
+        device: auto, or a device's name: cuda, directml, webgpu, openvino or cpu, with an adapter's number: cuda:1.
+        compute: what the device computes in: auto (its own choice), f32, bf16 or f16, see `computing.compute_of`.
         threads: CPU threads, at most the CPUs that this process may use; None is the number of physical cores.
+        cache: keep the graphs that openvino compiles on disk, see `compiled_graphs.CompiledGraphs`.
         memory: the process's limit, as of `Pipeline`: the size of tiles is planned to it. "max" keeps the model loaded
             between images.
         open_model: opens a graph, as `execution.staged_model.open_model`.
 
     Raises:
-        RequestError: ``device``, ``threads`` or ``memory`` is not valid.
+        RequestError: ``device``, ``compute``, ``threads`` or ``memory`` is not valid.
         PackageError: the package is of another kind.
-        DeviceError: the package is made for another device.
+        DeviceError: the package is made for another device, or the device does not compute so.
     """
 
     def __init__(
@@ -49,23 +52,28 @@ class Upscaler:
         package: Package,
         *,
         device: str = "auto",
+        compute: str = "auto",
         threads: int | None = None,
+        cache: bool = True,
         memory: str | int = AUTO,
         open_model: OpenModel = open_model,
     ) -> None:
         if package.kind is not PackageKind.UPSCALER:
             raise PackageError(f"{package.root} is {package.title}, not an upscaler; give the package of one")
         check_threads(threads)
-        check_device(device, package)
+        check_device(device, package, compute=compute)
         self.package = package
         self._config, self._budget = UpscalerConfig.read(package.root), Budget(memory)
+        self._placement = Placement(packages=(package,), device=device, compute=compute, cache=cache)
         self._components = Components(
             package,
-            partial(open_model, device=device, threads=threads),
+            partial(open_model, device=device, compute=compute, threads=threads, cache=cache),
             keep_loaded=memory == MAX,
-            unplanned=self._budget.unplanned(),
+            unplanned=self._budget.unplanned(device),
         )
         self._run: Runner | None = None
+        self.compute = "f32"
+        """What the last image was computed in: f32, bf16 or f16."""
 
     @property
     def scale(self) -> int:
@@ -100,7 +108,7 @@ class Upscaler:
             try:
                 colors = self._run_passes(self._run, colors, sizes, on_tile)
             finally:
-                self._run = None
+                self.compute, self._run = self._run.compute, None
         colors = colors if colors.size == target else colors.resize(target, Resampling.LANCZOS)
         if alpha is not None:
             colors.putalpha(alpha.resize(target, Resampling.LANCZOS))
@@ -128,11 +136,13 @@ class Upscaler:
         files = (file for part in self.package.manifest.components.values() for file in part.files.values())
         sides = (min(side, UPSCALER_TILES[0]) * self.scale for side in (width, height))
         enough = (
-            4 * sum(file.size for file in files) + _TILE_PIXEL * prod(sides) + _PIXEL * width * height * self.scale**2
+            4 * self._placement.copies * sum(file.size for file in files)
+            + _TILE_PIXEL * prod(sides)
+            + _PIXEL * width * height * self.scale**2
         )
         budget = self._budget if memory is None else Budget(memory)
         phases = partial(upscaler_phase, self.package, width, height, component=_COMPONENT)
-        return budget.plan(lambda: [phases()], enough, self.package.name, always=always)
+        return self._placement.plan(budget, lambda: [phases()], enough, always=always)
 
     def cancel(self) -> None:
         """Stop the upscaling that another thread is in, within its tile."""

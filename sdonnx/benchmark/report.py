@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -100,7 +101,9 @@ def bench(
     batch: int = 1,
     repeat: int = 5,
     device: str = "auto",
+    compute: str = "auto",
     threads: int | None = None,
+    cache: bool = True,
     progress: Callable[[str, float], None] = lambda what, done: None,
 ) -> Report:
     """Measure a package: each component, and an image, in its own process.
@@ -116,7 +119,9 @@ def bench(
         batch: images that each component runs on at once.
         repeat: timed runs of each component, after the first.
         device: auto, or the name of a device, as of `sdonnx.load`.
+        compute: what the device computes in, as of `sdonnx.load`.
         threads: CPU threads; None is the number of physical cores.
+        cache: keep compiled graphs on disk, as of `sdonnx.load`.
         progress: called with the current task, and the share that is done, 0 to 1.
 
     Raises:
@@ -126,7 +131,8 @@ def bench(
     for name, value in {"batch": batch, "repeat": repeat}.items():
         if not 1 <= value <= _MAX_RUNS:
             raise RequestError(f"{name} is {value}; give a whole number from 1 to {_MAX_RUNS}")
-    pipe = Pipeline(package, device=device, threads=threads)
+    options: dict[str, Any] = {"device": device, "compute": compute, "threads": threads, "cache": cache}
+    pipe = Pipeline(package, **options)
     images = example_images(package.manifest, Image.linear_gradient("L").resize(package.manifest.defaults.sides))
     sides = {"width": width, "height": height}
     choices = {"seed": SEED, "num_images": batch, "num_inference_steps": steps}
@@ -134,19 +140,19 @@ def bench(
     names = _component_names(package)
     tasks = len(names) + (1 if reference is None else 3)
     progress("generating an image", 0.0)
-    run = run_in_subprocess("an image", measure_image, package, request, device, threads)
+    run = run_in_subprocess("an image", measure_image, package, request, options)
     components: list[ComponentFigures] = []
     for name in names:
         progress(f"measuring {name}", (len(components) + 1) / tasks)
         feeds = _component_feeds(name, run, batch)
-        figures, _ = run_in_subprocess(name, measure_component, package, name, feeds, repeat + 1, device, threads)
+        figures, _ = run_in_subprocess(name, measure_component, package, name, feeds, repeat + 1, options)
         components.append(figures)
     comparison = None
     if reference is not None:
         progress("generating with the reference", (len(names) + 1) / tasks)
-        expected = run_in_subprocess("the reference", measure_image, reference, request, device, threads)
+        expected = run_in_subprocess("the reference", measure_image, reference, request, options)
         progress("comparing", (len(names) + 2) / tasks)
-        comparison = _compare(package, run, reference, expected, device, threads)
+        comparison = _compare(package, run, reference, expected, options)
     return Report(
         machine=_machine(),
         package=str(package.root),
@@ -184,7 +190,7 @@ def _component_feeds(name: str, run: ImageRun, batch: int) -> list[Mapping[str, 
 
 
 def _compare(
-    package: Package, run: ImageRun, reference: Package, expected: ImageRun, device: str, threads: int | None
+    package: Package, run: ImageRun, reference: Package, expected: ImageRun, options: Mapping[str, Any]
 ) -> Comparison:
     first = (each.calls["unet"][0].inputs for each in (run, expected))
     ours, theirs = ({key: value.shape for key, value in inputs.items()} for inputs in first)
@@ -195,7 +201,7 @@ def _compare(
         )
     feeds = [call.inputs for call in expected.calls["unet"]]
     _, outputs = run_in_subprocess(
-        "the comparison", measure_component, package, "unet", feeds, max(2, len(feeds)), device, threads
+        "the comparison", measure_component, package, "unet", feeds, max(2, len(feeds)), options
     )
     pairs = [
         (next(iter(output.values())), next(iter(call.outputs.values())))

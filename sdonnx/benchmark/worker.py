@@ -19,6 +19,7 @@ import numpy as np
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import DeviceError
 from sdonnx_runtime.execution.components import Components, Runner
+from sdonnx_runtime.execution.devices.choosing import describe_graph
 from sdonnx_runtime.execution.devices.table import DEVICES, DeviceName
 from sdonnx_runtime.execution.ort import runtime_version
 from sdonnx_runtime.execution.process_memory import peak_memory
@@ -26,11 +27,11 @@ from sdonnx_runtime.execution.running.device_array import Tensor, all_numpy
 from sdonnx_runtime.execution.session import Session
 from sdonnx_runtime.generation import Models, generate_images, run_to_end
 from sdonnx_runtime.graphs.onnx_proto import single_node_model
-from sdonnx_runtime.outputs.staging import open_staging, remove_stale
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.pipeline import Pipeline
 from sdonnx_runtime.request import CompleteRequest
 from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig
+from sdonnx_runtime.storage.staging import open_staging, remove_stale
 
 T = TypeVar("T")
 
@@ -44,6 +45,8 @@ class ComponentFigures:
     """The precision of the weights."""
     provider: str
     """The execution provider of ONNX Runtime."""
+    compute: str
+    """What it computes in: f32, bf16 or f16."""
     load_s: float
     """Seconds to create the session."""
     first_s: float
@@ -93,13 +96,18 @@ class ImageRun:
 
 
 def measure_component(
-    package: Package, name: str, feeds: Sequence[Mapping[str, AnyArray]], runs: int, device: str, threads: int | None
+    package: Package, name: str, feeds: Sequence[Mapping[str, AnyArray]], runs: int, options: Mapping[str, Any]
 ) -> tuple[ComponentFigures, list[dict[str, AnyArray]]]:
-    """Measure a component in ``runs`` (2 or more) runs that cycle through ``feeds``; also return its outputs."""
+    """Measure a component in ``runs`` (2 or more) runs that cycle through ``feeds``; also return its outputs.
+
+    ``options`` are of `Session`: the device, what it computes in, the threads, and the cache.
+    """
     runtime_version()  # imports ONNX Runtime, which is not to be measured
     path = package.graph(name)
     start = time.perf_counter()
-    session = Session(path, device=device, target=package.target(name), threads=threads)
+    graph = describe_graph(package, name)
+    session = Session(path, **graph, **options)
+    session.open_for(feeds[0])
     seconds = [time.perf_counter() - start]
     outputs: list[dict[str, AnyArray]] = []
     for index in range(runs):
@@ -108,17 +116,15 @@ def measure_component(
         seconds.append(time.perf_counter() - start)
         if index < len(feeds):
             outputs.append(output)
-    peak, used_device = peak_memory(), session.device
+    peak, used_device, used_compute = peak_memory(), session.device, session.compute
     del session
-    by_provider = (
-        {}
-        if used_device == "cpu"
-        else count_operators(path, feeds[0], device=used_device, target=package.target(name), threads=threads)
-    )
+    used = {**graph, **options, "device": used_device}
+    by_provider = {} if used_device == "cpu" else count_operators(path, feeds[0], **used)
     figures = ComponentFigures(
         component=name,
         precision=package.manifest.components[name].precision,
         provider=DeviceName.parse(used_device).device.provider,
+        compute=used_compute,
         load_s=seconds[0],
         first_s=seconds[1],
         median_s=statistics.median(seconds[2:]),
@@ -128,15 +134,8 @@ def measure_component(
     return figures, outputs
 
 
-def count_operators(
-    path: Path,
-    feeds: Mapping[str, AnyArray],
-    *,
-    device: str = "auto",
-    target: str = "generic",
-    threads: int | None = None,
-) -> dict[str, dict[str, int]]:
-    """Run a graph once and count its nodes by execution provider and operator.
+def count_operators(path: Path, feeds: Mapping[str, AnyArray], **options: Any) -> dict[str, dict[str, int]]:
+    """Run a graph once and count its nodes by execution provider and operator; ``options`` are of `Session`.
 
     Raises:
         PackageError, DeviceError: as `Session` and `Session.run`.
@@ -144,7 +143,7 @@ def count_operators(
     temporary = Path(tempfile.gettempdir())
     remove_stale(temporary)
     with open_staging(temporary) as folder:
-        session = Session(path, device=device, target=target, threads=threads, profile=folder / "run")
+        session = Session(path, profile=folder / "run", **options)
         session.run(feeds)
         events = session.finish_profile()
     counts: dict[str, Counter[str]] = {}
@@ -154,16 +153,17 @@ def count_operators(
     return {provider: dict(count) for provider, count in counts.items()}
 
 
-def macs_per_second(path: Path, threads: int | None = None) -> float:
-    """Measure the CPU's float32 multiply-adds per second, in a MatMul of large matrices.
+def macs_per_second(path: Path, threads: int | None = None, device: str = "cpu", compute: str = "auto") -> float:
+    """Measure multiply-adds per second, in a MatMul of large matrices; on the CPU in float32.
 
     Args:
         path: any graph; it is not loaded.
         threads: as for `Session`.
+        device: as for `Session`.
+        compute: as for `Session`.
     """
-    session = Session(
-        path, device="cpu", threads=threads, model=single_node_model("MatMul", 2, _SIDE, _SIDE), no_arena=True
-    )
+    model = single_node_model("MatMul", 2, _SIDE, _SIDE)
+    session = Session(path, device=device, compute=compute, threads=threads, model=model, no_arena=True, cache=False)
     feeds, times = {"x": np.ones((_SIDE, _SIDE), np.float32)}, list[float]()
     for _ in range(8):
         start = time.perf_counter()
@@ -175,16 +175,16 @@ def macs_per_second(path: Path, threads: int | None = None) -> float:
 _SIDE = 1024
 
 
-def measure_image(package: Package, request: CompleteRequest, device: str, threads: int | None) -> ImageRun:
-    """Generate the images of a resolved request, and measure that."""
+def measure_image(package: Package, request: CompleteRequest, options: Mapping[str, Any]) -> ImageRun:
+    """Generate the images of a resolved request, and measure that; ``options`` as of `measure_component`."""
     runtime_version()
-    resolved = Pipeline(package, device=device, threads=threads).resolve(request)
+    resolved = Pipeline(package, **options).resolve(request)
     start = time.perf_counter()
 
     calls = dict[str, tuple[Call, ...]]()
 
-    def open_model(path: Path, *_: object, target: str, **__: object) -> Session:
-        return Session(path, device=device, target=target, threads=threads)
+    def open_model(path: Path, *_: object, target: str, own: str, avoided: Mapping[str, str], **__: object) -> Session:
+        return Session(path, target=target, own=own, avoided=avoided, **options)
 
     def record(
         name: str, _variant: str, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], _seconds: float

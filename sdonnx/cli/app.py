@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 from rich.text import Text
-from sdonnx_runtime.outputs.staging import delete_remaining
+from sdonnx_runtime.execution.devices.choosing import DEVICE_NOTES
+from sdonnx_runtime.storage.staging import delete_remaining
 
 import sdonnx
 from sdonnx.cli.commands.bench import bench
@@ -60,6 +61,7 @@ def main() -> None:
     """
     prepare_streams()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[LogHandler()])
+    logging.getLogger(DEVICE_NOTES).setLevel(logging.INFO)
     try:
         run_until_signal(app, clean_up=delete_remaining)
     except sdonnx.RequestError as error:

@@ -88,7 +88,7 @@ class ClusterRequest(DistributedRequest):
         result = outcome.result
         paths, grid = self.save_images(outcome.pngs)
         if self._latents is not None:
-            save_latents(self._latents, result.latents, result.request, result.model)
+            save_latents(self._latents, result.latents, result.request, result.model, compute=result.compute)
         report = result_json(result, [None] * len(paths), None)
         for image, path in zip(report["images"], paths, strict=True):
             image["path"] = path
@@ -138,6 +138,7 @@ def run_on_cluster(
         "adapters": [str(each) for each in (*opening.loras, *opening.embeddings)],
         "options": [opening.arguments["safety"], opening.enlarge, opening.provenance, opening.margins],
     }
+    made_by |= {} if (compute := opening.arguments["compute"]) == "auto" else {"compute": compute}
 
     def make(read: Callable[[], dict[str, Any]], files: OutputPaths) -> ClusterRequest:
         return ClusterRequest(made_by, read, files)

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeR
 from rich.segment import Segment
 from rich.table import Table
 from sdonnx_models import Recipe
+from sdonnx_runtime.execution.devices.choosing import DEVICE_NOTES
 from sdonnx_runtime.execution.process_memory import peak_memory
 from sdonnx_runtime.packages.concat import CONCAT
 from sdonnx_runtime.packages.manifest import Defaults, Manifest
@@ -47,7 +48,9 @@ class LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record; its text is not measured, since rich remembers the words that it measured."""
-        err.out(f"{record.levelname:8} {self.format(record)}", highlight=False)
+        is_note = record.name == DEVICE_NOTES and record.levelno < logging.WARNING
+        level = "" if is_note else f"{record.levelname:8} "
+        err.out(f"{level}{self.format(record)}", highlight=False)
 
 
 @contextmanager
@@ -121,6 +124,7 @@ def result_json(result: sdonnx.Result, paths: Sequence[Path | None], grid: Path 
         "grid": None if grid is None else str(grid),
         "request": generation_parameters(result.request),
         "model": result.model,
+        "compute": result.compute,
         "vae": result.vae,
         "refiner": result.refiner,
         "controls": list(result.controls),

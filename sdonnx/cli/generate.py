@@ -15,10 +15,10 @@ from sdonnx_runtime.images.preprocess import check_image, outpaint_canvas, resiz
 from sdonnx_runtime.outputs.atomic import is_stream
 from sdonnx_runtime.outputs.latents_file import is_left_over, save_latents
 from sdonnx_runtime.outputs.metadata import save_grid, save_preview
-from sdonnx_runtime.outputs.staging import lock_file
 from sdonnx_runtime.packages.manifest import Manifest
 from sdonnx_runtime.request import CompleteRequest
 from sdonnx_runtime.resolved import ResolvedRequest
+from sdonnx_runtime.storage.staging import lock_file
 
 import sdonnx
 from sdonnx.cli.console import print_plan, print_usage, progress
@@ -107,13 +107,15 @@ class _Recovery:
         self._saved: Path | None = None
         self._lock: IO[bytes] | None = None
 
-    def save(self, latents: Array, request: CompleteRequest, model: str, *, keep: bool = False) -> Path:
+    def save(self, latents: Array, request: CompleteRequest, model: str, *, compute: str, keep: bool = False) -> Path:
         """Save the latents, and return the file; with ``keep``, it is not deleted later."""
         self._unlock()
         path = self._asked or self._saved or self._beside_image
         is_own = path in (self._asked, self._saved) or is_left_over(path)
         temporary = self._asked is None and not keep
-        self._saved = save_latents(path, latents, request, model, overwrite=is_own, temporary=temporary)
+        self._saved = save_latents(
+            path, latents, request, model, compute=compute, overwrite=is_own, temporary=temporary
+        )
         if temporary:
             self._lock = self._saved.open("rb+")
             lock_file(self._lock)
@@ -122,7 +124,7 @@ class _Recovery:
     def finish(self, result: sdonnx.Result) -> None:
         """Save what the user asked for, now with its errors; delete what they didn't."""
         if self._asked is not None:
-            save_latents(self._asked, result.latents, result.request, result.model)
+            save_latents(self._asked, result.latents, result.request, result.model, compute=result.compute)
         self.delete()
 
     def delete(self) -> None:
@@ -184,7 +186,7 @@ def _generate(
 
     def save_if_possible(latents: Array, sampled: CompleteRequest) -> None:
         with suppress(sdonnx.SdonnxError):
-            recovery.save(latents, sampled, model)
+            recovery.save(latents, sampled, model, compute=stream.compute)
 
     stream.before_decoding(save_if_possible)
     if stream.plan is not None:
@@ -200,7 +202,7 @@ def _generate(
         kind = sdonnx.DeviceError if isinstance(error, MemoryError) else type(error)
         reason = "out of memory" if isinstance(error, MemoryError) else str(error)
         try:
-            saved = recovery.save(stream.latents, stream.latents_request, model, keep=True)
+            saved = recovery.save(stream.latents, stream.latents_request, model, compute=stream.compute, keep=True)
         except sdonnx.SdonnxError as other:
             raise kind(f"{reason}; could not save latents either: {other}") from None
         options = "" if pipe.package.vae is None else f" --vae {pipe.package.vae.root}"

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from sdonnx_runtime.outputs.atomic import describe_errors
-from sdonnx_runtime.outputs.staging import lock_file
+from sdonnx_runtime.storage.staging import lock_file
 
 import sdonnx
 

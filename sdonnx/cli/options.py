@@ -29,6 +29,16 @@ Device: TypeAlias = Annotated[
         help="Execution device; auto: the first that can run the package; cuda:1: a second GPU. sdonnx info lists all.",
     ),
 ]
+Compute: TypeAlias = Annotated[
+    Literal["auto", "f32", "bf16", "f16"],
+    typer.Option(
+        help="What the device computes in: f32 gives diffusers' image; openvino also has bf16 or f16, which are faster."
+    ),
+]
+Cache: TypeAlias = Annotated[
+    bool,
+    typer.Option("--cache/--no-cache", help="Keep the graphs that openvino compiles on disk; they open faster then."),
+]
 Threads: TypeAlias = Annotated[
     int | None, typer.Option(metavar="N", help="CPU threads. Default: number of physical cores.")
 ]

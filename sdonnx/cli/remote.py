@@ -22,6 +22,8 @@ from sdonnx.client.server import Event, Selection, Server
 
 _LOCAL_OPTIONS = {
     "device": "the server chose its own when it started",
+    "compute": "the server chose its own when it started",
+    "cache": "the server chose its own when it started",
     "threads": "the server chose its own when it started",
     "memory": "the server chose its own when it started",
     "preview_vae": "the server makes the previews",

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, cast
 
 from ray.exceptions import RayError, RayTaskError
 from sdonnx_runtime.adapters.lora import Lora
+from sdonnx_runtime.execution.devices.choosing import describe_graph, first_choice
 from sdonnx_runtime.execution.devices.table import DeviceName
 from sdonnx_runtime.execution.ort import candidates, first_line, runtime_version
 from sdonnx_runtime.execution.process_memory import peak_memory
@@ -58,6 +59,8 @@ class Machine:
     """Its IP address."""
     cpu: str
     provider: str
+    compute: str
+    """f32, bf16 or f16."""
     onnxruntime: str
     sdonnx: str
 
@@ -107,14 +110,14 @@ class ImageActor:
             )
             pipe.set_loras(self._opening.loras, ignore_unmatched=self._opening.ignore_unmatched)
             pipe.set_embeddings(self._opening.embeddings)
-            self._pipe, manifest = pipe, pipe.package.manifest
-            device = candidates(self._opening.arguments["device"], manifest.target, str(pipe.package.root))[0]
+            self._pipe, (device, compute) = pipe, _choose(pipe.package, self._opening.arguments)
         except sdonnx.SdonnxError as error:
             return error if str(error).startswith("node ") else type(error)(f"node {node}: {error}")
         self._machine = Machine(
             node=node,
             cpu=cpu_name(),
             provider=DeviceName.parse(device).device.provider,
+            compute=compute,
             onnxruntime=runtime_version(),
             sdonnx=version("sdonnx"),
         )
@@ -140,11 +143,17 @@ class ImageActor:
             index=index,
             result=replace(result, images=()),
             pngs=pngs,
-            machine=self._machine,
+            machine=replace(self._machine, compute=result.compute),  # auto may have fallen to another device
             actor=ray.get_runtime_context().get_actor_id(),
             seconds=time.monotonic() - start,
             peak_memory=peak_memory(),
         )
+
+
+def _choose(package: sdonnx.Package, arguments: Mapping[str, Any]) -> tuple[str, str]:
+    """The device that a package's U-Net is tried on first, and what it computes in there."""
+    candidates(arguments["device"], package.manifest.target, str(package.root))
+    return first_choice(arguments["device"], compute=arguments["compute"], **describe_graph(package, "unet"))
 
 
 class ActorPool:

@@ -50,6 +50,8 @@ class Latents:
     latents: Array = field(repr=False)
     """(num_images, C, h, w)."""
     request: CompleteRequest
+    compute: str
+    """As of `Result`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -184,6 +184,6 @@ class _ReportingRunner(PipelineRunner):
         self._reporter.pngs = dict(enumerate(pngs))
         return []
 
-    def save_latents(self, job: GenerationJob, latents: Array, request: CompleteRequest) -> str:
-        self.latents = Latents(latents=latents, request=forget_pixels(request))
+    def save_latents(self, job: GenerationJob, latents: Array, request: CompleteRequest, compute: str) -> str:
+        self.latents = Latents(latents=latents, request=forget_pixels(request), compute=compute)
         return ""

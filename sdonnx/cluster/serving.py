@@ -248,8 +248,8 @@ class ClusterRunner:
         if update.kind == "failed" and update.error is not None:
             end = ""
             if update.latents is not None and isinstance(job, GenerationJob):
-                latents = update.latents
-                end = save_latents(self._library, self._store, job, latents.latents, latents.request)
+                kept = update.latents
+                end = save_latents(self._library, self._store, job, kept.latents, kept.request, kept.compute)
             raise type(update.error)(f"{update.error}{end}")
         if update.kind == "cancelled":
             job.end(State.CANCELLED, step=job.step)

@@ -20,8 +20,8 @@ from sdonnx_runtime.outputs.atomic import write_file
 from sdonnx_runtime.outputs.latents_file import save_latents
 from sdonnx_runtime.outputs.metadata import png_text
 from sdonnx_runtime.outputs.provenance import read_xmp
-from sdonnx_runtime.outputs.staging import remove_stale
 from sdonnx_runtime.request import CompleteRequest
+from sdonnx_runtime.storage.staging import remove_stale
 
 import sdonnx
 from sdonnx.server.errors import NotFound
@@ -93,7 +93,7 @@ class ImageStore:
                 names.append(write_file(path, lambda stream, png=png: stream.write(png), overwrite=False).name)
         return names
 
-    def save_latents(self, job: str, latents: Array, request: CompleteRequest, model: str) -> str:
+    def save_latents(self, job: str, latents: Array, request: CompleteRequest, model: str, compute: str) -> str:
         """Save the latents of a job whose images could not be made, for ``sdonnx decode``; returns the file's name.
 
         Raises:
@@ -101,7 +101,7 @@ class ImageStore:
         """
         path = self.folder / f"{time.strftime(_STAMP)}-{job}.npz"
         with self._in_folder():
-            return save_latents(path, latents, request, model, overwrite=False).name
+            return save_latents(path, latents, request, model, compute=compute, overwrite=False).name
 
     def find(self, name: str) -> StoredImage:
         """Find an image by its name; raises NotFound."""

@@ -218,7 +218,14 @@ class Library:
     def make_upscaler(self, name: str) -> sdonnx.Upscaler:
         """An upscaler of a served package, which loads nothing yet; raises as `open` does."""
         settings, package = self.settings, self.find_upscaler(name).package
-        return sdonnx.Upscaler(package, device=settings.device, threads=settings.threads, memory=settings.memory)
+        return sdonnx.Upscaler(
+            package,
+            device=settings.device,
+            compute=settings.compute,
+            threads=settings.threads,
+            cache=settings.cache,
+            memory=settings.memory,
+        )
 
     @property
     def loaded(self) -> Selection | None:
@@ -260,7 +267,9 @@ class Library:
         pipeline = sdonnx.Pipeline(
             package,
             device=settings.device,
+            compute=settings.compute,
             threads=settings.threads,
+            cache=settings.cache,
             memory=memory,
             keep_loaded=True,
             refiner=None if selection.refiner is None else self.find(selection.refiner).package,

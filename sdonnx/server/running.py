@@ -70,7 +70,7 @@ class PipelineRunner(ABC):
         """Save upscaled images; returns their names."""
 
     @abstractmethod
-    def save_latents(self, job: GenerationJob, latents: Array, request: CompleteRequest) -> str:
+    def save_latents(self, job: GenerationJob, latents: Array, request: CompleteRequest, compute: str) -> str:
         """Save what a failed job has denoised; returns the end of its error."""
 
     def _upscale(self, job: UpscalingJob) -> None:
@@ -101,7 +101,7 @@ class PipelineRunner(ABC):
             if stream.latents is None:
                 raise
             described = as_sdonnx_error(error)
-            saved = self.save_latents(job, stream.latents, stream.latents_request)
+            saved = self.save_latents(job, stream.latents, stream.latents_request, stream.compute)
             raise type(described)(f"{described}{saved}") from None
         finally:
             stream.close()
@@ -122,18 +122,18 @@ class LocalRunner(PipelineRunner):
         """Save upscaled images."""
         return self._store.save_pngs(job.id, dict(enumerate(pngs)))
 
-    def save_latents(self, job: GenerationJob, latents: Array, request: CompleteRequest) -> str:
+    def save_latents(self, job: GenerationJob, latents: Array, request: CompleteRequest, compute: str) -> str:
         """Save latents beside the images."""
-        return save_latents(self.library, self._store, job, latents, request)
+        return save_latents(self.library, self._store, job, latents, request, compute)
 
 
 def save_latents(
-    library: Library, store: ImageStore, job: GenerationJob, latents: Array, request: CompleteRequest
+    library: Library, store: ImageStore, job: GenerationJob, latents: Array, request: CompleteRequest, compute: str
 ) -> str:
     """Save what a failed job has denoised; the end of its error."""
     try:
         model = library.find(job.generation.selection.model).package.name
-        name = store.save_latents(job.id, latents, request, model)
+        name = store.save_latents(job.id, latents, request, model, compute)
     except sdonnx.SdonnxError as error:
         return f"; could not save latents either: {error}"
     safety = library.settings.safety

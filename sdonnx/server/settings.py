@@ -31,7 +31,11 @@ class Settings:
     styles: Path | None = None
     """AUTOMATIC1111's styles.csv; read again on each request that names a style."""
     device: str = "auto"
+    compute: str = "auto"
+    """What the device computes in, as of `sdonnx.load`."""
     threads: int | None = None
+    cache: bool = True
+    """Keep compiled graphs on disk, as of `sdonnx.load`."""
     memory: str = "auto"
     max_queued: int = 32
     """Jobs that may wait."""

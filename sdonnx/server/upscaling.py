@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from PIL import Image
+from sdonnx_runtime.execution.devices.computing import coarsest
 from sdonnx_runtime.execution.session import Cancelled
 from sdonnx_runtime.images.preprocess import to_rgb
 from sdonnx_runtime.outputs.metadata import encode_upscaled
@@ -113,6 +114,7 @@ class UpscalingJob(Job):
         images, size = upscaling.images, upscaling.final_size(upscaling.images[0])
         super().__init__(job_id, model=upscaling.packages[0], num_images=len(images), size=size, on_event=on_event)
         self.upscaling = upscaling
+        self._computed = set[str]()
         self.given_pixels = sum(each.width * each.height for each in images)
 
     def run(self, open_upscaler: Callable[[str], sdonnx.Upscaler]) -> list[bytes] | None:
@@ -121,7 +123,8 @@ class UpscalingJob(Job):
         try:
             for index, image in enumerate(self.upscaling.images):
                 upscaled = self.upscaling.run(image, partial(self._upscale, open_upscaler, index))
-                pngs.append(encode_upscaled(upscaled, image, scale=self.upscaling.factor(image), model=model))
+                factor, compute = self.upscaling.factor(image), coarsest(self._computed)
+                pngs.append(encode_upscaled(upscaled, image, scale=factor, model=model, compute=compute))
         except Cancelled:
             return None
         finally:
@@ -144,7 +147,9 @@ class UpscalingJob(Job):
 
         upscaler = open_upscaler(name)
         self.attach(upscaler.cancel)
-        return upscaler.upscale(image, scale=factor, on_tile=note_tile)
+        upscaled = upscaler.upscale(image, scale=factor, on_tile=note_tile)
+        self._computed.add(upscaler.compute)
+        return upscaled
 
     def finish(self, files: Sequence[str]) -> None:
         """Note that its images are on disk."""

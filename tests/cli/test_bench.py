@@ -140,7 +140,7 @@ def test_nodes_that_another_device_leaves_to_the_cpu(monkeypatch):
     monkeypatch.setattr(measure, "Session", OnCuda)
     opened = Package.open(find_model(DEFAULT))
     latents = {"latent_sample": np.zeros((1, 4, 4, 4), np.float32)}
-    figures, _ = measure.measure_component(opened, "vae_decoder", [latents], 2, "cuda", 1)
+    figures, _ = measure.measure_component(opened, "vae_decoder", [latents], 2, {"device": "cuda", "threads": 1})
     assert figures.provider == "CUDAExecutionProvider"
     assert list(figures.on_cpu) == ["Add"]
 

@@ -50,7 +50,7 @@ def test_json_is_all_that_stdout_gets(package, tmp_path):
 
 def test_the_devices_of_this_machine(package):
     listed = json.loads(run_cli("info", "--json").stdout)["devices"]
-    assert [each["device"] for each in listed] == ["cuda", "directml", "webgpu", "cpu"]
+    assert [each["device"] for each in listed] == ["cuda", "directml", "webgpu", "openvino", "cpu"]
     assert listed[-1]["version"] == onnxruntime.__version__
     table = run_cli("info").stdout
     assert "sdonnx[cuda]" in table

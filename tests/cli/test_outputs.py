@@ -13,7 +13,7 @@ from PIL import Image
 from sdonnx_runtime.errors import SdonnxError
 from sdonnx_runtime.outputs import metadata
 from sdonnx_runtime.outputs.latents_file import load_latents, save_latents
-from sdonnx_runtime.outputs.staging import lock_file
+from sdonnx_runtime.storage.staging import lock_file
 from support.cli import run_cli, start_cli
 
 FAST = ["-m", "pictogram", "--size", "16x16", "--steps", "1", "--seed", "7"]

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 from PIL import Image
-from sdonnx_runtime.outputs.staging import lock_file
+from sdonnx_runtime.storage.staging import lock_file
 from support.cli import running_cli
 from support.remote import FAST, SLOW, names, run, same_files, states, write_lines
 from support.server import running_server, server_process, wait_until

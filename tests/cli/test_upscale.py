@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 from sdonnx_runtime import upscaling
+from sdonnx_runtime.execution.devices.computing import compute_of
 from support.cli import run_cli
 from support.images import photograph
 from support.upscalers import random_upscaler
@@ -40,6 +41,15 @@ def test_the_parameters_of_an_image_stay(package, folder):
         assert large.size == (4 * small.width, 4 * small.height)
         assert {key: large.text[key] for key in small.text} == small.text
         assert large.text["postprocessing"] == ("Postprocess upscale by: 4, Postprocess upscaler: compact.safetensors")
+
+
+def test_what_it_was_computed_in_is_written_where_it_is_not_f32(package, folder, openvino):
+    used = compute_of("openvino")
+    ran = run_cli("upscale", "a.png", "-m", package, "-o", "large.png", "--threads", 1, cwd=folder)
+    assert ran.returncode == 0, ran.stderr
+    said = "Postprocess upscale by: 4, Postprocess upscaler: compact.safetensors"
+    with Image.open(folder / "large.png") as large:
+        assert large.text["postprocessing"] == said + ("" if used == "f32" else f", Postprocess compute: {used}")
 
 
 def test_several_images(package, folder):
@@ -107,6 +117,6 @@ def test_a_plan(package):
     planned = json.loads(run_cli("plan", package, "--size", "700x500", "--memory", "2GB", "--json").stdout)
     (component,) = planned["components"]
     assert (component["component"], component["strategy"]) == ("upscaler", "tiles 512")
-    assert "512x512: peak" in run_cli("plan", package).stdout
+    assert "512x512 on cpu: peak" in run_cli("plan", package).stdout
     ran = run_cli("plan", package, "--guidance", "3")
     assert (ran.returncode, "it has --size alone" in ran.stderr) == (2, True)

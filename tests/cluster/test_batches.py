@@ -25,7 +25,7 @@ from sdonnx.cluster.resources import Actors, choose_actors
 SLOW = ["--size", "64x64", "--steps", "40"]
 OPENING = {
     "model": DEFAULT, "vae": None, "refiner": None, "controls": [], "ip_adapters": [], "upscaler": None,
-    "lora_folder": None, "wildcard_folder": None, "styles": None, "device": "cpu", "safety": "off",
+    "lora_folder": None, "wildcard_folder": None, "styles": None, "device": "cpu", "compute": "auto", "safety": "off",
 }  # fmt: skip
 
 

@@ -12,8 +12,8 @@ from sdonnx_export.export import _calibration_cache, export
 from sdonnx_export.packaging.output_directory import default_output, replace_package
 from sdonnx_runtime.adapters.lora import Lora
 from sdonnx_runtime.errors import ExportError
-from sdonnx_runtime.outputs.staging import open_staging
 from sdonnx_runtime.packages.package import Package
+from sdonnx_runtime.storage.staging import open_staging
 from support.cli import run_cli
 from support.users import run_without_privileges, shared_directory
 

@@ -67,6 +67,7 @@ def taken():
         (["-o", "file"], 1, "file can't be used"),
         (["--memory", "much"], 2, "memory is 'much'"),
         (["--threads", "0"], 2, "threads"),
+        (["--device", "cpu", "--compute", "bf16"], 1, "device 'cpu' computes in f32, not in bf16"),
     ],
 )
 def test_mistakes(arguments, code, message, taken, tmp_path):

@@ -31,7 +31,7 @@ from sdonnx_export.operators.layouts import checkpoint_shape, sizes, to_graph_la
 from sdonnx_export.operators.partition import name_edges
 from sdonnx_export.operators.precision import PrecisionSpec, make_precision_lookup
 from sdonnx_export.operators.stored import FLOAT, FLOAT16
-from sdonnx_export.operators.targets import find_operators
+from sdonnx_export.operators.targets import INT8_OPERATORS, find_operators
 
 _INLINE = 256
 """Bytes up to which `onnx_ir.save` keeps a weight in the graph's own file."""
@@ -267,7 +267,7 @@ def build(
         part: its config and weights.
         precision: the package's.
         operators: the class of operators to write the graph in; None is that of the target.
-        target: what the graph is made for, one of TARGETS; all but generic compute fp16 layers in float16.
+        target: what the graph is made for, one of TARGETS; those for GPUs compute fp16 layers in float16.
         **options: ``token_downsampling`` and ``controlled`` for the U-Net; ``tiled`` for a half of a KL autoencoder.
 
     Raises:
@@ -276,7 +276,7 @@ def build(
     """
     component = COMPONENTS[name]
     module, ports = component.module(part.config, **options)
-    float32_layers = () if target == "generic" else component.float32_layers(part.config)
+    float32_layers = () if target in INT8_OPERATORS else component.float32_layers(part.config)
     find = make_precision_lookup(precision, name, float32_layers)
     in_4_bits = any(find(layer) == "int4" for layer in _layers(module))
     opset, version = (OPSET_4_BITS, IR_VERSION_4_BITS) if in_4_bits else (OPSET, IR_VERSION)

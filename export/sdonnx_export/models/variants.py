@@ -12,11 +12,10 @@ from sdonnx_export.checkpoint_model import Checkpoint
 from sdonnx_export.models.components import COMPONENTS, build, components_in, has_norms, layer_shapes
 from sdonnx_export.models.unet import cache_stage
 from sdonnx_export.models.unet_config import UNetConfig
-from sdonnx_export.operators.int8 import Int8Operators
 from sdonnx_export.operators.partition import make_cache_graphs, make_embedded_graph
 from sdonnx_export.operators.precision import MixedPrecision, Precision, PrecisionSpec, make_precision_lookup
 from sdonnx_export.operators.quantized import Range
-from sdonnx_export.operators.targets import find_operators
+from sdonnx_export.operators.targets import INT8_OPERATORS, find_operators
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,7 @@ class VariantBuilder:
     target: str = "generic"
     """One of TARGETS."""
     ranges: Mapping[str, Mapping[str, Range]] = field(default_factory=dict[str, Mapping[str, Range]])
-    """Of int8 convolutions, by component; those without any compute in float32."""
+    """Of what int8 layers read, by component; a layer that needs a range and has none computes in floating point."""
 
     def check(self) -> set[Precision]:
         """Return the precisions that layers have.
@@ -65,10 +64,10 @@ class VariantBuilder:
         return graphs
 
     def _build_model(self, name: str, **choices: bool) -> ir.Model:
-        """Build a component's model; convolutions are int8 where they have ranges."""
+        """Build a component's model; layers are int8 where they have the ranges that they need."""
         part = self.checkpoint.parts[COMPONENTS[name].part]
         find = make_precision_lookup(self.precision, name)
         make = partial(build, name, part, self.precision, target=self.target, **choices)
         if not any(find(layer) == "int8" for layer in layer_shapes(name, part.config)):
             return make()
-        return make(partial(Int8Operators, ranges=self.ranges.get(name, {})))
+        return make(partial(INT8_OPERATORS[self.target], ranges=self.ranges.get(name, {})))

@@ -23,6 +23,11 @@ class Range:
         scale = max((high - low) / 255, 1e-8)
         return cls(scale=scale, zero=round(-low / scale))
 
+    @property
+    def symmetric_scale(self) -> float:
+        """The scale with which int8 without a zero point covers the range."""
+        return self.scale * max(self.zero, 255 - self.zero) / 127
+
 
 def quantized_tensors(
     name: str, read: Callable[[], AnyArray], shape: tuple[int, ...], *, axis: int, bits: int = 8

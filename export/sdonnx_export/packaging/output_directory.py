@@ -10,8 +10,8 @@ from typing import Any
 from sdonnx_runtime.errors import ExportError, SdonnxError
 from sdonnx_runtime.files.json_file import load_json
 from sdonnx_runtime.outputs.atomic import describe_errors, is_reserved
-from sdonnx_runtime.outputs.staging import open_staging, remove_stale, replace_directory
 from sdonnx_runtime.packages.manifest import MANIFEST
+from sdonnx_runtime.storage.staging import open_staging, remove_stale, replace_directory
 
 _INDEX = "model_index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".gguf", ".pt", ".pth")

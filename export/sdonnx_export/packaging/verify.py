@@ -99,7 +99,7 @@ def _find_device(target: str) -> str | None:
         return None
 
 
-_CPU_TARGETS = ("generic", "webgpu")
+_CPU_TARGETS = ("generic", "openvino", "webgpu")
 """Targets whose graphs have a kernel for each node on the CPU, too."""
 
 

@@ -6,11 +6,13 @@ import shutil
 from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
+from onnxscript.nn import Parameter
 from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.denoising.init_image import encode_image, example_images
 from sdonnx_runtime.errors import ExportError
@@ -85,20 +87,47 @@ class Calibration:
 
 
 class TappedOperators(Operators):
-    """`Operators` in float32 whose graph also outputs the minimum and maximum of what int8 Convs will read and return.
+    """`Operators` in float32 whose graph also outputs the minimum and maximum of activations that need ranges.
 
-    Nothing else in an int8 graph has a range of its own: see `Int8Operators`.
+    For target generic those are what int8 Convs will read and return: see `Int8Operators`; for openvino what all int8
+    layers will read, queries and keys: see `OpenVinoOperators`.
     """
 
-    def __init__(self, graph: ir.Graph, weights: Mapping[str, Weight], find_precision: PrecisionLookup) -> None:
+    def __init__(
+        self,
+        graph: ir.Graph,
+        weights: Mapping[str, Weight],
+        find_precision: PrecisionLookup,
+        target: str = "generic",
+    ) -> None:
         super().__init__(graph, weights, lambda _name: "fp32")
         self._find_target_precision = find_precision
+        self._all_inputs = target == "openvino"
+        self._layers: dict[ir.Value, str] = {}
+
+    def linear(self, x: ir.Value, weight: Parameter, bias: Parameter | None) -> ir.Value:
+        """``x @ weight + bias``."""
+        name = str(weight.name)
+        if self._all_inputs and self._find_target_precision(name) == "int8":
+            self._tap(name, x)
+        y = super().linear(x, weight, bias)
+        self._layers[y] = name
+        return y
+
+    def attention(self, q: ir.Value, k: ir.Value, v: ir.Value, heads: int, *, upcast: bool = False) -> ir.Value:
+        """Scaled dot-product attention over (N, S, heads * d)."""
+        if self._all_inputs and self._find_target_precision(self._layers[q]) == "int8":
+            for each in (q, k):
+                self._tap(f"{self._layers[each]}.output", each)
+        return super().attention(q, k, v, heads, upcast=upcast)
 
     def conv(self, x: ir.Value, spec: ConvSpec) -> ir.Value:
         """2-D convolution; the tap at its output is before the bias is added."""
-        if spec.is_pointwise or self._find_target_precision(spec.name) != "int8":
+        is_int8 = self._find_target_precision(spec.name) == "int8"
+        if is_int8 and (self._all_inputs or not spec.is_pointwise):
+            self._tap(spec.name, x)
+        if not is_int8 or self._all_inputs or spec.is_pointwise:
             return super().conv(x, spec)
-        self._tap(spec.name, x)
         y = self.Conv(self._conv_input(x, spec), spec.weight, **spec.attributes)
         self._tap(f"{spec.name}.output", y)
         return y if spec.bias is None else self.Add(y, self.Unsqueeze(spec.bias, [1, 2]))
@@ -115,6 +144,7 @@ def calibrate(
     work: Path,
     defaults: Mapping[str, Any],
     report: Report,
+    target: str = "generic",
 ) -> ActivationRanges:
     """Measure the ranges of a checkpoint's activations.
 
@@ -125,11 +155,12 @@ def calibrate(
         work: a directory, made if absent; it keeps the results of all runs, and runs that it has are not repeated.
         defaults: fields of `Defaults`.
         report: progress callback.
+        target: of the package that the ranges are for, one of INT8_OPERATORS.
 
     Raises:
         SdonnxError: a component can't be run.
     """
-    parts = [FORMAT, repr(precision), asdict(calibration), dict(defaults), _fingerprint(checkpoint)]
+    parts = [FORMAT, target, repr(precision), asdict(calibration), dict(defaults), _fingerprint(checkpoint)]
     stamp, mark = json.dumps(parts, sort_keys=True), work / _MARK
     if not mark.is_file() or mark.read_text(encoding="utf-8") != stamp:
         delete_work(work)
@@ -137,7 +168,7 @@ def calibrate(
             raise ExportError(f"{work} is in the way of the calibration, and not sdonnx' own; move it")
         work.mkdir(exist_ok=True)
         mark.touch()
-        _write_tapped(checkpoint, precision, work / "package", defaults, report)
+        _write_tapped(checkpoint, precision, work / "package", defaults, report, target)
         mark.write_text(stamp, encoding="utf-8")
     package = Package.open(work / "package")
     recorder = _RangeRecorder(work / "runs", sum(calibration.steps_per_prompt()), report)
@@ -201,10 +232,15 @@ def load_recorded_inputs(component: str, work: Path) -> list[dict[str, AnyArray]
 
 
 def _write_tapped(
-    checkpoint: Checkpoint, precision: PrecisionSpec, directory: Path, defaults: Mapping[str, Any], report: Report
-) -> None:
+    checkpoint: Checkpoint, precision: PrecisionSpec, directory: Path, defaults: Mapping[str, Any], report: Report,
+    target: str,
+) -> None:  # fmt: skip
     def make(name: str) -> dict[str, ir.Model]:
-        return {PLAIN: build(name, checkpoint.parts[COMPONENTS[name].part], precision, TappedOperators)}
+        return {
+            PLAIN: build(
+                name, checkpoint.parts[COMPONENTS[name].part], precision, partial(TappedOperators, target=target)
+            )
+        }
 
     directory.mkdir(parents=True)
     files = write_components(directory, checkpoint, make, lambda what, done: report(f"for calibration: {what}", done))
@@ -271,6 +307,8 @@ class _RangeRecorder:
 class _RecordedModel:
     """A component's graph; its session is opened by the first run that is not saved."""
 
+    compute = "f32"
+
     def __init__(self, path: Path, recorder: _RangeRecorder) -> None:
         self._path, self._recorder = path, recorder
         self._session: Session | None = None
@@ -278,6 +316,13 @@ class _RecordedModel:
     def run(self, feeds: Mapping[str, Tensor], keep: Container[str] = ()) -> dict[str, AnyArray]:
         """As `Session.run`, without the taps; all outputs are numpy arrays."""
         return self._recorder.run(self._path.parent.name, all_numpy(feeds), self._run)
+
+    def is_open_for(self, feeds: Mapping[str, Tensor]) -> bool:
+        """True: a run that is saved opens nothing."""
+        return True
+
+    def open_for(self, feeds: Mapping[str, Tensor]) -> None:
+        """Open nothing."""
 
     def cancel(self) -> None:
         """As `Session.cancel`."""

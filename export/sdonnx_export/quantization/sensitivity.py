@@ -18,7 +18,7 @@ from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import ExportError, RequestError
 from sdonnx_runtime.execution.session import Session
 from sdonnx_runtime.outputs.atomic import write_file
-from sdonnx_runtime.outputs.staging import open_staging, remove_stale
+from sdonnx_runtime.storage.staging import open_staging, remove_stale
 
 from sdonnx_export.checkpoint_model import Part, Report
 from sdonnx_export.checkpoints.open import open_source

@@ -13,7 +13,11 @@ from weakref import WeakValueDictionary
 from sdonnx_runtime.adapters.merging import LayerDeltas
 from sdonnx_runtime.errors import DeviceError, RequestError
 from sdonnx_runtime.execution.arena import PROCESS_MEMORY
-from sdonnx_runtime.execution.devices.table import check_name
+from sdonnx_runtime.execution.devices.adapters import choose_adapter
+from sdonnx_runtime.execution.devices.choosing import avoided_devices, choose_devices
+from sdonnx_runtime.execution.devices.computing import check_compute, coarsest, compute_of
+from sdonnx_runtime.execution.devices.node_assignment import check_operators
+from sdonnx_runtime.execution.devices.table import DeviceName, check_name
 from sdonnx_runtime.execution.ort import candidates, check_target
 from sdonnx_runtime.execution.output_shapes import check_outputs
 from sdonnx_runtime.execution.process_memory import resident_memory
@@ -40,25 +44,57 @@ Observer: TypeAlias = Callable[[str, str, Mapping[str, Tensor], Mapping[str, Ten
 
 OpenModel: TypeAlias = Callable[..., Model]
 """Opens a graph, called as `staged_model.open_model` is, with the keywords ``tile_size``, ``target``,
-``memory_limit`` and ``shared_weights``."""
+``own``, ``avoided``, ``memory_limit`` and ``shared_weights``."""
 
 
-def check_device(device: str, *packages: Package | None) -> None:
-    """Check that a device runs the graphs of packages, whether it can be used here or not.
+def check_device(device: str, *packages: Package | None, compute: str = "auto", operators: bool = True) -> None:
+    """Check that a device runs the graphs of packages, whether it can be used here or not; reads their ``operators``.
 
-    Raises RequestError for an unknown device; DeviceError for one that doesn't, or if ``auto`` finds none that does.
+    Raises RequestError for an unknown device or ``compute``; DeviceError for a device that doesn't run them or doesn't
+    compute so, or if ``auto`` finds none that runs them.
     """
     check_name(device)
+    check_compute(compute)
     for root in (each for each in packages if each is not None):
         for package in (root, *root.component_packages.values()):
             target, source = package.manifest.target, str(package.root)
             try:
                 if device != "auto":
                     check_target(device, target, source)
+                    if operators:
+                        _check_operators(device, package)
                 elif target != "generic":
                     candidates(device, target, source)
+                if compute != "auto":
+                    _check_compute(device, package, compute)
             except DeviceError as error:
                 raise DeviceError(f"{package.root}: {error}") from None
+
+
+def _check_operators(device: str, package: Package) -> None:
+    """Check that a device has the operators of a package, before an image is begun."""
+    name = DeviceName.parse(device)
+    for component in package.manifest.components if name.device.lacks else ():
+        if (path := package.graph(component)).is_file():
+            check_operators(name, path, None)
+
+
+def _check_compute(device: str, package: Package, compute: str) -> None:
+    """Check that a device computes so, unless that depends on hardware that is not here."""
+    for name in package.manifest.components:
+        own = package.compute(name)
+        if device == "auto":
+            choose_devices(device, package.target(name), compute=compute, own=own)
+        elif not DeviceName.parse(device).device.chooses_compute or _is_here(device):
+            compute_of(device, compute, own)
+
+
+def _is_here(device: str) -> bool:
+    """Whether a plugin's device has its hardware here."""
+    try:
+        return choose_adapter(DeviceName.parse(device)).ep_device is not None
+    except DeviceError:
+        return False
 
 
 class Components:
@@ -79,6 +115,7 @@ class Components:
     ) -> None:  # fmt: skip
         self._busy = threading.Lock()
         self._package, self._extra_packages = package, extra_packages
+        self._avoided = avoided_devices(package, *extra_packages.values())
         self._open_model, self._keep_loaded = open_model, keep_loaded
         self._models: dict[tuple[str, str], Model] = {}
         self._weights = WeakValueDictionary[str, SharedWeights]()
@@ -103,6 +140,8 @@ class Components:
                 strategy,
                 tile_size=self._tile_size(component, strategy),
                 target=package.target(component),
+                own=package.compute(component),
+                avoided={**self._avoided, **self._plan.avoided},
                 memory_limit=self._plan.device_limit,
                 shared_weights=self._weights.setdefault(name, SharedWeights()),
             )
@@ -180,9 +219,13 @@ class Components:
     @contextmanager
     def _close_changed(self) -> Generator[None, None, None]:
         """Unload the components whose strategies change meanwhile."""
-        before = {name: self.strategy(name) for name, _ in self._models}
+        before = {name: self._manner(name) for name, _ in self._models}
         yield
-        self._close(_changed_keys({name: self.strategy(name) for name in before}, before))
+        self._close(_changed_keys({name: self._manner(name) for name in before}, before))
+
+    def _manner(self, name: str) -> tuple[ExecutionStrategy, frozenset[str]]:
+        """How a component is run, and on which devices it is not."""
+        return self.strategy(name), frozenset(self._plan.avoided)
 
     def _uncounted(self) -> set[str]:
         """The components that an earlier generation left, and whose memory the plan did not count."""
@@ -228,6 +271,7 @@ class Runner:
         self._cancelled = False
         self._load: dict[str, float] = defaultdict(float)
         self._run: dict[str, float] = defaultdict(float)
+        self._computed = set[str]()
 
     def __call__(
         self, name: str, feeds: Mapping[str, Tensor], variant: str = PLAIN, keep: Container[str] = ()
@@ -237,7 +281,7 @@ class Runner:
         Raises as `Session`, `Session.run` and `check_outputs` do.
         """
         start = time.perf_counter()
-        model = self._open(name, variant)
+        model = self._open(name, variant, feeds)
         loaded = time.perf_counter()
         self._load[name] += loaded - start
         self._active = model
@@ -249,25 +293,36 @@ class Runner:
             self._active = None
             seconds = time.perf_counter() - loaded
             self._run[name] += seconds
+        self._computed.add(model.compute)
         check_outputs(*self.components.find(name), feeds, outputs)
         if self._observer is not None:
             self._observer(name, variant, feeds, outputs, seconds)
         return outputs
 
-    def _open(self, name: str, variant: str) -> Model:
-        if self.on_opening is None or self.components.is_open(name, variant):
+    def _open(self, name: str, variant: str, feeds: Mapping[str, Tensor]) -> Model:
+        """A component's variant, opened for inputs of these sizes."""
+        if self.components.is_open(name, variant) and self.components.model(name, variant).is_open_for(feeds):
             return self.components.model(name, variant)
-        self.on_opening(name)
+        if self.on_opening is not None:
+            self.on_opening(name)
         try:
-            return self.components.model(name, variant)
+            model = self.components.model(name, variant)
+            model.open_for(feeds)
+            return model
         finally:
-            self.on_opening(None)
+            if self.on_opening is not None:
+                self.on_opening(None)
 
     def cancel(self) -> None:
         """Stop the component that runs now, and all later runs; from any thread."""
         self._cancelled = True
         if (model := self._active) is not None:
             model.cancel()
+
+    @property
+    def compute(self) -> str:
+        """The coarsest arithmetic of the components that have run: f32, f16 or bf16."""
+        return coarsest(self._computed)
 
     def timings(self, steps: list[float]) -> Timings:
         """The times so far, with those of the denoising ``steps``, in seconds."""

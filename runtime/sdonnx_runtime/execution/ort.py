@@ -1,5 +1,6 @@
 """ONNX Runtime: its import, its execution providers, those of plugins among them, and the options of sessions."""
 
+import re
 import threading
 from collections.abc import Mapping
 from importlib import import_module
@@ -102,7 +103,14 @@ def _check_available(base: str, target: str, source: str) -> None:
             f"{device.provider}; {install_hint(base)}{otherwise}"
         )
     if not is_built_in(device) and not provider_devices(base):
-        raise DeviceError(f"device '{base}' finds no adapter: it requires {device.requires}{otherwise}")
+        raise DeviceError(f"{no_adapter(base)}{otherwise}")
+
+
+def no_adapter(name: str) -> str:
+    """Say that a device finds no adapter, and what helps."""
+    device = DeviceName.parse(name).device
+    hint = f"; {device.hint}" if device.hint else ""
+    return f"device '{name}' finds no adapter: it requires {device.requires}{hint}"
 
 
 def _export_command(source: str) -> str:
@@ -110,12 +118,13 @@ def _export_command(source: str) -> str:
 
 
 def _is_usable(base: str) -> bool:
-    """Whether ``auto`` may take a device: a plugin's must have hardware, not a software adapter."""
+    """Whether ``auto`` may take a device: a plugin's must have its type of hardware, or any but a software adapter."""
     device = DEVICES[base]
     if not is_installed(device) or is_built_in(device):
         return is_installed(device)
     try:
-        return any(each.device.type.name != "CPU" for each in provider_devices(base))
+        kinds = {hardware_kind(each) for each in provider_devices(base)}
+        return bool(kinds - {"cpu"}) if device.default_kind is None else device.default_kind in kinds
     except DeviceError:
         return False
 
@@ -128,11 +137,6 @@ def is_installed(device: Device) -> bool:
 def is_built_in(device: Device) -> bool:
     """Whether the installed ONNX Runtime has a device's provider by itself; newer ones also list those of plugins."""
     return device.plugin not in PLUGINS.modules and device.provider in load_onnxruntime().get_available_providers()
-
-
-def has_wrap(device: str, target: str = "generic") -> bool:
-    """Whether each device that may be opened for ``device`` has Pad's mode wrap; raises as `candidates` does."""
-    return all(DeviceName.parse(name).device.has_wrap for name in candidates(device, target))
 
 
 class Plugins:
@@ -179,6 +183,11 @@ def provider_devices(base: str) -> list[Any]:
         return []
     found = [each for each in runtime.get_ep_devices() if each.ep_name == device.provider]
     return [each for each in found if each.device.metadata.get("is_virtual") != "1"]
+
+
+def hardware_kind(ep_device: Any) -> str:
+    """The type of hardware of an OrtEpDevice: cpu, gpu or npu."""
+    return str(ep_device.device.type.name).lower()
 
 
 def device_memory(device: str) -> tuple[str, int] | None:
@@ -234,9 +243,16 @@ def read_value(value: Any) -> AnyArray:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error message, at most 300 characters; of a check of ONNX Runtime's, what it says."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rpartition(" was false. ")[2].rstrip(".")[:300]
+    """The first line of an error message, at most 300 characters; of a check of ONNX Runtime's, what it says.
+
+    OpenVINO's messages begin with the places in its source that an exception passed.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    said = next((line for line in lines if _PLACE.search(line) is None), lines[0])
+    return said.rpartition(" was false. ")[2].rstrip(".")[:300]
+
+
+_PLACE = re.compile(r"Exception from \S+:\d+:$|^Check '.*' failed at \S+:\d+:$")
 
 
 def quiet_options() -> Any:

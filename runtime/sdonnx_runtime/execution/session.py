@@ -13,8 +13,11 @@ from sdonnx_runtime.arrays import AnyArray
 from sdonnx_runtime.errors import DeviceError, PackageError, SdonnxError
 from sdonnx_runtime.execution import ort
 from sdonnx_runtime.execution.arena import PROCESS_MEMORY, USE_ENV_ALLOCATORS
+from sdonnx_runtime.execution.devices.adapters import choose_adapter
+from sdonnx_runtime.execution.devices.choosing import choose_devices
+from sdonnx_runtime.execution.devices.computing import compute_of
 from sdonnx_runtime.execution.devices.opening import Opened, Opening, open_session
-from sdonnx_runtime.execution.devices.sized_sessions import SizedSessions
+from sdonnx_runtime.execution.devices.sized_sessions import KEPT, SizedSessions
 from sdonnx_runtime.execution.devices.table import DeviceName
 from sdonnx_runtime.execution.ort import first_line, load_onnxruntime
 from sdonnx_runtime.execution.running.device_array import DeviceArray, Tensor, all_numpy, as_numpy
@@ -51,12 +54,18 @@ class Session:
         device: auto, or the name of a device, see `DeviceName`.
         target: what the graph is made for: one of TARGETS.
         threads: CPU threads; None is the number of physical cores.
+        compute: what the arithmetic is done in: one of COMPUTES.
+        own: what the graph is written to compute in, as of `compute_of`.
+        avoided: why ``auto`` leaves out a device, by its name.
         memory_limit: bytes that the device may use, where it has such an option (CUDA).
         profile: the beginning of the path of ONNX Runtime's profile; None writes none.
         weights: values that replace initializers, by name.
         model: an encoded graph that replaces the file's, with the same weights file.
         no_arena: on the CPU, return each buffer to the system at once instead of to the shared arena; slower.
+        any_size: on a device that has a session for each size, run tiles of all sizes with one.
+        cache: keep compiled graphs on disk, where the device compiles them for long.
         shared_weights: those of other graphs over the same weights file with the same ``weights``.
+        kept_sizes: sizes of inputs for which a session stays open, on a device that opens one for each.
 
     Raises:
         DeviceError: the device is absent, fails to initialise, or does not run graphs of the target.
@@ -67,7 +76,9 @@ class Session:
         self, path: Path, *, device: str = "auto", target: str = "generic", threads: int | None = None,
         memory_limit: int | None = None, profile: Path | None = None,
         weights: Mapping[str, TensorData] = MappingProxyType({}), model: bytes | None = None, no_arena: bool = False,
-        shared_weights: SharedWeights | None = None,
+        shared_weights: SharedWeights | None = None, compute: str = "auto", own: str = "f32",
+        avoided: Mapping[str, str] = MappingProxyType({}), any_size: bool = False, kept_sizes: int = KEPT,
+        cache: bool = True,
     ) -> None:  # fmt: skip
         self.path = path
         if not path.is_file():
@@ -87,17 +98,24 @@ class Session:
 
         opening = Opening(
             path=path, model=model, settings=make_settings, device=device, target=target, memory_limit=memory_limit,
-            weights=replaced, shared=shared_weights,
+            weights=replaced, compute=compute, own=own, avoided=avoided, threads=threads, cache=cache,
+            shared=shared_weights,
         )  # fmt: skip
-        self.device = ort.candidates(device, target)[0]
+        names = choose_devices(device, target, compute=compute, own=own, avoided=avoided)
+        self.device, self.compute = names[0], compute_of(names[0], compute, own)
+        """What it computes in: f32, bf16 or f16; as the device, the first choice of ``auto`` until a first run."""
         self.assignment: NodeAssignment | None = None
         """Which nodes the device runs; None on the CPU, before a first run, and where ONNX Runtime doesn't say."""
         self._sized: SizedSessions | None = None
         self._binding: DeviceBinding | None = None
         self._session: Any = None
-        if DeviceName.parse(self.device).device.fixed_sizes:
+        fixed_sizes = [DeviceName.parse(each).device.fixed_sizes for each in names]
+        if any(fixed_sizes):  # the device that auto comes to, where the first one fails, may be one of these
+            if fixed_sizes[0]:
+                choose_adapter(DeviceName.parse(self.device))  # says at once if there is none
             self.inputs, self.outputs = _read_ports(path, model)
-            self._sized = SizedSessions(opening, {port.name: port.shape for port in self.inputs})
+            shapes = {port.name: port.shape for port in self.inputs}
+            self._sized = SizedSessions(opening, shapes, kept_sizes, any_size=any_size)
         else:
             self._use(open_session(opening))
             self.inputs, self.outputs = _ports(self._session.get_inputs()), _ports(self._session.get_outputs())
@@ -117,15 +135,13 @@ class Session:
             DeviceError: the device failed, for example for lack of memory.
             Cancelled: `cancel` was called.
         """
-        options = load_onnxruntime().RunOptions()
-        batch_axes = {port.name: port.shape[0] for port in self.inputs if port.shape and isinstance(port.shape[0], str)}
-        prepared = broadcast_batch({port.name: self._cast_input(port, feeds) for port in self.inputs}, batch_axes)
-        if self._sized is not None:
-            self._use(self._sized.find(prepared))
+        options, prepared = load_onnxruntime().RunOptions(), self._prepare_inputs(feeds)
+        self._open_sizes(prepared)
 
         def run() -> list[Any]:
             if self._binding is None:
-                return self._session.run(None, prepared, options)
+                names = [port.name for port in self.outputs]  # a rewritten graph may have them in another order
+                return self._session.run(names, prepared, options)
             outputs = {port.name: port.dtype for port in self.outputs}
             return self._binding.run(feeds, prepared, outputs, keep, options)
 
@@ -136,6 +152,23 @@ class Session:
             self._options = None
         return self._collect_outputs(outcome, prepared, terminated=bool(options.terminate))
 
+    def is_open_for(self, feeds: Mapping[str, Tensor]) -> bool:
+        """Whether a run on these inputs opens nothing: false on a device with a session for each size of them."""
+        return self._sized is None or self._sized.is_open(self._prepare_inputs(feeds))
+
+    def open_for(self, feeds: Mapping[str, Tensor]) -> None:
+        """Open what a run on these inputs needs; raises as `run` does."""
+        if self._sized is not None:
+            self._open_sizes(self._prepare_inputs(feeds))
+
+    def open_for_any_size(self) -> None:
+        """Open the graph before its first run, where sizes aren't known, to find `assignment`.
+
+        Raises as the constructor does.
+        """
+        if self._sized is not None:
+            self._use(self._sized.open_for_any_size())
+
     def finish_profile(self) -> list[dict[str, Any]]:
         """End ONNX Runtime's profile; returns its events."""
         return json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
@@ -145,10 +178,23 @@ class Session:
         if (options := self._options) is not None:
             options.terminate = True
 
+    def _prepare_inputs(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs of the graph in its types and ranks, and with batches of one size."""
+        batch_axes = {port.name: port.shape[0] for port in self.inputs if port.shape and isinstance(port.shape[0], str)}
+        return broadcast_batch({port.name: self._cast_input(port, feeds) for port in self.inputs}, batch_axes)
+
+    def _open_sizes(self, prepared: Mapping[str, Tensor]) -> None:
+        """Open the session for the sizes of inputs, on a device that has one for each."""
+        if self._sized is not None:
+            if not self._sized.is_open(prepared):
+                self._session = self._binding = None  # which may be closed for it
+            self._use(self._sized.find(prepared))
+
     def _use(self, opened: Opened) -> None:
         """Let an open graph run from now on."""
         if opened.session is not self._session:
-            self.device, self._session, self.assignment = opened.device, opened.session, opened.assignment
+            self.device, self.compute, self._session = opened.device, opened.compute, opened.session
+            self.assignment = opened.assignment
             memory = ort.device_memory(self.device)
             self._binding = None if memory is None else DeviceBinding(self._session, self.device, memory)
 
@@ -162,9 +208,9 @@ class Session:
         return value.reshape((1,) * (len(port.shape) - value.ndim) + value.shape)
 
     def _collect_outputs(self, outcome: Any, feeds: Mapping[str, Tensor], *, terminated: bool) -> dict[str, Any]:
+        if terminated:  # also where the device ends a run first
+            raise Cancelled("the run was cancelled") from None
         if isinstance(outcome, Exception):
-            if terminated:
-                raise Cancelled("the run was cancelled") from None
             reason = first_line(outcome)
             remedy = "choose a smaller size or another device" if "alloc" in reason.lower() else "try another device"
             raise DeviceError(f"{self.path} failed on device '{self.device}': {reason}; {remedy}") from None

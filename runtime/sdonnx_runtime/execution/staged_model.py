@@ -10,7 +10,7 @@ import numpy as np
 
 from sdonnx_runtime.adapters.merging import LayerDeltas, merge_lora, merge_weights
 from sdonnx_runtime.arrays import AnyArray
-from sdonnx_runtime.execution.ort import has_wrap
+from sdonnx_runtime.execution.devices.choosing import avoid_unstaged, has_wrap
 from sdonnx_runtime.execution.process_memory import trim_heap, unmap_code
 from sdonnx_runtime.execution.running.device_array import Tensor, all_numpy
 from sdonnx_runtime.execution.running.shared_weights import SharedWeights
@@ -24,8 +24,21 @@ from sdonnx_runtime.packages.variant import MEASURED_STATS, NORM_STATS, USE_NORM
 class Model(Protocol):
     """An open graph."""
 
+    @property
+    def compute(self) -> str:
+        """What it computes in: f32, bf16 or f16."""
+        ...
+
     def run(self, feeds: Mapping[str, Tensor], keep: Container[str] = ()) -> dict[str, Any]:
         """Run it; returns all outputs by name, of which those in ``keep`` may be in a device's memory."""
+        ...
+
+    def is_open_for(self, feeds: Mapping[str, Tensor]) -> bool:
+        """Whether a run on these inputs begins at once; False where something is opened first, which takes time."""
+        ...
+
+    def open_for(self, feeds: Mapping[str, Tensor]) -> None:
+        """Open what a run on these inputs begins with."""
         ...
 
     def cancel(self) -> None:
@@ -39,6 +52,15 @@ class _CancellableModel:
     def __init__(self) -> None:
         self._active: Session | None = None
         self._cancelled = False
+        self.compute = "f32"
+        """What the last run was computed in."""
+
+    def is_open_for(self, feeds: Mapping[str, Tensor]) -> bool:
+        """True: stages and tiles are opened in a run."""
+        return True
+
+    def open_for(self, feeds: Mapping[str, Tensor]) -> None:
+        """Open nothing."""
 
     def cancel(self) -> None:
         """As `Session.cancel`."""
@@ -49,7 +71,9 @@ class _CancellableModel:
     def _run_active(self, feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
         if self._cancelled or self._active is None:
             raise Cancelled("the run was cancelled")
-        return self._active.run(feeds)
+        outputs = self._active.run(feeds)
+        self.compute = self._active.compute
+        return outputs
 
 
 class StagedModel(_CancellableModel):
@@ -156,6 +180,7 @@ class TiledModel(_CancellableModel):
     def __init__(self, session: Session, tile_size: int, circular: str = "") -> None:
         super().__init__()
         self._active, self._tile_size, self._circular = session, tile_size, circular
+        self.is_open_for, self.open_for = session.is_open_for, session.open_for  # for tiles of any size
 
     def run(self, feeds: Mapping[str, Tensor], keep: Container[str] = ()) -> dict[str, AnyArray]:
         """As `Session.run`; all outputs are numpy arrays."""
@@ -176,10 +201,15 @@ def open_model(
     Raises RequestError if a delta is of another size than its weight, and what `Session` does; in stages, when it runs.
     """
     cut, no_arena, circular = strategy.staged, strategy.no_arena, strategy.circular
+    how: dict[str, Any] = {"device": "auto", "target": "generic"}
+    how |= {name: options[name] for name in ("device", "target", "compute", "own", "avoided") if name in options}
+    if cut and tile_size is None:
+        options["avoided"] = how["avoided"] = avoid_unstaged(**how)
+    options["any_size"] = tile_size is not None
     read = partial(read_stages, path)
     if circular:
-        device, target = options.get("device", "auto"), options.get("target", "generic")
-        read = partial(read, circular=circular, has_wrap=has_wrap(device, target))
+        read = partial(read, circular=circular, has_wrap=has_wrap(**how))
+    options |= {"kept_sizes": 1} if strategy.one_size else {}
     graph = read(cut=cut) if cut or strategy.split_batch else None
     if graph is not None and (len(graph.stages) > 1 or not cut):
         resident = {index for name, index in strategy.resident_stages if name == path.name} if cut else {0}

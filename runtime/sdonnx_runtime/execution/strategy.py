@@ -25,6 +25,8 @@ class ExecutionStrategy:
     tile: int | None = None
     """The side of tiles: of a VAE in latent pixels, where None runs it on the whole image; of an upscaler in pixels of
     its input, where None is the largest of UPSCALER_TILES."""
+    one_size: bool = False
+    """Keep the session of the last sizes alone, on a device that opens one for each size of its inputs."""
     circular: str = ""
     """The axes of images, x, y or xy, along which convolutions pad with the opposite border; empty pads with zeros."""
 
@@ -49,3 +51,5 @@ class ExecutionPlan:
     """Whether components stay loaded for the next generation."""
     device_limit: int | None = None
     """Bytes that a device with memory of its own may use; None is no limit."""
+    avoided: Mapping[str, str] = field(default_factory=lambda: dict[str, str]())
+    """Why the device ``auto`` leaves out a device, by its name."""

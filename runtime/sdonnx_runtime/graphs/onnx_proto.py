@@ -76,11 +76,11 @@ class Node:
         """Numbers, and tuples of integers, by name."""
         return dict(map(_decode_attribute, _bytes(_group(self.encoded)[_ATTRIBUTE])))
 
-    def rewire(self, inputs: Sequence[str], output: str) -> "Node":
-        """The same operator with other inputs and another output; its name is left out."""
+    def rewire(self, inputs: Sequence[str], *outputs: str) -> "Node":
+        """The same operator with other inputs and outputs; its name is left out."""
         kept = [each for each in fields(self.encoded) if each[0] not in (_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME)]
-        encoded = _encode(*((_NODE_INPUT, each) for each in inputs), (_NODE_OUTPUT, output), *kept)
-        return replace(self, encoded=memoryview(encoded), inputs=tuple(inputs), outputs=(output,))
+        ends = [*((_NODE_INPUT, each) for each in inputs), *((_NODE_OUTPUT, each) for each in outputs)]
+        return replace(self, encoded=memoryview(_encode(*ends, *kept)), inputs=tuple(inputs), outputs=outputs)
 
     def with_attribute(self, name: str, value: "Sequence[int]") -> "Node":
         """The same operator with another value of an attribute."""
@@ -132,15 +132,21 @@ class Model:
 
     def encode_part(
         self, name: str, nodes: Iterable[Node], weights: Iterable[memoryview], inputs: Iterable[str],
-        outputs: Iterable[str],
+        outputs: Iterable[str], opset: int | None = None,
     ) -> bytes:  # fmt: skip
-        """Encode a part of the graph as a model of the same versions; KeyError for an input without a `ValueInfo`."""
+        """Encode a part of the graph as a model of the same versions; KeyError for an input without a `ValueInfo`.
+
+        ``opset`` is another version of ONNX's own operators.
+        """
         described = {**self.value_info, **self.outputs, **self.inputs}
         body: list[Field] = [(_NODE, node.encoded) for node in nodes]
         body += [(_INITIALIZER, each) for each in weights]
         body += [(_INPUT, described[each]) for each in inputs] + [(_OUTPUT, described[each]) for each in outputs]
         graph = _encode((_GRAPH_NAME, name), *body)
         versions = [each for each in fields(self.data) if each[0] not in (_PRODUCER_NAME, _GRAPH)]
+        if opset is not None:
+            others = [(number, each) for number, each in versions if number != _OPSET_IMPORT or _is_domain(each)]
+            versions = [*others, (_OPSET_IMPORT, _encode((_OPSET_VERSION, opset)))]
         return _encode(*versions, (_GRAPH, graph))
 
 
@@ -198,6 +204,11 @@ def single_node_model(
     node = _encode(*[(_NODE_INPUT, b"x")] * inputs, (_NODE_OUTPUT, b"y"), *details)
     graph = _encode((_NODE, node), (_GRAPH_NAME, b"one"), (_INPUT, x), (_OUTPUT, y))
     return _encode((_IR_VERSION, 8), *imports, (_GRAPH, graph))
+
+
+def _is_domain(imported: "int | memoryview") -> bool:
+    """Whether an OperatorSetId is not that of ONNX's own operators."""
+    return not isinstance(imported, int) and any(_texts(_group(imported)[_OPSET_DOMAIN]))
 
 
 def _decode_node(encoded: memoryview) -> Node:

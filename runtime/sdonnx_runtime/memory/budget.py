@@ -3,18 +3,23 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import inf
+from math import ceil, inf
 
 from sdonnx_runtime.errors import DeviceError, RequestError
 from sdonnx_runtime.execution.arena import PROCESS_MEMORY
+from sdonnx_runtime.execution.devices.table import base_name
 from sdonnx_runtime.execution.process_memory import available_memory, resident_memory, unmap_code
 from sdonnx_runtime.execution.strategy import MIN_MEMORY, ExecutionPlan, ExecutionStrategy
 from sdonnx_runtime.graphs.shape_inference import UnsupportedGraph
 from sdonnx_runtime.memory.constants import FREE_SHARE, PROCESS_BYTES
+from sdonnx_runtime.memory.openvino import LIBRARY_BYTES, Compilation, check_predictable
 from sdonnx_runtime.memory.planner import MemoryPhase, Plan, make_plan
 
 AUTO, MAX, MIN = "auto", "max", "min"
 """The free memory; all components kept loaded; the least that is possible."""
+
+LESS_ON_CPU = "the CPU takes less memory"
+"""Why ``auto`` leaves out openvino where the least memory is asked for."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmg]?i?)b?", re.IGNORECASE | re.ASCII)
@@ -44,16 +49,22 @@ class Budget:
 
     def plan(
         self, phases: Callable[[], Sequence[MemoryPhase]], upper_bound: float, name: str, *, always: bool = False,
-        held: int = 0,
+        held: int = 0, device: str = "cpu", compiled: Compilation | None = None, runs_on_cpu: bool = True,
     ) -> Plan | None:  # fmt: skip
         """Make the plan of a request; None if nothing needs restricting, or nothing can be predicted.
 
-        ``phases`` returns those of the request; ``upper_bound`` is bytes that it certainly does not exceed; ``name`` is
-        the package's. ``always`` also returns a plan if nothing needs restricting. ``held`` are the bytes of components
-        that are loaded now.
+        Args:
+            phases: returns those of the request.
+            upper_bound: bytes that it certainly does not exceed.
+            name: the package's.
+            always: whether a plan is made if nothing needs restricting.
+            held: the bytes of components that are loaded now.
+            device: what runs it.
+            compiled: how openvino compiles it; None plans for ONNX Runtime's CPU provider.
+            runs_on_cpu: whether a refusal for openvino says in how much memory the CPU can do it.
 
         Raises:
-            RequestError: the budget is too small, or the package can't be planned for.
+            RequestError: the budget is too small, or the memory can't be predicted.
             DeviceError: too little memory is free.
         """
         plenty = self._is_plenty(upper_bound, held)
@@ -65,45 +76,58 @@ class Budget:
         base = resident_memory() - held + PROCESS_BYTES
         budget = inf if plenty else self._room()
         try:
-            plan = self._make_plan(phases(), budget, base)
-        except UnsupportedGraph:
+            check_predictable(device)
+            plan = self._make_plan(requested := phases(), budget, base, compiled)
+        except UnsupportedGraph as error:
             if self.asked in (AUTO, MIN) and not always:
                 return None
-            raise RequestError(
-                f"cannot estimate the memory of {name} (not exported by sdonnx); export its checkpoint with "
-                "'sdonnx export', or give auto, max or min"
-            ) from None
+            raise _unpredictable(name, None if compiled is None else device, error) from None
         if plan.peak <= budget or self.asked == MIN:
             execution = replace(plan.execution, device_limit=self.device_limit, return_buffers=self.asked != MAX)
             return replace(plan, execution=execution)
-        least = -(-plan.minimum_budget // _STEP) * _STEP / 1e6
+        on_cpu = make_plan(requested, 0, base).minimum_budget if compiled is not None and runs_on_cpu else inf
+        raise self._refusal(plan.minimum_budget, budget, "" if compiled is None else " on openvino", on_cpu)
+
+    def _refusal(self, minimum: int, budget: float, where: str, on_cpu: float) -> RequestError | DeviceError:
+        """The error for a budget that is too small; ``on_cpu`` is what the CPU can do it in, if that is less."""
+        least, otherwise = _rounded_up(minimum), ""
+        if on_cpu < minimum:
+            otherwise = f", or use --device cpu, which can do it in {_rounded_up(on_cpu)}MB"
         if self.asked == AUTO:
-            raise DeviceError(
-                f"this needs at least {least:.0f} MB of memory; {budget / 1e6:.0f} MB are available; close other "
-                f"programs, choose a smaller size, or try it with --memory {least:.0f}MB"
+            return DeviceError(
+                f"this needs at least {least} MB of memory{where}; {budget / 1e6:.0f} MB are available; close other "
+                f"programs, choose a smaller size, or try it with --memory {least}MB{otherwise}"
             )
-        raise RequestError(
-            f"{self.asked} of memory is too little for this; give {least:.0f}MB or more, or choose a smaller size"
+        return RequestError(
+            f"{self.asked} of memory is too little for this{where}; give {least}MB or more, or choose a smaller size"
+            f"{otherwise}"
         )
 
-    def execution(self, plan: Plan | None, upper_bound: float, held: int = 0) -> ExecutionPlan:
+    def execution(self, plan: Plan | None, upper_bound: float, held: int = 0, device: str = "cpu") -> ExecutionPlan:
         """How components run with a plan, or where `plan` made none; arguments are those of `plan`."""
         if plan is not None:
             return plan.execution
-        return replace(self.unplanned(), keep_loaded=self.keep_loaded and self._is_plenty(upper_bound, held))
+        return replace(self.unplanned(device), keep_loaded=self.keep_loaded and self._is_plenty(upper_bound, held))
 
-    def unplanned(self) -> ExecutionPlan:
-        """How components run without a plan."""
+    def unplanned(self, device: str = "cpu") -> ExecutionPlan:
+        """How components run on a device without a plan."""
         default = MIN_MEMORY if self.asked == MIN else ExecutionStrategy()
-        return ExecutionPlan(default=default, return_buffers=self.asked != MAX, device_limit=self.device_limit)
+        if base_name(device) == "openvino":
+            default = replace(default, split_batch=False, staged=False, no_arena=False)
+        avoided = {"openvino": LESS_ON_CPU} if self.asked == MIN and device == "auto" else {}
+        returned = self.asked != MAX
+        return ExecutionPlan(default=default, return_buffers=returned, device_limit=self.device_limit, avoided=avoided)
 
-    def _make_plan(self, phases: Sequence[MemoryPhase], budget: float, base: int) -> Plan:
+    def _make_plan(self, phases: Sequence[MemoryPhase], budget: float, base: int, compiled: Compilation | None) -> Plan:
         region = PROCESS_MEMORY.arena_region
-        plan = make_plan(phases, budget, base, region)
+        base += 0 if compiled is None else LIBRARY_BYTES
+        plan = make_plan(phases, budget, base, region, compiled=compiled)
         if self.asked == MIN or not (self.asked == MAX or self.keep_loaded):
             return plan
         loaded = [loaded for phase in phases for loaded in phase]
-        together = replace(make_plan([loaded], budget, base, region), minimum_budget=plan.minimum_budget)
+        together = replace(
+            make_plan([loaded], budget, base, region, compiled=compiled), minimum_budget=plan.minimum_budget
+        )
         if self.asked == MAX:
             return together
         if together.peak > budget or any(each.strategy != ExecutionStrategy() for each in together.components):
@@ -136,3 +160,20 @@ class Budget:
         if not 1 <= size < _MAX_BYTES:
             raise RequestError(f"memory is '{self.asked}'; give a size such as 600MB or 2GB, or auto, max or min")
         return int(size)
+
+
+def _rounded_up(size: float) -> int:
+    """A budget to propose for a size in bytes, in 10**6 bytes."""
+    return ceil(size / _STEP) * _STEP // 10**6
+
+
+def _unpredictable(name: str, device: str | None, error: UnsupportedGraph) -> RequestError:
+    """The error for a package whose memory is not known, on a device that compiles its graphs or on the CPU."""
+    if device is not None:
+        return RequestError(
+            f"cannot estimate the memory of {name} on {device}: {error}; give auto, max or min, or use --device cpu"
+        )
+    return RequestError(
+        f"cannot estimate the memory of {name} (not exported by sdonnx); export its checkpoint with "
+        "'sdonnx export', or give auto, max or min"
+    )

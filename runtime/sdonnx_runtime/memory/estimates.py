@@ -1,9 +1,9 @@
 """Estimate the memory of each stage of a graph: its own, and the values that other stages need meanwhile."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from sdonnx_runtime.graphs.partition import Stage, read_stages
 from sdonnx_runtime.graphs.shape_inference import TensorInfo, unsupported_graphs
 from sdonnx_runtime.memory import constants
 from sdonnx_runtime.memory.footprint import Footprint, footprint
+from sdonnx_runtime.memory.openvino import Compilation, compiled_footprint
 from sdonnx_runtime.packages.variant import NORM_STATS
 
 
@@ -34,6 +35,8 @@ class Graph:
     """The weights and biases that adapters change."""
     circular: str = ""
     """The axes along which its convolutions pad circularly."""
+    compiled: Compilation | None = None
+    """How OpenVINO compiles it; None runs it on ONNX Runtime's CPU provider."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,6 +52,8 @@ class StageEstimate:
     """How often it runs, for batch entries or tiles of the size that its footprint is of."""
     merged: int
     """Bytes of the weights that adapters change, which are in addition to the session's."""
+    copied: int
+    """Bytes of another copy of these while it is being opened."""
     merging: int
     """The peak while these are merged, one after another in float32."""
 
@@ -60,7 +65,11 @@ class StageEstimate:
     @property
     def opening_peak_bytes(self) -> int:
         """The peak while it is being opened."""
-        return max(self.footprint.opening + 2 * self.merged, self.merging)
+        return max(self.footprint.opening + self.merged + self.copied, self.merging)
+
+
+_MERGED_COPIES = 2
+"""Of merged weights, where OpenVINO's plugin has its own."""
 
 
 def estimate_stages(graph: Graph, cut: bool, split_batch: bool = False) -> tuple[StageEstimate, ...]:
@@ -78,6 +87,7 @@ def estimate_stages(graph: Graph, cut: bool, split_batch: bool = False) -> tuple
 @lru_cache(maxsize=64)
 def _cached_estimates(graph: Graph, cut: bool, split_batch: bool, _modified: int) -> tuple[StageEstimate, ...]:
     whole, estimates = read_stages(graph.path, cut=cut, circular=graph.circular), list[StageEstimate]()
+    measure = footprint if graph.compiled is None else partial(compiled_footprint, how=graph.compiled)
     values, tiles = one_tile(graph)
     splits = split_batch and whole.batch_independent
     count = max((values[name].shape[0] for name in whole.batch_axes), default=1) if splits else 1
@@ -90,15 +100,14 @@ def _cached_estimates(graph: Graph, cut: bool, split_batch: bool, _modified: int
         live = count * sum(values[name].nbytes for name in alive)
         inputs, runs = {name: values[name] for name in stage.inputs}, float(count * tiles)
         if graph.tile_size is not None and graph.margin is None and (NORM_STATS in inputs or len(whole.stages) == 1):
-            taken, runs = _tiled_footprint(stage, inputs, graph.tile_size, graph.circular)
+            taken, runs = _tiled_footprint(measure, stage, inputs, graph.tile_size, graph.circular)
         else:
-            taken = footprint(stage, inputs)
+            taken = measure(stage, inputs)
         live += (count - 1) * sum(value.nbytes for value in taken.outputs.values())  # of earlier batch entries
         merged, merging = merging_bytes(stage, graph.adapted)
-        key = graph.path.name, index
-        estimates.append(
-            StageEstimate(key=key, footprint=taken, live_bytes=live, runs=runs, merged=merged, merging=merging)
-        )
+        key, kept = (graph.path.name, index), merged * (1 if graph.compiled is None else _MERGED_COPIES)
+        sizes = {"merged": kept, "copied": merged, "merging": merging}
+        estimates.append(StageEstimate(key=key, footprint=taken, live_bytes=live, runs=runs, **sizes))
         values |= taken.outputs
         alive = {name for name in {*alive, *stage.outputs} if last_use.get(name, -1) > index}
     return tuple(estimates)
@@ -133,13 +142,14 @@ def merging_bytes(stage: Stage, parameters: frozenset[str]) -> tuple[int, int]:
 
 
 def _tiled_footprint(
-    stage: Stage, inputs: Mapping[str, TensorInfo], tile_size: int, circular: str
-) -> tuple[Footprint, float]:
+    measure: Callable[[Stage, Mapping[str, TensorInfo]], Footprint], stage: Stage, inputs: Mapping[str, TensorInfo],
+    tile_size: int, circular: str,
+) -> tuple[Footprint, float]:  # fmt: skip
     """The footprint of a stage for a tile, with the outputs of all tiles, and how often it runs."""
     ((name, image),) = [(name, value) for name, value in inputs.items() if len(value.shape) == 4]
     whole, normed = image.shape[2:], NORM_STATS in inputs
     tile = tuple(min(size, tile_size) for size in whole)
-    taken = footprint(stage, {**inputs, name: replace(image, shape=(*image.shape[:2], *tile))})
+    taken = measure(stage, {**inputs, name: replace(image, shape=(*image.shape[:2], *tile))})
     outputs = {
         name: replace(
             value, shape=(*value.shape[:2], *(size * whole[i] // tile[i] for i, size in enumerate(value.shape[2:])))

@@ -41,6 +41,8 @@ class Footprint:
     """Bytes of int8 weights that are prepacked into buffers of the arena; included in ``weights``."""
     mmapped: int
     """Bytes of ``prepacked`` whose mapped file stays in memory until all weights are prepacked."""
+    shared: int
+    """Bytes of ``weights`` that all sessions of the component have together."""
     fragmentation: int
     """Bytes that prepacking leaves unused in the arena if the graph is opened whole."""
     activations: int
@@ -166,7 +168,7 @@ def _weight_bytes(stage: Stage, nodes: Sequence[Node], values: Mapping[str, Tens
     weights += int(blocks * INT8_BLOCK_SUMS)
     return {
         "weights": weights, "opening": max(folded + reorder_peak, weights + largest), "prepacked": prepacked,
-        "mmapped": mmapped, "fragmentation": int(blocks * INT8_FRAGMENTATION),
+        "mmapped": mmapped, "shared": 0, "fragmentation": int(blocks * INT8_FRAGMENTATION),
     }  # fmt: skip
 
 

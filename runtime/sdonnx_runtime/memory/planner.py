@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from sdonnx_runtime.execution.strategy import VAE_TILES, ExecutionPlan, ExecutionStrategy
 from sdonnx_runtime.memory import constants
 from sdonnx_runtime.memory.estimates import Graph, StageEstimate, estimate_stages
+from sdonnx_runtime.memory.openvino import ANY_SIZE, Compilation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +22,20 @@ class LoadedComponent:
     """Pixels of that graph's input per latent pixel, along a side."""
     tile_sides: tuple[int, ...] = VAE_TILES
     """Sides of its tiles to choose from."""
+    other_sizes: tuple[Graph, ...] = ()
+    """Its graphs with the other sizes of inputs that they run with: a device of fixed sizes opens them once more."""
     extra_bytes: int = 0
     """Bytes outside its models meanwhile, such as images."""
+
+    def on_openvino(self, how: Compilation) -> "LoadedComponent":
+        """The component where OpenVINO compiles it; graphs with merged weights are not kept."""
+
+        def compiled(graph: Graph) -> Graph:
+            return replace(graph, compiled=replace(how, kept=how.kept and not graph.adapted))
+
+        graphs, others = (tuple(map(compiled, each)) for each in (self.graphs, self.other_sizes))
+        tiled = None if self.tiled is None else compiled(self.tiled)
+        return replace(self, graphs=graphs, other_sizes=others, tiled=tiled)
 
 
 MemoryPhase = Sequence[LoadedComponent]
@@ -63,7 +76,10 @@ class Plan:
         return max(planned.peak for planned in self.components)
 
 
-def make_plan(phases: Sequence[MemoryPhase], budget: float, base: int, arena_region: int | None = None) -> Plan:
+def make_plan(
+    phases: Sequence[MemoryPhase], budget: float, base: int, arena_region: int | None = None,
+    *, compiled: Compilation | None = None,
+) -> Plan:  # fmt: skip
     """Make the fastest plan within a budget, or if there is none, the one with the least memory.
 
     Args:
@@ -71,6 +87,7 @@ def make_plan(phases: Sequence[MemoryPhase], budget: float, base: int, arena_reg
         budget: bytes for the whole process.
         base: bytes of it that are in use already, or reserved.
         arena_region: of the arena that the process has, in bytes; None lets the plan choose it.
+        compiled: how OpenVINO compiles graphs; None plans for ONNX Runtime's CPU provider.
 
     Raises:
         UnsupportedGraph: a graph has operators or inputs that sdonnx does not export.
@@ -78,18 +95,34 @@ def make_plan(phases: Sequence[MemoryPhase], budget: float, base: int, arena_reg
     """
     components, minimum = list[ComponentPlan](), 0
     for phase in phases:
-        options = [[_PlannedRun(loaded, strategy, arena_region) for loaded in phase] for strategy in _candidates(phase)]
+        options = _options(phase, arena_region) if compiled is None else _compiled_options(phase, compiled)
         least = min(options, key=_peak)  # the first, so the fastest of these
         runs = next((each for each in options if base + _peak(each) <= budget), least)
         minimum = max(minimum, base + _peak(least))
         _choose_resident_stages(runs, budget - base)
         components += [run.plan(base + _peak(runs)) for run in runs]
     arena = max((each.transient_bytes for each in components if not each.strategy.no_arena), default=0)
-    execution = ExecutionPlan(
-        strategies={each.component: each.strategy for each in components},
-        arena_region=int(constants.ARENA_REGION * arena) if arena_region is None else arena_region,
-    )
+    region = int(constants.ARENA_REGION * arena) if arena_region is None and compiled is None else arena_region
+    execution = ExecutionPlan(strategies={each.component: each.strategy for each in components}, arena_region=region)
     return Plan(components=tuple(components), minimum_budget=minimum, execution=execution)
+
+
+def _options(phase: MemoryPhase, arena_region: int | None) -> list[list["_PlannedRun"]]:
+    """The ways to run a phase on ONNX Runtime's CPU provider, fastest first."""
+    return [[_PlannedRun(loaded, strategy, arena_region) for loaded in phase] for strategy in _candidates(phase)]
+
+
+def _compiled_options(phase: MemoryPhase, how: Compilation) -> list[list["_PlannedRun"]]:
+    """The ways to run a phase on OpenVINO, fastest first: a graph in stages would be compiled at every step."""
+    phase = [each.on_openvino(how) for each in phase]
+    strategies = [ExecutionStrategy()]
+    if any(loaded.other_sizes for loaded in phase):
+        strategies.append(ExecutionStrategy(one_size=True))
+    if all(loaded.tiled is not None for loaded in phase):
+        tiles_alone = phase[0].graphs[0].margin is not None
+        strategies = [] if tiles_alone else strategies
+        strategies += [ExecutionStrategy(staged=not tiles_alone, tile=tile) for tile in phase[0].tile_sides]
+    return [[_CompiledRun(loaded, strategy) for loaded in phase] for strategy in strategies]
 
 
 def _candidates(phase: MemoryPhase) -> list[ExecutionStrategy]:
@@ -133,7 +166,7 @@ def _choose_resident_stages(runs: Sequence["_PlannedRun"], room: float) -> None:
 class _PlannedRun:
     """A component with a strategy: what stays in memory while others of its phase run, and what its run adds."""
 
-    def __init__(self, loaded: LoadedComponent, strategy: ExecutionStrategy, arena_region: int | None) -> None:
+    def __init__(self, loaded: LoadedComponent, strategy: ExecutionStrategy, arena_region: int | None = None) -> None:
         self._loaded, self._arena_region, graphs = loaded, arena_region, loaded.graphs
         if strategy.tile is not None and loaded.tiled is not None:
             graphs = (replace(loaded.tiled, tile_size=strategy.tile * loaded.pixels_per_latent),)
@@ -205,3 +238,32 @@ class _PlannedRun:
             overhead_seconds=overhead,
             transient_bytes=self.transient_bytes,
         )
+
+
+class _CompiledRun(_PlannedRun):
+    """A component on OpenVINO: a session keeps the buffers of its values, and is opened for each size of its inputs."""
+
+    def __init__(self, loaded: LoadedComponent, strategy: ExecutionStrategy) -> None:
+        super().__init__(loaded, strategy)
+        others = () if strategy.one_size or strategy.tile is not None else loaded.other_sizes
+        self._others = [stage for graph in others for stage in estimate_stages(graph, cut=False)]
+
+    @property
+    def resident_bytes(self) -> int:
+        """As `_PlannedRun.resident_bytes`."""
+        if self.strategy.staged:
+            return self._loaded.extra_bytes
+        stages = [*self.stages, *self._others]
+        own = sum(each.open_bytes - each.footprint.shared + each.footprint.activations for each in stages)
+        return own + max(each.footprint.shared for each in stages) + self._loaded.extra_bytes
+
+    @property
+    def transient_bytes(self) -> int:
+        """As `_PlannedRun.transient_bytes`."""
+
+        def buffers(stage: StageEstimate) -> int:  # which it has once it runs
+            return int(stage.footprint.activations * (ANY_SIZE if self.strategy.staged else 1))
+
+        if not self.strategy.staged:
+            return max(s.live_bytes + max(0, s.opening_peak_bytes - s.open_bytes - buffers(s)) for s in self.stages)
+        return max(s.live_bytes + max(s.opening_peak_bytes, s.open_bytes + buffers(s)) for s in self.stages)

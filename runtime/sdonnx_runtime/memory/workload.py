@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
-from math import inf
+from functools import lru_cache, partial
+from math import inf, prod
 from pathlib import Path
 from types import MappingProxyType
 
@@ -22,6 +22,7 @@ from sdonnx_runtime.memory.estimates import Graph, graph_outputs
 from sdonnx_runtime.memory.planner import LoadedComponent, MemoryPhase, make_plan
 from sdonnx_runtime.packages.concat import CONCAT
 from sdonnx_runtime.packages.families import FAMILIES
+from sdonnx_runtime.packages.manifest import Latents, Manifest
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.packages.upscaler_config import UpscalerConfig, padded_size
 from sdonnx_runtime.packages.variant import TILED
@@ -67,12 +68,8 @@ def memory_phases(
     applied = Adapters() if adapters is None else adapters
     request, largest, manifest = resolved.request, resolved.passes[-1], package.manifest
     space, concat = manifest.latents, manifest.conditions.concat
-    batch = max(
-        sum(map(len, encoder_texts(manifest, request, step)))
-        for schedule in dict.fromkeys(resolved.prompts)
-        for each in schedule.passes
-        for step in each
-    )
+    batches = _batch_sizes(manifest, resolved)
+    batch = max(batches)
     latent_size = largest.height // space.downscale, largest.width // space.downscale
     states = batch if concat is not None and CONCAT[concat].edits else 1
     sizes = {"batch": batch, "states": states, "timestep": 1, "height": latent_size[0], "width": latent_size[1]}
@@ -88,7 +85,9 @@ def memory_phases(
         sizes["ids"] = FAMILIES[model.manifest.family].time_ids
         of_base = controls if prefix == "" else ()
         controlled = prefix == "" and len(controls) + len(ip_adapters) > 0
-        phases.append(_unet_phase(prefix, model, of_base, request, largest, sizes, applied, controlled=controlled))
+        unet_phase = partial(_unet_phase, prefix, model, of_base, request, applied=applied, controlled=controlled)
+        runs = [unet_phase(each, _sizes_of(each, batch, sizes, space)) for each, batch in _largest(resolved, batches)]
+        phases.append(_with_other_sizes(*runs))
     if upscaler is not None and request.hires_upscaler == upscaler.name:
         phases.append(_between_passes(upscaler, resolved.passes[0], largest, request))
     if encodes_images(manifest, request):
@@ -100,6 +99,34 @@ def memory_phases(
         return phases
     peak = make_plan(decode_phases(preview, *latent_size, 1, tiling=request.tiling), inf, 0).peak
     return [[replace(first, extra_bytes=first.extra_bytes + peak), *others] for first, *others in phases]
+
+
+def _batch_sizes(manifest: Manifest, resolved: ResolvedRequest) -> set[int]:
+    """The batch sizes of a request's steps."""
+    request, sizes = resolved.request, set[int]()
+    limited = request.guidance_interval is not None or request.guidance_steps is not None
+    for schedule in dict.fromkeys(resolved.prompts):
+        for step in (step for steps in schedule.passes for step in steps):
+            negative, conditional = encoder_texts(manifest, request, step)
+            sizes |= {len(negative) + len(conditional), *([len(conditional)] if limited else [])}
+    return sizes
+
+
+def _largest(resolved: ResolvedRequest, batches: set[int]) -> list[tuple[Pass, int]]:
+    """The passes and batch sizes of the steps of the two largest sizes, or of the only one; the largest first."""
+    sizes = {(each.height, each.width, batch): (each, batch) for each in resolved.passes for batch in batches}
+    return [sizes[size] for size in sorted(sizes, key=prod, reverse=True)[:2]]
+
+
+def _sizes_of(each: Pass, batch: int, sizes: Mapping[str, int], space: Latents) -> dict[str, int]:
+    """The sizes of a U-Net's inputs in a pass, with those that all passes have."""
+    return {**sizes, "batch": batch, "height": each.height // space.downscale, "width": each.width // space.downscale}
+
+
+def _with_other_sizes(phase: MemoryPhase, *others: MemoryPhase) -> MemoryPhase:
+    """A phase whose components also run as in the others."""
+    graphs = {each.component: each.graphs for other in others for each in other}
+    return [replace(each, other_sizes=graphs.get(each.component, ())) for each in phase]
 
 
 def decode_phases(
@@ -186,7 +213,7 @@ def _vae(package: Package, component: str, height: int, width: int, *, scale: in
 
 def _unet_phase(
     prefix: str, model: Package, controls: Sequence[Package], request: CompleteRequest, pass_: Pass,
-    sizes: Mapping[str, int], applied: Adapters, *, controlled: bool,
+    sizes: Mapping[str, int], *, applied: Adapters, controlled: bool,
 ) -> MemoryPhase:  # fmt: skip
     """A U-Net with its controls."""
     components, residuals = list[LoadedComponent](), dict[str, TensorInfo]()

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import IO
 
 from sdonnx_runtime.errors import SdonnxError
-from sdonnx_runtime.outputs.renaming import is_in_use, rename_to_free, replace
-from sdonnx_runtime.outputs.staging import open_staging, remove_stale
+from sdonnx_runtime.storage.renaming import is_in_use, rename_to_free, replace
+from sdonnx_runtime.storage.staging import open_staging, remove_stale
 
 
 def write_file(path: Path, write: Callable[[IO[bytes]], object], *, overwrite: bool = True) -> Path:

@@ -12,12 +12,13 @@ import numpy as np
 
 from sdonnx_runtime.arrays import Array
 from sdonnx_runtime.errors import RequestError
+from sdonnx_runtime.execution.devices.computing import TYPES
 from sdonnx_runtime.files.arrays_file import read_arrays
 from sdonnx_runtime.files.kinds import describe_file
 from sdonnx_runtime.outputs.atomic import write_file
-from sdonnx_runtime.outputs.staging import lock_file
 from sdonnx_runtime.request import CompleteRequest, Prompts, Request, complete_request, generation_parameters
 from sdonnx_runtime.sampling.registry import resolve_sampler
+from sdonnx_runtime.storage.staging import lock_file
 from sdonnx_runtime.validation import check_fields
 
 _DAMAGED = (
@@ -28,8 +29,9 @@ _DAMAGED = (
 
 
 def save_latents(
-    path: Path, latents: Array, request: CompleteRequest, model: str, *, overwrite: bool = True, temporary: bool = False
-) -> Path:
+    path: Path, latents: Array, request: CompleteRequest, model: str, *, compute: str = "f32", overwrite: bool = True,
+    temporary: bool = False,
+) -> Path:  # fmt: skip
     """Write latents, (num_images, C, h, w), with their request and the package's name as numpy's ``.npz``.
 
     Args:
@@ -37,6 +39,7 @@ def save_latents(
         latents: the latents.
         request: their request.
         model: the package's name.
+        compute: what they were computed in, as of `Result`.
         overwrite: as for `write_file`.
         temporary: whether it is to be deleted once its images are saved; see `is_left_over`.
 
@@ -46,12 +49,13 @@ def save_latents(
     drawn = {"drawn": [asdict(each) for each in request.drawn]} if request.drawn else {}
     data = json.dumps({**generation_parameters(request), **drawn, "model": model}, ensure_ascii=False)
     arrays: dict[str, Any] = {"latents": latents.astype(np.float32), "recipe": np.array(data)}
+    arrays |= {} if compute == "f32" else {_COMPUTE: np.array(compute)}
     arrays |= {_TEMPORARY: np.array(1)} if temporary else {}
     return write_file(path, lambda stream: np.savez(stream, **arrays), overwrite=overwrite)
 
 
 _LATENTS = "give one that 'sdonnx run --save-latents' wrote"
-_TEMPORARY = "temporary"
+_TEMPORARY, _COMPUTE = "temporary", "compute"
 
 
 def is_left_over(path: Path) -> bool:
@@ -59,9 +63,18 @@ def is_left_over(path: Path) -> bool:
     try:
         with path.open("rb+") as stream, zipfile.ZipFile(stream) as file:
             names = {f"{name}.npy" for name in ("latents", "recipe", _TEMPORARY)}
-            return set(file.namelist()) == names and lock_file(stream) is not False
+            return set(file.namelist()) - {f"{_COMPUTE}.npy"} == names and lock_file(stream) is not False
     except _DAMAGED:
         return False
+
+
+def load_compute(path: Path) -> str:
+    """What the latents of a file of `save_latents` were computed in, as of `Result`."""
+    try:
+        compute = str(read_arrays(path, (_COMPUTE,))[_COMPUTE])
+    except _DAMAGED:
+        return "f32"  # of which nothing is written
+    return compute if compute in TYPES else "f32"
 
 
 def load_latents(path: Path) -> tuple[Array, CompleteRequest, str]:

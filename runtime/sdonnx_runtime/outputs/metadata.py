@@ -40,6 +40,7 @@ def parameters_text(
     loras: Sequence[Lora] = (),
     controls: Sequence[str] = (),
     ip_adapters: Sequence[str] = (),
+    compute: str = "f32",
 ) -> str:
     """Write AUTOMATIC1111's ``parameters`` text (infotext), which has the LoRAs in the prompt."""
     values = _settings(request)
@@ -55,6 +56,7 @@ def parameters_text(
         module = "Module: ip-adapter-auto, " if index >= len(controls) else ""
         strength = f"Weight: {each.scale:g}, Guidance Start: {each.start:g}, Guidance End: {each.end:g}"
         settings[f"ControlNet {index}"] = _quote(f"{module}Model: {name}, {strength}")
+    settings |= {} if compute == "f32" else {"Compute": compute}
     settings["Version"] = "sdonnx"
     lines = [" ".join([request.prompt, *(lora.tag for lora in loras)])]
     if request.negative_prompt:
@@ -66,9 +68,16 @@ def parameters_text(
 
 def infotext(result: Result, index: int) -> str:
     """Write the ``parameters`` text of an image of a result."""
-    request, named = result.request.for_image(index), {"vae": result.vae, "refiner": result.refiner}
-    loras, controls, adapters = result.loras, result.controls, result.ip_adapters
-    return parameters_text(request, result.model, **named, loras=loras, controls=controls, ip_adapters=adapters)
+    return parameters_text(
+        result.request.for_image(index),
+        result.model,
+        vae=result.vae,
+        refiner=result.refiner,
+        loras=result.loras,
+        controls=result.controls,
+        ip_adapters=result.ip_adapters,
+        compute=result.compute,
+    )
 
 
 def _describe_lora(lora: Lora) -> dict[str, Any]:
@@ -189,6 +198,7 @@ def _image_json(result: Result, index: int) -> dict[str, Any]:
     loras = [_describe_lora(lora) for lora in result.loras]
     packages = {field: _describe_packages(getattr(result, field), getattr(request, field)) for field in PACKAGE_FIELDS}
     others = {"vae": result.vae, "refiner": result.refiner, "loras": loras, **packages}
+    others |= {"compute": None if result.compute == "f32" else result.compute}
     others |= {"safety": asdict(result.safety[index])} if result.safety else {}
     data = {**generation_parameters(request), "model": result.model}
     data |= {key: each for key, each in others.items() if each}
@@ -206,8 +216,9 @@ def png_text(texts: Mapping[str, str], xmp: str | None = None) -> PngInfo:
 
 
 def save_upscaled(
-    image: Image.Image, path: Path, source: Image.Image, *, scale: float, model: str, overwrite: bool = True
-) -> Path:
+    image: Image.Image, path: Path, source: Image.Image, *, scale: float, model: str, compute: str = "f32",
+    overwrite: bool = True,
+) -> Path:  # fmt: skip
     """Write an upscaled image as PNG, with the text chunks of `save_png` that its source has.
 
     A chunk ``postprocessing`` says what was done, as A1111's. The file appears whole or not at all. Without
@@ -216,14 +227,17 @@ def save_upscaled(
     Raises:
         SdonnxError: the file can't be written.
     """
-    png = encode_upscaled(image, source, scale=scale, model=model)
+    png = encode_upscaled(image, source, scale=scale, model=model, compute=compute)
     return write_file(path, lambda stream: stream.write(png), overwrite=overwrite)
 
 
-def encode_upscaled(image: Image.Image, source: Image.Image, *, scale: float, model: str) -> bytes:
+def encode_upscaled(
+    image: Image.Image, source: Image.Image, *, scale: float, model: str, compute: str = "f32"
+) -> bytes:
     """Encode an upscaled image as the content of a file of `save_upscaled`."""
     info, content = _copy_texts(source), io.BytesIO()
-    info.add_text("postprocessing", f"Postprocess upscale by: {scale:g}, Postprocess upscaler: {_quote(model)}")
+    done = f"Postprocess upscale by: {scale:g}, Postprocess upscaler: {_quote(model)}"
+    info.add_text("postprocessing", done if compute == "f32" else f"{done}, Postprocess compute: {compute}")
     image.save(content, format="PNG", pnginfo=info)
     return content.getvalue()
 

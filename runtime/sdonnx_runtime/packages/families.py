@@ -47,7 +47,7 @@ COMPONENT_NAMES = (
 )  # fmt: skip
 """Every component of a package, of any kind."""
 
-TARGETS = ("generic", "cuda", "directml", "webgpu")
+TARGETS = ("generic", "cuda", "directml", "webgpu", "openvino")
 """What graphs are made for: every device, or the one of this name."""
 
 

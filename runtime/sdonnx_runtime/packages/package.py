@@ -78,6 +78,11 @@ class Package:
         """What the graphs of a component are made for: one of TARGETS."""
         return self.component_packages.get(component, self).manifest.target
 
+    def compute(self, component: str) -> str:
+        """What the graphs of a component are written to compute in: f32, or f16 for GPUs alone."""
+        is_half = self.manifest.components[component].precision == "fp16"
+        return "f16" if is_half and self.target(component) not in ("generic", "openvino") else "f32"
+
     def with_vae(self, other: "Package") -> "Package":
         """Replace the VAE by another package's: its graphs, scaling and shift.
 

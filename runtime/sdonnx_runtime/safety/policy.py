@@ -35,6 +35,8 @@ class CheckedImages:
     """As `Result.latents`."""
     safety: tuple[Safety, ...] = ()
     """As `Result.safety`."""
+    compute: str = "f32"
+    """As `Result.compute`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,7 @@ class SafetyPolicy:
         hidden = np.array([each.flagged and self.hides_images for each in safety])
         shown = tuple(_hide(image, each) for image, each in zip(images, safety, strict=True))
         kept = np.where(hidden[:, None, None, None], np.float32(0), latents) if hidden.any() else latents
-        return CheckedImages(images=shown, latents=kept, safety=safety)
+        return CheckedImages(images=shown, latents=kept, safety=safety, compute=run.compute)
 
     def _check(self, run: Runner, image: Image.Image) -> Safety:
         outputs = run(f"{SAFETY_PREFIX}{SAFETY_CHECKER}", {self.checker.input: self.checker.prepare(image)})
@@ -87,7 +89,9 @@ def check_images(
     policy: SafetyPolicy | None, run: Runner, images: tuple[Image.Image, ...], latents: Array
 ) -> CheckedImages:
     """Check images where there is a policy."""
-    return CheckedImages(images=images, latents=latents) if policy is None else policy.check(run, images, latents)
+    if policy is not None:
+        return policy.check(run, images, latents)
+    return CheckedImages(images=images, latents=latents, compute=run.compute)
 
 
 def log_flagged(safety: Sequence[Safety]) -> None:

@@ -12,7 +12,7 @@ from sdonnx.benchmark.report import Report
 from sdonnx.benchmark.report import bench as measure
 from sdonnx.benchmark.worker import ComponentFigures
 from sdonnx.cli.console import out, print_json, progress
-from sdonnx.cli.options import Device, Threads, parse_request, request_option
+from sdonnx.cli.options import Cache, Compute, Device, Threads, parse_request, request_option
 from sdonnx.loading import find_model
 
 
@@ -29,7 +29,9 @@ def bench(
     batch: Annotated[int, typer.Option(metavar="N", help="Images that each component runs on at once.")] = 1,
     repeat: Annotated[int, typer.Option(metavar="N", help="Timed runs of each component, after the first.")] = 5,
     device: Device = "auto",
+    compute: Compute = "auto",
     threads: Threads = None,
+    cache: Cache = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Measure time and memory of a package on this machine, as a Markdown table.
@@ -48,7 +50,9 @@ def bench(
             batch=batch,
             repeat=repeat,
             device=device,
+            compute=compute,
             threads=threads,
+            cache=cache,
             progress=lambda what, done: bar.update(task, description=what, completed=done),
         )
     if as_json:
@@ -66,10 +70,10 @@ def markdown(report: Report) -> str:
         f"{machine.cpu}, {machine.cpus} CPUs, {machine.instruction_set}, {threads}",
         f"{report.model}, {report.width}x{report.height}, batch {report.batch}, guidance {report.guidance_scale:g}",
         "",
-        "| component | precision | provider | ops on the CPU | load s | first s | median s | peak MB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| component | precision | computes in | provider | ops on the CPU | load s | first s | median s | peak MB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         *(_row(figures) for figures in report.components),
-        f"| image, {image.num_inference_steps} steps | | | | {image.load_s:.3g} | {image.first_step_s:.3g} | "
+        f"| image, {image.num_inference_steps} steps | | | | | {image.load_s:.3g} | {image.first_step_s:.3g} | "
         f"{image.step_s:.3g} | {image.peak_rss_mb:.0f} |",
         "",
         "Each row is measured in its own process. First and median of the image are its steps; the first includes "
@@ -89,7 +93,7 @@ def _row(figures: ComponentFigures) -> str:
     on_cpu = ", ".join(f"{count} {name}" for name, count in figures.on_cpu.items()) or "none"
     provider = figures.provider.removesuffix("ExecutionProvider")
     return (
-        f"| {figures.component} | {figures.precision} | {provider} | {on_cpu} | "
+        f"| {figures.component} | {figures.precision} | {figures.compute} | {provider} | {on_cpu} | "
         f"{figures.load_s:.3g} | {figures.first_s:.3g} | {figures.median_s:.3g} | {figures.peak_rss_mb:.0f} |"
     )
 

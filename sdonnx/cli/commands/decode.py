@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 from sdonnx_models import DEFAULT
-from sdonnx_runtime.outputs.latents_file import load_latents
+from sdonnx_runtime.execution.devices.computing import coarsest
+from sdonnx_runtime.outputs.latents_file import load_compute, load_latents
 
 import sdonnx
 from sdonnx.cli.console import print_report, print_safety, result_json
-from sdonnx.cli.options import Device, Memory, Provenance, SafetyMode, Threads, Vae
+from sdonnx.cli.options import Cache, Compute, Device, Memory, Provenance, SafetyMode, Threads, Vae
 from sdonnx.cli.parsing import check_outputs, output_paths
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,9 @@ def decode(
     provenance: Provenance = True,
     safety: SafetyMode = "off",
     device: Device = "auto",
+    compute: Compute = "auto",
     threads: Threads = None,
+    cache: Cache = True,
     memory: Memory = "auto",
 ) -> None:
     """Decode saved latents to images.
@@ -50,7 +53,9 @@ def decode(
     overwrite = output is not None
     check_outputs(paths, inputs=[latents], overwrite=overwrite)
     package = DEFAULT if model is None else model
-    with sdonnx.load(package, vae=vae, device=device, threads=threads, memory=memory, safety=safety) as pipe:
+    with sdonnx.load(
+        package, vae=vae, device=device, compute=compute, threads=threads, cache=cache, memory=memory, safety=safety
+    ) as pipe:
         print_safety(pipe)
         if pipe.package.name != name and model is None:
             raise sdonnx.RequestError(f"the latents were made by the model '{name}'; give its package with -m")
@@ -65,6 +70,7 @@ def decode(
         request=request,
         model=name,
         timings=sdonnx.Timings(),
+        compute=coarsest((load_compute(latents), checked.compute)),
         vae=None if separate_vae is None else separate_vae.name,
     )
     save = partial(sdonnx.save_png, overwrite=overwrite, provenance=provenance)

@@ -23,7 +23,7 @@ _USE = {
 }
 """The command that uses an exported package, by kind."""
 
-Target: TypeAlias = Literal["generic", "cuda", "directml", "webgpu"]
+Target: TypeAlias = Literal["generic", "cuda", "directml", "webgpu", "openvino"]
 Via: TypeAlias = Literal["native", "optimum"]
 Prediction: TypeAlias = Literal["epsilon", "v_prediction", "sample"]
 
@@ -48,15 +48,15 @@ def export(
             metavar="fp32|fp16|int8|int8-weights|int4|mixed:FILE",
             help="int8 is fastest on a CPU; fp16, int8-weights and int4 are smaller, not faster; "
             "mixed reads the precision of each layer from a TOML file. A GPU's --target takes fp16 and fp32. "
-            "Default: fp32 for generic, fp16 for a GPU.",
+            "Default: fp32 for generic, int8 for openvino, fp16 for a GPU.",
             show_default=False,
         ),
     ] = None,
     target: Annotated[
         Target,
         typer.Option(
-            help="What the package is made for: generic runs on every device; the others run on that one alone, and "
-            "compute in float16."
+            help="What the package is made for: generic runs on every device; the others run on that one alone. Those "
+            "for a GPU compute in float16; openvino is for int8, which OpenVINO computes by other operators."
         ),
     ] = "generic",
     calibration: Annotated[

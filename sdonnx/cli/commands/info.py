@@ -17,7 +17,8 @@ from sdonnx_runtime.safety.checkers import find_checker
 import sdonnx
 from sdonnx.benchmark.cpu import cpu_name, instruction_set
 from sdonnx.cli.console import defaults_text, out, print_json, recipe_lines, samplers_table, tasks
-from sdonnx.cli.devices import devices_json, devices_table, node_rows
+from sdonnx.cli.devices import cache_text, compute_text, devices_json, devices_table, node_rows
+from sdonnx.cli.options import Compute
 from sdonnx.loading import find_model
 
 
@@ -29,9 +30,12 @@ def info(
         str | None,
         typer.Option(metavar="DEVICE", help="Open the package on this device, and say which nodes the device runs."),
     ] = None,
+    compute: Compute = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest, or the devices, as JSON.")] = False,
 ) -> None:
     """Show a package: its source, components, precision and size; or without one, the devices of this machine."""
+    if compute != "auto" and device is None:
+        raise sdonnx.RequestError("--compute requires --device; add the device that the package is opened on")
     if device is not None:
         check_name(device)
         if package is None:
@@ -41,13 +45,17 @@ def info(
             print_json(devices_json())
         else:
             out.print(devices_table(), highlight=False, soft_wrap=True)
+            if (kept := cache_text()) is not None:
+                out.print(f"\n{kept}", markup=False, highlight=False, soft_wrap=True)
         return
     opened = sdonnx.Package.open(find_model(package))
     manifest = opened.manifest
     if as_json:
         context = {"path": str(opened.root), "inferred": opened.is_optimum, "instruction_set": instruction_set()}
         context |= {"safety": _safety(opened)}
-        context |= {} if device is None else {"nodes": dict(node_rows(opened, device))}
+        if device is not None:
+            computed = compute_text(opened, device, compute)
+            context |= {"computes_in": computed, "nodes": dict(node_rows(opened, device, compute))}
         print_json({**context, **asdict(manifest)})
         return
     table = _grid()
@@ -72,8 +80,10 @@ def info(
         megabytes = sum(file.size for file in component.files.values()) / 1e6
         table.add_row(name, f"{component.precision}, {megabytes:,.1f} MB")
     table.add_row("CPU", f"{cpu_name()}, {instruction_set()}")
-    for name, text in () if device is None else node_rows(opened, device):
-        table.add_row(name, text)
+    if device is not None:
+        table.add_row("computes in", compute_text(opened, device, compute))
+        for name, text in node_rows(opened, device, compute):
+            table.add_row(name, text)
     out.print(table, highlight=False, soft_wrap=True)
 
 

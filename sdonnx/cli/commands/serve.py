@@ -16,7 +16,7 @@ from sdonnx_runtime.libraries import required
 
 import sdonnx
 from sdonnx.cli.console import print_note
-from sdonnx.cli.options import Device, Memory, Provenance, SafetyMode, Threads
+from sdonnx.cli.options import Cache, Compute, Device, Memory, Provenance, SafetyMode, Threads
 from sdonnx.cli.signals import SIGNALS
 from sdonnx.loading import find_model
 
@@ -104,7 +104,9 @@ def serve(
     safety: SafetyMode = "off",
     provenance: Provenance = True,
     device: Device = "auto",
+    compute: Compute = "auto",
     threads: Threads = None,
+    cache: Cache = True,
     memory: Memory = "auto",
 ) -> None:
     """Serve packages over HTTP: a page for browsers, AUTOMATIC1111's API, OpenAI's images API, and sdonnx' own.
@@ -141,7 +143,9 @@ def serve(
         wildcard_folder=wildcards,
         styles=styles,
         device=device,
+        compute=compute,
         threads=threads,
+        cache=cache,
         memory=memory,
         max_queued=max_queued,
         max_images=max_images,

@@ -12,7 +12,7 @@ from sdonnx_runtime.outputs.metadata import save_upscaled
 
 import sdonnx
 from sdonnx.cli.console import print_json, print_note, print_plan, progress
-from sdonnx.cli.options import Device, Memory, Threads
+from sdonnx.cli.options import Cache, Compute, Device, Memory, Threads
 from sdonnx.cli.parsing import check_outputs
 
 
@@ -40,7 +40,9 @@ def upscale(
         ),
     ] = None,
     device: Device = "auto",
+    compute: Compute = "auto",
     threads: Threads = None,
+    cache: Cache = True,
     memory: Memory = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -52,7 +54,9 @@ def upscale(
     missing = next((path for path in images if not path.exists()), None)
     if missing is not None:
         raise sdonnx.RequestError(f"{missing} does not exist; give the file of an image")
-    with sdonnx.load_upscaler(model, device=device, threads=threads, memory=memory) as upscaler:
+    with sdonnx.load_upscaler(
+        model, device=device, compute=compute, threads=threads, cache=cache, memory=memory
+    ) as upscaler:
         factor = upscaler.scale if scale is None else scale
         paths = _output_paths(output, images, factor)
         check_outputs(paths, inputs=images, overwrite=output is not None)
@@ -92,7 +96,8 @@ def _upscale(
             image, scale=scale, on_tile=lambda done, total: bar.update(task, completed=done, total=total)
         )
     factor = upscaler.scale if scale is None else scale
-    saved = save_upscaled(upscaled, path, image, scale=factor, model=upscaler.package.name, overwrite=overwrite)
+    made: dict[str, Any] = {"scale": factor, "model": upscaler.package.name, "compute": upscaler.compute}
+    saved = save_upscaled(upscaled, path, image, **made, overwrite=overwrite)
     seconds = time.perf_counter() - start
     print_note(f"{saved}  {upscaled.width}x{upscaled.height} in {seconds:.3g} s")
     sizes = {"width": upscaled.width, "height": upscaled.height}

@@ -156,7 +156,7 @@ def image_links(names: Sequence[str]) -> list[dict[str, str]]:
 
 def _result_json(result: sdonnx.Result) -> dict[str, Any]:
     """Describe what generated the images: ``timings``, and the names of the packages, as `sdonnx.Result` has them."""
-    names = {"model": result.model, "vae": result.vae, "refiner": result.refiner}
+    names = {"model": result.model, "compute": result.compute, "vae": result.vae, "refiner": result.refiner}
     names |= {"controls": result.controls, "ip_adapters": result.ip_adapters}
     return {**names, "timings": asdict(result.timings)}
 

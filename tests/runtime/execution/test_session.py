@@ -44,7 +44,7 @@ def test_an_absent_device_is_named_with_its_extra(device, unet):
 
 
 def test_an_unknown_device_lists_the_known(unet):
-    with pytest.raises(RequestError, match="choose auto, cuda, directml, webgpu, cpu"):
+    with pytest.raises(RequestError, match="choose auto, cuda, directml, webgpu, openvino, cpu"):
         Session(unet, device="tpu")
 
 

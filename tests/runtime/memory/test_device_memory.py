@@ -106,7 +106,8 @@ def test_the_command(package):
     ("options", "message"),
     [
         (("--device", "tpu"), "there is no device 'tpu'; choose auto, cuda"),
-        (("--device", "cuda", "--memory", "2GB"), "--memory and --threads are about the CPU"),
+        (("--device", "cuda", "--memory", "2GB"), "--memory, --threads and --compute are about the CPU"),
+        (("--device", "cuda", "--compute", "f32"), "are about the CPU and openvino; leave them out with --device cuda"),
     ],
 )
 def test_what_has_no_meaning_is_refused(package, options, message):

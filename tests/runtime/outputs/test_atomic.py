@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from sdonnx_runtime.errors import SdonnxError
-from sdonnx_runtime.outputs import renaming
 from sdonnx_runtime.outputs.atomic import check_writable, comparable, is_reserved, write_file
+from sdonnx_runtime.storage import renaming
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="these are POSIX' files")
 

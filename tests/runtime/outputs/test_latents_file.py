@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
-from sdonnx_runtime.outputs.latents_file import load_latents, save_latents
+from sdonnx_runtime.outputs.latents_file import is_left_over, load_latents, save_latents
 from support.cli import limit_file_size, run_cli, start_cli
 
 import sdonnx
@@ -33,6 +33,20 @@ def test_a_file_gives_back_what_was_saved(made, tmp_path):
     latents, request, model = load_latents(tmp_path / "a.npz")
     np.testing.assert_array_equal(latents, made.latents)
     assert (request, model) == (made.request, made.model)
+
+
+COMPUTES = [("bf16", "bf16"), ("f32", None), ("auto", None), ("of <another> program", None)]
+
+
+@pytest.mark.parametrize(("compute", "left"), COMPUTES)
+def test_what_latents_were_computed_in_is_in_the_decoded_image(made, package, tmp_path, compute, left):
+    save_latents(tmp_path / "a.npz", made.latents, made.request, made.model, compute=compute, temporary=True)
+    assert is_left_over(tmp_path / "a.npz")
+    assert load_latents(tmp_path / "a.npz")[1] == made.request
+    ran = run_cli("decode", "a.npz", "-m", package, "-o", "a.png", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    with Image.open(tmp_path / "a-5.png") as image:
+        assert json.loads(image.info["sdonnx"]).get("compute") == left
 
 
 def test_decoding_equals_diffusers(made, checkpoint, package):

@@ -1,6 +1,7 @@
 """Images: their values as diffusers makes them, their recipe as other programs read it."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,9 +36,10 @@ def result(package):
     )
 
 
-def test_sd_parsers_reads_the_recipe(result, tmp_path):
+@pytest.mark.parametrize("compute", ["f32", "bf16"])
+def test_sd_parsers_reads_the_recipe(result, tmp_path, compute):
     path = tmp_path / "image.png"
-    sdonnx.save_png(result, 0, path)
+    sdonnx.save_png(replace(result, compute=compute), 0, path)
     info = ParserManager().parse(path)
     assert info is not None
     (prompt,) = info.prompts
@@ -50,6 +52,7 @@ def test_sd_parsers_reads_the_recipe(result, tmp_path):
     assert float(sampler.parameters["cfg_scale"]) == 6.5
     assert int(sampler.parameters["steps"]) == 2
     assert info.metadata["Size"] == "64x72"
+    assert info.metadata.get("Compute", "f32") == compute
 
 
 def test_the_json_chunk_makes_the_image_again(result, package, tmp_path):

@@ -28,23 +28,33 @@ def choose_adapter(name: DeviceName) -> Choice:
     Raises DeviceError if there is none, or its plugin can't be loaded.
     """
     device, number = name.device, name.adapter if isinstance(name.adapter, int) else None
-    options = dict(device.kinds.get(name.adapter, {})) if isinstance(name.adapter, str) else {}
+    kind = device.default_kind if name.adapter is None else name.adapter
+    options = dict(device.kinds.get(kind, {})) if isinstance(kind, str) else {}
     if number is not None and device.adapter_option is not None:
         _check_number(name.base, number)
         return Choice(options={device.adapter_option: str(number)})
     if device.plugin is None:
         return Choice(options={})
-    found = ort.provider_devices(name.base)
-    if isinstance(name.adapter, str) and not options:
-        found = [each for each in found if each.device.type.name.lower() == name.adapter]
+    listed = ort.provider_devices(name.base)
+    found = [each for each in listed if options or not isinstance(kind, str) or ort.hardware_kind(each) == kind]
     if number is not None:
         _check_number(name.base, number)
-        options = _power_preference(found, number) if device.kinds else {}
+        options = _power_preference(found, number) if any(device.kinds.values()) else {}
     if ort.is_built_in(device):
         return Choice(options=options)
     if not found:
-        raise DeviceError(f"device '{name}' finds no adapter: it requires {device.requires}")
+        raise DeviceError(ort.no_adapter(str(name)) if not listed else _list_others(name, listed))
     return Choice(options=options, ep_device=found[number or 0])
+
+
+def _list_others(name: DeviceName, listed: Sequence[Any]) -> str:
+    """Say that a device's type of hardware is not here, and which are."""
+    present = dict[str, str]()
+    for each in listed:
+        present.setdefault(ort.hardware_kind(each), _describe(each))
+    others = ", ".join(f"{name.base}:{kind} ({said})" for kind, said in present.items())
+    hint = f"; {name.device.hint}" if name.adapter in (None, name.device.default_kind) and name.device.hint else ""
+    return f"there is no device '{name}' here; choose {others}{hint}"
 
 
 def adapter_names(base: str) -> dict[int, str]:
@@ -55,7 +65,7 @@ def adapter_names(base: str) -> dict[int, str]:
     found = [] if base == "cpu" else ort.provider_devices(base)
     if not found and base == "cuda":
         return _nvidia_names()
-    return {_number(base, each, index): _describe(each.device) for index, each in enumerate(found)}
+    return {_number(base, each, index): _describe(each) for index, each in enumerate(found)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,14 +117,16 @@ def _number(base: str, ep_device: Any, index: int) -> int:
     return int(known) if known is not None and str(known).isdecimal() else index
 
 
-def _describe(hardware: Any) -> str:
-    """The name of an OrtHardwareDevice."""
-    metadata = hardware.metadata
-    if hardware.type.name == "CPU":
+def _describe(ep_device: Any) -> str:
+    """The name of the hardware of an OrtEpDevice."""
+    hardware, metadata, kind = ep_device.device, ep_device.device.metadata, ep_device.device.type.name
+    if (name := ep_device.ep_metadata.get("FULL_DEVICE_NAME")) is not None:
+        return f"{name}, {kind}"
+    if kind == "CPU":
         return "software, on the CPU"
-    kind = {"1": "discrete ", "0": "integrated "}.get(metadata.get("Discrete", ""), "")
+    size = {"1": "discrete ", "0": "integrated "}.get(metadata.get("Discrete", ""), "")
     name = metadata.get("Description") or f"{hardware.vendor or 'unknown'} {hardware.device_id:04x}"
-    return f"{name}, {kind}{hardware.type.name}"
+    return f"{name}, {size}{kind}"
 
 
 def _power_preference(found: Sequence[Any], number: int) -> dict[str, str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sdonnx_runtime.errors import DeviceError
 from sdonnx_runtime.execution.devices.kernel_checks import KernelChecks
+from sdonnx_runtime.graphs.bfloat16 import encode_bfloat16, find_weights
 from sdonnx_runtime.graphs.decomposed_attention import decompose_attention
 from sdonnx_runtime.graphs.initializers import FLOAT, FLOAT16
 from sdonnx_runtime.graphs.onnx_proto import Model, Node, decode_model, make_node, package_errors
@@ -47,6 +48,29 @@ def fit_graph(path: Path, model: bytes | None, checks: KernelChecks) -> bytes | 
             nodes = _widen_tables(path, decoded, nodes)
         weights = [each.encoded for each in decoded.initializers.values()]
         return decoded.encode_part("fitted", nodes, weights, decoded.inputs, decoded.outputs)
+
+
+def convert_to_bfloat16(path: Path, model: bytes | None) -> bytes | None:
+    """Rewrite a graph to compute in bfloat16; ``model`` itself where it can't or need not be.
+
+    OpenVINO computes any graph so on CPUs that can. But it widens weights that the graph doesn't have in bfloat16 to
+    float32, and keeps both those and the ones that it computes with.
+
+    Args:
+        path: the ``.onnx`` file.
+        model: an encoded graph that replaces the file's.
+
+    Raises PackageError if the graph is damaged.
+    """
+    with package_errors(path):
+        decoded = decode_model(memoryview(path.read_bytes() if model is None else model))
+        weights = find_weights(decoded)
+        if not weights:
+            return model
+        order = tuple(decoded.outputs)
+        if model is None:  # whose weights file may be a link, as in the Hub's cache
+            decoded = decode_model(memoryview(read_stages(path, cut=False).stages[0].model))
+        return encode_bfloat16(decoded, weights, order)
 
 
 def _stores_float16(model: Model) -> bool:

@@ -61,6 +61,14 @@ class NodeAssignment:
         computing = Counter(str(node.op_type) for node in left if (node.name, node.op_type) not in integers)
         return cls(on_device=on_device, on_cpu=computing, shape_nodes=len(left) - computing.total())
 
+    @classmethod
+    def from_info(cls, info: Mapping[str, Any]) -> "NodeAssignment | None":
+        """What is kept with a compiled graph; None if it isn't there, or not as this version writes it."""
+        try:
+            return cls(**info["assignment"])
+        except (KeyError, TypeError):
+            return None
+
     @property
     def share_on_cpu(self) -> float:
         """The share of the nodes with nearly all of the arithmetic that is left to the CPU."""
@@ -81,6 +89,28 @@ class NodeAssignment:
         return f"{total:,} compute {nodes} on the CPU: {', '.join(f'{count:,} {op}' for op, count in counts)}"
 
 
+def check_operators(name: DeviceName, path: Path, model: bytes | None) -> None:
+    """Raise DeviceError for a graph with operators that a device is known to lack, before it is compiled for long."""
+    if not name.device.lacks:
+        return
+    encoded = path.read_bytes() if model is None else model
+    if not any(op.encode() in encoded for op in name.device.lacks):  # far faster than to decode it
+        return
+    counts = Counter(node.op for node in _decode(path, encoded).nodes if node.op in name.device.lacks)
+    if counts:
+        said = ", ".join(f"{count:,} {op}" for op, count in counts.items())
+        raise DeviceError(f"{path.parent.name} has {said}, which device '{name}' does not run; {_remedy(name)}")
+
+
+def _remedy(name: DeviceName) -> str:
+    target = name.device.targets[0]
+    if name.device.lacks:
+        export = f"--target {target}"
+    else:
+        export = "--precision fp16" if target == "generic" else f"--target {target} or --precision fp16"
+    return f"this graph is made for the CPU: use --device cpu, or export the checkpoint with {export}"
+
+
 def check_assignment(assignment: NodeAssignment, name: DeviceName, path: Path) -> None:
     """Warn of nodes that a device leaves to the CPU.
 
@@ -91,10 +121,7 @@ def check_assignment(assignment: NodeAssignment, name: DeviceName, path: Path) -
         return
     said = f"{path.parent.name} on device '{name}': {assignment.describe_cpu()}"
     if assignment.share_on_cpu > _MAX_SHARE:
-        raise DeviceError(
-            f"{said}; this graph is made for the CPU: use --device cpu, or export the checkpoint with "
-            f"--target {name.device.targets[0]} or --precision fp16"
-        )
+        raise DeviceError(f"{said}; {_remedy(name)}")
     _warn_once(f"{said}; this is slower than a graph that {DEVICES[name.base].title} runs as a whole")
 
 

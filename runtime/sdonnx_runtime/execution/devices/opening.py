@@ -15,9 +15,23 @@ from typing import Any
 from sdonnx_runtime.errors import DeviceError, PackageError, SdonnxError
 from sdonnx_runtime.execution import ort
 from sdonnx_runtime.execution.devices.adapters import Choice, choose_adapter
-from sdonnx_runtime.execution.devices.fitting import fit_graph
+from sdonnx_runtime.execution.devices.choosing import choose_devices, note, note_choice
+from sdonnx_runtime.execution.devices.compiled_graphs import (
+    CompiledFrom,
+    can_export,
+    compiled_graphs,
+    export_entries,
+)
+from sdonnx_runtime.execution.devices.computing import compute_of
+from sdonnx_runtime.execution.devices.fitting import convert_to_bfloat16, fit_graph
 from sdonnx_runtime.execution.devices.kernel_checks import KernelChecks
-from sdonnx_runtime.execution.devices.node_assignment import RECORD, NodeAssignment, check_assignment
+from sdonnx_runtime.execution.devices.node_assignment import (
+    RECORD,
+    NodeAssignment,
+    check_assignment,
+    check_operators,
+)
+from sdonnx_runtime.execution.devices.openvino import openvino_device, openvino_options
 from sdonnx_runtime.execution.devices.table import DEVICES, DeviceName
 from sdonnx_runtime.execution.running.shared_weights import DeviceMemory, SharedWeights
 from sdonnx_runtime.graphs.initializers import TensorData, read_initializers
@@ -44,6 +58,16 @@ class Opening:
     """Bytes that the device may use, where it has such an option."""
     weights: Mapping[str, TensorData] = field(default_factory=lambda: dict[str, TensorData]())
     """Values that replace initializers, by name; the settings have them too."""
+    compute: str = "auto"
+    """What the arithmetic is done in: one of COMPUTES."""
+    own: str = "f32"
+    """What the graph is written to compute in, as of `compute_of`."""
+    avoided: Mapping[str, str] = field(default_factory=lambda: dict[str, str]())
+    """Why ``auto`` leaves out a device, by its name."""
+    threads: int | None = None
+    """CPU threads of a provider that has threads of its own; None is its choice."""
+    cache: bool = True
+    """Whether compiled graphs are kept on disk, where the device compiles them for long."""
     shared: SharedWeights | None = None
     """The weights of the sessions of other graphs over the same weights file."""
 
@@ -54,6 +78,8 @@ class Opened:
 
     device: str
     """The name of the device that it is on."""
+    compute: str
+    """What it computes in: f32, bf16 or f16."""
     session: Any
     """ONNX Runtime's InferenceSession."""
     assignment: NodeAssignment | None
@@ -67,25 +93,79 @@ def open_session(opening: Opening, sizes: Mapping[str, int] = MappingProxyType({
         DeviceError: no device can be used, or the one asked for fails to initialise.
         PackageError: the graph can't be loaded.
     """
-    names = ort.candidates(opening.device, opening.target)
+    names = choose_devices(
+        opening.device, opening.target, compute=opening.compute, own=opening.own, avoided=opening.avoided
+    )
     for name, following in pairwise(names):
         try:
             return _open_on(opening, DeviceName.parse(name), sizes)
         except DeviceError as error:
-            logger.warning("%s; trying %s", error, following)
+            note(f"{error}; trying {following}", logging.WARNING)
     return _open_on(opening, DeviceName.parse(names[-1]), sizes)
 
 
 def _open_on(opening: Opening, name: DeviceName, sizes: Mapping[str, int]) -> Opened:
-    device, settings = name.device, opening.settings()
+    check_operators(name, opening.path, opening.model)
     choice = _choose(name, opening.memory_limit)
+    compute = compute_of(str(name), opening.compute, opening.own)
+    if name.base == "openvino":
+        own_name, built_in = openvino_device(name, choice), choice.ep_device is None
+        options = openvino_options(own_name, compute=compute, threads=opening.threads, built_in=built_in)
+        choice = replace(choice, options={**choice.options, **options})
+    resolved = replace(opening, compute=compute)
+    opened = _open_kept(resolved, name, sizes, choice) or _open_graph(resolved, name, sizes, choice)
+    if "auto" in (opening.device, opening.compute):
+        note_choice(str(name), compute, opening.compute)
+    return opened
+
+
+def _open_kept(opening: Opening, name: DeviceName, sizes: Mapping[str, int], choice: Choice) -> Opened | None:
+    """Open a graph that was compiled before, from the user's cache; None where it can't be kept there.
+
+    One that is new is compiled, written, closed and opened from there: the provider maps the file, so that its weights
+    are not in memory but as they were packed. Graphs with merged weights are not kept: a LoRA at each of its strengths
+    would be another.
+    """
+    graphs = compiled_graphs() if opening.cache and not opening.weights and can_export(choice) else None
+    if graphs is None:
+        return None
+
+    def write(path: Path) -> dict[str, Any]:
+        made = _open_graph(opening, name, sizes, choice, export_entries(path))
+        assignment = None if made.assignment is None else vars(made.assignment)
+        return {"graph": str(opening.path), "sizes": dict(sizes), "assignment": assignment}
+
+    def start(path: Path) -> Any:
+        return _start(str(path), opening.settings(), name, choice)
+
+    source = CompiledFrom.read(opening.path, opening.model, sizes, choice, opening.compute)
+    found = graphs.open(source, write, start)
+    if found is None:
+        return None
+    session, info = found
+    assignment = NodeAssignment.from_info(info)
+    if assignment is not None:
+        check_assignment(assignment, name, opening.path)
+    return Opened(device=str(name), compute=opening.compute, session=session, assignment=assignment)
+
+
+def _open_graph(
+    opening: Opening, name: DeviceName, sizes: Mapping[str, int], choice: Choice,
+    entries: Mapping[str, str] = MappingProxyType({}),
+) -> Opened:  # fmt: skip
+    """Open a graph, which its device may compile; ``entries`` are further ones of the session's configuration."""
+    device, settings = name.device, opening.settings()
+    if (name.base, opening.compute) == ("openvino", "bf16") and openvino_device(name, choice) == "CPU":
+        opening = replace(opening, model=convert_to_bfloat16(opening.path, opening.model))
     settings.enable_mem_pattern = device.memory_pattern
-    for dimension, size in sizes.items():
+    if not device.needs_optimizing:
+        settings.graph_optimization_level = ort.load_onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
+    for dimension, size in sizes.items() if device.fixed_sizes else ():
         settings.add_free_dimension_override_by_name(dimension, size)
     if name.base == "cuda":
         PRELOADED.load()
-    if name.base != "cpu":
-        settings.add_session_config_entry(RECORD, "1")
+    for entry, value in {**({RECORD: "1"} if name.base != "cpu" else {}), **entries}.items():
+        settings.add_session_config_entry(entry, value)
     try:
         model = fit_graph(opening.path, opening.model, _kernel_checks(name)) if device.checks_kernels else opening.model
         if model is not None:
@@ -95,7 +175,7 @@ def _open_on(opening: Opening, name: DeviceName, sizes: Mapping[str, int]) -> Op
         if device.provider in session.get_providers():
             ADAPTERS.add(name, choice.options)
             assignment = _check(session, replace(opening, model=model), name)
-            return Opened(device=str(name), session=session, assignment=assignment)
+            return Opened(device=str(name), compute=opening.compute, session=session, assignment=assignment)
         reason = f"ONNX Runtime could not start {device.provider}"
     except SdonnxError:
         raise

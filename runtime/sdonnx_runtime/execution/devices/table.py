@@ -34,11 +34,15 @@ class Device:
     """The provider option that chooses one of several adapters by its number."""
     kinds: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: dict[str, Mapping[str, str]]())
     """The provider options that choose an adapter by a word instead, as in ``webgpu:low-power``; without any, the word
-    is a type of hardware, gpu or npu."""
+    is a type of hardware: cpu, gpu or npu."""
+    default_kind: str | None = None
+    """The type of hardware that it is without a word; None is the first adapter."""
     one_adapter: bool = False
     """Whether a process opens one adapter, once: other options of later sessions would be ignored."""
     requires: str = ""
     """What the machine must have."""
+    hint: str = ""
+    """What else is said where it finds no adapter."""
     has_wrap: bool = False
     """Whether it is known to have the mode wrap of Pad."""
     memory_pattern: bool = True
@@ -46,7 +50,19 @@ class Device:
     checks_kernels: bool = False
     """Whether it is found out first what its kernels can do; graphs are rewritten around the rest."""
     fixed_sizes: bool = False
-    """Whether a session is opened for each size of its inputs: the provider compiles a graph of fixed sizes alone."""
+    """Whether a session is opened for each size of its inputs: the provider compiles a graph of fixed sizes alone, or
+    runs one faster."""
+    runs_stages: bool = True
+    """Whether a graph may be opened in stages at every step: not where opening one compiles it for long."""
+    chooses_compute: bool = False
+    """Whether a session can compute in another type than its graph is written in, see `computing.compute_of`."""
+    auto_avoids: frozenset[str] = frozenset()
+    """Precisions of generic graphs that ``auto`` leaves to the next device, which runs them faster."""
+    needs_optimizing: bool = True
+    """Whether ONNX Runtime optimizes graphs for it. OpenVINO optimizes them itself; to fold constants before would cost
+    seconds and gigabytes."""
+    lacks: frozenset[str] = frozenset()
+    """Operators that are most of some graphs' arithmetic, and that it doesn't run; such a graph is not opened."""
 
 
 DEVICES: dict[str, Device] = {
@@ -89,6 +105,22 @@ DEVICES: dict[str, Device] = {
         one_adapter=True,
         requires="a GPU with a Vulkan, Direct3D 12 or Metal driver",
         checks_kernels=True,
+    ),
+    "openvino": Device(
+        provider="OpenVINOExecutionProvider",
+        title="OpenVINO",
+        targets=("openvino", "generic"),
+        plugin="onnxruntime_ep_openvino",
+        kinds={"cpu": {}, "gpu": {}, "npu": {}},
+        default_kind="cpu",
+        requires="Windows or Linux on x86-64, and an Intel CPU, GPU or NPU",
+        hint="its plugin offers a CPU device on Intel's CPUs alone; use --device cpu on others",
+        fixed_sizes=True,
+        runs_stages=False,
+        chooses_compute=True,
+        needs_optimizing=False,
+        auto_avoids=frozenset({"int8"}),
+        lacks=frozenset({"QLinearConv"}),  # of Microsoft's domain, with channels last
     ),
     "cpu": Device(provider="CPUExecutionProvider", title="the CPU", has_wrap=True, memory_pattern=False),
 }

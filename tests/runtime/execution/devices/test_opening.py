@@ -97,6 +97,24 @@ def test_all_stages_take_the_next_device_if_one_with_fixed_sizes_fails(unet, mon
     assert tried.count("directml") == 1 < tried.count("cpu")
 
 
+def test_a_device_that_auto_comes_to_has_a_session_for_each_size(unet, monkeypatch):
+    """CUDA has one for all sizes; where it fails, the next device gets the sizes."""
+    expected = Session(unet, device="cpu").run(feeds())["out_sample"]
+    for name in ("cuda", "directml"):
+        monkeypatch.setitem(DEVICES, name, replace(DEVICES[name], provider="CPUExecutionProvider"))
+    tried, real = [], opening._open_on
+
+    def open_on(what, name, sizes):
+        tried.append((name.base, bool(sizes)))
+        if name.base == "cuda":
+            raise DeviceError("no driver")
+        return real(what, DeviceName("cpu"), {})
+
+    monkeypatch.setattr(opening, "_open_on", open_on)
+    np.testing.assert_array_equal(Session(unet, device="auto").run(feeds())["out_sample"], expected)
+    assert tried == [("cuda", True), ("directml", True)]
+
+
 def test_shape_nodes_are_those_whose_inputs_onnx_infers_to_be_integers(package):
     integers = {onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL}
     for name in ("unet", "text_encoder", "vae_decoder"):

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from sdonnx_runtime.outputs import renaming, staging
-from sdonnx_runtime.outputs.staging import (
+from sdonnx_runtime.storage import renaming, staging
+from sdonnx_runtime.storage.staging import (
     InUseError,
     delete_remaining,
     open_staging,
@@ -66,7 +66,7 @@ def test_a_killed_process_leaves_what_the_next_one_deletes(tmp_path):
     script = f"""
 import sys
 from pathlib import Path
-from sdonnx_runtime.outputs.staging import open_staging
+from sdonnx_runtime.storage.staging import open_staging
 with open_staging(Path({str(tmp_path)!r}), target="out") as folder:
     (folder / "half").write_text("written")
     print("ready", flush=True)

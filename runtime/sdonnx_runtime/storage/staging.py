@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from sdonnx_runtime.outputs.renaming import exchange, rename_to_free, replace, retry_while_in_use
+from sdonnx_runtime.storage.renaming import exchange, rename_to_free, replace, retry_while_in_use
 
 try:
     import fcntl

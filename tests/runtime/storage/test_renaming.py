@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from sdonnx_runtime.outputs import renaming
+from sdonnx_runtime.storage import renaming
 
 
 class FakeLibrary:

@@ -1,0 +1,100 @@
+"""Graphs that are opened in bfloat16 on OpenVINO: which weights they have so, and what they compute."""
+
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from sdonnx_runtime.execution.devices.fitting import convert_to_bfloat16
+from sdonnx_runtime.execution.session import Session
+from sdonnx_runtime.graphs.bfloat16 import BFLOAT16, find_weights
+from sdonnx_runtime.graphs.initializers import FLOAT, FLOAT16, TensorData, read_initializers
+from sdonnx_runtime.graphs.onnx_proto import ValueInfo, decode_model, make_node
+
+FEEDS = {
+    "unet": {
+        "sample": np.random.default_rng(0).standard_normal((1, 4, 16, 16), np.float32),
+        "timestep": np.array(801, np.float32),
+        "encoder_hidden_states": np.random.default_rng(1).standard_normal((2, 77, 64), np.float32),
+    },
+    "vae_decoder": {"latent_sample": np.random.default_rng(2).standard_normal((1, 4, 16, 16), np.float32)},
+    "text_encoder": {"input_ids": np.arange(77)[None]},
+}
+
+
+@pytest.fixture(scope="module")
+def precise(checkpoint, export_once, tmp_path_factory):
+    """A package in fp16."""
+    return export_once(checkpoint, tmp_path_factory.mktemp("packages") / "tiny-fp16", precision="fp16")
+
+
+def decibels(found, expected):
+    return 20 * np.log10(np.abs(expected).max() / max(np.sqrt(np.square(found - expected).mean()), 1e-9))
+
+
+def weight_types(model):
+    """What the weights that a graph multiplies by are cast to."""
+    cast = {node.outputs[0]: node for node in model.nodes if node.op == "Cast"}
+    read = {node.inputs[1] for node in model.nodes if node.op in ("Conv", "MatMul")}
+    return {cast[name].attributes["to"] for name in read}
+
+
+@pytest.mark.parametrize("part", FEEDS)
+def test_no_weight_that_is_multiplied_by_is_widened(precise, part):
+    path = precise / part / "model.onnx"
+    assert weight_types(decode_model(memoryview(path.read_bytes()))) == {FLOAT}
+    assert weight_types(decode_model(memoryview(convert_to_bfloat16(path, None)))) == {BFLOAT16}
+
+
+@pytest.mark.parametrize("part", FEEDS)
+def test_outputs_are_those_of_float32_but_for_the_rounding(precise, part, openvino):
+    path = precise / part / "model.onnx"
+    expected = Session(path, device="cpu").run(FEEDS[part])
+    for compute, least in (("f32", 90), ("bf16", 36)):
+        found = Session(path, device="openvino", compute=compute, threads=1).run(FEEDS[part])
+        for name, values in expected.items():
+            assert found[name].dtype == values.dtype
+            assert decibels(found[name], values) > least
+
+
+def test_a_graph_that_is_quantized_stays_as_it_is(precise):
+    graph = decode_model(memoryview((precise / "unet" / "model.onnx").read_bytes()))
+    quantize = make_node("QuantizeLinear", ["sample", "scale", "zero"], "quantized", stage="")
+    assert find_weights(graph)
+    assert not find_weights(replace(graph, nodes=(*graph.nodes, quantize)))
+
+
+def other_model(*nodes):
+    """A graph that another program could have written, with a weight in float16."""
+    weight = onnx.numpy_helper.from_array(np.ones((4, 4), np.float16), "weight")
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, [4, 4]) for name in ("x", "y"))
+    graph = onnx.helper.make_graph(nodes, "other", [x], [y], [weight])
+    made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+    onnx.checker.check_model(made, full_check=True)
+    return decode_model(memoryview(made.SerializeToString()))
+
+
+def test_a_graph_that_is_written_in_float16_stays_as_it_is():
+    product = onnx.helper.make_node("MatMul", ["x", "weight"], ["product"])
+    power = onnx.helper.make_node("Pow", ["product", "product"], ["y"])
+    assert find_weights(other_model(product, power)) == set()
+
+
+def test_outputs_keep_their_order_and_types(precise):
+    path = precise / "text_encoder" / "model.onnx"
+    before, after = (decode_model(memoryview(each)) for each in (path.read_bytes(), convert_to_bfloat16(path, None)))
+    assert len(before.outputs) > 1
+    described = [[(name, ValueInfo.decode(each)) for name, each in graph.outputs.items()] for graph in (before, after)]
+    assert described[0] == described[1]
+
+
+def test_weights_that_replace_those_of_the_file(precise, openvino):
+    path, feeds = precise / "unet" / "model.onnx", FEEDS["unet"]
+    name, weight = next(
+        (name, each) for name, each in read_initializers(path).items() if each.external and each.data_type == FLOAT16
+    )
+    doubled = {name: TensorData.of(2 * weight.read(), weight.data_type)}
+    plain = Session(path, device="cpu").run(feeds)["out_sample"]
+    expected = Session(path, device="cpu", weights=doubled).run(feeds)["out_sample"]
+    found = Session(path, device="openvino", compute="bf16", threads=1, weights=doubled).run(feeds)["out_sample"]
+    assert decibels(found, expected) > 30 > decibels(plain, expected)

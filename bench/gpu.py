@@ -1,4 +1,4 @@
-"""Check and measure a GPU: what its kernels compute, where nodes run, U-Net steps and VAE decodes beside diffusers.
+"""Check and measure a GPU: its kernels, where nodes run, and U-Net steps and VAE decodes compared with diffusers.
 
     pip install -e ".[cuda,export,bench]"
     python bench/gpu.py --json gpu.json              # CUDA: 7 minutes at most, 12 GB of disk

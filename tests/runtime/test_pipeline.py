@@ -1,6 +1,7 @@
 """The loop as a program sees it: seeds, counts, guidance, streaming, cancelling, what stays loaded."""
 
 import gc
+import json
 import random
 import shutil
 import sys
@@ -136,6 +137,40 @@ def test_keep_loaded_opens_each_component_once_where_memory_allows_it(package, o
             assert len(alive) == 3
             assert pipeline.held_bytes > 0
     assert not alive
+
+
+@pytest.mark.parametrize("options", [{"keep_loaded": True}, {"memory": "max"}])
+def test_a_second_image_with_kept_components_needs_no_files_of_the_tokenizer(package, tmp_path, options):
+    copy = shutil.copytree(package, tmp_path / "package")
+    with sdonnx.load(copy, **options) as pipeline:
+        first = pipeline.generate("a cat", seed=1, **SMALL)
+        shutil.rmtree(copy / "tokenizer")
+        again = pipeline.generate("a cat", seed=1, **SMALL)
+        assert np.array_equal(first.latents, again.latents)
+        pipeline.close()
+        with pytest.raises(sdonnx.PackageError, match="tokenizer"):
+            pipeline.generate("a cat", seed=1, **SMALL)
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": "min", "keep_loaded": True}])
+def test_where_components_are_unloaded_the_tokenizer_is_too(package, tmp_path, options):
+    copy = shutil.copytree(package, tmp_path / "package")
+    with sdonnx.load(copy, **options) as pipeline:
+        pipeline.generate("a cat", seed=1, **SMALL)
+        shutil.rmtree(copy / "tokenizer")
+        with pytest.raises(sdonnx.PackageError, match="tokenizer"):
+            pipeline.generate("a cat", seed=1, **SMALL)
+
+
+def test_a_tokenizer_of_another_text_encoder_is_refused(package, tmp_path):
+    copy = shutil.copytree(package, tmp_path / "package")
+    config = copy / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "vocab_size": 1000}))
+    with (
+        sdonnx.load(copy) as pipeline,
+        pytest.raises(sdonnx.PackageError, match="has ids up to 49407, text_encoder has 1000 embeddings; export"),
+    ):
+        pipeline.generate("a cat", seed=1, **SMALL)
 
 
 def test_stream_tells_of_each_step(pipe):

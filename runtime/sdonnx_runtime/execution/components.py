@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Container, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 from weakref import WeakValueDictionary
 
 from sdonnx_runtime.adapters.merging import LayerDeltas
@@ -29,6 +29,8 @@ from sdonnx_runtime.execution.strategy import ExecutionPlan, ExecutionStrategy
 from sdonnx_runtime.execution.timings import Timings
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.packages.variant import PLAIN, TILED
+
+T = TypeVar("T")
 
 REFINER = "refiner/"
 """The prefix of the names of a refiner's components."""
@@ -98,7 +100,7 @@ def _is_here(device: str) -> bool:
 
 
 class Components:
-    """The open models of one pipeline.
+    """The open models of one pipeline, and the tokenizers of its text encoders.
 
     Args:
         package: where the graphs are.
@@ -118,6 +120,7 @@ class Components:
         self._avoided = avoided_devices(package, *extra_packages.values())
         self._open_model, self._keep_loaded = open_model, keep_loaded
         self._models: dict[tuple[str, str], Model] = {}
+        self._tokenizers: dict[str, Any] = {}
         self._weights = WeakValueDictionary[str, SharedWeights]()
         self._used = set[tuple[str, str]]()
         self._bytes_without_models = 0
@@ -150,6 +153,12 @@ class Components:
     def is_open(self, name: str, variant: str = PLAIN) -> bool:
         """Whether a component's variant is open."""
         return (name, variant) in self._models
+
+    def tokenizer(self, name: str, open_tokenizer: Callable[[], T]) -> T:
+        """A text encoder's tokenizer, of its files as they were when it was opened; unloaded with the text encoder."""
+        if name not in self._tokenizers:
+            self._tokenizers[name] = open_tokenizer()
+        return self._tokenizers[name]
 
     def find(self, name: str) -> tuple[Package, str]:
         """The package of a component, and its name in there."""
@@ -207,7 +216,7 @@ class Components:
             self._used.clear()
             yield
         finally:
-            for name, _ in list(self._models):
+            for name in self._loaded:
                 self.unload(name)
             self._busy.release()
 
@@ -229,7 +238,7 @@ class Components:
 
     def _uncounted(self) -> set[str]:
         """The components that an earlier generation left, and whose memory the plan did not count."""
-        names, plan = {name for name, _ in self._models}, self._plan
+        names, plan = self._loaded, self._plan
         if not plan.keep_loaded:
             return names
         return names - plan.strategies.keys() if plan.strategies else set()
@@ -241,9 +250,15 @@ class Components:
 
     def close(self) -> None:
         """Unload every component."""
-        self._close({name for name, _ in self._models})
+        self._close(self._loaded)
+
+    @property
+    def _loaded(self) -> set[str]:
+        """The components of which something is loaded."""
+        return {name for name, _ in self._models} | self._tokenizers.keys()
 
     def _close(self, names: Collection[str]) -> None:
+        self._tokenizers = {name: each for name, each in self._tokenizers.items() if name not in names}
         self._close_keys({key for key in self._models if key[0] in names})
 
     def _close_keys(self, keys: Collection[tuple[str, str]]) -> None:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -29,6 +29,10 @@ from sdonnx_runtime.sampling.registry import A1111_NAMES
 
 _TEXT_CHUNKS = ("parameters", "sdonnx")
 """A1111's infotext, and JSON."""
+
+_COMPRESS_LEVEL = 4
+"""Of zlib. At 6, Pillow's default, three photographs of 512x512 took 63, 89 and 119 ms instead of 39, 58 and 47, and
+were up to 1.3 % smaller; drawings up to 3 % (Pillow 13.0 with zlib-ng on a Xeon)."""
 
 
 def parameters_text(
@@ -172,15 +176,23 @@ def save_png(
     """
     info = _describe_image(result, index, provenance=provenance)
     image = _enlarge(result.images[index], enlarge)
-    return write_file(path, lambda stream: image.save(stream, format="PNG", pnginfo=info), overwrite=overwrite)
+    return write_file(path, lambda stream: _write_png(stream, image, info), overwrite=overwrite)
 
 
 def encode_png(result: Result, index: int, *, enlarge: int = 1, provenance: bool = True) -> bytes:
     """Encode an image of a result as the content of a file of `save_png`; raises SafetyError as it does."""
-    content = io.BytesIO()
     info = _describe_image(result, index, provenance=provenance)
-    _enlarge(result.images[index], enlarge).save(content, format="PNG", pnginfo=info)
+    return _encode_image(_enlarge(result.images[index], enlarge), info)
+
+
+def _encode_image(image: Image.Image, info: PngInfo) -> bytes:
+    content = io.BytesIO()
+    _write_png(content, image, info)
     return content.getvalue()
+
+
+def _write_png(stream: IO[bytes], image: Image.Image, info: PngInfo | None = None) -> None:
+    image.save(stream, format="PNG", pnginfo=info, compress_level=_COMPRESS_LEVEL)
 
 
 def _describe_image(result: Result, index: int, *, provenance: bool) -> PngInfo:
@@ -235,19 +247,16 @@ def encode_upscaled(
     image: Image.Image, source: Image.Image, *, scale: float, model: str, compute: str = "f32"
 ) -> bytes:
     """Encode an upscaled image as the content of a file of `save_upscaled`."""
-    info, content = _copy_texts(source), io.BytesIO()
+    info = _copy_texts(source)
     done = f"Postprocess upscale by: {scale:g}, Postprocess upscaler: {_quote(model)}"
     info.add_text("postprocessing", done if compute == "f32" else f"{done}, Postprocess compute: {compute}")
-    image.save(content, format="PNG", pnginfo=info)
-    return content.getvalue()
+    return _encode_image(image, info)
 
 
 def enlarge_png(png: bytes, factor: int) -> bytes:
     """Upscale the content of a file of `save_png`, which becomes what it would be with ``enlarge``."""
-    content = io.BytesIO()
     with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
-        _enlarge(image, factor).save(content, format="PNG", pnginfo=_copy_texts(image))
-    return content.getvalue()
+        return _encode_image(_enlarge(image, factor), _copy_texts(image))
 
 
 def save_grid(paths: Sequence[Path], path: Path, *, overwrite: bool = True) -> Path:
@@ -259,7 +268,7 @@ def save_grid(paths: Sequence[Path], path: Path, *, overwrite: bool = True) -> P
     """
     images = [open_image(each, formats=("PNG",)) for each in paths]
     grid, info = make_grid(images), _copy_texts(images[0])
-    return write_file(path, lambda stream: grid.save(stream, format="PNG", pnginfo=info), overwrite=overwrite)
+    return write_file(path, lambda stream: _write_png(stream, grid, info), overwrite=overwrite)
 
 
 def _copy_texts(image: Image.Image) -> PngInfo:
@@ -276,4 +285,4 @@ def _enlarge(image: Image.Image, factor: int) -> Image.Image:
 
 def save_preview(path: Path, preview: Image.Image, size: tuple[int, int]) -> None:
     """Write a preview, resized to (width, height), as PNG; raises SdonnxError if the file can't be written."""
-    write_file(path, lambda stream: preview.resize(size).save(stream, format="PNG"))
+    write_file(path, lambda stream: _write_png(stream, preview.resize(size)))

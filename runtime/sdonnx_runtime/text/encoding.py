@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -56,7 +57,7 @@ def encode_prompts(
     texts = {schedule: _texts(manifest, request, schedule) for schedule in schedules}
     sections = {text: each for schedule in texts for text, each in schedule.sections.items()}
     encoders = {
-        each.component: _Encoder(package, partial(run, prefix + each.component), request, each, inversions, sections)
+        each.component: _Encoder(package, run, prefix + each.component, request, each, inversions, sections)
         for each in manifest.text_encoders
     }
     if len({encoder.tokens for encoder in encoders.values()}) > 1:
@@ -102,16 +103,16 @@ class _Encoder:
     def __init__(
         self,
         package: Package,
-        run: Callable[..., Outputs],
+        run: Runner,
+        name: str,
         request: CompleteRequest,
         encoder: TextEncoder,
         inversions: TextualInversions,
         sections: Mapping[str, Sections],
     ) -> None:
-        directory = package.root / encoder.tokenizer
-        self._tokenizer = Tokenizer.open(directory, length=encoder.length, placeholders=inversions.placeholders)
-        _check_embeddings(package, encoder, self._tokenizer)
-        self._run, self._inversions = run, inversions
+        tokenizer = run.components.tokenizer(name, partial(_open_tokenizer, package, encoder))
+        self._tokenizer = replace(tokenizer, placeholders=inversions.placeholders)
+        self._run, self._inversions = partial(run, name), inversions
         self._encoder, self._request, self._sections = encoder, request, sections
         self._warns = encoder is package.manifest.text_encoders[0]
         self._layer = _layer(package, encoder, request.clip_skip)
@@ -167,14 +168,16 @@ def _encoder_config(package: Package, encoder: TextEncoder) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _check_embeddings(package: Package, encoder: TextEncoder, tokenizer: Tokenizer) -> None:
-    """Raise PackageError if a tokenizer has ids beyond the text encoder's embeddings."""
+def _open_tokenizer(package: Package, encoder: TextEncoder) -> Tokenizer:
+    """Open a text encoder's tokenizer; PackageError if it has ids beyond the text encoder's embeddings."""
+    tokenizer = Tokenizer.open(package.root / encoder.tokenizer, length=encoder.length)
     rows = _encoder_config(package, encoder).get("vocab_size")
     if isinstance(rows, int) and tokenizer.size > rows:
         raise PackageError(
             f"{package.root / encoder.tokenizer} has ids up to {tokenizer.size - 1}, {encoder.component} has {rows} "
             "embeddings; export the checkpoint again, with the text encoder that was trained with this tokenizer"
         )
+    return tokenizer
 
 
 def _layer(package: Package, encoder: TextEncoder, clip_skip: int | None) -> Callable[[Outputs], Array]:

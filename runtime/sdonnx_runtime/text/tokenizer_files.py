@@ -99,7 +99,7 @@ class TokenizerFiles:
         settings = _settings(directory)
         vocabulary, merges, pattern = _read_bpe(directory)
         for left, right in merges:
-            if not {left, right, left + right} <= vocabulary.keys():
+            if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
                 raise damaged(directory / "merges.txt", f"joins {left!r} and {right!r}, unlike vocab.json")
         specials = {name: _content(directory, name, settings.get(name, _SPECIALS[name])) for name in _SPECIALS}
         return cls(
@@ -153,7 +153,8 @@ def _read_added(directory: Path, settings: Mapping[str, Any], vocabulary: Mappin
         added[content] = _added_token(path, content, index, {"special": content in specials, **_flags(entry)})
     for content, entry in specials.items():
         if content not in added:
-            index = vocabulary.get(content, len(vocabulary.keys() | added.keys()))
+            known = vocabulary.get(content)
+            index = len(vocabulary.keys() | added.keys()) if known is None else known
             added[content] = _added_token(directory, content, index, {**_flags(entry), "special": True})
     return added
 

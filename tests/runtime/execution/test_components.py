@@ -1,5 +1,7 @@
 """Components with models that are put in from outside: how they are opened, and what an observer sees."""
 
+from weakref import WeakSet
+
 import numpy as np
 import pytest
 from sdonnx_models import bundled
@@ -117,6 +119,46 @@ def test_what_stays_loaded_is_what_the_next_plan_counts(opened):
     assert generate(ExecutionPlan(keep_loaded=True), encoder) == {encoder, plain}
     assert generate(ExecutionPlan(), encoder) == set()
     assert found.held_bytes == 0
+
+
+class Tokenizers:
+    """Opens tokenizers, and counts them."""
+
+    def __init__(self):
+        self.opened, self.alive = 0, WeakSet()
+
+    def open(self):
+        tokenizer = Doubler()
+        self.alive.add(tokenizer)
+        self.opened += 1
+        return tokenizer
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_tokenizer_is_loaded_as_long_as_its_text_encoder(opened, kept):
+    _, components, _ = opened
+    found, tokenizers = components(ExecutionPlan()), Tokenizers()
+    for _ in range(3):
+        with found.exclusive(plan=ExecutionPlan(keep_loaded=kept)):
+            for _ in range(2):
+                found.tokenizer("text_encoder", tokenizers.open)
+            assert len(tokenizers.alive) == 1
+            found.model("text_encoder")
+            found.unload("text_encoder")
+            assert len(tokenizers.alive) == kept
+    assert tokenizers.opened == (1 if kept else 3)
+    found.close()
+    assert not tokenizers.alive
+
+
+def test_a_tokenizer_is_unloaded_where_its_text_encoder_was_not_opened(opened):
+    """A generation that fails in between leaves nothing."""
+    _, components, _ = opened
+    found, tokenizers = components(ExecutionPlan()), Tokenizers()
+    with pytest.raises(RuntimeError), found.exclusive():
+        found.tokenizer("text_encoder", tokenizers.open)
+        raise RuntimeError
+    assert (tokenizers.opened, len(tokenizers.alive)) == (1, 0)
 
 
 def test_an_observer_sees_every_run(opened):

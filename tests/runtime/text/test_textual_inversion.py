@@ -1,6 +1,7 @@
 """Textual inversion at run time: words stand for inversions vectors as in diffusers, and other texts are as before."""
 
 import copy
+import shutil
 
 import numpy as np
 import pytest
@@ -90,6 +91,24 @@ def test_images_equal_those_of_diffusers(sd1, tmp_path, layout, count):
         assert np.array_equal(ours.generate(PROMPT, seed=SEED, **SETTINGS).latents, plain)
         untaught = ours.generate("a photograph of my-cat on a my-cat", seed=SEED, **common)
     assert np.abs(untaught.latents - wanted[0]).max() > 0.1
+
+
+def test_words_change_while_the_tokenizer_stays_loaded(sd1, tmp_path):
+    """Its placeholders are those of the request's textual inversions, not of those that it was opened with."""
+    pipe, package = sd1
+    package = shutil.copytree(package, tmp_path / "package")
+    path, prompt = saved(tmp_path, "a1111", vectors(1)), "a photograph of my-cat"
+    plain = reference(pipe, prompt=prompt, **SETTINGS)
+    with sdonnx.load(package, keep_loaded=True) as ours:
+        assert_equal(ours.generate(prompt, seed=SEED, **SETTINGS), plain)
+        shutil.rmtree(package / "tokenizer")
+        for count in (1, 3):
+            saved(tmp_path, "a1111", vectors(count, seed=count))
+            wanted = reference(load_into_diffusers(pipe, path), prompt=prompt, **SETTINGS)
+            ours.set_embeddings([path])
+            assert_equal(ours.generate(prompt, seed=SEED, **SETTINGS), wanted)
+        ours.set_embeddings([])
+        assert_equal(ours.generate(prompt, seed=SEED, **SETTINGS), plain)
 
 
 def test_states_equal_those_of_diffusers(sd1, tmp_path):

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from sdonnx_export.export import export
 from sdonnx_export.models.components import build
 from sdonnx_export.models.unet import cache_stage
 from sdonnx_export.models.unet_config import UNetConfig
@@ -122,8 +121,9 @@ def test_token_downsampling_of_odd_sizes_keeps_the_last_row_and_column(tmp_path)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_all_graphs_point_into_one_weights_file(checkpoint, precision, tmp_path):
-    package = export(str(checkpoint), tmp_path / "package", precision=precision, calibration="none")
+def test_all_graphs_point_into_one_weights_file(checkpoint, precision, export_once, tmp_path):
+    options = {} if precision == "fp32" else {"precision": precision, "calibration": "none"}
+    package = export_once(checkpoint, tmp_path / "package", **options)
     files = {path.name: path for path in (package / "unet").glob("*.onnx")}
     suffixes = ("", "-downsampled", "-controlled", "-downsampled-controlled")
     graphs = {"model", *(f"{name}{end}" for name in ("caching", "cached") for end in suffixes)}

@@ -6,7 +6,7 @@ import pytest
 from support.fuzz.campaign import run_campaign
 from support.fuzz.parsers import PARSERS
 
-SECONDS = float(os.environ.get("SDONNX_FUZZ_SECONDS", "6"))
+SECONDS = float(os.environ.get("SDONNX_FUZZ_SECONDS", "3"))
 """Of each parser; CONTRIBUTING.md has the command of longer campaigns."""
 
 

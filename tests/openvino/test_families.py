@@ -11,11 +11,11 @@ PHOTOGRAPH = photograph()
 DEPTH = Image.fromarray(np.random.default_rng(3).integers(0, 60000, (50, 70)).astype(np.uint16))
 REPAINTED = {"image": PHOTOGRAPH, "mask_image": disc()}
 SAME_GRAPHS = ("sd2 768", "sd-turbo")
-"""Other settings of sd2 base."""
+"""Other settings of sd2 base. The inpainting models of sd2 and sdxl have their graphs with sd1 inpaint's input."""
 
 CASES = {
     **{name: (make, {}) for name, make in families.TEXT_TO_IMAGE.items() if name not in SAME_GRAPHS},
-    **{name: (make, REPAINTED) for name, make in families.WITH_IMAGES.items() if "inpaint" in name},
+    "sd1 inpaint": (families.WITH_IMAGES["sd1 inpaint"], REPAINTED),
     "pix2pix": (families.WITH_IMAGES["pix2pix"], {"image": PHOTOGRAPH}),
     "refiner": (families.refiner, {"image": PHOTOGRAPH, "strength": 0.5}),
     "depth": (families.depth, {"image": PHOTOGRAPH, "depth_image": DEPTH, "strength": 0.6}),

@@ -57,16 +57,16 @@ def sampler_of(pipe):
     return {"DDIMScheduler": "ddim"}.get(pipe.scheduler.config._class_name)
 
 
-LAYOUTS = ["directory", "single file"]
+def in_both(names, settings):
+    """Names, layouts and settings; the first setting alone of single files, and a tiny VAE has no place in one.
+
+    tests/export/test_single_files.py compares all their weights and configs with those of the directory.
+    """
+    directories = [(name, "directory", each) for name in names for each in settings]
+    return directories + [(name, "single file", settings[0]) for name in names if name != "sdxs"]
 
 
-def in_both(names):
-    """Names and layouts; a tiny VAE has no place in a single file."""
-    return [(name, layout) for name in names for layout in LAYOUTS if (name, layout) != ("sdxs", "single file")]
-
-
-@pytest.mark.parametrize("guidance", [5.0, 1.0])
-@pytest.mark.parametrize(("name", "layout"), in_both(families.TEXT_TO_IMAGE))
+@pytest.mark.parametrize(("name", "layout", "guidance"), in_both(families.TEXT_TO_IMAGE, [5.0, 1.0]))
 def test_text_to_image(saved, name, layout, guidance):
     pipe, package = saved(name, families.TEXT_TO_IMAGE[name], layout)
     common = {"negative_prompt": NEGATIVE, "num_inference_steps": 4, "guidance_scale": guidance, **SIZE}
@@ -122,8 +122,10 @@ MASK = Image.new("L", (64, 96))
 MASK.paste(255, (8, 16, 40, 72))
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.6])
-@pytest.mark.parametrize(("name", "layout"), in_both(["sd1 inpaint", "sd2 inpaint", "sdxl inpaint"]))
+INPAINTING = ["sd1 inpaint", "sd2 inpaint", "sdxl inpaint"]
+
+
+@pytest.mark.parametrize(("name", "layout", "strength"), in_both(INPAINTING, [0.6, 1.0]))
 def test_inpainting_models(saved, name, layout, strength):
     pipe, package = saved(name, families.WITH_IMAGES[name], layout)
     common = {"image": random_image(), "mask_image": MASK, "strength": strength, **IMAGE_SETTINGS, **SIZE}
@@ -133,19 +135,20 @@ def test_inpainting_models(saved, name, layout, strength):
     )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("guidance", [{}, {"image_guidance_scale": 1.0}, {"guidance_scale": 1.0}])
-def test_instruct_pix2pix(saved, layout, guidance):
-    pipe, package = saved("pix2pix", families.WITH_IMAGES["pix2pix"], layout)
+PIX2PIX = in_both(["pix2pix"], [{}, {"image_guidance_scale": 1.0}, {"guidance_scale": 1.0}])
+
+
+@pytest.mark.parametrize(("name", "layout", "guidance"), PIX2PIX)
+def test_instruct_pix2pix(saved, name, layout, guidance):
+    pipe, package = saved(name, families.WITH_IMAGES[name], layout)
     common = {"image": random_image(), **IMAGE_SETTINGS, "image_guidance_scale": 1.7, **guidance}
     wanted = reference(pipe, prompt=PROMPT, **common)
     assert_equal(sdonnx.load(package).generate(PROMPT, seed=SEED, **common, **SIZE), wanted)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strength", [0.9, 0.5])
-def test_depth_to_image(saved, layout, strength):
-    pipe, package = saved("depth", families.depth, layout)
+@pytest.mark.parametrize(("name", "layout", "strength"), in_both(["depth"], [0.5, 0.9]))
+def test_depth_to_image(saved, name, layout, strength):
+    pipe, package = saved(name, families.depth, layout)
     depth = np.random.default_rng(3).integers(0, 60000, (50, 70)).astype(np.uint16)
     common = {"image": random_image(), "strength": strength, **IMAGE_SETTINGS}
     wanted = reference(pipe, prompt=PROMPT, depth_map=torch.from_numpy(depth.astype(np.float32))[None], **common)
@@ -169,7 +172,7 @@ def test_images_with_models_of_text_alone(saved, name, kind):
     )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["directory", "single file"])
 def test_the_refiner_alone(saved, layout):
     pipe, package = saved("refiner", families.WITH_IMAGES["refiner"], layout)
     common = {"image": random_image(), "strength": 0.5, "aesthetic_score": 7.0, "negative_aesthetic_score": 1.0}
@@ -182,10 +185,9 @@ def test_the_refiner_alone(saved, layout):
     assert np.abs(other.latents - wanted[0]).max() > 2e-3
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("guidance", [8.5, 3.0])
-def test_a_latent_consistency_model(saved, layout, guidance):
-    pipe, package = saved("lcm", families.lcm, layout)
+@pytest.mark.parametrize(("name", "layout", "guidance"), in_both(["lcm"], [8.5, 3.0]))
+def test_a_latent_consistency_model(saved, name, layout, guidance):
+    pipe, package = saved(name, families.lcm, layout)
     common = {"num_inference_steps": 4, "guidance_scale": guidance, **SIZE}
     wanted = reference(pipe, prompt=PROMPT, **common)
     assert_equal(sdonnx.load(package).generate(PROMPT, seed=SEED, **common), wanted)
@@ -277,12 +279,27 @@ BROKEN = {
 }
 
 
+GUIDED = {"num_inference_steps": 4, "guidance_scale": 5.0, **SIZE}
+
+
+@pytest.fixture(scope="module")
+def guided(saved):
+    """What a family's pipeline in diffusers draws without a negative prompt, as ours does; drawn once."""
+    drawn = {}
+
+    def get(name):
+        pipe, package = saved(name, families.TEXT_TO_IMAGE[name])
+        if name not in drawn:
+            drawn[name] = reference(pipe, prompt=PROMPT, **GUIDED)
+            assert_equal(sdonnx.load(package).generate(PROMPT, seed=SEED, **GUIDED), drawn[name])
+        return package, drawn[name]
+
+    return get
+
+
 @pytest.mark.parametrize(("name", "in_manifest", "in_files"), BROKEN.values(), ids=BROKEN)
-def test_without_its_peculiarity_a_family_gives_another_image(saved, tmp_path, name, in_manifest, in_files):
-    pipe, package = saved(name, families.TEXT_TO_IMAGE[name])
-    common = {"num_inference_steps": 4, "guidance_scale": 5.0, **SIZE}
-    wanted = reference(pipe, prompt=PROMPT, **common)
-    assert_equal(sdonnx.load(package).generate(PROMPT, seed=SEED, **common), wanted)
+def test_without_its_peculiarity_a_family_gives_another_image(guided, tmp_path, name, in_manifest, in_files):
+    package, wanted = guided(name)
     broken = shutil.copytree(package, tmp_path / "broken")
     if in_manifest is not None:
         manifest = json.loads((broken / "sdonnx.json").read_text())
@@ -290,7 +307,7 @@ def test_without_its_peculiarity_a_family_gives_another_image(saved, tmp_path, n
         (broken / "sdonnx.json").write_text(json.dumps(manifest))
     if in_files is not None:
         in_files(broken)
-    result = sdonnx.load(broken).generate(PROMPT, seed=SEED, **common)
+    result = sdonnx.load(broken).generate(PROMPT, seed=SEED, **GUIDED)
     assert np.abs(result.latents - wanted[0]).max() > 1e-2
     assert psnr(result.images[0], wanted[1]) < 50
 
@@ -330,9 +347,7 @@ def test_sdxl_by_optimum_and_ours_in_optimum(saved, tmp_path):
 
 LEAST_DECIBELS = {"fp16": 55, "int8-weights": 36, "int8": 20, "int4": 17}
 CALIBRATED = ["sdxl", "refiner", "sd1 inpaint", "pix2pix", "depth", "lcm"]
-NOT_CALIBRATED = [
-    (name, precision) for name in ("sdxl", "sd1 inpaint") for precision in ("fp16", "int8-weights", "int4")
-]
+NOT_CALIBRATED = [("sdxl", precision) for precision in ("fp16", "int8-weights", "int4")]
 
 
 @pytest.mark.parametrize(("name", "precision"), [*((name, "int8") for name in CALIBRATED), *NOT_CALIBRATED])

@@ -32,7 +32,7 @@ class OpenVinoSession:
             compute: a key of OPTIONS.
         """
         self._path, self._options = path, OPTIONS[compute]
-        self.compute = "f32"
+        self.device, self.compute = "openvino", "f32"
         self._compiled: dict[tuple[Any, ...], Any] = {}
         if shapes is not None:
             self._compile(shapes)

@@ -52,7 +52,7 @@ class Pipeline:
         package: the package.
         preview_vae: a package whose VAE (a tiny one, say) decodes `Progress.preview` in full size, and stays loaded.
         device: auto, or a device's name: cuda, directml, webgpu, openvino or cpu, with an adapter's number: cuda:1.
-        compute: what the device computes in: auto (its own choice), f32, bf16 or f16, see `computing.compute_of`.
+        compute: what the device computes in: auto (its own choice), f32, bf16 or f16, see `computing.resolve_compute`.
         threads: CPU threads, at most the CPUs that this process may use; None is the number of physical cores.
         cache: keep the graphs that openvino compiles on disk, see `compiled_graphs.CompiledGraphs`.
         memory: the process's limit, in bytes or such as "600MB" or "2GiB", to which each request is planned; "auto" is
@@ -289,7 +289,7 @@ class Pipeline:
             components.append(self._checker.package.manifest.components[SAFETY_CHECKER])
         enlarged = 1 if self.upscaler is None else UpscalerConfig.read(self.upscaler.root).scale ** 2
         files = sum(file.size for part in components for file in part.files.values())
-        return 4 * self._placement.copies * files + _PIXEL * pixels * enlarged
+        return 4 * self._placement.copies(self._budget) * files + _PIXEL * pixels * enlarged
 
     def decode(self, latents: Array, *, tiling: str | None = None) -> tuple[Image, ...]:
         """Decode latents, (N, C, h, w), as `Result.latents` has them; images are checked as `generate` does.

@@ -1,7 +1,7 @@
 """A generation step by step: what `Pipeline.stream` returns."""
 
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import replace
 
 from PIL.Image import Image
@@ -53,6 +53,11 @@ class Stream(Iterator[Progress]):
     def compute(self) -> str:
         """What was computed in so far: f32, bf16 or f16."""
         return self._run.compute
+
+    @property
+    def devices(self) -> Mapping[str, str]:
+        """The names of the devices that components have run on so far, by component."""
+        return self._run.devices
 
     @property
     def latents_request(self) -> CompleteRequest:

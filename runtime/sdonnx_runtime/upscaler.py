@@ -34,7 +34,7 @@ class Upscaler:
     Args:
         package: the package.
         device: auto, or a device's name: cuda, directml, webgpu, openvino or cpu, with an adapter's number: cuda:1.
-        compute: what the device computes in: auto (its own choice), f32, bf16 or f16, see `computing.compute_of`.
+        compute: what the device computes in: auto (its own choice), f32, bf16 or f16, see `computing.resolve_compute`.
         threads: CPU threads, at most the CPUs that this process may use; None is the number of physical cores.
         cache: keep the graphs that openvino compiles on disk, see `compiled_graphs.CompiledGraphs`.
         memory: the process's limit, as of `Pipeline`: the size of tiles is planned to it. "max" keeps the model loaded
@@ -135,12 +135,12 @@ class Upscaler:
         (*_, (width, height)), _ = self._sizes(size, scale)
         files = (file for part in self.package.manifest.components.values() for file in part.files.values())
         sides = (min(side, UPSCALER_TILES[0]) * self.scale for side in (width, height))
+        budget = self._budget if memory is None else Budget(memory)
         enough = (
-            4 * self._placement.copies * sum(file.size for file in files)
+            4 * self._placement.copies(budget) * sum(file.size for file in files)
             + _TILE_PIXEL * prod(sides)
             + _PIXEL * width * height * self.scale**2
         )
-        budget = self._budget if memory is None else Budget(memory)
         phases = partial(upscaler_phase, self.package, width, height, component=_COMPONENT)
         return self._placement.plan(budget, lambda: [phases()], enough, always=always)
 

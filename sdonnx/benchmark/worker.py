@@ -183,8 +183,10 @@ def measure_image(package: Package, request: CompleteRequest, options: Mapping[s
 
     calls = dict[str, tuple[Call, ...]]()
 
-    def open_model(path: Path, *_: object, target: str, own: str, avoided: Mapping[str, str], **__: object) -> Session:
-        return Session(path, target=target, own=own, avoided=avoided, **options)
+    def open_model(
+        path: Path, *_: object, target: str, graph_compute: str, avoided: Mapping[str, str], **__: object
+    ) -> Session:
+        return Session(path, target=target, graph_compute=graph_compute, avoided=avoided, **options)
 
     def record(
         name: str, _variant: str, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], _seconds: float

@@ -58,7 +58,7 @@ def _cache_json() -> dict[str, Any] | None:
     if kept is None or not kept.root.is_dir():
         return None
     sizes = kept.sizes().values()
-    return {"path": str(kept.root), "graphs": len(sizes), "bytes": sum(sizes), "limit": kept.limit}
+    return {"path": str(kept.root), "graphs": len(sizes), "bytes": sum(sizes), "limit": kept.allowed}
 
 
 def compute_text(package: sdonnx.Package, device: str, compute: str) -> str:
@@ -69,7 +69,7 @@ def compute_text(package: sdonnx.Package, device: str, compute: str) -> str:
     _check(package, device, compute)
     graph = describe_graph(package, next(iter(package.manifest.components)))
     chosen, used = first_choice(device, compute=compute, **graph)
-    others = [each for each in computes(chosen, graph["own"]) if each != used]
+    others = [each for each in computes(chosen, graph["graph_compute"]) if each != used]
     alternatives = [f"; {each} with --compute {each}" for each in others]
     return f"{used} on {chosen}{''.join(alternatives)}"
 

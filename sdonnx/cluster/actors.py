@@ -1,5 +1,6 @@
 """Pipelines on the nodes of a cluster, and the requests that each of them takes when it is free."""
 
+import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any, TypeAlias, cast
 
 from ray.exceptions import RayError, RayTaskError
 from sdonnx_runtime.adapters.lora import Lora
-from sdonnx_runtime.execution.devices.choosing import describe_graph, first_choice
+from sdonnx_runtime.execution.devices.choosing import DEVICE_NOTES, describe_graph, first_choice
 from sdonnx_runtime.execution.devices.table import DeviceName
 from sdonnx_runtime.execution.ort import candidates, first_line, runtime_version
 from sdonnx_runtime.execution.process_memory import peak_memory
@@ -59,6 +60,7 @@ class Machine:
     """Its IP address."""
     cpu: str
     provider: str
+    """Of the device that ran the U-Net."""
     compute: str
     """f32, bf16 or f16."""
     onnxruntime: str
@@ -82,6 +84,8 @@ class Generated:
     """Of its pipeline."""
     peak_memory: int
     """Of the actor's process up to now, in bytes."""
+    notes: tuple[str, ...] = ()
+    """What its process has said of devices since its last request: what ``auto`` took, and why not another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +102,10 @@ class ImageActor:
     def __init__(self, opening: Opening, actors: Actors) -> None:
         self._opening, self._actors = opening, actors
         self._pipe: sdonnx.Pipeline | None = None
-        self._machine: Machine | None = None
+        self._notes = _keep_notes()
 
-    def open(self) -> Machine | sdonnx.SdonnxError:
-        """Open the pipeline, and say on which machine."""
+    def open(self) -> sdonnx.SdonnxError | None:
+        """Open the pipeline; returns why that is not possible."""
         node = str(ray.util.get_node_ip_address())
         try:
             check_sources(self._opening.sources, node)
@@ -110,27 +114,23 @@ class ImageActor:
             )
             pipe.set_loras(self._opening.loras, ignore_unmatched=self._opening.ignore_unmatched)
             pipe.set_embeddings(self._opening.embeddings)
-            self._pipe, (device, compute) = pipe, _choose(pipe.package, self._opening.arguments)
+            _check_device(pipe.package, self._opening.arguments)
+            self._pipe = pipe
         except sdonnx.SdonnxError as error:
             return error if str(error).startswith("node ") else type(error)(f"node {node}: {error}")
-        self._machine = Machine(
-            node=node,
-            cpu=cpu_name(),
-            provider=DeviceName.parse(device).device.provider,
-            compute=compute,
-            onnxruntime=runtime_version(),
-            sdonnx=version("sdonnx"),
-        )
-        return self._machine
+        return None
 
     def generate(self, index: int, fields: dict[str, Any]) -> Generated | Failed:
         """Generate the images of a request."""
         pipe, opening = self._pipe, self._opening
-        assert pipe is not None and self._machine is not None  # noqa: S101 — for the type checker
+        assert pipe is not None  # noqa: S101 — for the type checker
         start = time.monotonic()
         try:
             resolved = resolve_fields(pipe, fields, opening.margins)
-            result = pipe.generate(resolved)
+            stream = pipe.stream(resolved)
+            for _ in stream:
+                pass
+            result = stream.result
         except (sdonnx.SdonnxError, MemoryError) as error:
             return Failed(index=index, error=error)
         keeps_size = resolved.request.padding_mask_crop is not None
@@ -143,17 +143,56 @@ class ImageActor:
             index=index,
             result=replace(result, images=()),
             pngs=pngs,
-            machine=replace(self._machine, compute=result.compute),  # auto may have fallen to another device
+            machine=_describe_machine(stream.devices.get("unet", next(iter(stream.devices.values()))), result.compute),
             actor=ray.get_runtime_context().get_actor_id(),
             seconds=time.monotonic() - start,
             peak_memory=peak_memory(),
+            notes=tuple(self._notes.take()),
         )
 
 
-def _choose(package: sdonnx.Package, arguments: Mapping[str, Any]) -> tuple[str, str]:
-    """The device that a package's U-Net is tried on first, and what it computes in there."""
-    candidates(arguments["device"], package.manifest.target, str(package.root))
-    return first_choice(arguments["device"], compute=arguments["compute"], **describe_graph(package, "unet"))
+def _check_device(package: sdonnx.Package, arguments: Mapping[str, Any]) -> None:
+    """Check that a device that was asked for by its name is here, and computes so; ``auto`` takes one in a run."""
+    device = arguments["device"]
+    if device != "auto":
+        candidates(device, package.manifest.target, str(package.root))
+        first_choice(device, compute=arguments["compute"], **describe_graph(package, "unet"))
+
+
+def _describe_machine(device: str, compute: str) -> Machine:
+    return Machine(
+        node=str(ray.util.get_node_ip_address()),
+        cpu=cpu_name(),
+        provider=DeviceName.parse(device).device.provider,
+        compute=compute,
+        onnxruntime=runtime_version(),
+        sdonnx=version("sdonnx"),
+    )
+
+
+class _Notes(logging.Handler):
+    """Keeps what is logged of devices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._texts = list[str]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a line."""
+        self._texts.append(record.getMessage())
+
+    def take(self) -> list[str]:
+        """The lines since the last call."""
+        texts, self._texts = self._texts, []
+        return texts
+
+
+def _keep_notes() -> _Notes:
+    """Keep what this process logs of devices from now on."""
+    logger, notes = logging.getLogger(DEVICE_NOTES), _Notes()
+    logger.setLevel(logging.INFO)
+    logger.addHandler(notes)
+    return notes
 
 
 class ActorPool:
@@ -183,6 +222,8 @@ class ActorPool:
         self._lost_starts = 0
         self._absent_since: float | None = None
         self._noted = False
+        self._said = set[str]()
+        """What actors have said of their devices."""
 
     def run(self, requests: Sequence[Prepare]) -> Generator[Generated | Failed, None, None]:
         """Generate the images of requests, the first ones first; closing the generator ends the actors.
@@ -263,8 +304,10 @@ class ActorPool:
         """The outcome of a request; None if its actor is lost, and another one is to try."""
         actor, index = self._running.pop(done)
         try:
-            outcome = ray.get(done)
+            outcome: Generated | Failed = ray.get(done)
             self._idle.append(actor)
+            if isinstance(outcome, Generated):
+                self._say(outcome)
             return outcome
         except RayTaskError:
             raise
@@ -277,6 +320,13 @@ class ActorPool:
         remedy = "give a smaller size, or more --memory-per-actor"
         lost = sdonnx.DeviceError(f"{_MAX_LOSSES} actors ended while they generated it, maybe out of memory; {remedy}")
         return Failed(index=index, error=lost)
+
+    def _say(self, generated: Generated) -> None:
+        """Note what an actor says of its devices, unless another has said it."""
+        for text in generated.notes:
+            if text not in self._said:
+                self._said.add(text)
+                self._note(f"node {generated.machine.node}: {text}")
 
     def _stop(self) -> None:
         """End all actors."""

@@ -1,14 +1,17 @@
 """What a job will need: resolved requests within the server's limits, and their memory, also while a job runs."""
 
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from math import prod
 
+from sdonnx_runtime.execution.devices.choosing import describe_graph, first_choice
 from sdonnx_runtime.execution.process_memory import available_memory, resident_memory
 from sdonnx_runtime.memory.budget import AUTO, MAX, MIN, Budget
 from sdonnx_runtime.memory.constants import FREE_SHARE, PROCESS_BYTES
 from sdonnx_runtime.memory.planner import ComponentPlan
+from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.resolved import ResolvedRequest
 
 import sdonnx
@@ -31,6 +34,8 @@ class Forecast:
     room: int | None
     """What the server may use; None is no limit."""
     components: tuple[ComponentPlan, ...]
+    device: str
+    """The name of the device that runs the U-Net."""
 
     @property
     def fits(self) -> bool:
@@ -112,13 +117,19 @@ class Planner:
             room, plan = self._room(), pipeline.plan(resolved)
             used = self._job_memory()
             if plan is None:
-                return Forecast(resolved=resolved, peak=None, smallest=None, room=room, components=())
+                device = self._device(pipeline.package, {})
+                return Forecast(resolved=resolved, peak=None, smallest=None, room=room, components=(), device=device)
             smallest, limit = plan.minimum_budget, self.library.settings.memory
             if limit != MIN and (room is None or smallest - used <= room):
                 plan = pipeline.plan(resolved, always=True, memory=MAX if room is None else room + used) or plan
-        components = tuple(replace(each, peak=each.peak - used) for each in plan.components)
+            device = self._device(pipeline.package, plan.execution.avoided)
         return Forecast(
-            resolved=resolved, peak=plan.peak - used, smallest=smallest - used, room=room, components=components
+            resolved=resolved,
+            peak=plan.peak - used,
+            smallest=smallest - used,
+            room=room,
+            components=tuple(replace(each, peak=each.peak - used) for each in plan.components),
+            device=device,
         )
 
     def macs_per_second(self) -> float:
@@ -153,6 +164,14 @@ class Planner:
                 f"{resolved.steps} steps are too many; this server takes at most {settings.max_steps}"
             )
         return pipeline, resolved
+
+    def _device(self, package: Package, avoided: Mapping[str, str]) -> str:
+        """The device that is tried first for a package's U-Net, without those that its plan avoids."""
+        device, graph = self.library.settings.device, describe_graph(package, "unet")
+        if device != "auto":
+            return device
+        graph["avoided"] = {**graph["avoided"], **avoided}
+        return first_choice(device, compute=self.library.settings.compute, **graph)[0]
 
     def _room(self) -> int | None:
         """Bytes for the whole process once the job that runs has ended; None is no limit."""

@@ -3,7 +3,7 @@
 import json
 
 from PIL import Image
-from sdonnx_runtime.execution.devices.computing import compute_of
+from sdonnx_runtime.execution.devices.computing import resolve_compute
 from support.cli import run_cli
 
 SMALL = ("--steps", 1, "--size", "64x64", "--seed", 1)
@@ -30,7 +30,7 @@ def test_info_says_what_a_device_computes_in(package):
 
 def test_auto_takes_openvino_and_says_so_once(openvino, package, tmp_path):
     """Of two images, also those in f32; the images say in what they were computed where it is not f32."""
-    used = compute_of("openvino")
+    used = resolve_compute("openvino")
     (tmp_path / "lines.txt").write_text("a cat\na dog\n", encoding="utf-8")
     for asked, compute in (("auto", used), ("f32", "f32")):
         batch = ("--batch-file", "lines.txt", "-o", f"{asked}.png")

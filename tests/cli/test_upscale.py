@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 from sdonnx_runtime import upscaling
-from sdonnx_runtime.execution.devices.computing import compute_of
+from sdonnx_runtime.execution.devices.computing import resolve_compute
 from support.cli import run_cli
 from support.images import photograph
 from support.upscalers import random_upscaler
@@ -44,7 +44,7 @@ def test_the_parameters_of_an_image_stay(package, folder):
 
 
 def test_what_it_was_computed_in_is_written_where_it_is_not_f32(package, folder, openvino):
-    used = compute_of("openvino")
+    used = resolve_compute("openvino")
     ran = run_cli("upscale", "a.png", "-m", package, "-o", "large.png", "--threads", 1, cwd=folder)
     assert ran.returncode == 0, ran.stderr
     said = "Postprocess upscale by: 4, Postprocess upscaler: compact.safetensors"

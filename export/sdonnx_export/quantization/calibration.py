@@ -307,7 +307,7 @@ class _RangeRecorder:
 class _RecordedModel:
     """A component's graph; its session is opened by the first run that is not saved."""
 
-    compute = "f32"
+    device, compute = "cpu", "f32"
 
     def __init__(self, path: Path, recorder: _RangeRecorder) -> None:
         self._path, self._recorder = path, recorder

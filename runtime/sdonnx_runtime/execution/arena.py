@@ -35,6 +35,7 @@ class ProcessMemory:
         self._lock = threading.Lock()
         self._shared: bool | None = None  # None until a session asks for the arena
         self._identity: dict[bool, Any] = {}
+        self._first_idle: int | None = None
 
     def configure(self, plan: ExecutionPlan) -> bool:
         """Apply a plan's settings of the process, before its sessions are opened.
@@ -81,6 +82,12 @@ class ProcessMemory:
     def warm_up(self) -> None:
         """Load all that sessions share but the arena, so that `resident_memory` includes it."""
         self._identity_session(False)
+
+    def growth(self, idle: int) -> int:
+        """Bytes by which the process has grown since its first plan; ``idle`` is what it has now, without models."""
+        if self._first_idle is None:
+            self._first_idle = idle
+        return max(0, idle - self._first_idle)
 
     def _register(self, region: int) -> bool:
         runtime = load_onnxruntime()

@@ -15,9 +15,9 @@ from sdonnx_runtime.errors import DeviceError, RequestError
 from sdonnx_runtime.execution.arena import PROCESS_MEMORY
 from sdonnx_runtime.execution.devices.adapters import choose_adapter
 from sdonnx_runtime.execution.devices.choosing import avoided_devices, choose_devices
-from sdonnx_runtime.execution.devices.computing import check_compute, coarsest, compute_of
+from sdonnx_runtime.execution.devices.computing import check_compute, coarsest, resolve_compute
 from sdonnx_runtime.execution.devices.node_assignment import check_operators
-from sdonnx_runtime.execution.devices.table import DeviceName, check_name
+from sdonnx_runtime.execution.devices.table import DEVICES, DeviceName, check_name
 from sdonnx_runtime.execution.ort import candidates, check_target
 from sdonnx_runtime.execution.output_shapes import check_outputs
 from sdonnx_runtime.execution.process_memory import resident_memory
@@ -46,7 +46,7 @@ Observer: TypeAlias = Callable[[str, str, Mapping[str, Tensor], Mapping[str, Ten
 
 OpenModel: TypeAlias = Callable[..., Model]
 """Opens a graph, called as `staged_model.open_model` is, with the keywords ``tile_size``, ``target``,
-``own``, ``avoided``, ``memory_limit`` and ``shared_weights``."""
+``graph_compute``, ``avoided``, ``memory_limit`` and ``shared_weights``."""
 
 
 def check_device(device: str, *packages: Package | None, compute: str = "auto", operators: bool = True) -> None:
@@ -84,11 +84,12 @@ def _check_operators(device: str, package: Package) -> None:
 def _check_compute(device: str, package: Package, compute: str) -> None:
     """Check that a device computes so, unless that depends on hardware that is not here."""
     for name in package.manifest.components:
-        own = package.compute(name)
+        graph_compute = package.compute(name)
         if device == "auto":
-            choose_devices(device, package.target(name), compute=compute, own=own)
+            if compute != graph_compute or package.target(name) not in DEVICES["cpu"].targets:
+                choose_devices(device, package.target(name), compute=compute, graph_compute=graph_compute)
         elif not DeviceName.parse(device).device.chooses_compute or _is_here(device):
-            compute_of(device, compute, own)
+            resolve_compute(device, compute, graph_compute)
 
 
 def _is_here(device: str) -> bool:
@@ -143,7 +144,7 @@ class Components:
                 strategy,
                 tile_size=self._tile_size(component, strategy),
                 target=package.target(component),
-                own=package.compute(component),
+                graph_compute=package.compute(component),
                 avoided={**self._avoided, **self._plan.avoided},
                 memory_limit=self._plan.device_limit,
                 shared_weights=self._weights.setdefault(name, SharedWeights()),
@@ -287,6 +288,8 @@ class Runner:
         self._load: dict[str, float] = defaultdict(float)
         self._run: dict[str, float] = defaultdict(float)
         self._computed = set[str]()
+        self.devices = dict[str, str]()
+        """The names of the devices that the components have run on, by component."""
 
     def __call__(
         self, name: str, feeds: Mapping[str, Tensor], variant: str = PLAIN, keep: Container[str] = ()
@@ -309,6 +312,7 @@ class Runner:
             seconds = time.perf_counter() - loaded
             self._run[name] += seconds
         self._computed.add(model.compute)
+        self.devices[name] = model.device
         check_outputs(*self.components.find(name), feeds, outputs)
         if self._observer is not None:
             self._observer(name, variant, feeds, outputs, seconds)

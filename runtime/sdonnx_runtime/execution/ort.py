@@ -2,7 +2,7 @@
 
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,15 +59,25 @@ _WHEELS = ("directml", "gpu", "migraphx", "openvino", "qnn", "rocm", "webgpu", "
 """The distributions that are ONNX Runtime with other providers."""
 
 
-def candidates(device: str, target: str = "generic", source: str = "SRC") -> list[str]:
+def candidates(
+    device: str, target: str = "generic", source: str = "SRC", *, avoided: Collection[str] = ()
+) -> list[str]:
     """The devices to try for graphs of a target: ``device`` itself, or for ``auto`` all that can be used here.
 
-    ``source`` is what the package was exported from, for the messages.
+    Args:
+        device: auto, or the name of a device.
+        target: one of TARGETS.
+        source: what the package was exported from, for the messages.
+        avoided: the devices that ``auto`` leaves out; the plugin of one is not loaded, which takes memory.
 
-    Raises RequestError for an unknown device, DeviceError for one that does not run such graphs or can't be used here.
+    Raises:
+        RequestError: there is no such device.
+        DeviceError: it does not run such graphs, or can't be used here.
     """
     if device == "auto":
-        suited = [name for name, known in DEVICES.items() if target in known.targets]
+        suited = [name for name, known in DEVICES.items() if target in known.targets and name not in avoided]
+        if not suited:
+            raise DeviceError(f"no device but {', '.join(avoided)} runs graphs for {target}")
         usable = [name for name in suited if _is_usable(name)]
         if not usable:
             _check_available(suited[0], target, source)
@@ -137,6 +147,11 @@ def is_installed(device: Device) -> bool:
 def is_built_in(device: Device) -> bool:
     """Whether the installed ONNX Runtime has a device's provider by itself; newer ones also list those of plugins."""
     return device.plugin not in PLUGINS.modules and device.provider in load_onnxruntime().get_available_providers()
+
+
+def is_loaded(device: Device) -> bool:
+    """Whether a device's provider is in this process: ONNX Runtime's own, or a plugin that was loaded."""
+    return device.plugin in PLUGINS.modules or is_built_in(device)
 
 
 class Plugins:

@@ -15,7 +15,7 @@ from sdonnx_runtime.execution import ort
 from sdonnx_runtime.execution.arena import PROCESS_MEMORY, USE_ENV_ALLOCATORS
 from sdonnx_runtime.execution.devices.adapters import choose_adapter
 from sdonnx_runtime.execution.devices.choosing import choose_devices
-from sdonnx_runtime.execution.devices.computing import compute_of
+from sdonnx_runtime.execution.devices.computing import resolve_compute
 from sdonnx_runtime.execution.devices.opening import Opened, Opening, open_session
 from sdonnx_runtime.execution.devices.sized_sessions import KEPT, SizedSessions
 from sdonnx_runtime.execution.devices.table import DeviceName
@@ -55,7 +55,7 @@ class Session:
         target: what the graph is made for: one of TARGETS.
         threads: CPU threads; None is the number of physical cores.
         compute: what the arithmetic is done in: one of COMPUTES.
-        own: what the graph is written to compute in, as of `compute_of`.
+        graph_compute: what the graph is written to compute in, as of `resolve_compute`.
         avoided: why ``auto`` leaves out a device, by its name.
         memory_limit: bytes that the device may use, where it has such an option (CUDA).
         profile: the beginning of the path of ONNX Runtime's profile; None writes none.
@@ -76,7 +76,7 @@ class Session:
         self, path: Path, *, device: str = "auto", target: str = "generic", threads: int | None = None,
         memory_limit: int | None = None, profile: Path | None = None,
         weights: Mapping[str, TensorData] = MappingProxyType({}), model: bytes | None = None, no_arena: bool = False,
-        shared_weights: SharedWeights | None = None, compute: str = "auto", own: str = "f32",
+        shared_weights: SharedWeights | None = None, compute: str = "auto", graph_compute: str = "f32",
         avoided: Mapping[str, str] = MappingProxyType({}), any_size: bool = False, kept_sizes: int = KEPT,
         cache: bool = True,
     ) -> None:  # fmt: skip
@@ -98,11 +98,11 @@ class Session:
 
         opening = Opening(
             path=path, model=model, settings=make_settings, device=device, target=target, memory_limit=memory_limit,
-            weights=replaced, compute=compute, own=own, avoided=avoided, threads=threads, cache=cache,
-            shared=shared_weights,
+            weights=replaced, compute=compute, graph_compute=graph_compute, avoided=avoided, threads=threads,
+            cache=cache, shared=shared_weights,
         )  # fmt: skip
-        names = choose_devices(device, target, compute=compute, own=own, avoided=avoided)
-        self.device, self.compute = names[0], compute_of(names[0], compute, own)
+        names = choose_devices(device, target, compute=compute, graph_compute=graph_compute, avoided=avoided)
+        self.device, self.compute = names[0], resolve_compute(names[0], compute, graph_compute)
         """What it computes in: f32, bf16 or f16; as the device, the first choice of ``auto`` until a first run."""
         self.assignment: NodeAssignment | None = None
         """Which nodes the device runs; None on the CPU, before a first run, and where ONNX Runtime doesn't say."""

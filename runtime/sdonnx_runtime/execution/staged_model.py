@@ -25,6 +25,11 @@ class Model(Protocol):
     """An open graph."""
 
     @property
+    def device(self) -> str:
+        """The name of the device that it runs on."""
+        ...
+
+    @property
     def compute(self) -> str:
         """What it computes in: f32, bf16 or f16."""
         ...
@@ -52,8 +57,8 @@ class _CancellableModel:
     def __init__(self) -> None:
         self._active: Session | None = None
         self._cancelled = False
-        self.compute = "f32"
-        """What the last run was computed in."""
+        self.device, self.compute = "cpu", "f32"
+        """What the last run was computed on and in."""
 
     def is_open_for(self, feeds: Mapping[str, Tensor]) -> bool:
         """True: stages and tiles are opened in a run."""
@@ -72,7 +77,7 @@ class _CancellableModel:
         if self._cancelled or self._active is None:
             raise Cancelled("the run was cancelled")
         outputs = self._active.run(feeds)
-        self.compute = self._active.compute
+        self.device, self.compute = self._active.device, self._active.compute
         return outputs
 
 
@@ -202,7 +207,9 @@ def open_model(
     """
     cut, no_arena, circular = strategy.staged, strategy.no_arena, strategy.circular
     how: dict[str, Any] = {"device": "auto", "target": "generic"}
-    how |= {name: options[name] for name in ("device", "target", "compute", "own", "avoided") if name in options}
+    how |= {
+        name: options[name] for name in ("device", "target", "compute", "graph_compute", "avoided") if name in options
+    }
     if cut and tile_size is None:
         options["avoided"] = how["avoided"] = avoid_unstaged(**how)
     options["any_size"] = tile_size is not None

@@ -11,7 +11,7 @@ from sdonnx_runtime.execution.devices.table import base_name
 from sdonnx_runtime.execution.process_memory import available_memory, resident_memory, unmap_code
 from sdonnx_runtime.execution.strategy import MIN_MEMORY, ExecutionPlan, ExecutionStrategy
 from sdonnx_runtime.graphs.shape_inference import UnsupportedGraph
-from sdonnx_runtime.memory.constants import FREE_SHARE, PROCESS_BYTES
+from sdonnx_runtime.memory.constants import FREE_SHARE, LASTING_BYTES, PROCESS_BYTES
 from sdonnx_runtime.memory.openvino import LIBRARY_BYTES, Compilation, check_predictable
 from sdonnx_runtime.memory.planner import MemoryPhase, Plan, make_plan
 
@@ -73,7 +73,8 @@ class Budget:
             return None
         PROCESS_MEMORY.warm_up()
         unmap_code()
-        base = resident_memory() - held + PROCESS_BYTES
+        idle = resident_memory() - held
+        base = idle + PROCESS_BYTES - min(PROCESS_MEMORY.growth(idle), LASTING_BYTES)
         budget = inf if plenty else self._room()
         try:
             check_predictable(device)

@@ -57,5 +57,7 @@ INT8_SPEEDUP = 2.2
 # The process.
 PROCESS_BYTES = 24 << 20
 """The code that runs, tokenizers and all that is small, resident after a plan is made."""
+LASTING_BYTES = 6 << 20
+"""What of that stays at most: 3 to 5 MB after images by pictogram. Code is unmapped before each plan."""
 FREE_SHARE = 0.9
 """The share of the free memory that ``auto`` takes."""

@@ -6,10 +6,10 @@ from functools import partial
 
 from sdonnx_runtime.errors import DeviceError, RequestError
 from sdonnx_runtime.execution.devices.choosing import avoided_devices, describe_graph, first_choice
-from sdonnx_runtime.execution.devices.computing import compute_of
+from sdonnx_runtime.execution.devices.computing import resolve_compute
 from sdonnx_runtime.execution.devices.table import DEVICES, base_name
-from sdonnx_runtime.execution.ort import is_installed
-from sdonnx_runtime.memory.budget import LESS_ON_CPU, MIN, Budget
+from sdonnx_runtime.execution.ort import is_installed, is_loaded
+from sdonnx_runtime.memory.budget import AUTO, LESS_ON_CPU, MAX, MIN, Budget
 from sdonnx_runtime.memory.openvino import Compilation
 from sdonnx_runtime.memory.planner import MemoryPhase, Plan
 from sdonnx_runtime.packages.package import Package
@@ -35,9 +35,10 @@ class Placement:
     cache: bool
     """Whether compiled graphs are kept on disk."""
 
-    @property
-    def copies(self) -> int:
+    def copies(self, budget: Budget) -> int:
         """How many times the memory of ONNX Runtime's CPU provider its weights take at most."""
+        if budget.asked not in (AUTO, MAX) and self._may_take_openvino and not is_loaded(DEVICES[_COMPILER]):
+            return max(_COPIES.values())
         compute = self._openvino_computes_in()
         return 1 if compute is None else _COPIES[compute]
 
@@ -47,19 +48,39 @@ class Placement:
     ) -> Plan | None:  # fmt: skip
         """Make the plan of a request, as `Budget.plan` does; where memory is short, ``auto`` leaves out openvino."""
         plan = partial(budget.plan, phases, upper_bound, self.packages[0].name, held=held)
-        compute = self._openvino_computes_in()
-        if compute is None:
+        if not self._chooses:
+            compute, device = self._openvino_computes_in(), _COMPILER if self.device == "auto" else self.device
+            if compute is None:
+                return plan(always=always)
+            on_cpu = self._runs_on_cpu
+            return plan(always=always, device=device, compiled=self._compilation(compute), runs_on_cpu=on_cpu)
+        if not self._may_take_openvino:
             return plan(always=always)
-        plan_openvino = partial(plan, always=always, compiled=Compilation(compute=compute, kept=self.cache))
-        if self.device != "auto" or not self._runs_on_cpu:
-            device = _COMPILER if self.device == "auto" else self.device
-            return plan_openvino(device=device, runs_on_cpu=self._runs_on_cpu)
         if budget.asked == MIN:
             return _without_openvino(plan(always=always), LESS_ON_CPU)
         try:
-            return plan_openvino(device=_COMPILER)
+            if budget.asked not in (AUTO, MAX) and not is_loaded(DEVICES[_COMPILER]):
+                least = "f32" if self.compute == "f32" else "bf16"
+                plan(always=always, device=_COMPILER, compiled=self._compilation(least), runs_on_cpu=False)
+            if (compute := self._openvino_computes_in()) is not None:
+                how = self._compilation(compute)
+                return plan(always=always, device=_COMPILER, compiled=how, runs_on_cpu=False)
         except (DeviceError, RequestError) as refused:
             return _without_openvino(plan(always=True), str(refused).partition(";")[0])
+        return plan(always=always)
+
+    def _compilation(self, compute: str) -> Compilation:
+        return Compilation(compute=compute, kept=self.cache)
+
+    @property
+    def _chooses(self) -> bool:
+        """Whether there is a choice between openvino, if it is here, and ONNX Runtime's CPU provider."""
+        return self.device == "auto" and self._runs_on_cpu
+
+    @property
+    def _may_take_openvino(self) -> bool:
+        """Whether there is that choice, as far as is known without loading openvino's plugin, which takes memory."""
+        return self._chooses and is_installed(DEVICES[_COMPILER]) and _COMPILER not in avoided_devices(*self.packages)
 
     @property
     def _runs_on_cpu(self) -> bool:
@@ -70,7 +91,7 @@ class Placement:
     def _openvino_computes_in(self) -> str | None:
         """What openvino computes in, if that is what runs the package, memory apart; else None."""
         if base_name(self.device) == _COMPILER:
-            return compute_of(self.device, self.compute) if self.compute == "auto" else self.compute
+            return resolve_compute(self.device, self.compute) if self.compute == "auto" else self.compute
         if self.device != "auto" or not is_installed(DEVICES[_COMPILER]):
             return None
         components = self.packages[0].manifest.components

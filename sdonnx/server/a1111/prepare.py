@@ -10,7 +10,6 @@ from sdonnx_runtime.images.preprocess import MAX_SIDE, UPSCALERS
 from sdonnx_runtime.packages.concat import CONCAT
 from sdonnx_runtime.packages.manifest import Manifest
 from sdonnx_runtime.packages.package import Package
-from sdonnx_runtime.sampling.registry import has_option
 
 import sdonnx
 from sdonnx.server.a1111.controlnet import Controls, Target, read_units
@@ -18,7 +17,7 @@ from sdonnx.server.a1111.distilled import cap_distilled
 from sdonnx.server.a1111.errors import Unprocessable, with_their_name
 from sdonnx.server.a1111.fields import Generate, ImageToImage, TextToImage
 from sdonnx.server.a1111.options import Options
-from sdonnx.server.a1111.samplers import find_sampler, find_scheduler, own_sampler
+from sdonnx.server.a1111.samplers import read_sampling
 from sdonnx.server.errors import NotFound
 from sdonnx.server.generation import Generation
 from sdonnx.server.images import decode_image
@@ -35,9 +34,6 @@ _UPSCALERS = {"latent": "latent", "lanczos": "lanczos", "none": "lanczos"}
 
 _ALIKE = 1.02
 """The most by which the two passes' aspect ratios may differ, for rounding."""
-
-_CHURNING = ("euler", "heun", "dpm2")
-"""Samplers that take ``s_churn`` at AUTOMATIC1111; it ignores it elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +98,7 @@ def _fields(
 ) -> dict[str, Any]:
     """The fields of the request: those of an infotext, and over them what is given."""
     fields = {} if form.infotext is None else infotext_fields(form.infotext, family=manifest.family)
-    fields |= _common(form, options) | _sampling(form, fields, manifest)
+    fields |= _common(form, options) | read_sampling(form, fields, manifest)
     if isinstance(form, TextToImage):
         return _without(fields, _OF_IMAGES) | _hires(form, fields, manifest)
     if isinstance(form, ImageToImage):
@@ -195,27 +191,6 @@ def _lora_tags(form: Generate) -> str:
             raise Unprocessable("lora is not a list of objects with a path and a multiplier")
         tags += f"<lora:{path.removesuffix('.safetensors')}:{weight:g}>"
     return tags
-
-
-def _sampling(form: Generate, replayed: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
-    """The sampler, its schedule and its noise."""
-    fields: dict[str, Any] = {}
-    if form.given & {"sampler_name", "sampler_index"}:
-        fields["sampler"], ending = find_sampler(form.sampler_name or form.sampler_index)
-        fields["schedule"] = find_scheduler(ending, manifest.family)
-    if "scheduler" in form.given and fields.get("schedule") is None:
-        fields["schedule"] = find_scheduler(form.scheduler, manifest.family)
-    name: str | None = {**replayed, **fields}.get("sampler")
-    sampler = own_sampler(manifest) if name is None else find_sampler(name)[0] or own_sampler(manifest)
-    if form.eta is not None and has_option(sampler, "eta") and sampler != "tcd":  # whose eta is its gamma
-        fields["eta"] = form.eta
-    if form.s_noise not in (None, 1) and has_option(sampler, "s_noise"):
-        fields["s_noise"] = form.s_noise
-    if form.s_churn and sampler in _CHURNING:
-        if form.s_tmin or form.s_tmax not in (None, 0):
-            raise sdonnx.RequestError("s_tmin and s_tmax are not supported; leave them out, or s_churn")
-        fields["s_churn"] = form.s_churn
-    return fields
 
 
 def _hires(form: TextToImage, replayed: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:

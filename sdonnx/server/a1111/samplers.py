@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's names of samplers and schedules."""
+"""AUTOMATIC1111's names of samplers and schedules, and what a request says of them."""
 
 import difflib
 from collections.abc import Mapping
@@ -6,10 +6,11 @@ from typing import Any
 
 from sdonnx_runtime.outputs.metadata import A1111_SCHEDULES
 from sdonnx_runtime.packages.manifest import Manifest
-from sdonnx_runtime.sampling.registry import A1111_NAMES, resolve_sampler
+from sdonnx_runtime.sampling.registry import A1111_NAMES, has_option, resolve_sampler
 from sdonnx_runtime.sampling.scheduler_config import SchedulerConfig, default_sampler
 
 import sdonnx
+from sdonnx.server.a1111.fields import Generate
 from sdonnx.server.errors import NotFound
 from sdonnx.server.infotext import find_schedule
 
@@ -26,6 +27,9 @@ AUTOMATIC = "automatic"
 """What stands for the model's own sampler or schedule."""
 
 _BY_ALIAS = {alias: sampler for sampler, aliases in ALIASES.items() for alias in aliases}
+
+_CHURNING = ("euler", "heun", "dpm2")
+"""Samplers that take ``s_churn`` at AUTOMATIC1111; it ignores it elsewhere."""
 
 _KARRAS_ALIAS = "_ka"
 """How an older name ends with Karras' schedule."""
@@ -71,6 +75,37 @@ def find_scheduler(name: str | None, family: str) -> str | None:
 def own_sampler(manifest: Manifest) -> str:
     """The sampler of a model where a request names none."""
     return manifest.defaults.sampler or default_sampler(SchedulerConfig.from_dict(manifest.scheduler))
+
+
+def read_sampling(form: Generate, replayed: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
+    """Read the fields of the sampler, its schedule and its noise.
+
+    Args:
+        form: the request.
+        replayed: the fields of its infotext.
+        manifest: of the model.
+
+    Raises:
+        NotFound: there is no such sampler or schedule.
+        RequestError: a value is not supported.
+    """
+    fields: dict[str, Any] = {}
+    if form.given & {"sampler_name", "sampler_index"}:
+        fields["sampler"], ending = find_sampler(form.sampler_name or form.sampler_index)
+        fields["schedule"] = find_scheduler(ending, manifest.family)
+    if "scheduler" in form.given and fields.get("schedule") is None:
+        fields["schedule"] = find_scheduler(form.scheduler, manifest.family)
+    name: str | None = {**replayed, **fields}.get("sampler")
+    sampler = own_sampler(manifest) if name is None else find_sampler(name)[0] or own_sampler(manifest)
+    if form.eta is not None and has_option(sampler, "eta") and sampler != "tcd":  # whose eta is its gamma
+        fields["eta"] = form.eta
+    if form.s_noise not in (None, 1) and has_option(sampler, "s_noise"):
+        fields["s_noise"] = form.s_noise
+    if form.s_churn and sampler in _CHURNING:
+        if form.s_tmin or form.s_tmax not in (None, 0):
+            raise sdonnx.RequestError("s_tmin and s_tmax are not supported; leave them out, or s_churn")
+        fields["s_churn"] = form.s_churn
+    return fields
 
 
 def samplers() -> list[dict[str, Any]]:

@@ -24,7 +24,8 @@ async def plan(request: Request) -> Response:
     The reply has ``width``, ``height`` (of the images), ``num_images``, ``num_steps`` (of each), ``memory`` (``peak``,
     ``smallest`` that would do, ``room`` that the server has, in bytes or null; ``fits``; ``components``, each with
     ``name`` and ``peak``), ``seconds`` (or null) and ``seconds_from``: ``measured`` from the latest job of the kind,
-    ``estimated`` from the model's operations, null; ``estimated_seconds`` is that estimate in any case.
+    ``estimated`` from the model's operations at the CPU's speed, where the CPU runs it, or null; ``estimated_seconds``
+    is that estimate in any case, to compare requests by.
 
     Raises:
         RequestError, NotFound: as for a job, but not if the memory is too little.
@@ -42,8 +43,9 @@ def _plan(generation: Generation, queue: JobQueue) -> dict[str, Any]:
     largest = resolved.passes[-1]
     measured = _measured_seconds(generation, forecast, queue)
     estimated = _estimated_seconds(forecast, queue)
-    seconds = estimated if measured is None else measured
-    source = "measured" if measured is not None else "estimated"
+    seconds, source = (estimated, "estimated") if measured is None else (measured, "measured")
+    if measured is None and forecast.device != "cpu":
+        seconds = None
     return {
         "width": largest.width,
         "height": largest.height,

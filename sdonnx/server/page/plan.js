@@ -132,9 +132,11 @@ async function showCosts(fields, plan, signal) {
  * @param {Plan} changed
  * @param {Plan} plan
  */
-function cost({ width, height, seconds, seconds_from, memory: { fits } }, plan) {
-  const factor = seconds_from === "estimated" && plan.estimated_seconds ? (plan.seconds ?? 0) / plan.estimated_seconds : 1
-  const time = seconds === null ? [] : [`about ${duration(seconds * factor)}`]
+function cost({ width, height, seconds, seconds_from, estimated_seconds, memory: { fits } }, plan) {
+  const scaled = plan.seconds !== null && plan.estimated_seconds && estimated_seconds !== null
+    ? plan.seconds * (estimated_seconds / plan.estimated_seconds) : seconds
+  const expected = seconds_from === "measured" ? seconds : scaled
+  const time = expected === null ? [] : [`about ${duration(expected)}`]
   return fits ? [...time, `${width} × ${height}`].join(", ") : "does not fit into memory"
 }
 

@@ -16,7 +16,7 @@ from sdonnx_runtime.packages.variant import PLAIN
 class Doubler:
     """A model that doubles its input."""
 
-    compute = "f32"
+    device, compute = "cpu", "f32"
 
     def run(self, feeds, keep=()):
         return {"y": 2 * feeds["x"]}
@@ -81,7 +81,8 @@ def test_a_tile_is_in_latent_pixels_in_a_plan_and_in_the_inputs_where_a_graph_is
         found.model(name)
     sizes = [32, 32 * package.manifest.latents.downscale, None]
     assert [options for _, _, options in calls] == [
-        {"tile_size": size, "target": "generic", "own": "f32", "avoided": {}, "memory_limit": 10**9} for size in sizes
+        {"tile_size": size, "target": "generic", "graph_compute": "f32", "avoided": {}, "memory_limit": 10**9}
+        for size in sizes
     ]
 
 

@@ -148,6 +148,33 @@ with sdonnx.load("pictogram") as pipe:
     assert last < 1.02 * third
 
 
+AGAIN = """
+import sys
+import sdonnx
+from sdonnx_runtime.execution.process_memory import peak_memory
+asked = dict(width=64, height=64, num_inference_steps=1, seed=1)
+with sdonnx.load("pictogram", device="cpu", memory="min") as pipe:
+    least = pipe.plan("a cat", **asked).minimum_budget
+with sdonnx.load("pictogram", device="cpu", memory=least + 1_000_000, keep_loaded=bool(int(sys.argv[1]))) as pipe:
+    for _ in range(4):
+        pipe.generate("a cat", **asked)
+        print(least, peak_memory())
+"""
+
+
+@on_linux
+@pytest.mark.parametrize("keep_loaded", [0, 1])
+def test_memory_that_is_enough_for_an_image_is_enough_for_the_next(keep_loaded):
+    """What is reserved for the process is not reserved again once it is resident."""
+    command = [sys.executable, "-c", AGAIN, str(keep_loaded)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    made = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert len(made) == 4
+    least, peak = made[-1]
+    assert peak == pytest.approx(least, rel=0.1)
+
+
 TOUCH_CODE = """
 import ctypes, re
 from pathlib import Path

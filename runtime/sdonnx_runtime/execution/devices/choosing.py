@@ -2,16 +2,16 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from itertools import product
+from collections.abc import Collection, Mapping
+from itertools import product, takewhile
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sdonnx_runtime.errors import DeviceError
+from sdonnx_runtime.errors import DeviceError, PackageError
 from sdonnx_runtime.execution import ort
 from sdonnx_runtime.execution.devices.adapters import choose_adapter
-from sdonnx_runtime.execution.devices.computing import compute_of, computes
+from sdonnx_runtime.execution.devices.computing import computes, resolve_compute
 from sdonnx_runtime.execution.devices.node_assignment import check_operators
 from sdonnx_runtime.execution.devices.table import DEVICES, DeviceName
 from sdonnx_runtime.packages.package import Package
@@ -49,7 +49,7 @@ def choose_devices(
     target: str,
     *,
     compute: str = "auto",
-    own: str = "f32",
+    graph_compute: str = "f32",
     avoided: Mapping[str, str] = MappingProxyType({}),
 ) -> list[str]:
     """The devices to try for a graph, in this order: ``device`` itself, or for ``auto`` what can be used here.
@@ -58,40 +58,48 @@ def choose_devices(
         device: auto, or the name of a device.
         target: what the graph is made for: one of TARGETS.
         compute: what it is to be computed in; ``auto`` leaves out devices that don't compute so.
-        own: what the graph is written to compute in, as of `compute_of`.
+        graph_compute: what the graph is written to compute in, as of `resolve_compute`.
         avoided: why ``auto`` leaves out a device, by its name, unless there is no other.
 
     Raises:
         RequestError: there is no such device, or no such arithmetic.
         DeviceError: no device can be used, or none computes so.
     """
-    names = ort.candidates(device, target)
     if device != "auto":
-        compute_of(device, compute, own)
+        names = ort.candidates(device, target)
+        resolve_compute(device, compute, graph_compute)
         return names
-    able = names if compute == "auto" else _able(names, target, compute, own)
-    kept = [name for name in able if name not in avoided] or able
-    for name in able[: able.index(kept[0])]:
-        note(f"not using {name}: {avoided[name]}; using {kept[0]}")
-    _note_absent(target, kept[0])
-    return kept
+    try:
+        names = _able(target, compute, graph_compute, avoided)
+    except DeviceError:
+        if not avoided:
+            raise
+        names = _able(target, compute, graph_compute)
+    for name in _preferred(target, names[0]):
+        if name in avoided:
+            note(f"not using {name}: {avoided[name]}; using {names[0]}")
+        else:
+            _note_absent(name, target, names[0])
+    return names
 
 
-def first_choice(device: str, target: str, *, compute: str = "auto", own: str = "f32", **how: Any) -> tuple[str, str]:
+def first_choice(
+    device: str, target: str, *, compute: str = "auto", graph_compute: str = "f32", **how: Any
+) -> tuple[str, str]:
     """The device that is tried first, and what it computes in; arguments and errors are those of `choose_devices`."""
-    name = choose_devices(device, target, compute=compute, own=own, **how)[0]
-    return name, compute_of(name, compute, own)
+    name = choose_devices(device, target, compute=compute, graph_compute=graph_compute, **how)[0]
+    return name, resolve_compute(name, compute, graph_compute)
 
 
 def avoid_unstaged(
-    device: str, target: str, *, compute: str = "auto", own: str = "f32",
+    device: str, target: str, *, compute: str = "auto", graph_compute: str = "f32",
     avoided: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, str]:  # fmt: skip
     """``avoided`` for a graph that runs in stages: also the devices that would compile each stage for long.
 
     Arguments are those of `choose_devices`. Raises DeviceError if there is no other, and as `choose_devices` does.
     """
-    names = choose_devices(device, target, compute=compute, own=own, avoided=avoided)
+    names = choose_devices(device, target, compute=compute, graph_compute=graph_compute, avoided=avoided)
     unsuited = [name for name in names if not DeviceName.parse(name).device.runs_stages]
     if unsuited == names:
         otherwise = ""
@@ -109,13 +117,16 @@ def has_wrap(device: str, target: str, **how: Any) -> bool:
     return all(DeviceName.parse(name).device.has_wrap for name in choose_devices(device, target, **how))
 
 
-def _able(names: Sequence[str], target: str, compute: str, own: str) -> list[str]:
-    """The devices that compute so; raises DeviceError if none does."""
+def _able(target: str, compute: str, graph_compute: str, avoided: Collection[str] = ()) -> list[str]:
+    """The devices that compute so, without the ``avoided`` ones; raises DeviceError if none does."""
+    names = ort.candidates("auto", target, avoided=avoided)
+    if compute == "auto":
+        return names
     able, problems = list[str](), dict[bool, str]()
-    for name in (*names, *(each for each in _choosing(target) if each not in names)):
+    for name in (*names, *(each for each in _choosing(target) if each not in {*names, *avoided})):
         try:
             ort.candidates(name, target)
-            compute_of(name, compute, own)
+            resolve_compute(name, compute, graph_compute)
             able.append(name)
         except DeviceError as error:
             problems[DEVICES[name].chooses_compute] = str(error)
@@ -129,16 +140,20 @@ def _choosing(target: str) -> list[str]:
     return [name for name, each in DEVICES.items() if each.chooses_compute and target in each.targets]
 
 
-def _note_absent(target: str, chosen: str) -> None:
-    """Say why ``auto`` can't take a device that is installed, and that it would prefer."""
-    order = list(DEVICES)
-    for name in _choosing(target):
-        if order.index(name) < order.index(chosen) and ort.is_installed(DEVICES[name]):
-            try:
-                ort.candidates(name, target)
-                choose_adapter(DeviceName.parse(name))
-            except DeviceError as error:
-                note(f"{error}; using {chosen}")
+def _preferred(target: str, chosen: str) -> list[str]:
+    """The devices that are installed, run graphs of a target, and that ``auto`` prefers to the one it came to."""
+    before = takewhile(lambda name: name != chosen, DEVICES)
+    return [name for name in before if target in DEVICES[name].targets and ort.is_installed(DEVICES[name])]
+
+
+def _note_absent(name: str, target: str, chosen: str) -> None:
+    """Say why ``auto`` can't take a device that has a choice of what it computes in."""
+    if DEVICES[name].chooses_compute:
+        try:
+            ort.candidates(name, target)
+            choose_adapter(DeviceName.parse(name))
+        except DeviceError as error:
+            note(f"{error}; using {chosen}")
 
 
 def avoided_devices(*packages: Package) -> dict[str, str]:
@@ -150,25 +165,31 @@ def avoided_devices(*packages: Package) -> dict[str, str]:
             precision = package.manifest.components[name].precision
             if precision in device.auto_avoids:
                 found[base] = f"{package.name} is made for the CPU in {precision}"
-            elif precision == "mixed" and (lacking := _lacking(base, package.graph(name))):
+            elif precision in _ANY_OPERATORS and (lacking := _lacking(base, package.graph(name))):
                 found[base] = lacking
     return found
 
 
+_ANY_OPERATORS = ("mixed", "unknown")
+"""Precisions of components that may compute in int8, or not: those of optimum exports are unknown."""
+
+
 def _lacking(base: str, graph: Path) -> str | None:
-    """Say which operators of a graph a device lacks; None if it has all, or the graph is missing."""
+    """Say which operators of a graph a device lacks; None if it has all, or the graph is missing or damaged."""
     try:
         if graph.is_file():
             check_operators(DeviceName(base), graph, None)
     except DeviceError as error:
         return str(error).partition(";")[0]
+    except PackageError:  # opening it says more
+        pass
     return None
 
 
 def describe_graph(package: Package, component: str) -> dict[str, Any]:
     """The arguments of `choose_devices` and `Session` that say what a component's graph is."""
     avoided = avoided_devices(package)
-    return {"target": package.target(component), "own": package.compute(component), "avoided": avoided}
+    return {"target": package.target(component), "graph_compute": package.compute(component), "avoided": avoided}
 
 
 _DIFFERENCES = {"bf16": " (median 47 dB)"}

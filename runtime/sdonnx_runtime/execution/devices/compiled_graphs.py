@@ -268,11 +268,15 @@ class CompiledGraphs:
             return {each.name: _size(each) for each in self.root.iterdir() if not each.name.startswith(".")}
         return {}
 
+    @property
+    def allowed(self) -> int:
+        """The bytes that all graphs may take now."""
+        return int(min(self.limit, _DISK_SHARE * (self._disk_space() + sum(self.sizes().values()))))
+
     def _make_room(self, needed: int) -> bool:
         """Delete graphs until one of ``needed`` bytes may be added; a warning says if it may not."""
         remove_stale(self.root)
-        used = sum(self.sizes().values())
-        allowed = min(self.limit, _DISK_SHARE * (self._disk_space() + used))
+        allowed = self.allowed
         if needed > allowed:
             self._warn(f"a compiled graph takes {needed / 1e6:,.0f} MB, all of them may take {allowed / 1e6:,.0f} MB")
             return False

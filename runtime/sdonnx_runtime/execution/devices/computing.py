@@ -25,34 +25,33 @@ def check_compute(compute: str) -> None:
         raise RequestError(f"compute is {compute!r}; choose {', '.join(COMPUTES)}")
 
 
-def compute_of(device: str, compute: str = "auto", own: str = "f32") -> str:
+def resolve_compute(device: str, compute: str = "auto", graph_compute: str = "f32") -> str:
     """What a device computes in: f32, bf16 or f16.
 
     Args:
         device: the name of a device, not auto.
         compute: what is asked for, one of COMPUTES.
-        own: what the graph is written to compute in; only a device that `chooses_compute` uses another type.
+        graph_compute: what the graph is written to compute in; only a device that `chooses_compute` uses another type.
 
     Raises:
         RequestError: there is no such arithmetic.
         DeviceError: the device does not compute so, or can't be used here.
     """
     check_compute(compute)
-    offered = computes(device, own)
+    offered = computes(device, graph_compute)
     if compute in ("auto", offered[0]):
         return offered[0]
     if compute not in offered:
-        raise DeviceError(
-            f"device '{device}' computes in {' or '.join(offered)}, not in {compute}; {_remedy(device, compute, own)}"
-        )
+        remedy = _remedy(device, compute, graph_compute)
+        raise DeviceError(f"device '{device}' computes in {' or '.join(offered)}, not in {compute}; {remedy}")
     return compute
 
 
-def computes(device: str, own: str) -> tuple[str, ...]:
-    """What a device can compute in, as of `compute_of`; first what it does if nothing is asked for."""
+def computes(device: str, graph_compute: str) -> tuple[str, ...]:
+    """What a device can compute in, as of `resolve_compute`; first what it does if nothing is asked for."""
     name = DeviceName.parse(device)
     if not name.device.chooses_compute:
-        return (own,)
+        return (graph_compute,)
     adapter = choose_adapter(name).ep_device
     listed = "" if adapter is None else adapter.ep_metadata.get("OPTIMIZATION_CAPABILITIES", "")
     kind = "CPU" if adapter is None else adapter.device.type.name
@@ -65,10 +64,10 @@ def coarsest(computed: Iterable[str]) -> str:
     return max(computed, key=TYPES.index, default=TYPES[0])
 
 
-def _remedy(device: str, compute: str, own: str) -> str:
+def _remedy(device: str, compute: str, graph_compute: str) -> str:
     name = DeviceName.parse(device)
     if name.device.chooses_compute:
-        return f"use --compute {computes(device, own)[0]}"
+        return f"use --compute {computes(device, graph_compute)[0]}"
     if compute == "f32":
-        return f"use --compute {own}, or export the package with --precision fp32"
-    return f"use --compute {own}" + (" or --device openvino" if own == "f32" else "")
+        return f"use --compute {graph_compute}, or export the package with --precision fp32"
+    return f"use --compute {graph_compute}" + (" or --device openvino" if graph_compute == "f32" else "")

@@ -1,10 +1,12 @@
 """Which nodes of a graph a device runs, and which are left to the CPU."""
 
 import logging
+import mmap
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +95,34 @@ def check_operators(name: DeviceName, path: Path, model: bytes | None) -> None:
     """Raise DeviceError for a graph with operators that a device is known to lack, before it is compiled for long."""
     if not name.device.lacks:
         return
-    encoded = path.read_bytes() if model is None else model
-    if not any(op.encode() in encoded for op in name.device.lacks):  # far faster than to decode it
-        return
-    counts = Counter(node.op for node in _decode(path, encoded).nodes if node.op in name.device.lacks)
+    if model is None:
+        with package_errors(path):
+            found = path.stat()
+        counts = _count_in_file(path, name.device.lacks, (found.st_size, found.st_mtime_ns))
+    else:
+        counts = _count_operators(path, memoryview(model), name.device.lacks)
     if counts:
         said = ", ".join(f"{count:,} {op}" for op, count in counts.items())
         raise DeviceError(f"{path.parent.name} has {said}, which device '{name}' does not run; {_remedy(name)}")
+
+
+@lru_cache(maxsize=64)
+def _count_in_file(path: Path, operators: frozenset[str], _version: tuple[int, int]) -> Mapping[str, int]:
+    """The numbers of a file's nodes of some operators; the weights in it, if it has any, are not read."""
+    with package_errors(path), path.open("rb") as file:
+        return _count_operators(path, memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), operators)
+
+
+def _count_operators(path: Path, encoded: memoryview, operators: Collection[str]) -> Mapping[str, int]:
+    names = "|".join(operators).encode()
+    if len(encoded) < _WITHOUT_WEIGHTS and re.search(names, encoded) is None:  # far faster than to decode it
+        return {}
+    with package_errors(path):
+        return Counter(node.op for node in decode_model(encoded).nodes if node.op in operators)
+
+
+_WITHOUT_WEIGHTS = 1 << 25
+"""Bytes of a graph that has its weights in another file, if it has many."""
 
 
 def _remedy(name: DeviceName) -> str:

@@ -22,7 +22,7 @@ from sdonnx_runtime.execution.devices.compiled_graphs import (
     compiled_graphs,
     export_entries,
 )
-from sdonnx_runtime.execution.devices.computing import compute_of
+from sdonnx_runtime.execution.devices.computing import resolve_compute
 from sdonnx_runtime.execution.devices.fitting import convert_to_bfloat16, fit_graph
 from sdonnx_runtime.execution.devices.kernel_checks import KernelChecks
 from sdonnx_runtime.execution.devices.node_assignment import (
@@ -60,8 +60,8 @@ class Opening:
     """Values that replace initializers, by name; the settings have them too."""
     compute: str = "auto"
     """What the arithmetic is done in: one of COMPUTES."""
-    own: str = "f32"
-    """What the graph is written to compute in, as of `compute_of`."""
+    graph_compute: str = "f32"
+    """What the graph is written to compute in, as of `resolve_compute`."""
     avoided: Mapping[str, str] = field(default_factory=lambda: dict[str, str]())
     """Why ``auto`` leaves out a device, by its name."""
     threads: int | None = None
@@ -94,7 +94,11 @@ def open_session(opening: Opening, sizes: Mapping[str, int] = MappingProxyType({
         PackageError: the graph can't be loaded.
     """
     names = choose_devices(
-        opening.device, opening.target, compute=opening.compute, own=opening.own, avoided=opening.avoided
+        opening.device,
+        opening.target,
+        compute=opening.compute,
+        graph_compute=opening.graph_compute,
+        avoided=opening.avoided,
     )
     for name, following in pairwise(names):
         try:
@@ -107,7 +111,7 @@ def open_session(opening: Opening, sizes: Mapping[str, int] = MappingProxyType({
 def _open_on(opening: Opening, name: DeviceName, sizes: Mapping[str, int]) -> Opened:
     check_operators(name, opening.path, opening.model)
     choice = _choose(name, opening.memory_limit)
-    compute = compute_of(str(name), opening.compute, opening.own)
+    compute = resolve_compute(str(name), opening.compute, opening.graph_compute)
     if name.base == "openvino":
         own_name, built_in = openvino_device(name, choice), choice.ep_device is None
         options = openvino_options(own_name, compute=compute, threads=opening.threads, built_in=built_in)

@@ -55,7 +55,7 @@ class Device:
     runs_stages: bool = True
     """Whether a graph may be opened in stages at every step: not where opening one compiles it for long."""
     chooses_compute: bool = False
-    """Whether a session can compute in another type than its graph is written in, see `computing.compute_of`."""
+    """Whether a session can compute in another type than its graph is written in, see `computing.resolve_compute`."""
     auto_avoids: frozenset[str] = frozenset()
     """Precisions of generic graphs that ``auto`` leaves to the next device, which runs them faster."""
     needs_optimizing: bool = True
@@ -120,7 +120,7 @@ DEVICES: dict[str, Device] = {
         chooses_compute=True,
         needs_optimizing=False,
         auto_avoids=frozenset({"int8"}),
-        lacks=frozenset({"QLinearConv"}),  # of Microsoft's domain, with channels last
+        lacks=frozenset({"QLinearConv", "QLinearMatMul"}),  # ONNX's own and Microsoft's, with channels last
     ),
     "cpu": Device(provider="CPUExecutionProvider", title="the CPU", has_wrap=True, memory_pattern=False),
 }

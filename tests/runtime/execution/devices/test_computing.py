@@ -1,11 +1,13 @@
 """What devices compute in, which one ``auto`` takes for it, and what is said of that."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 from sdonnx_runtime.errors import DeviceError, RequestError
 from sdonnx_runtime.execution import ort
 from sdonnx_runtime.execution.devices.choosing import (
@@ -15,8 +17,11 @@ from sdonnx_runtime.execution.devices.choosing import (
     choose_devices,
     note_choice,
 )
-from sdonnx_runtime.execution.devices.computing import coarsest, compute_of
+from sdonnx_runtime.execution.devices.computing import coarsest, resolve_compute
+from sdonnx_runtime.execution.devices.node_assignment import check_operators
+from sdonnx_runtime.execution.devices.table import DeviceName
 from sdonnx_runtime.execution.session import Session
+from sdonnx_runtime.memory.budget import Budget
 from sdonnx_runtime.memory.placement import Placement
 from sdonnx_runtime.packages.package import Package
 from sdonnx_runtime.packages.variant import PLAIN
@@ -44,15 +49,15 @@ def test_openvino_computes_in_what_its_device_has_instructions_for(
     install_openvino(monkeypatch, openvino_device(hardware, capabilities=capabilities))
     for asked, used in computed.items():
         if used is not None:
-            assert compute_of(device, asked) == used
+            assert resolve_compute(device, asked) == used
         else:
             expected = rf"'{device}' computes in .*, not in {asked}; use --compute {computed['auto']}"
             with pytest.raises(DeviceError, match=expected):
-                compute_of(device, asked)
+                resolve_compute(device, asked)
 
 
 @pytest.mark.parametrize(
-    ("device", "own", "asked", "remedy"),
+    ("device", "graph_compute", "asked", "remedy"),
     [
         ("cpu", "f32", "bf16", "computes in f32, not in bf16; use --compute f32 or --device openvino"),
         ("cpu", "f32", "f16", "use --compute f32 or --device openvino"),
@@ -61,10 +66,11 @@ def test_openvino_computes_in_what_its_device_has_instructions_for(
         ("directml", "f16", "bf16", "computes in f16, not in bf16; use --compute f16"),
     ],
 )
-def test_other_devices_compute_in_what_the_graph_is_written_in(device, own, asked, remedy):
-    assert compute_of(device, "auto", own) == compute_of(device, own, own) == own
+def test_other_devices_compute_in_what_the_graph_is_written_in(device, graph_compute, asked, remedy):
+    assert resolve_compute(device, "auto", graph_compute) == graph_compute
+    assert resolve_compute(device, graph_compute, graph_compute) == graph_compute
     with pytest.raises(DeviceError, match=remedy):
-        compute_of(device, asked, own)
+        resolve_compute(device, asked, graph_compute)
 
 
 def test_a_package_says_what_it_is_written_in(package):
@@ -125,9 +131,82 @@ def test_auto_leaves_a_mixed_package_with_int8_convolutions_to_the_cpu(tmp_path,
     assert found["openvino"].endswith("has 1 QLinearConv, which device 'openvino' does not run")
 
 
+@pytest.mark.parametrize("form", [QuantFormat.QOperator, QuantFormat.QDQ])
+def test_auto_leaves_an_optimum_export_in_int8_to_the_cpu_where_openvino_does_not_take_it(form, tmp_path, package):
+    """As ONNX Runtime quantizes a graph: QLinearMatMul is left to the CPU, MatMul on dequantized values is not."""
+    text = """<ir_version: 9, opset_import: ["" : 17]>
+        g (float[N,4] x) => (float[N,4] y) <float[4,4] w = {1,2,3,4,5,6,7,8,1,2,3,4,5,6,7,8}> { y = MatMul(x, w) }"""
+    ir.save(ir.from_onnx_text(text), tmp_path / "float.onnx")
+    path = tmp_path / "text_encoder" / "model.onnx"
+    path.parent.mkdir()
+    quantize_static(tmp_path / "float.onnx", path, OneBatch(), quant_format=form)
+    opened = Package.open(package)
+    parts = {name: replace(each, precision="unknown") for name, each in opened.manifest.components.items()}
+    parts["text_encoder"] = replace(parts["text_encoder"], graphs={PLAIN: path})
+    found = avoided_devices(replace(opened, manifest=replace(opened.manifest, components=parts)))
+    reason = "text_encoder has 1 QLinearMatMul, which device 'openvino' does not run"
+    assert found == ({"openvino": reason} if form == QuantFormat.QOperator else {})
+
+
+class OneBatch(CalibrationDataReader):
+    """What ONNX Runtime quantizes by: one batch."""
+
+    def __init__(self):
+        self._batches = iter([{"x": np.eye(4, dtype=np.float32)}])
+
+    def get_next(self):
+        return next(self._batches, None)
+
+
+def test_the_operators_of_a_graph_with_its_weights_in_its_file(tmp_path):
+    """They are not found in the weights, where the bytes of a name may be."""
+    weight = np.frombuffer(b"QLinearConv\0" * (3 << 20), np.float32).copy()
+    text = """<ir_version: 9, opset_import: ["" : 17]>
+        g (float[N] x) => (float[N] y) { z = Add(x, w) y = NAME(z) }"""
+    for op, message in {
+        "Relu": None,
+        "QLinearConv": f"^{tmp_path.name} has 1 QLinearConv, which device 'openvino'",
+    }.items():
+        model = ir.from_onnx_text(text.replace("NAME", op))
+        model.graph.register_initializer(ir.Value(name="w", const_value=ir.tensor(weight, name="w")))
+        ir.save(model, path := tmp_path / f"{op}.onnx")
+        assert path.stat().st_size > weight.nbytes > 1 << 25
+        with nullcontext() if message is None else pytest.raises(DeviceError, match=message):
+            check_operators(DeviceName("openvino"), path, None)
+
+
+def test_what_auto_leaves_out_is_not_loaded(monkeypatch, notes):
+    loaded = install_openvino(monkeypatch, openvino_device(capabilities=XEON))
+    for compute in ("auto", "f32"):
+        assert choose_devices("auto", "generic", compute=compute, avoided={"openvino": "it is busy"}) == ["cpu"]
+    assert (loaded, notes()) == ([], ["not using openvino: it is busy; using cpu"])
+    assert choose_devices("auto", "generic", compute="bf16", avoided={"openvino": "it is busy"}) == ["openvino"]
+    assert len(loaded) == 1
+
+
+@pytest.mark.parametrize("compute", ["auto", "f32"])
+def test_where_memory_is_too_little_for_openvino_its_plugin_is_not_loaded(compute, monkeypatch, package):
+    devices = [openvino_device(capabilities=OLDER)]
+    install_openvino(monkeypatch, *devices)
+    least = []
+    for device in ("cpu", "openvino"):
+        with sdonnx.load(package, device=device) as pipe:
+            least.append(pipe.plan("a cat", always=True).minimum_budget)
+    for memory, avoided in {2 * least[1]: [], sum(least) // 2: ["openvino"], "min": ["openvino"]}.items():
+        loaded = install_openvino(monkeypatch, *devices)
+        with sdonnx.load(package, memory=memory, compute=compute) as pipe:
+            assert list(pipe.plan("a cat").execution.avoided) == avoided
+            assert pipe.memory_upper_bound(64 * 64) > 0
+            assert len(loaded) == (0 if avoided else 1)
+            if memory == "min":
+                assert pipe.generate("a cat", num_inference_steps=1).compute == "f32"
+                assert loaded == []
+
+
 def test_for_stages_auto_leaves_out_only_devices_that_compile(monkeypatch, notes):
     """Where the first device fails, the next one that runs stages is tried."""
-    monkeypatch.setattr(ort, "candidates", lambda *_: ["webgpu", "openvino", "cpu"])
+    usable = ["webgpu", "openvino", "cpu"]
+    monkeypatch.setattr(ort, "candidates", lambda *_, avoided=(): [name for name in usable if name not in avoided])
     avoided = avoid_unstaged("auto", "generic", avoided={"cuda": "it is busy"})
     assert list(avoided) == ["cuda", "openvino"]
     assert choose_devices("auto", "generic", avoided=avoided) == ["webgpu", "cpu"]
@@ -141,12 +220,12 @@ def test_a_package_for_another_device_is_not_planned_for_openvino(monkeypatch, p
     parts = {name: replace(each, precision="fp16") for name, each in opened.manifest.components.items()}
     cuda = replace(opened, manifest=replace(opened.manifest, components=parts, target="cuda"))
     copies = [
-        Placement(packages=(each,), device="auto", compute=compute, cache=True).copies
+        Placement(packages=(each,), device="auto", compute=compute, cache=True).copies(Budget())
         for each, compute in ((opened, "f32"), (opened, "bf16"))
     ]
     assert copies == [8, 4]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    assert Placement(packages=(cuda,), device="auto", compute="f16", cache=True).copies == 1
+    assert Placement(packages=(cuda,), device="auto", compute="f16", cache=True).copies(Budget()) == 1
 
 
 def test_models_of_similar_names_are_each_said(notes):
@@ -225,7 +304,7 @@ def test_an_image_says_what_it_was_computed_in(openvino, package):
         with sdonnx.load(package, device=device, compute=compute, threads=1) as pipe:
             results[device, compute] = pipe.generate("a cat", **asked)
     cpu, f32, chosen = results.values()
-    assert (cpu.compute, f32.compute, chosen.compute) == ("f32", "f32", compute_of("openvino"))
+    assert (cpu.compute, f32.compute, chosen.compute) == ("f32", "f32", resolve_compute("openvino"))
     np.testing.assert_allclose(f32.latents, cpu.latents, atol=1e-4)
     if chosen.compute == "bf16":
         assert np.abs(chosen.latents - cpu.latents).max() > np.abs(f32.latents - cpu.latents).max()

@@ -13,8 +13,8 @@ from openvino_runtimes import OpenVinoInt8, OpenVinoInt8Default
 SCRIPT = Path(peers.__file__)
 
 
-def run(*arguments):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True)
+def run(*arguments, script=SCRIPT):
+    return subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
 
 
 def test_a_tiny_run_writes_what_it_promises(tmp_path):
@@ -29,9 +29,20 @@ def test_a_tiny_run_writes_what_it_promises(tmp_path):
     assert "sdcpp q8_0 (f32) is left out" in ran.stdout
     assert "| sdonnx | fp32 | f32 |" in ran.stdout
     assert run("--work", tmp_path / "work", "--size", "sd15").returncode == 1
+    compared, options = ("sdonnx:fp32:f32", "sdonnx:int8:f32"), ["--size", "tiny", "--turns", 2, "--json", written]
+    turns = run("--work", tmp_path / "work", *options, *compared, script=SCRIPT.with_name("turns.py"))
+    assert turns.returncode == 0, turns.stderr
+    assert [each.split(" | ")[0] for each in turns.stdout.splitlines()[2:]] == [f"| {each}" for each in compared]
+    assert [(key, len(seconds)) for key, seconds in json.loads(written.read_text()).items()] == [
+        (key, 2) for key in compared
+    ]
 
 
 def test_an_unknown_runtime_lists_the_known(tmp_path):
+    assert (
+        "give some of sdonnx:fp32:f32, "
+        in run("--work", tmp_path, "tensorrt", script=SCRIPT.with_name("turns.py")).stderr
+    )
     ran = run("--work", tmp_path, "--only", "tensorrt")
     assert ran.returncode == 2
     assert "sdonnx, openvino, torch, optimum, sdcpp, sdonnx-openvino, openvino-genai" in ran.stderr

@@ -253,7 +253,7 @@ class Operators(StoredTensors):
 
     def to_sequence(self, x: ir.Value, channels: int) -> ir.Value:
         """(N, C, H, W) to (N, H * W, C)."""
-        return self.Transpose(self.Reshape(x, [0, channels, -1]), perm=[0, 2, 1])
+        return self.Reshape(self.Transpose(x, perm=[0, 2, 3, 1]), [0, -1, channels])
 
     def to_feature_map(self, x: ir.Value, like: ir.Value) -> ir.Value:
         """(N, H * W, C) to (N, C, H, W), with the shape of ``like``."""

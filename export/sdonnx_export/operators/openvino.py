@@ -6,9 +6,11 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir as ir
 from onnxscript.nn import Parameter
+from sdonnx_runtime.arrays import AnyArray
 
 from sdonnx_export.checkpoint_model import Weight
 from sdonnx_export.operators.base import ConvSpec, Operators
+from sdonnx_export.operators.layouts import sizes
 from sdonnx_export.operators.precision import PrecisionLookup
 from sdonnx_export.operators.quantized import Range
 
@@ -44,6 +46,26 @@ class OpenVinoOperators(Operators):
         y = super().linear(self._round(x, str(weight.name)), weight, bias)
         self._layers[y] = str(weight.name)
         return y
+
+    def geglu(self, x: ir.Value, weight: Parameter, bias: Parameter | None) -> ir.Value:
+        """``a * gelu(b)``; each half is an int8 MatMul of its own, so that nothing is split afterwards."""
+        name = str(weight.name)
+        if self.find_precision(name) != "int8":
+            return super().geglu(x, weight, bias)
+        inputs, outputs = sizes(weight)
+        rounded, read, half = self._round(x, name), self.stored_reader(weight), outputs // 2
+
+        def part(start: int) -> ir.Value:
+            def read_part() -> AnyArray:
+                return np.ascontiguousarray(read()[:, start : start + half])
+
+            quantized, scale = self.store_quantized(f"{name}_{start}", read_part, (inputs, half), axis=1)
+            columns = self.DequantizeLinear(quantized, scale, self.zero_point(quantized, scale), axis=1)
+            y = self.MatMul(rounded, columns)
+            return y if bias is None else self.Add(y, self.Slice(bias, [start], [start + half]))
+
+        hidden, gate = part(0), part(half)
+        return self.Mul(hidden, self.gelu(gate))
 
     def conv(self, x: ir.Value, spec: ConvSpec) -> ir.Value:
         """2-D convolution, as int8 Conv where the layer is int8; what is upsampled is quantized before."""

@@ -4,8 +4,9 @@ import ctypes
 import os
 import re
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
+import threading
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sdonnx_runtime.execution.control_groups import cgroup_memory
@@ -15,6 +16,7 @@ _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # parameters of mallopt, from malloc.h
 _MMAP_THRESHOLD = 1 << 18  # bytes
 
 _MADV_DONTNEED = 4  # from mman.h
+_UNMAP_SECONDS = 0.05  # a core packs about 50 MB of weights meanwhile
 _CLEAN_CODE = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) (?:r-xp \S+ \S+ [1-9].*|r--p .*\.so[\d.]*)\n(?:[A-Z].*\n)*?Anonymous: +0 kB",
     re.MULTILINE,
@@ -96,16 +98,42 @@ def unmap_code() -> None:
             _unmap(_CLEAN_CODE.findall(Path("/proc/self/smaps").read_bytes()))
 
 
+def can_unmap() -> bool:
+    """Whether `unmap_files` does anything."""
+    return sys.platform == "linux"
+
+
 def unmap_files(folder: Path) -> None:
     """Take read-only mappings of a folder's files out of this process's resident memory (Linux; nothing elsewhere).
 
     What is read again comes back from the system's page cache.
     """
-    if sys.platform == "linux":
+    if can_unmap():
         with suppress(OSError, AttributeError):
             path = re.escape(os.fsencode(folder.resolve()))  # as the kernel has it, without links
             mapped = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) r--. .* " + path + rb"/.*$", re.MULTILINE)
             _unmap(mapped.findall(Path("/proc/self/maps").read_bytes()))
+
+
+@contextmanager
+def keep_unmapping(folder: Path) -> Generator[None]:
+    """Call `unmap_files` again and again, from a thread, and at the end: what is read once doesn't add up meanwhile."""
+    done = threading.Event()
+
+    def unmap() -> None:
+        while not done.wait(_UNMAP_SECONDS):
+            unmap_files(folder)
+
+    thread = threading.Thread(target=unmap, name="sdonnx unmap", daemon=True)
+    if can_unmap():
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if can_unmap():
+            thread.join()
+        unmap_files(folder)
 
 
 def _unmap(ranges: Iterable[tuple[bytes, bytes]]) -> None:

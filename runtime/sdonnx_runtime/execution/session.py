@@ -265,7 +265,7 @@ def _ports(described: Sequence[Any]) -> tuple[Port, ...]:
 def _read_ports(path: Path, model: bytes | None) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
     """The inputs and outputs of a graph, without opening a session."""
     with package_errors(path):
-        graph = decode_model(memoryview(path.read_bytes() if model is None else model))
+        graph = decode_model(memoryview(path.read_bytes() if model is None else model), nodes=False)
         return _decode_ports(graph.inputs), _decode_ports(graph.outputs)
 
 

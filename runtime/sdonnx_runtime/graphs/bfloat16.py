@@ -1,6 +1,6 @@
 """Graphs that compute in bfloat16, made of those that compute in float32."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from sdonnx_runtime.graphs.initializers import FLOAT, FLOAT16
 from sdonnx_runtime.graphs.onnx_proto import Model, Node, ValueInfo, make_node
@@ -8,8 +8,11 @@ from sdonnx_runtime.graphs.onnx_proto import Model, Node, ValueInfo, make_node
 BFLOAT16 = 16
 """Of TensorProto.DataType."""
 
-_OPSETS = range(20, 23)
-"""Of graphs that can be rewritten: sdonnx exports 20 and later; 22 is the first with Conv in bfloat16."""
+BFLOAT16_OPSET = 22
+"""The first with Conv in bfloat16."""
+
+_OPSETS = range(20, BFLOAT16_OPSET + 1)
+"""Of graphs that can be rewritten: sdonnx exports 20 and later."""
 
 _MULTIPLY = ("Conv", "MatMul")
 
@@ -49,15 +52,13 @@ def _excludes(node: Node) -> bool:
     return "Quantize" in node.op.removeprefix("Dequantize") or node.op in _SUBGRAPHS
 
 
-def encode_bfloat16(model: Model, weights: Collection[str], outputs: Iterable[str]) -> bytes:
-    """Encode a graph that computes in bfloat16 from the first of these weights of `find_weights` on.
+def compute_in_bfloat16(model: Model, weights: Collection[str]) -> Iterator[Node]:
+    """Yield nodes, of opset BFLOAT16_OPSET, that compute in bfloat16 from the first of these weights on.
 
-    What comes before stays in float32, such as the sines of timesteps. The weights stay as they are stored, and are
-    cast to bfloat16. ``outputs`` are the names of the graph's, in the order that they get.
+    What comes before stays in float32, such as the sines of timesteps. The weights, of `find_weights`, stay as they
+    are stored, and are cast to bfloat16.
     """
-    nodes = _Rewriting(model, weights).rewrite()
-    tensors = (each.encoded for each in model.initializers.values())
-    return model.encode_part("bfloat16", nodes, tensors, model.inputs, outputs, opset=_OPSETS[-1])
+    return _Rewriting(model, weights).rewrite()
 
 
 class _Rewriting:
@@ -101,7 +102,10 @@ class _Rewriting:
             return
         outputs = [f"{name}.bf16" if name in self._outputs else name for name in node.outputs]
         self._bfloat16_names.update(zip(node.outputs, outputs, strict=True))
-        yield from _swish(node, inputs, *outputs) if node.op == "QuickGelu" else [node.rewire(inputs, *outputs)]
+        rewired = node.rewire(inputs, *outputs)
+        if node.op == "LayerNormalization":  # the type that it computes in: OpenVINO casts to any other one
+            rewired = rewired.with_attribute("stash_type", BFLOAT16)
+        yield from _swish(node, inputs, *outputs) if node.op == "QuickGelu" else [rewired]
 
 
 def _float_inputs(node: Node) -> int:

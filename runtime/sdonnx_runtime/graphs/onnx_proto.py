@@ -25,6 +25,7 @@ _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _OP_TYPE, _ATTRIBUTE, _DOMAIN, _METADATA 
 _ATTRIBUTE_NAME, _FLOAT, _INT, _TEXT, _INTS, _ATTRIBUTE_TYPE = 1, 2, 3, 4, 8, 20  # AttributeProto
 _TYPE_INT, _TYPE_TEXT, _TYPE_INTS = 2, 3, 7  # AttributeProto.AttributeType
 _DIMS, _DATA_TYPE, _TENSOR_NAME, _RAW_DATA, _EXTERNAL_DATA = 1, 2, 8, 9, 13  # TensorProto
+_REPLACED = (_DIMS, _DATA_TYPE, _TENSOR_NAME, _EXTERNAL_DATA)
 _VALUE_NAME, _TYPE = 1, 2  # ValueInfoProto
 _TENSOR_TYPE, _ELEMENT_TYPE, _SHAPE, _DIM, _DIM_VALUE = 1, 1, 2, 1, 1  # TypeProto
 _KEY, _VALUE = 1, 2  # StringStringEntryProto
@@ -47,11 +48,11 @@ class Tensor:
     external: Mapping[str, str]
     """Otherwise ``location``, ``offset`` and ``length`` of them in another file; empty if there is none."""
 
-    def with_external(self, name: str, shape: Iterable[int], external: Mapping[str, str]) -> "Tensor":
-        """The tensor with another name, shape and ``external``."""
-        others = [each for each in fields(self.encoded) if each[0] not in (_DIMS, _TENSOR_NAME, _EXTERNAL_DATA)]
-        dims, entries = [(_DIMS, size) for size in shape], _encode_entries(_EXTERNAL_DATA, external)
-        return _decode_tensor(memoryview(_encode(*dims, (_TENSOR_NAME, name), *others, *entries)))
+    def with_external(self, name: str, shape: Iterable[int], external: Mapping[str, str], kind: int = 0) -> "Tensor":
+        """The tensor with another name, shape, ``external`` and, unless it is 0, ``data_type``."""
+        others = [each for each in fields(self.encoded) if each[0] not in _REPLACED]
+        ends = [*((_DIMS, size) for size in shape), (_DATA_TYPE, kind or self.data_type), (_TENSOR_NAME, name)]
+        return _decode_tensor(memoryview(_encode(*ends, *others, *_encode_entries(_EXTERNAL_DATA, external))))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,7 +74,7 @@ class Node:
 
     @cached_property
     def attributes(self) -> Mapping[str, Any]:
-        """Numbers, and tuples of integers, by name."""
+        """Numbers, texts, and tuples of integers, by name."""
         return dict(map(_decode_attribute, _bytes(_group(self.encoded)[_ATTRIBUTE])))
 
     def rewire(self, inputs: Sequence[str], *outputs: str) -> "Node":
@@ -82,7 +83,7 @@ class Node:
         ends = [*((_NODE_INPUT, each) for each in inputs), *((_NODE_OUTPUT, each) for each in outputs)]
         return replace(self, encoded=memoryview(_encode(*ends, *kept)), inputs=tuple(inputs), outputs=outputs)
 
-    def with_attribute(self, name: str, value: "Sequence[int]") -> "Node":
+    def with_attribute(self, name: str, value: "int | Sequence[int]") -> "Node":
         """The same operator with another value of an attribute."""
         kept = [
             (number, each)
@@ -150,8 +151,8 @@ class Model:
         return _encode(*versions, (_GRAPH, graph))
 
 
-def decode_model(data: memoryview) -> Model:
-    """Decode the content of an ``.onnx`` file, without its weights; ValueError or IndexError if it is damaged."""
+def decode_model(data: memoryview, *, nodes: bool = True) -> Model:
+    """Decode an ``.onnx`` file but its weights, without ``nodes`` if False; ValueError or IndexError if damaged."""
     (graph,) = _bytes(_group(data)[_GRAPH])
     parts = _group(graph)
     inputs, outputs, value_info = (
@@ -159,8 +160,8 @@ def decode_model(data: memoryview) -> Model:
         for number in (_INPUT, _OUTPUT, _VALUE_INFO)
     )
     tensors = {each.name: each for each in map(_decode_tensor, _bytes(parts[_INITIALIZER]))}
-    nodes = tuple(map(_decode_node, _bytes(parts[_NODE])))
-    return Model(data=data, nodes=nodes, initializers=tensors, inputs=inputs, outputs=outputs, value_info=value_info)
+    decoded = tuple(map(_decode_node, _bytes(parts[_NODE] if nodes else [])))
+    return Model(data=data, nodes=decoded, initializers=tensors, inputs=inputs, outputs=outputs, value_info=value_info)
 
 
 @contextmanager
@@ -179,10 +180,12 @@ def package_errors(path: Path) -> Generator[None, None, None]:
 
 
 def make_node(
-    op: str, inputs: Sequence[str], output: str, *, stage: str, **attributes: int | str | Sequence[int]
+    op: str, inputs: Sequence[str], output: str | tuple[str, ...], *, stage: str,
+    **attributes: int | str | Sequence[int],
 ) -> Node:  # fmt: skip
-    """An operator of ONNX's own in a stage."""
-    ends = [*((_NODE_INPUT, each) for each in inputs), (_NODE_OUTPUT, output)]
+    """An operator of ONNX's own in a stage, with one output or several."""
+    outputs = (output,) if isinstance(output, str) else output
+    ends = [*((_NODE_INPUT, each) for each in inputs), *((_NODE_OUTPUT, each) for each in outputs)]
     encoded = [_encode_attribute(name, value) for name, value in attributes.items()]
     metadata = _encode_entries(_METADATA, {"stage": stage})
     return _decode_node(memoryview(_encode(*ends, (_OP_TYPE, op), *encoded, *metadata)))
@@ -230,7 +233,8 @@ def _decode_tensor(encoded: memoryview) -> Tensor:
 def _decode_attribute(encoded: memoryview) -> tuple[str, Any]:
     parts = _group(encoded)
     floats = [float(np.frombuffer(each, np.float32)[0]) for each in _bytes(parts[_FLOAT])]
-    value = _integers(parts[_INTS]) or next(iter((*_integers(parts[_INT]), *floats)), None)
+    single = (*_integers(parts[_INT]), *floats, *_texts(parts[_TEXT]))
+    value = _integers(parts[_INTS]) or next(iter(single), None)
     return _texts(parts[_ATTRIBUTE_NAME])[0], value
 
 

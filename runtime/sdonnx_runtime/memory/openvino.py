@@ -7,6 +7,7 @@ from math import prod
 from sdonnx_runtime.execution.devices.adapters import choose_adapter
 from sdonnx_runtime.execution.devices.table import DeviceName
 from sdonnx_runtime.execution.ort import hardware_kind
+from sdonnx_runtime.execution.process_memory import can_unmap
 from sdonnx_runtime.graphs.initializers import FLOAT, FLOAT16
 from sdonnx_runtime.graphs.onnx_proto import Node
 from sdonnx_runtime.graphs.partition import Stage
@@ -22,6 +23,8 @@ NODE_BYTES = 70_000
 """A session's bytes for each node of a graph: machine code that is made for it, and its description."""
 COMPUTE_BYTES: Mapping[str, int] = {"f32": 4, "bf16": 2, "f16": 2}
 """Bytes of an element: of a value; of a weight that a kernel reads, in the graph and packed for the kernel."""
+MAPPED_BYTES = 100_000_000
+"""What is resident of the weights that are mapped while a graph is opened: they leave memory all the time."""
 ANY_SIZE = 1.75
 """How many times the buffers of a graph that is compiled for all sizes take those of one for fixed sizes."""
 
@@ -61,14 +64,16 @@ def compiled_footprint(stage: Stage, inputs: Mapping[str, TensorInfo], how: Comp
     sources = {node.outputs[0]: node.inputs[0] for node in stage.nodes if node.op in _WIDENING}
     taken = _weight_bytes(stage, sources, how.compute)
     own = taken.packed + NODE_BYTES * len(stage.nodes)
+    mapped = taken.mapped if can_unmap() else 0
+    constants = taken.constants - mapped  # what stays of them
     values = {**inputs, **{name: weight_info(each) for name, each in stage.weights.items()}}
     folded = {name for name, source in sources.items() if source in stage.weights}
     peak, _ = trace_buffers(stage.nodes, values, stage.outputs, folded, _no_workspace)
     return replace(
         footprint(stage, inputs),
-        weights=own if how.kept else taken.constants + own,
-        opening=taken.constants + taken.read + own,
-        shared=0 if how.kept else taken.mapped,
+        weights=own if how.kept else constants + own,
+        opening=constants + min(mapped, MAPPED_BYTES) + taken.read + own,
+        shared=0 if how.kept or can_unmap() else taken.mapped,
         prepacked=0,
         mmapped=0,
         fragmentation=0,
@@ -98,8 +103,9 @@ def _weight_bytes(stage: Stage, sources: Mapping[str, str], compute: str) -> _We
         constant = constant if is_float or name in widened else weight.length
         constants += constant
         packed += (size * count if is_float or name in widened else weight.length) if name in packing else 0
-        as_stored = weight.data_type != FLOAT16 and constant == weight.length
-        mapped += weight.length if as_stored else 0
+        is_cast = is_float and name in packing and compute == "bf16"  # to a file, see `graphs.bfloat16_weights`
+        as_stored = is_cast or (weight.data_type != FLOAT16 and constant == weight.length)
+        mapped += constant if as_stored else 0
         read += weight.length if weight.data_type == FLOAT and not as_stored else 0
     return _WeightBytes(constants=constants, packed=packed, mapped=mapped, read=read)
 

@@ -133,7 +133,7 @@ class _Encoder:
         words = self._sections[text]
         chunks = self._split(words)
         states = WEIGHTINGS[self._request.weighting](words, self._split, lambda chunk: self._outputs(chunk)[0])
-        states += [self._outputs(pad_chunk(self._tokenizer))[0]] * (length - len(states))
+        states += [self._outputs(pad_chunk(self._tokenizer))[0] for _ in range(length - len(states))]
         outputs: dict[str, AnyArray] = {self._encoder.output: np.concatenate(states)[None]}
         pooled = self._outputs(chunks[0])[1]
         return outputs if pooled is None else {**outputs, str(self._encoder.pooled): pooled}

@@ -15,6 +15,7 @@ from support.prompts import SIZE, encoded, states, unet_inputs
 from typer.testing import CliRunner
 
 import sdonnx
+from sdonnx.benchmark.worker import measure_image
 from sdonnx.cli.app import app
 
 LONG = "a cat and a dog in the wide green field " * 12
@@ -231,3 +232,14 @@ def test_the_command_line_and_batches_say_how_prompts_are_read(opened, tmp_path)
     np.testing.assert_array_equal(*map(np.asarray, images))
     failed = CliRunner().invoke(app, ["run", "a AND", *common])
     assert isinstance(failed.exception, sdonnx.RequestError)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_the_text_encoder_runs_as_often_as_in_diffusers(opened, guidance_scale):
+    """Not for a negative prompt that nothing reads."""
+    pipe, pipeline = opened("sd1")
+    options, runs = {"num_inference_steps": 1, "guidance_scale": guidance_scale, **SIZE}, []
+    with pipe.text_encoder.register_forward_hook(lambda *_: runs.append(1)):
+        pipe("a cat", output_type="latent", **options)
+    request = pipeline.resolve("a cat", **options).request
+    assert len(measure_image(pipeline.package, request, {"device": "cpu"}).calls["text_encoder"]) == len(runs)

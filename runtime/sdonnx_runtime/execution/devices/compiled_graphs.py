@@ -16,14 +16,13 @@ import logging
 import math
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -31,9 +30,10 @@ from sdonnx_runtime.errors import DeviceError, SdonnxError
 from sdonnx_runtime.execution.cpu import cpu_features, usable_cpus
 from sdonnx_runtime.execution.devices.adapters import Choice
 from sdonnx_runtime.execution.ort import first_line, runtime_version
-from sdonnx_runtime.execution.process_memory import trim_heap, unmap_files
-from sdonnx_runtime.graphs.initializers import Initializer, read_initializers
-from sdonnx_runtime.graphs.onnx_proto import package_errors
+from sdonnx_runtime.execution.process_memory import keep_unmapping, trim_heap
+from sdonnx_runtime.graphs.initializers import Initializer
+from sdonnx_runtime.graphs.onnx_proto import decode_model, package_errors
+from sdonnx_runtime.storage.cache_directory import user_cache_directory
 from sdonnx_runtime.storage.renaming import rename_to_free, replace
 from sdonnx_runtime.storage.staging import open_staging, remove_stale
 
@@ -50,6 +50,9 @@ _LIMIT = 24 * 10**9
 _DISK_SHARE = 0.5
 """Of the bytes that would be free without compiled graphs: what all of them may take."""
 
+_WRITTEN = 2
+"""How many times the bytes of a graph are on disk while it is compiled: its weights may be cast to a file first."""
+
 _UNUSED_DAYS = 90
 """What was not used for so long is deleted, such as the graphs of earlier versions of OpenVINO, which nothing opens."""
 
@@ -58,7 +61,7 @@ _FLOAT32, _FLOAT16 = 4, 2
 _SAMPLES, _SAMPLE = 64, 4096
 """How many pieces of a file its fingerprint has, and their bytes: all of it would take longer to read than to open."""
 
-_FORMAT = 1
+_FORMAT = 2
 """Of an entry. Raise it when the rewriting of graphs before compiling changes, or the fields of `NodeAssignment`."""
 
 
@@ -86,8 +89,11 @@ class CompiledFrom:
 
         Raises PackageError if it is damaged, or has no weights file.
         """
-        graph = path.read_bytes() if model is None else model
-        initializers = read_initializers(path, graph).values()
+        with package_errors(path):
+            graph = path.read_bytes() if model is None else model
+            decoded = decode_model(memoryview(graph), nodes=False)
+            tensors = decoded.initializers.values()
+            initializers = [Initializer.from_tensor(each, path, decoded.data) for each in tensors]
         parts = {
             "format": _FORMAT,
             "graph": hashlib.sha256(graph).hexdigest(),
@@ -130,13 +136,23 @@ def export_entries(path: Path) -> dict[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Written(Generic[_T]):
+    """What wrote a compiled graph says of it."""
+
+    info: dict[str, Any]
+    """What is kept as `CompiledGraph.info`."""
+    opened: _T | None = None
+    """What compiled it, where that may be used at once; None if it is closed, and opened from disk."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompiledGraph:
     """A compiled graph on disk."""
 
     graph: Path
     """What ONNX Runtime opens."""
     info: dict[str, Any]
-    """What ``write`` returned, see `CompiledGraphs.open`."""
+    """What ``write`` returned as `Written.info`, see `CompiledGraphs.open`."""
 
 
 class CompiledGraphs:
@@ -156,49 +172,53 @@ class CompiledGraphs:
         self._has_warned = False
 
     def open(
-        self, source: CompiledFrom, write: Callable[[Path], dict[str, Any]], start: Callable[[Path], _T]
+        self, source: CompiledFrom, write: Callable[[Path], Written[_T]], start: Callable[[Path], _T]
     ) -> tuple[_T, dict[str, Any]] | None:
         """Open a graph, which is compiled and written first if it isn't here.
 
         Args:
             source: what it is compiled from.
-            write: writes it to a path, and returns what is kept as `CompiledGraph.info`.
+            write: writes it to a path; what it writes to the folder above is deleted afterwards.
             start: opens it.
 
-        Returns what ``start`` did and the `CompiledGraph.info`; None where it can't be kept, of which a warning says
-        why.
+        Returns what ``start`` did, or `Written.opened`, and the `CompiledGraph.info`; None where it can't be kept, of
+        which a warning says why.
 
         Raises what ``write`` does unless the disk was full, and DeviceError if there is too little memory to open it.
         """
+        is_new = not (self.root / source.key).is_dir()  # otherwise it may be one that does not open
         found = self._start(source.key, start)
-        if found is None and self._make_room(source.needed) and self._write(source, write):
+        if found is None and self._make_room(source.needed):
+            written = self._write(source, write)
+            if written is None or (is_new and written.opened is not None):
+                return None if written is None or written.opened is None else (written.opened, written.info)
+            del written
             trim_heap()
             found = self._start(source.key, start)
             if found is None:
                 self._warn("the provider can't open the compiled graph that it wrote")
         return found
 
-    def _write(self, source: CompiledFrom, write: Callable[[Path], dict[str, Any]]) -> bool:
+    def _write(self, source: CompiledFrom, write: Callable[[Path], Written[_T]]) -> Written[_T] | None:
         """Keep a new graph; a warning says why if the disk keeps it from that. Raises what else ``write`` does."""
         try:
-            self.add(source.key, write)
+            return self.add(source.key, write)
         except OSError as error:
             self._warn(error.strerror or str(error))
-            return False
         except SdonnxError as error:
-            if self._disk_space() >= source.needed:  # what was written of it is deleted by now
+            if self._disk_space() >= _WRITTEN * source.needed:  # what was written of it is deleted by now
                 raise
             logger.info("%s", error)
             self._warn("the disk was full while a compiled graph was written")
-            return False
-        return True
+        return None
 
     def _start(self, key: str, start: Callable[[Path], _T]) -> tuple[_T, dict[str, Any]] | None:
         kept = self.find(key)
         if kept is None:
             return None
         try:
-            opened = start(kept.graph)
+            with keep_unmapping(kept.graph.parent):
+                opened = start(kept.graph)
         except Exception as error:  # whatever ONNX Runtime raises of a damaged one
             reason = first_line(error)
             if "alloc" in reason.lower():  # to compile it again takes more memory
@@ -209,7 +229,6 @@ class CompiledGraphs:
             logger.info("the compiled graph %s can't be opened, and is deleted: %s", kept.graph.parent, reason)
             self.discard(key)
             return None
-        unmap_files(kept.graph.parent)
         return opened, kept.info
 
     def find(self, key: str) -> CompiledGraph | None:
@@ -229,8 +248,8 @@ class CompiledGraphs:
         self.discard(key)
         return None
 
-    def add(self, key: str, write: Callable[[Path], dict[str, Any]]) -> None:
-        """Keep a graph that ``write`` writes to a path; it returns the `CompiledGraph.info`.
+    def add(self, key: str, write: Callable[[Path], Written[_T]]) -> Written[_T]:
+        """Keep a graph that ``write`` writes to a path; returns what it does.
 
         Raises OSError if the directory can't be written, and what ``write`` does.
         """
@@ -238,12 +257,13 @@ class CompiledGraphs:
         with open_staging(self.root) as staging:
             folder = staging / key
             folder.mkdir()
-            info = write(folder / GRAPH)
-            entry = {"info": info, "files": {name: _fingerprint(folder / name) for name in _names(folder)}}
+            written = write(folder / GRAPH)
+            entry = {"info": written.info, "files": {name: _fingerprint(folder / name) for name in _names(folder)}}
             (folder / _ENTRY).write_text(json.dumps(entry, indent=1), encoding="utf-8")
             with suppress(FileExistsError):  # another process compiled the same meanwhile
                 rename_to_free(folder, self.root / key)
         self.free(self.limit, keep=key)
+        return written
 
     def discard(self, key: str) -> None:
         """Delete a graph, if it is there; one that Windows has in use stays."""
@@ -318,21 +338,6 @@ def _fingerprint(path: Path) -> str:
             file.seek(max(size - _SAMPLE, 0) * index // (_SAMPLES - 1))
             digest.update(file.read(_SAMPLE))
     return f"{size} {digest.hexdigest()}"
-
-
-def user_cache_directory() -> Path | None:
-    """The directory for what can be made again, of this user; None where the user has no home.
-
-    That is XDG_CACHE_HOME or ~/.cache, on macOS ~/Library/Caches, on Windows %LOCALAPPDATA%.
-    """
-    named = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME", "")
-    if Path(named).is_absolute():
-        return Path(named)
-    folders = {"win32": "AppData/Local", "darwin": "Library/Caches"}
-    try:
-        return Path.home() / folders.get(sys.platform, ".cache")
-    except RuntimeError:
-        return None
 
 
 def compiled_graphs() -> CompiledGraphs | None:

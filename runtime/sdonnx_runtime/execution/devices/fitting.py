@@ -1,15 +1,18 @@
 """Rewrite a graph, when it is opened, around what an adapter's kernels can't do."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from sdonnx_runtime.errors import DeviceError
 from sdonnx_runtime.execution.devices.kernel_checks import KernelChecks
-from sdonnx_runtime.graphs.bfloat16 import encode_bfloat16, find_weights
-from sdonnx_runtime.graphs.decomposed_attention import decompose_attention
+from sdonnx_runtime.graphs.attention import decompose_attention, dequantize_scores
+from sdonnx_runtime.graphs.bfloat16 import BFLOAT16_OPSET, compute_in_bfloat16, find_weights
 from sdonnx_runtime.graphs.initializers import FLOAT, FLOAT16
 from sdonnx_runtime.graphs.onnx_proto import Model, Node, decode_model, make_node, package_errors
 from sdonnx_runtime.graphs.partition import read_stages
+from sdonnx_runtime.graphs.split_linears import split_linears
+from sdonnx_runtime.graphs.subpixel_convs import find_upsamplings, split_upsampled_convs
 
 _CONV_RANK, _THREE, _MULTIPLE = 4, 3, 4
 """Axes of a 2-D convolution's weight; it is wrong for multiples of 3 that are none of 4, but for 3 itself."""
@@ -50,27 +53,47 @@ def fit_graph(path: Path, model: bytes | None, checks: KernelChecks) -> bytes | 
         return decoded.encode_part("fitted", nodes, weights, decoded.inputs, decoded.outputs)
 
 
-def convert_to_bfloat16(path: Path, model: bytes | None) -> bytes | None:
-    """Rewrite a graph to compute in bfloat16; ``model`` itself where it can't or need not be.
+def fit_to_bfloat16(path: Path, model: bytes | None, sizes: Mapping[str, int]) -> bytes | None:
+    """Rewrite a graph for OpenVINO's CPU device in bfloat16; ``model`` itself where there is nothing to rewrite.
 
     OpenVINO computes any graph so on CPUs that can. But it widens weights that the graph doesn't have in bfloat16 to
-    float32, and keeps both those and the ones that it computes with.
+    float32, and keeps both those and the ones that it computes with. Gated linear units and upsampled convolutions are
+    written as what takes less time. In int8 graphs attention is in bfloat16 too: OpenVINO rounds products of int8 to
+    bfloat16 before the softmax, which makes pictogram's images 12 dB from float32's instead of 39 dB.
 
     Args:
         path: the ``.onnx`` file.
         model: an encoded graph that replaces the file's.
+        sizes: those of its free dimensions, by their names.
 
     Raises PackageError if the graph is damaged.
     """
     with package_errors(path):
-        decoded = decode_model(memoryview(path.read_bytes() if model is None else model))
-        weights = find_weights(decoded)
-        if not weights:
-            return model
-        order = tuple(decoded.outputs)
+        graph = decode_model(memoryview(path.read_bytes() if model is None else model))
+        order = tuple(graph.outputs)
         if model is None:  # whose weights file may be a link, as in the Hub's cache
-            decoded = decode_model(memoryview(read_stages(path, cut=False).stages[0].model))
-        return encode_bfloat16(decoded, weights, order)
+            graph = decode_model(memoryview(read_stages(path, cut=False).stages[0].model))
+        if find_weights(graph):
+            graph = replace(graph, nodes=_split_layers(graph, sizes))
+            nodes, opset = tuple(compute_in_bfloat16(graph, find_weights(graph))), BFLOAT16_OPSET
+        else:
+            nodes, opset = tuple(dequantize_scores(graph.nodes)), None
+            if all(node in graph.nodes for node in nodes):
+                return model
+        tensors = [each.encoded for each in graph.initializers.values()]
+        return graph.encode_part("bfloat16", nodes, tensors, graph.inputs, order, opset=opset)
+
+
+def _split_layers(graph: Model, sizes: Mapping[str, int]) -> tuple[Node, ...]:
+    """Write gated linear units and upsampled convolutions as layers that take less time, for ``sizes``."""
+    nodes = tuple(split_linears(graph.nodes, graph.initializers))
+    weights = {*graph.initializers, *_cast_weights(nodes, graph.initializers)}
+    return tuple(split_upsampled_convs(nodes, find_upsamplings(graph, sizes), weights))
+
+
+def _cast_weights(nodes: Iterable[Node], initializers: Container[str]) -> set[str]:
+    """What weights are cast to."""
+    return {node.outputs[0] for node in nodes if node.op == "Cast" and node.inputs[0] in initializers}
 
 
 def _stores_float16(model: Model) -> bool:

@@ -4,7 +4,7 @@ import io
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import pairwise
@@ -14,16 +14,18 @@ from typing import Any
 
 from sdonnx_runtime.errors import DeviceError, PackageError, SdonnxError
 from sdonnx_runtime.execution import ort
+from sdonnx_runtime.execution.cpu import usable_cpus
 from sdonnx_runtime.execution.devices.adapters import Choice, choose_adapter
 from sdonnx_runtime.execution.devices.choosing import choose_devices, note, note_choice
 from sdonnx_runtime.execution.devices.compiled_graphs import (
     CompiledFrom,
+    Written,
     can_export,
     compiled_graphs,
     export_entries,
 )
 from sdonnx_runtime.execution.devices.computing import resolve_compute
-from sdonnx_runtime.execution.devices.fitting import convert_to_bfloat16, fit_graph
+from sdonnx_runtime.execution.devices.fitting import fit_graph, fit_to_bfloat16
 from sdonnx_runtime.execution.devices.kernel_checks import KernelChecks
 from sdonnx_runtime.execution.devices.node_assignment import (
     RECORD,
@@ -31,9 +33,11 @@ from sdonnx_runtime.execution.devices.node_assignment import (
     check_assignment,
     check_operators,
 )
-from sdonnx_runtime.execution.devices.openvino import openvino_device, openvino_options
+from sdonnx_runtime.execution.devices.openvino import maps_weights, openvino_device, openvino_options
 from sdonnx_runtime.execution.devices.table import DEVICES, DeviceName
+from sdonnx_runtime.execution.process_memory import can_unmap, keep_unmapping
 from sdonnx_runtime.execution.running.shared_weights import DeviceMemory, SharedWeights
+from sdonnx_runtime.graphs.bfloat16_weights import open_bfloat16
 from sdonnx_runtime.graphs.initializers import TensorData, read_initializers
 from sdonnx_runtime.graphs.onnx_proto import single_node_model
 
@@ -70,6 +74,8 @@ class Opening:
     """Whether compiled graphs are kept on disk, where the device compiles them for long."""
     shared: SharedWeights | None = None
     """The weights of the sessions of other graphs over the same weights file."""
+    folder: Path | None = None
+    """That of the weights file of ``model``; None is the ``.onnx`` file's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +90,8 @@ class Opened:
     """ONNX Runtime's InferenceSession."""
     assignment: NodeAssignment | None
     """Which nodes the device runs; None on the CPU, and where ONNX Runtime doesn't say."""
+    keeps_weights: bool = True
+    """Whether most of the weights that the device packed are in memory as they were, too."""
 
 
 def open_session(opening: Opening, sizes: Mapping[str, int] = MappingProxyType({})) -> Opened:
@@ -126,18 +134,19 @@ def _open_on(opening: Opening, name: DeviceName, sizes: Mapping[str, int]) -> Op
 def _open_kept(opening: Opening, name: DeviceName, sizes: Mapping[str, int], choice: Choice) -> Opened | None:
     """Open a graph that was compiled before, from the user's cache; None where it can't be kept there.
 
-    One that is new is compiled, written, closed and opened from there: the provider maps the file, so that its weights
-    are not in memory but as they were packed. Graphs with merged weights are not kept: a LoRA at each of its strengths
-    would be another.
+    One that is new is compiled and written. Where its weights were mapped, the session that did it serves. Otherwise it
+    is closed, and opened from there: the provider maps the file, so that its weights are not in memory but as they were
+    packed. Graphs with merged weights are not kept: a LoRA at each of its strengths would be another.
     """
     graphs = compiled_graphs() if opening.cache and not opening.weights and can_export(choice) else None
     if graphs is None:
         return None
 
-    def write(path: Path) -> dict[str, Any]:
-        made = _open_graph(opening, name, sizes, choice, export_entries(path))
+    def write(path: Path) -> Written[Any]:
+        made = _open_graph(opening, name, sizes, choice, export_entries(path), path.parent.parent)
         assignment = None if made.assignment is None else vars(made.assignment)
-        return {"graph": str(opening.path), "sizes": dict(sizes), "assignment": assignment}
+        info = {"graph": str(opening.path), "sizes": dict(sizes), "assignment": assignment}
+        return Written(info=info, opened=made.session if can_unmap() and not made.keeps_weights else None)
 
     def start(path: Path) -> Any:
         return _start(str(path), opening.settings(), name, choice)
@@ -155,12 +164,36 @@ def _open_kept(opening: Opening, name: DeviceName, sizes: Mapping[str, int], cho
 
 def _open_graph(
     opening: Opening, name: DeviceName, sizes: Mapping[str, int], choice: Choice,
-    entries: Mapping[str, str] = MappingProxyType({}),
+    entries: Mapping[str, str] = MappingProxyType({}), folder: Path | None = None,
 ) -> Opened:  # fmt: skip
-    """Open a graph, which its device may compile; ``entries`` are further ones of the session's configuration."""
-    device, settings = name.device, opening.settings()
+    """Open a graph, which its device may compile.
+
+    Args:
+        opening: what is opened.
+        name: the device.
+        sizes: those of free dimensions.
+        choice: its adapter.
+        entries: further ones of the session's configuration.
+        folder: for files that are needed meanwhile; None is a temporary one.
+    """
+    model = opening.model
     if (name.base, opening.compute) == ("openvino", "bf16") and openvino_device(name, choice) == "CPU":
-        opening = replace(opening, model=convert_to_bfloat16(opening.path, opening.model))
+        model = fit_to_bfloat16(opening.path, opening.model, sizes)
+    if model is None or model is opening.model:
+        return _start_graph(opening, name, sizes, choice, entries)
+    threads = usable_cpus() if opening.threads is None else opening.threads
+    with open_bfloat16(
+        opening.path, model, folder=folder, threads=threads, replaced=opening.weights
+    ) as (stored, weights_folder):  # fmt: skip
+        opening = replace(opening, model=stored, folder=weights_folder)
+        return _start_graph(opening, name, sizes, choice, entries)
+
+
+def _start_graph(
+    opening: Opening, name: DeviceName, sizes: Mapping[str, int], choice: Choice, entries: Mapping[str, str]
+) -> Opened:
+    """Start a session of a graph as it is, and check what the device runs of it."""
+    device, settings = name.device, opening.settings()
     settings.enable_mem_pattern = device.memory_pattern
     if not device.needs_optimizing:
         settings.graph_optimization_level = ort.load_onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -172,14 +205,19 @@ def _open_graph(
         settings.add_session_config_entry(entry, value)
     try:
         model = fit_graph(opening.path, opening.model, _kernel_checks(name)) if device.checks_kernels else opening.model
+        folder = opening.path.resolve().parent if opening.folder is None else opening.folder
         if model is not None:
-            settings.add_session_config_entry(ort.WEIGHTS_FOLDER, str(opening.path.resolve().parent))
+            settings.add_session_config_entry(ort.WEIGHTS_FOLDER, str(folder))
         _share_weights(settings, replace(opening, model=model), name, choice)
-        session = _start(str(opening.path) if model is None else model, settings, name, choice)
+        with keep_unmapping(folder) if name.base == "openvino" else nullcontext():  # it packs what it maps
+            session = _start(str(opening.path) if model is None else model, settings, name, choice)
         if device.provider in session.get_providers():
             ADAPTERS.add(name, choice.options)
             assignment = _check(session, replace(opening, model=model), name)
-            return Opened(device=str(name), compute=opening.compute, session=session, assignment=assignment)
+            keeps = name.base != "openvino" or not maps_weights(opening.path, model, opening.compute)
+            return Opened(
+                device=str(name), compute=opening.compute, session=session, assignment=assignment, keeps_weights=keeps
+            )
         reason = f"ONNX Runtime could not start {device.provider}"
     except SdonnxError:
         raise

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
-from sdonnx_runtime.execution.devices.fitting import convert_to_bfloat16
+from sdonnx_runtime.execution.devices.fitting import fit_to_bfloat16
 from sdonnx_runtime.execution.session import Session
 from sdonnx_runtime.graphs.bfloat16 import BFLOAT16, find_weights
-from sdonnx_runtime.graphs.initializers import FLOAT, FLOAT16, TensorData, read_initializers
+from sdonnx_runtime.graphs.initializers import FLOAT, TensorData, read_initializers
 from sdonnx_runtime.graphs.onnx_proto import ValueInfo, decode_model, make_node
 
 FEEDS = {
@@ -43,7 +43,7 @@ def weight_types(model):
 def test_no_weight_that_is_multiplied_by_is_widened(precise, part):
     path = precise / part / "model.onnx"
     assert weight_types(decode_model(memoryview(path.read_bytes()))) == {FLOAT}
-    assert weight_types(decode_model(memoryview(convert_to_bfloat16(path, None)))) == {BFLOAT16}
+    assert weight_types(decode_model(memoryview(fit_to_bfloat16(path, None, {})))) == {BFLOAT16}
 
 
 @pytest.mark.parametrize("part", FEEDS)
@@ -55,6 +55,20 @@ def test_outputs_are_those_of_float32_but_for_the_rounding(precise, part, openvi
         for name, values in expected.items():
             assert found[name].dtype == values.dtype
             assert decibels(found[name], values) > least
+
+
+def test_nothing_is_upsampled_or_split_when_it_runs(precise):
+    """But weights, which OpenVINO folds."""
+    for part in ("unet", "vae_decoder"):
+        path = precise / part / "model.onnx"
+        sizes = {"states": 1, "batch": 2, "height": 16, "width": 16, "tokens": 77}
+        model = decode_model(memoryview(fit_to_bfloat16(path, None, sizes)))
+        folded = {*model.initializers}
+        for node in model.nodes:  # in the order of running
+            folded |= {*node.outputs} if all(name in folded for name in node.inputs if name) else set()
+        assert not [
+            node.outputs for node in model.nodes if node.op in ("Resize", "Split") and node.outputs[0] not in folded
+        ]
 
 
 def test_a_graph_that_is_quantized_stays_as_it_is(precise):
@@ -82,19 +96,20 @@ def test_a_graph_that_is_written_in_float16_stays_as_it_is():
 
 def test_outputs_keep_their_order_and_types(precise):
     path = precise / "text_encoder" / "model.onnx"
-    before, after = (decode_model(memoryview(each)) for each in (path.read_bytes(), convert_to_bfloat16(path, None)))
+    before, after = (decode_model(memoryview(each)) for each in (path.read_bytes(), fit_to_bfloat16(path, None, {})))
     assert len(before.outputs) > 1
     described = [[(name, ValueInfo.decode(each)) for name, each in graph.outputs.items()] for graph in (before, after)]
     assert described[0] == described[1]
 
 
-def test_weights_that_replace_those_of_the_file(precise, openvino):
+@pytest.mark.parametrize("layer", ["conv_in", "up_blocks.0.upsamplers.0.conv", "ff.net.0.proj"])
+def test_weights_that_replace_those_of_the_file(precise, openvino, layer):
+    """Also those of which the rewritten graph has sums or halves."""
     path, feeds = precise / "unet" / "model.onnx", FEEDS["unet"]
-    name, weight = next(
-        (name, each) for name, each in read_initializers(path).items() if each.external and each.data_type == FLOAT16
-    )
-    doubled = {name: TensorData.of(2 * weight.read(), weight.data_type)}
+    weights = {name: each for name, each in read_initializers(path).items() if name.endswith(f"{layer}.weight")}
+    changed = {name: TensorData.of(-each.read(), each.data_type) for name, each in weights.items()}
+    assert changed
     plain = Session(path, device="cpu").run(feeds)["out_sample"]
-    expected = Session(path, device="cpu", weights=doubled).run(feeds)["out_sample"]
-    found = Session(path, device="openvino", compute="bf16", threads=1, weights=doubled).run(feeds)["out_sample"]
+    expected = Session(path, device="cpu", weights=changed).run(feeds)["out_sample"]
+    found = Session(path, device="openvino", compute="bf16", threads=1, weights=changed).run(feeds)["out_sample"]
     assert decibels(found, expected) > 30 > decibels(plain, expected)

@@ -9,19 +9,13 @@ import textwrap
 import time
 from types import SimpleNamespace
 
-import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
 from onnx.helper import make_graph, make_model, make_node, make_tensor, make_tensor_value_info
 from sdonnx_runtime.errors import DeviceError
-from sdonnx_runtime.execution import process_memory
 from sdonnx_runtime.execution.devices.adapters import Choice
-from sdonnx_runtime.execution.devices.compiled_graphs import (
-    CompiledFrom,
-    CompiledGraphs,
-    user_cache_directory,
-)
+from sdonnx_runtime.execution.devices.compiled_graphs import CompiledFrom, CompiledGraphs, Written
 
 SOURCE = CompiledFrom(key="0" * 32, needed=1)
 CONTENT = bytes(range(256)) * 4096
@@ -37,7 +31,7 @@ class Compiler:
         self.compiled += 1
         path.write_bytes(b"graph")
         path.with_name("graph_provider.bin").write_bytes(self.content)
-        return {"size": len(self.content)}
+        return Written(info={"size": len(self.content)})
 
     def start(self, path):
         return path.with_name("graph_provider.bin").read_bytes()
@@ -61,6 +55,33 @@ def test_a_graph_is_compiled_once(graphs, compiler):
         assert compiler.open(graphs) == (CONTENT, {"size": len(CONTENT)})
     assert compiler.compiled == 1
     assert [each.name for each in graphs.root.iterdir()] == [SOURCE.key]
+
+
+class ServingCompiler(Compiler):
+    """One whose `Written.opened` may serve."""
+
+    def write(self, path):
+        return Written(info=super().write(path).info, opened="served")
+
+
+def test_what_compiled_a_graph_may_serve(graphs):
+    compiler = ServingCompiler()
+    info = {"size": len(CONTENT)}
+    assert compiler.open(graphs) == ("served", info)
+    assert compiler.open(graphs) == (CONTENT, info)
+    assert compiler.compiled == 1
+
+
+def test_after_a_graph_that_did_not_open_nothing_but_an_opened_one_serves(graphs, caplog):
+    compiler = ServingCompiler()
+    compiler.open(graphs)
+
+    def start(path):
+        raise RuntimeError("the provider can't read it")
+
+    assert graphs.open(SOURCE, compiler.write, start) is None
+    assert compiler.compiled == 2
+    assert "the provider can't open the compiled graph that it wrote" in caplog.text
 
 
 def truncate(file):
@@ -249,7 +270,7 @@ def test_the_bytes_of_a_weight(tmp_path, kind, compute, width):
 WRITER = textwrap.dedent("""
     import os, signal, sys, time
     from pathlib import Path
-    from sdonnx_runtime.execution.devices.compiled_graphs import CompiledFrom, CompiledGraphs
+    from sdonnx_runtime.execution.devices.compiled_graphs import CompiledFrom, CompiledGraphs, Written
 
     root, mine, others = map(Path, sys.argv[1:4])
 
@@ -259,7 +280,7 @@ WRITER = textwrap.dedent("""
         while not others.exists():  # both write at a time
             time.sleep(0.01)
         path.with_name("graph_provider.bin").write_bytes(bytes(range(256)) * 4096)
-        return {}
+        return Written(info={})
 
     source = CompiledFrom(key="0" * 32, needed=1)
     start = lambda path: path.with_name("graph_provider.bin").read_bytes()
@@ -292,29 +313,3 @@ def test_what_a_killed_process_wrote_is_not_believed(graphs, compiler, tmp_path)
     assert compiler.open(graphs)[0] == CONTENT
     assert compiler.compiled == 1
     assert [each.name for each in graphs.root.iterdir()] == [SOURCE.key]
-
-
-def test_the_directory_is_the_user_s(monkeypatch, tmp_path):
-    for system, variable, below in [
-        ("linux", "XDG_CACHE_HOME", ".cache"), ("darwin", "XDG_CACHE_HOME", "Library/Caches"),
-        ("win32", "LOCALAPPDATA", "AppData/Local"),
-    ]:  # fmt: skip
-        monkeypatch.setattr(sys, "platform", system)
-        monkeypatch.setenv("HOME", str(tmp_path))
-        monkeypatch.setenv(variable, "relative")
-        assert user_cache_directory() == tmp_path / below
-        monkeypatch.setenv(variable, str(tmp_path / "elsewhere"))
-        assert user_cache_directory() == tmp_path / "elsewhere"
-        monkeypatch.delenv(variable)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which files are mapped")
-def test_the_files_of_a_linked_folder_are_unmapped(tmp_path, monkeypatch):
-    ranges = []
-    monkeypatch.setattr(process_memory, "_unmap", ranges.extend)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "folder")
-    (tmp_path / "folder" / "file").write_bytes(CONTENT)
-    mapped = np.memmap(tmp_path / "folder" / "file", np.uint8, "r")
-    process_memory.unmap_files(tmp_path / "link")
-    assert [int(start, 16) for start, _ in ranges] == [mapped.ctypes.data]

@@ -1,6 +1,7 @@
-"""MultiHeadAttention as elementary operators: graphs are rewritten when opened where a device's kernel of it fails."""
+"""MultiHeadAttention, rewritten when a graph is opened: around a kernel that fails, or that rounds too much."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from sdonnx_runtime.graphs.initializers import FLOAT
 from sdonnx_runtime.graphs.onnx_proto import Node, make_node
@@ -77,3 +78,27 @@ def _mask_later(make: Callable[..., Node], scores: str, like: str) -> Iterator[N
     yield (first := make("Squeeze", "diagonal.scalar", first.outputs[0], axes.outputs[0]))
     yield (mask := make("Trilu", "mask", full.outputs[0], first.outputs[0], upper=1))
     yield make("Add", "causal", scores, mask.outputs[0])
+
+
+def dequantize_scores(nodes: Sequence[Node]) -> Iterator[Node]:
+    """Yield the nodes with queries and keys of MultiHeadAttention that are not quantized and dequantized before it."""
+    producers = {name: node for node in nodes for name in node.outputs}
+    readers = Counter(name for node in nodes for name in node.inputs)
+
+    def quantize_before(name: str) -> Node | None:
+        """The QuantizeLinear whose values, dequantized, are read as ``name``, if nothing else reads them."""
+        dequantize = producers.get(name)
+        if dequantize is None or dequantize.op != "DequantizeLinear" or readers[name] != 1:
+            return None
+        quantize = producers.get(dequantize.inputs[0])
+        return None if quantize is None or readers[quantize.outputs[0]] != 1 else quantize
+
+    attended = [name for node in nodes if node.op == "MultiHeadAttention" for name in node.inputs[:2]]
+    quantized = {name: each for name in attended if (each := quantize_before(name)) is not None}
+    dropped = {*quantized, *(each.outputs[0] for each in quantized.values())}
+    for node in nodes:
+        if node.op == "MultiHeadAttention" and not quantized.keys().isdisjoint(node.inputs):
+            inputs = [quantized[name].inputs[0] if name in quantized else name for name in node.inputs]
+            yield node.rewire(inputs, *node.outputs)
+        elif node.outputs[0] not in dropped:
+            yield node

@@ -43,7 +43,7 @@ def open_run(runtime: Runtime, part: str) -> Callable[[], Any]:
     return lambda: run(feeds)
 
 
-def work_off(runtime: Runtime, part: str) -> None:
+def run_on_request(runtime: Runtime, part: str) -> None:
     """Run a part once for each line that is read, and print its seconds."""
     run = open_run(runtime, part)
     for _ in range(WARM_UP):
@@ -66,12 +66,15 @@ def start(args: argparse.Namespace, key: str) -> "subprocess.Popen[str]":
     return process
 
 
-def ask(process: "subprocess.Popen[str]") -> float:
+def time_run(process: "subprocess.Popen[str]") -> float:
     """Have a process run once; returns the seconds."""
     assert process.stdin is not None
     assert process.stdout is not None
     print(file=process.stdin, flush=True)
-    return float(process.stdout.readline())
+    line = process.stdout.readline()
+    if not line:
+        raise SystemExit(f"{process.args[-1]} ended in a run")  # type: ignore[index]
+    return float(line)
 
 
 def format_table(keys: Sequence[str], seconds: np.ndarray) -> str:
@@ -95,13 +98,13 @@ def main() -> None:
     args = parser.parse_args()
     known = {key_of(each): each for each in (kind(args.work, args.size) for kind in RUNTIMES)}
     if args.worker is not None:
-        work_off(known[args.worker], args.part)
+        run_on_request(known[args.worker], args.part)
         return
     if not args.runtimes or not set(args.runtimes) <= known.keys():
         parser.error(f"give some of {', '.join(known)}")
     os.environ["XDG_CACHE_HOME"] = str(args.work.resolve() / "cache")
     processes = [start(args, key) for key in args.runtimes]
-    seconds = np.array([[ask(process) for process in processes] for _ in range(args.turns)])
+    seconds = np.array([[time_run(process) for process in processes] for _ in range(args.turns)])
     for process in processes:
         process.communicate()
     print(format_table(args.runtimes, seconds))

@@ -20,7 +20,7 @@ from sdonnx_runtime.execution.devices.node_assignment import check_operators
 from sdonnx_runtime.execution.devices.table import DEVICES, DeviceName, check_name
 from sdonnx_runtime.execution.ort import candidates, check_target
 from sdonnx_runtime.execution.output_shapes import check_outputs
-from sdonnx_runtime.execution.process_memory import resident_memory
+from sdonnx_runtime.execution.process_memory import MAPPINGS, resident_memory
 from sdonnx_runtime.execution.running.device_array import Tensor
 from sdonnx_runtime.execution.running.shared_weights import SharedWeights
 from sdonnx_runtime.execution.session import Cancelled
@@ -264,7 +264,8 @@ class Components:
 
     def _close_keys(self, keys: Collection[tuple[str, str]]) -> None:
         if keys:
-            self._models = {key: model for key, model in self._models.items() if key not in keys}
+            with MAPPINGS:
+                self._models = {key: model for key, model in self._models.items() if key not in keys}
             PROCESS_MEMORY.shrink_arena()
 
 

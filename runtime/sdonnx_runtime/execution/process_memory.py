@@ -98,21 +98,27 @@ def unmap_code() -> None:
             _unmap(_CLEAN_CODE.findall(Path("/proc/self/smaps").read_bytes()))
 
 
+MAPPINGS = threading.Lock()
+"""Is held while addresses of mappings are used, and where sessions that have some are closed: what another thread has
+allocated at such an address would become zeros."""
+
+
 def can_unmap() -> bool:
     """Whether `unmap_files` does anything."""
     return sys.platform == "linux"
 
 
 def unmap_files(folder: Path) -> None:
-    """Take read-only mappings of a folder's files out of this process's resident memory (Linux; nothing elsewhere).
+    """Take shared read-only mappings of a folder's files out of this process's resident memory (Linux alone).
 
     What is read again comes back from the system's page cache.
     """
     if can_unmap():
         with suppress(OSError, AttributeError):
             path = re.escape(os.fsencode(folder.resolve()))  # as the kernel has it, without links
-            mapped = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) r--. .* " + path + rb"/.*$", re.MULTILINE)
-            _unmap(mapped.findall(Path("/proc/self/maps").read_bytes()))
+            mapped = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) r--s .* " + path + rb"/[^/\n]*$", re.MULTILINE)
+            with MAPPINGS:
+                _unmap(mapped.findall(Path("/proc/self/maps").read_bytes()))
 
 
 @contextmanager

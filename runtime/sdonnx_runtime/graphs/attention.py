@@ -91,7 +91,8 @@ def dequantize_scores(nodes: Sequence[Node]) -> Iterator[Node]:
         if dequantize is None or dequantize.op != "DequantizeLinear" or readers[name] != 1:
             return None
         quantize = producers.get(dequantize.inputs[0])
-        return None if quantize is None or readers[quantize.outputs[0]] != 1 else quantize
+        is_pair = quantize is not None and quantize.op == "QuantizeLinear" and readers[quantize.outputs[0]] == 1
+        return quantize if is_pair else None
 
     attended = [name for node in nodes if node.op == "MultiHeadAttention" for name in node.inputs[:2]]
     quantized = {name: each for name in attended if (each := quantize_before(name)) is not None}

@@ -35,7 +35,10 @@ _ALIGNMENT = 4096
 _BLOCK = 1 << 17
 """Bytes that are read, cast and written at a time: they stay in a core's cache."""
 
-_DISK_FREE = 3
+_BFLOAT16 = 2
+"""Bytes of an element."""
+
+_DISK_FREE = 2
 """How many times the bytes of the file must be free on its disk: a compiled graph of that size may come to it too."""
 
 
@@ -47,13 +50,8 @@ class _Copy:
     """It in the new graph, under each of its names."""
     read: Callable[[], Iterable[AnyArray]]
     """Reads it in blocks."""
-    itemsize: int
-    """Bytes of an element in the new file."""
-
-    @property
-    def length(self) -> int:
-        """Bytes in the new file."""
-        return self.itemsize * prod(self.tensors[0].shape)
+    length: int
+    """Bytes in the new file."""
 
 
 @contextmanager
@@ -193,22 +191,24 @@ def _plan(
     for name, tensor in external.items():
         source = Initializer.from_tensor(tensor, path, model.data)
         if name in read:
-            width = source.length // max(prod(source.shape), 1)
-            yield _Copy(tensors=[tensor], read=partial(_read_blocks, source), itemsize=width)
+            yield _Copy(tensors=[tensor], read=partial(_read_blocks, source), length=source.length)
         if name in names:
             cast = [tensor.with_external(each, tensor.shape, {}, BFLOAT16) for each in names[name]]
-            yield _Copy(tensors=cast, read=lambda source=source: map(_cast, _read_blocks(source)), itemsize=2)
+            length = _BFLOAT16 * prod(tensor.shape)
+            yield _Copy(tensors=cast, read=lambda source=source: map(_cast, _read_blocks(source)), length=length)
     some = next(iter(external.values()))
     for source in names.keys() - external.keys():
         cast = [some.with_external(each, constants.shape(source), {}, BFLOAT16) for each in names[source]]
-        yield _Copy(tensors=cast, read=lambda source=source: [_cast(constants.read(source))], itemsize=2)
+        length = _BFLOAT16 * prod(constants.shape(source))
+        yield _Copy(tensors=cast, read=lambda source=source: [_cast(constants.read(source))], length=length)
 
 
 def _read_blocks(source: Initializer) -> Iterator[AnyArray]:
-    """Read a weight block by block, each in place of the one before; PackageError if its file is cut."""
-    buffer = memoryview(bytearray(_BLOCK))
-    dtype = np.dtype(source.dtype if source.dtype is not None else np.uint8)
-    with source.file.open("rb", buffering=0) as reading:
+    """Read a weight block by block, each in place of the one before; PackageError if it or its file is damaged."""
+    if source.dtype is not None:
+        source.check()
+    buffer, dtype = memoryview(bytearray(_BLOCK)), np.dtype(np.uint8 if source.dtype is None else source.dtype)
+    with package_errors(source.file), source.file.open("rb", buffering=0) as reading:
         reading.seek(source.offset)
         for start in range(0, source.length, _BLOCK):
             block = buffer[: source.length - start]
@@ -219,7 +219,7 @@ def _read_blocks(source: Initializer) -> Iterator[AnyArray]:
 
 def _write(file: Path, copy: _Copy, offset: int) -> None:
     """Write a weight to the new file, from this offset on."""
-    with file.open("r+b", buffering=0) as writing:
+    with file.open("r+b") as writing:
         writing.seek(offset)
         for block in copy.read():
             writing.write(np.ascontiguousarray(block).data.cast("B"))

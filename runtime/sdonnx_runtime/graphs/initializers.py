@@ -75,17 +75,18 @@ class Initializer:
 
     def read(self) -> AnyArray:
         """Read its elements; int4 as int8. PackageError if the file is truncated or missing, or the type unknown."""
-        self._check()
+        self.check()
         data = np.fromfile(self.file, np.uint8, self.length, offset=self.offset)
         values = unpack_int4(data, math.prod(self.shape)) if self.data_type == INT4 else data.view(self.dtype)
         return values.reshape(self.shape)
 
     def map(self) -> AnyArray:
         """Map its elements into memory, read-only; of any type but int4. PackageError as `read`, or without any."""
-        self._check(least=1)
+        self.check(least=1)
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
 
-    def _check(self, *, least: int = 0) -> None:
+    def check(self, *, least: int = 0) -> None:
+        """Raise PackageError if its length is not that of its shape and type, or ``least`` more, or its file is cut."""
         sizes, count = (*self.shape, self.offset, self.length - least), math.prod(self.shape)
         expected = (count + 1) // 2 if self.data_type == INT4 else count * np.dtype(self.dtype).itemsize
         is_known = self.dtype is not None and len(sizes) < _MAX_AXES and min(sizes) >= 0 and self.length == expected

@@ -70,7 +70,8 @@ def _infer(node: Node, inputs: Sequence[TensorInfo | None]) -> Iterable[TensorIn
     compute, known = _COMPUTED.get(node.op), [each.known for each in inputs if each is not None]
     values = [each for each in known if each is not None]
     if compute is not None and len(values) == len(known) and sum(each.size for each in values) <= _MAX_KNOWN:
-        return [TensorInfo.of(np.asarray(compute(values, node.attributes)))]
+        with unsupported_graphs():
+            return [TensorInfo.of(np.asarray(compute(values, node.attributes)))]
     infos = [each if each is not None else TensorInfo(()) for each in inputs]
     with unsupported_graphs():
         outputs = _RULES[node.op](infos, node.attributes)

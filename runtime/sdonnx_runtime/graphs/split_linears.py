@@ -34,7 +34,8 @@ class _LinearSplitter:
 
     def find_layer(self, split: Node) -> tuple[Node, Node] | None:
         """The MatMul and the Add whose sum a Split halves, if nothing else reads them."""
-        if split.op != "Split" or (split.attributes.get("axis"), len(split.outputs)) != (-1, 2):
+        has_sizes = any(split.inputs[1:])  # which may differ
+        if split.op != "Split" or has_sizes or (split.attributes.get("axis"), len(split.outputs)) != (-1, 2):
             return None
         add = self._read_once(split.inputs[0], "Add")
         product = None if add is None else self._read_once(add.inputs[0], "MatMul")

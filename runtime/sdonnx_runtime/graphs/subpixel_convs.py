@@ -15,8 +15,8 @@ from sdonnx_runtime.graphs.initializers import DTYPES
 from sdonnx_runtime.graphs.onnx_proto import Model, Node, Tensor, ValueInfo, make_node
 from sdonnx_runtime.graphs.shape_inference import ITEMSIZES, TensorInfo, UnsupportedGraph, infer_shapes
 
-_ROWS, _COLUMNS = 2, 3
-"""Axes of a conv weight (out, in, 3, 3)."""
+_KERNEL, _ROWS, _COLUMNS = (3, 3), 2, 3
+"""Of a conv weight, (out, in, 3, 3), the last two axes' sizes and numbers."""
 
 
 def find_upsamplings(model: Model, sizes: Mapping[str, int]) -> set[str]:
@@ -58,7 +58,7 @@ def _doubles(node: Node, values: Mapping[str, TensorInfo]) -> bool:
 
 
 def split_upsampled_convs(
-    nodes: Sequence[Node], upsamplings: Container[str], weights: Container[str]
+    nodes: Sequence[Node], upsamplings: Container[str], weights: Mapping[str, Tensor]
 ) -> Iterator[Node]:
     """Yield the nodes; four convolutions with kernels of 2x2 replace one with a kernel of 3x3 after upsampling.
 
@@ -67,7 +67,7 @@ def split_upsampled_convs(
     Args:
         nodes: of a graph of opset 18 or later.
         upsamplings: the outputs of nodes that double height and width by repeating rows and columns.
-        weights: the names of the values that are weights.
+        weights: initializers, by the names of the values that are made of them alone.
     """
     readers = Counter(name for node in nodes for name in node.inputs)
     sources = {node.outputs[0]: node.inputs[0] for node in nodes if node.outputs[0] in upsamplings}
@@ -80,12 +80,13 @@ def split_upsampled_convs(
             yield node
 
 
-def _is_plain(node: Node, weights: Container[str]) -> bool:
+def _is_plain(node: Node, weights: Mapping[str, Tensor]) -> bool:
     """Whether it is a dense convolution with a kernel of 3x3 that keeps the size."""
     attributes = node.attributes
     return (
         node.op == "Conv"
         and node.inputs[1] in weights
+        and weights[node.inputs[1]].shape[_ROWS:] == _KERNEL
         and attributes.get("pads") == (1,) * 4
         and attributes.get("strides", (1, 1)) == (1, 1)
         and attributes.get("dilations", (1, 1)) == (1, 1)

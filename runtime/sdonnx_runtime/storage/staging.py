@@ -153,13 +153,18 @@ def _remove_if_stale(staging: Path) -> bool:
     with suppress(OSError):
         staging.rmdir()  # its process was killed before it made the lock file
     try:
-        if not staging.is_symlink() and stat.S_ISREG((staging / _LOCK).lstat().st_mode):
+        if not staging.is_symlink() and _is_own(staging) and stat.S_ISREG((staging / _LOCK).lstat().st_mode):
             with (staging / _LOCK).open("rb+") as lock:
                 if lock_file(lock):
                     _delete(staging, lock, os.fsdecode(lock.read(1024)))
     except OSError:
         pass
     return not os.path.lexists(staging)
+
+
+def _is_own(staging: Path) -> bool:
+    """Whether a directory is this user's; of another user's, in a shared folder, nothing is believed."""
+    return os.name == "nt" or staging.lstat().st_uid == os.geteuid()
 
 
 def _delete(staging: Path, lock: IO[bytes], target: str) -> None:
@@ -178,6 +183,8 @@ def _delete(staging: Path, lock: IO[bytes], target: str) -> None:
 def _delete_tree(folder: Path) -> None:
     """Delete a folder, also what is read-only in it; links are not followed."""
     shutil.rmtree(folder, ignore_errors=True)
+    if folder.is_symlink():
+        return
     for root, folders, files in os.walk(folder):  # nothing, unless that failed
         for path in (Path(root, name) for name in (*folders, *(files if os.name == "nt" else ()))):
             if not path.is_symlink():

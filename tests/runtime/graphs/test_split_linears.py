@@ -19,14 +19,16 @@ STORED = {
 }
 
 
-def make_model(precision, *, readers=1, axis=-1):
+def make_model(precision, *, readers=1, axis=-1, halves=None):
     """A linear layer whose weight is stored so, and a split of its outputs, one half of which the sigmoid gates."""
     constants, nodes = STORED[precision]
     nodes = [
         *nodes,
         helper.make_node("MatMul", ["x", "weight"], ["product"]),
         helper.make_node("Add", ["product", "bias"], ["sum"]),
-        helper.make_node("Split", ["sum"], ["hidden", "gate"], axis=axis, num_outputs=2),
+        helper.make_node("Split", ["sum"], ["hidden", "gate"], axis=axis, num_outputs=2)
+        if halves is None
+        else helper.make_node("Split", ["sum", "halves"], ["hidden", "gate"], axis=axis),
         helper.make_node("Sigmoid", ["gate"], ["gate.open"]),
         helper.make_node("Mul", ["hidden", "gate.open"], ["y"]),
         *(helper.make_node("Identity", ["sum"], [f"z{index}"]) for index in range(1, readers)),
@@ -34,7 +36,10 @@ def make_model(precision, *, readers=1, axis=-1):
     ports = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4, 6])]
     names = ["y", *(f"z{index}" for index in range(1, readers))]
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
-    tensors = [numpy_helper.from_array(value, name) for name, value in {**constants, "bias": BIAS}.items()]
+    tensors = [
+        numpy_helper.from_array(value, name)
+        for name, value in {**constants, "bias": BIAS, "halves": np.array(halves or [4, 4])}.items()
+    ]
     graph = helper.make_graph(nodes, "graph", ports, outputs, tensors)
     imports = [helper.make_opsetid("", 20)]
     return helper.make_model(graph, opset_imports=imports, ir_version=9).SerializeToString()
@@ -65,7 +70,7 @@ def test_equals_torchs_gated_linear_unit(precision):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"readers": 2}, {"axis": 1}])
+@pytest.mark.parametrize("changes", [{"readers": 2}, {"axis": 1}, {"halves": [2, 6]}])
 def test_others_stay_as_they_are(changes):
     data = make_model("fp32", **changes)
     assert [node.op for node in decode_model(memoryview(rewrite(data))).nodes] == [

@@ -13,17 +13,20 @@ WEIGHT, BIAS = RNG.standard_normal((5, 3, 3, 3)).astype(np.float32), RNG.standar
 NEAREST = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
 SAME = {"pads": [1, 1, 1, 1]}
 LARGER = "like"
+CONSTANT = helper.make_node("Constant", [], ["half"], value=numpy_helper.from_array(np.array([0.5], np.float32)))
 
 
-def make_model(*, by="scales", conv=SAME, resize=NEAREST, bias=True, more_readers=False):
+def make_model(*, by="scales", conv=SAME, resize=NEAREST, bias=True, more_readers=False, kernel=3, more=()):
     """Upsampling by scales of 2, or to the size of another input, and a convolution."""
-    constants = {"weight": WEIGHT, "bias": BIAS, "scales": np.array([1, 1, 2, 2], np.float32)}
+    weight = WEIGHT if kernel == 3 else np.zeros((5, 3, kernel, kernel), np.float32)
+    constants = {"weight": weight, "bias": BIAS, "scales": np.array([1, 1, 2, 2], np.float32)}
     sizes = [
         helper.make_node("Shape", ["x"], ["outer"], end=2),
         helper.make_node("Shape", [LARGER], ["inner"], start=2),
         helper.make_node("Concat", ["outer", "inner"], ["sizes"], axis=0),
     ]
     nodes = [
+        *more,
         *(sizes if by == "sizes" else []),
         helper.make_node("Resize", ["x", "", "scales"] if by == "scales" else ["x", "", "", "sizes"], ["up"], **resize),
         helper.make_node("Conv", ["up", "weight", *(["bias"] if bias else [])], ["y"], **conv),
@@ -74,6 +77,8 @@ def test_equals_torchs_upsampling_and_convolution(by, sizes, bias):
         ({"conv": {"pads": [0, 0, 1, 1]}}, {}),
         ({"resize": {**NEAREST, "mode": "linear"}}, {}),
         ({"more_readers": True}, {}),
+        ({"kernel": 5}, {}),
+        ({"more": [CONSTANT]}, {}),  # whose shape isn't known, nor that of what comes after
     ],
 )
 def test_others_stay_as_they_are(changes, sizes):

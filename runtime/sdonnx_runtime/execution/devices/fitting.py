@@ -1,6 +1,6 @@
 """Rewrite a graph, when it is opened, around what an adapter's kernels can't do."""
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from sdonnx_runtime.execution.devices.kernel_checks import KernelChecks
 from sdonnx_runtime.graphs.attention import decompose_attention, dequantize_scores
 from sdonnx_runtime.graphs.bfloat16 import BFLOAT16_OPSET, compute_in_bfloat16, find_weights
 from sdonnx_runtime.graphs.initializers import FLOAT, FLOAT16
-from sdonnx_runtime.graphs.onnx_proto import Model, Node, decode_model, make_node, package_errors
+from sdonnx_runtime.graphs.onnx_proto import Model, Node, Tensor, decode_model, make_node, package_errors
 from sdonnx_runtime.graphs.partition import read_stages
 from sdonnx_runtime.graphs.split_linears import split_linears
 from sdonnx_runtime.graphs.subpixel_convs import find_upsamplings, split_upsampled_convs
@@ -78,7 +78,7 @@ def fit_to_bfloat16(path: Path, model: bytes | None, sizes: Mapping[str, int]) -
             nodes, opset = tuple(compute_in_bfloat16(graph, find_weights(graph))), BFLOAT16_OPSET
         else:
             nodes, opset = tuple(dequantize_scores(graph.nodes)), None
-            if all(node in graph.nodes for node in nodes):
+            if nodes == graph.nodes:
                 return model
         tensors = [each.encoded for each in graph.initializers.values()]
         return graph.encode_part("bfloat16", nodes, tensors, graph.inputs, order, opset=opset)
@@ -87,13 +87,14 @@ def fit_to_bfloat16(path: Path, model: bytes | None, sizes: Mapping[str, int]) -
 def _split_layers(graph: Model, sizes: Mapping[str, int]) -> tuple[Node, ...]:
     """Write gated linear units and upsampled convolutions as layers that take less time, for ``sizes``."""
     nodes = tuple(split_linears(graph.nodes, graph.initializers))
-    weights = {*graph.initializers, *_cast_weights(nodes, graph.initializers)}
+    weights = {**graph.initializers, **_cast_weights(nodes, graph.initializers)}
     return tuple(split_upsampled_convs(nodes, find_upsamplings(graph, sizes), weights))
 
 
-def _cast_weights(nodes: Iterable[Node], initializers: Container[str]) -> set[str]:
-    """What weights are cast to."""
-    return {node.outputs[0] for node in nodes if node.op == "Cast" and node.inputs[0] in initializers}
+def _cast_weights(nodes: Iterable[Node], initializers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that are cast, by what they are cast to."""
+    casts = {node.outputs[0]: initializers.get(node.inputs[0]) for node in nodes if node.op == "Cast"}
+    return {name: each for name, each in casts.items() if each is not None}
 
 
 def _stores_float16(model: Model) -> bool:

@@ -183,7 +183,7 @@ def _open_graph(
         return _start_graph(opening, name, sizes, choice, entries)
     threads = usable_cpus() if opening.threads is None else opening.threads
     with open_bfloat16(
-        opening.path, model, folder=folder, threads=threads, replaced=opening.weights
+        opening.path.resolve(), model, folder=folder, threads=threads, replaced=opening.weights
     ) as (stored, weights_folder):  # fmt: skip
         opening = replace(opening, model=stored, folder=weights_folder)
         return _start_graph(opening, name, sizes, choice, entries)

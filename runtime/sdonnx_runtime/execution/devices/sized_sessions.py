@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from sdonnx_runtime.execution.devices.opening import Opened, Opening, open_session
 from sdonnx_runtime.execution.devices.table import DeviceName
+from sdonnx_runtime.execution.process_memory import MAPPINGS
 from sdonnx_runtime.execution.running.device_array import Tensor
 
 KEPT = 2
@@ -40,10 +41,12 @@ class SizedSessions:
         key = tuple(sorted(sizes.items()))
         if key not in self._open:
             while len(self._open) >= self._kept:
-                self._open.popitem(last=False)
+                with MAPPINGS:
+                    self._open.popitem(last=False)
             opened = open_session(self._opening, sizes)
             if self._fixes_sizes and not DeviceName.parse(opened.device).device.fixed_sizes:  # what auto came to
-                self._open.clear()
+                with MAPPINGS:
+                    self._open.clear()
                 self._fixes_sizes, key = False, ()
             self._open[key] = opened
             self._opening = replace(self._opening, device=opened.device)

@@ -1,5 +1,7 @@
 """Graphs that are opened in bfloat16 on OpenVINO: which weights they have so, and what they compute."""
 
+import logging
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -69,6 +71,30 @@ def test_nothing_is_upsampled_or_split_when_it_runs(precise):
         assert not [
             node.outputs for node in model.nodes if node.op in ("Resize", "Split") and node.outputs[0] not in folded
         ]
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8-weights"])
+def test_weights_that_are_dequantized(precision, checkpoint, export_once, tmp_path_factory, openvino):
+    """int4 has two to a byte."""
+    package = export_once(checkpoint, tmp_path_factory.mktemp("packages") / f"tiny-{precision}", precision=precision)
+    path, feeds = package / "unet" / "model.onnx", FEEDS["unet"]
+    expected = Session(path, device="cpu").run(feeds)["out_sample"]
+    found = Session(path, device="openvino", compute="bf16", threads=1).run(feeds)["out_sample"]
+    assert decibels(found, expected) > 30
+
+
+def test_weights_whose_files_are_links(precise, tmp_path, openvino, caplog):
+    """As in the Hub's cache, under other names."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "unet").mkdir()
+    for index, name in enumerate(("model.onnx", "model.onnx_data")):
+        shutil.copy(precise / "unet" / name, tmp_path / "blobs" / f"blob{index}")
+        (tmp_path / "unet" / name).symlink_to(tmp_path / "blobs" / f"blob{index}")
+    caplog.set_level(logging.INFO)
+    paths = [folder / "unet" / "model.onnx" for folder in (precise, tmp_path)]
+    outputs = [Session(each, device="openvino", compute="bf16", threads=1).run(FEEDS["unet"]) for each in paths]
+    np.testing.assert_array_equal(*(each["out_sample"] for each in outputs))
+    assert "cast to bfloat16 by the device" not in caplog.text
 
 
 def test_a_graph_that_is_quantized_stays_as_it_is(precise):

@@ -73,7 +73,7 @@ def time_run(process: "subprocess.Popen[str]") -> float:
     print(file=process.stdin, flush=True)
     line = process.stdout.readline()
     if not line:
-        raise SystemExit(f"{process.args[-1]} ended in a run")  # type: ignore[index]
+        raise SystemExit(f"{process.args[-1]} ended in a run")
     return float(line)
 
 
